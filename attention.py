@@ -1,0 +1,329 @@
+"""Every network here is the same block with a different mask and a different source of keys.
+
+Why: a masked autoencoder, a frame-wise CLIP, a caption decoder and the bridge between two encoders
+are told apart by what each token may look at, hardly by anything else. So attention is written
+once, here, and the rest of the repository is about what to look at ("Attention Is All You Need",
+arXiv 1706.03762, Sec. 3.2, Attention; "An Image Is Worth 16x16 Words", arXiv 2010.11929, Sec. 3.1,
+Vision Transformer).
+
+    x (B, N, D) -+- norm1 -> attention -> (+) -+- norm2 -> mlp -> (+) -> x (B, N, D)
+                 |_________________________|   |____________________|
+
+The letters, used in every file. Capital = a count in the input or the model, small = a count on
+the token grid.
+
+    letter     meaning                                                        ViT-B value
+    B          clips in the batch                                             -
+    C          colour channels                                                3
+    T H W      frames, pixel rows, pixel columns                              16, 224, 224
+    t h w      token grid: tubelets in time, patch rows, patch columns        8, 14, 14
+    S          tokens per frame, h*w                                          196
+    N          tokens per clip, t*S                                           1568
+    Nv Nm      visible and masked tokens, Nv + Nm = N                         160, 1408
+    P          numbers inside one tubelet, 2*16*16*3                          1536
+    D          model width                                                    768
+    heads, K   attention heads, width of one head, D = heads*K                12, 64
+    L V        text tokens, vocabulary size                                   77, 49408
+    E          width of the joint video-text space                            512
+    Q          learned queries                                                256
+    Y          classes                                                        400
+
+A video is (B, C, T, H, W), its tokens are (B, N, D), and token n = tau*S + y*w + x: time is slowest.
+Queries, keys and values are always (B, heads, N, K).
+
+The idea, in steps:
+1. `written_out`: a soft dictionary. A query is compared with every key, the similarities become
+   weights that sum to one, and the weights mix the values. With unit-variance entries a dot
+   product of K numbers has variance K; dividing by sqrt(K) keeps the softmax away from saturation.
+2. `Mask` says in words what a query may look at: the past, real tokens, its own segment.
+3. `attention` is what the networks call: the same numbers from the fastest kernel at hand.
+4. `Attention` adds the projections, `Mlp` the other half, `Block` the pre-norm residuals.
+   `DropPath` and `sinusoid_table` complete the kit.
+
+Where we differ from common code: a key bias adds the same number to all scores of a query and
+softmax cannot see it, which is why VideoMAE has biases on queries and values only (bias="qv").
+DropPath drops samples, also where the official sequence-first code drops token positions.
+
+Numbers: one block of ViT-B holds 7.1 M parameters, 2.4 M of them in the attention.
+
+>>> block = Block(width=32, heads=4)
+>>> block(torch.zeros(2, 10, 32)).shape             # (B, N, D) -> (B, N, D)
+torch.Size([2, 10, 32])
+>>> block(torch.zeros(2, 10, 32), last=3).shape     # only the last three tokens ask
+torch.Size([2, 3, 32])
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# On a CPU the written-out form keeps all scores for the backward pass. Above this many bytes the
+# fused kernel, which never stores them, is used instead.
+SCORES_LIMIT = 256 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------
+# What may be looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which keys a query may look at; each field given narrows the choice further.
+
+    causal          True = a query sees keys up to its own position. With fewer queries than keys,
+                    the queries are the last ones (as in step-by-step decoding).
+    is_token        (B, Nk) bool, True = a real token, False = padding, never looked at
+    segments        (B, Nk) int, the clip or sentence each key belongs to, when several are packed
+                    in one row; a query sees its own segment only
+    query_segments  (B, Nq) int, the same for queries; default: the last Nq of `segments`
+
+    A query that may look at nothing gets zeros.
+    """
+
+    causal: bool = False
+    is_token: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    query_segments: torch.Tensor | None = None
+
+    def allowed(self, queries, keys, device):
+        """The same in numbers: (B or 1, 1, Nq, Nk) bool, True = may be looked at; None = all."""
+        allowed = None
+        if self.causal:
+            places = torch.arange(keys, device=device)
+            allowed = (places <= places[keys - queries:, None])[None, None]  # (1, 1, Nq, Nk)
+        if self.is_token is not None:
+            real = self.is_token[:, None, None, :]                           # (B, 1, 1, Nk)
+            allowed = real if allowed is None else allowed & real
+        if self.segments is not None:
+            asking = self.query_segments
+            if asking is None:
+                asking = self.segments[:, keys - queries:]
+            same = (asking[:, :, None] == self.segments[:, None, :])[:, None]
+            allowed = same if allowed is None else allowed & same
+        return allowed
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention, once in plain words and once fast
+
+
+def written_out(q, k, v, allowed=None, scale=None):
+    """softmax(q k^T / sqrt(K)) v, in five lines (arXiv 1706.03762, Sec. 3.2.1, Scaled Dot-Product).
+
+    q (B, heads, Nq, K), k and v (B, heads or 1, Nk, K); allowed as `Mask.allowed`; returns as q.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q * scale) @ k.transpose(-2, -1)                               # (B, heads, Nq, Nk)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)
+    if allowed is not None:
+        weights = weights.masked_fill(~allowed, 0)  # a row with nothing allowed: zeros, not a mean
+    return weights.to(v.dtype) @ v
+
+
+def fused(q, k, v, mask=None, scale=None):
+    """The same numbers from torch's fused kernel, which never holds all scores in memory."""
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))                # one key head, shared
+    only_causal = mask is not None and mask.causal and mask.is_token is None and mask.segments is None
+    if mask is None or (only_causal and q.shape[2] == k.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask is not None, scale=scale)
+    allowed = mask.allowed(q.shape[2], k.shape[2], q.device)
+    if allowed is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # Kernels disagree about a query that may look at nothing (zeros or NaN), so let it look
+    # everywhere and throw the answer away.
+    nothing = ~allowed.any(dim=-1, keepdim=True)                             # (B, 1, Nq, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | nothing, scale=scale)
+    return out.masked_fill(nothing, 0)
+
+
+def attention(q, k, v, mask=None, *, scale=None, kernel="auto"):
+    """What every network here calls: attention by the best kernel for the device and the mask.
+
+    q       (B, heads, Nq, K) float
+    k, v    (B, heads, Nk, K) float, or (B, 1, Nk, K): one head of keys and values for all queries
+    mask    Mask or None (every query sees every key)
+    scale   factor on q k^T; default 1/sqrt(K)
+    kernel  "auto", "written_out" or "fused"
+    returns (B, heads, Nq, K)
+
+    On CUDA torch's fused kernels win. On a CPU the written-out form does: its matrix products use
+    the fast bfloat16 units, which the fused CPU kernel does not (2 to 4 times, forward and
+    backward); only where the scores would fill the memory is the fused one taken.
+    """
+    if kernel not in ("auto", "written_out", "fused"):
+        raise ValueError(f"no attention kernel {kernel!r}: choose auto, written_out or fused")
+    if kernel == "auto":
+        scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+        kernel = "written_out" if q.device.type == "cpu" and scores <= SCORES_LIMIT else "fused"
+    if kernel == "fused":
+        return fused(q, k, v, mask, scale)
+    allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
+    return written_out(q, k, v, allowed, scale)
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers
+
+
+def gelu(x):
+    """x * Phi(x), the exact form with the error function: VideoMAE, the bridge, the heads."""
+    return F.gelu(x)
+
+
+def quick_gelu(x):
+    """x * sigmoid(1.702 x): CLIP's cheaper cousin. It differs from `gelu` by up to 0.02, so
+    weights trained with one give wrong features with the other."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def sinusoid_table(positions, width):
+    """Fixed position codes: sines and cosines of wavelengths from 2 pi to 10000 * 2 pi.
+
+    Returns (positions, width) float32. Column j holds sin (even j) or cos (odd j) of
+    position / 10000^(2*floor(j/2)/width). The dot product of two rows depends on their distance
+    alone. (arXiv 1706.03762, Sec. 3.5, Positional Encoding.)
+    """
+    place = torch.arange(positions, dtype=torch.float64)[:, None]
+    column = torch.arange(width)
+    angle = place / 10000 ** (2 * (column // 2).double() / width)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+class DropPath(nn.Module):
+    """Skip a residual branch for a random share of the samples (arXiv 1603.09382, Sec. 3).
+
+    rate  probability that a sample skips the branch, in [0, 1). The others are divided by
+          1 - rate, so that the mean stays. Does nothing in eval mode.
+    """
+
+    def __init__(self, rate=0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+    def extra_repr(self):
+        return f"rate={self.rate:.3f}"
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its projections: out = proj(attention(q, k, v)).
+
+    width, heads   D and the number of heads; D must be a multiple of heads
+    context_width  width of the tokens that give keys and values; None = self-attention
+    bias           "qkv", "qv" (queries and values only, as VideoMAE) or "none"
+    cosine         compare directions only: scores are cosines times a learned temperature of at
+                   most 100 (Swin V2, arXiv 2111.09883, Sec. 3.2; an option of VideoMAE V2)
+    """
+
+    def __init__(self, width, heads, *, context_width=None, bias="qkv", cosine=False):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        if bias not in ("qkv", "qv", "none"):
+            raise ValueError(f"bias is {bias!r}: choose qkv, qv or none")
+        if context_width is not None and bias == "qv":
+            raise ValueError("bias='qv' is for self-attention")
+        self.heads = heads
+        if context_width is None:
+            self.qkv = nn.Linear(width, 3 * width, bias=bias == "qkv")
+        else:
+            self.q = nn.Linear(width, width, bias=bias == "qkv")
+            self.kv = nn.Linear(context_width, 2 * width, bias=bias == "qkv")
+        self.q_bias = nn.Parameter(torch.zeros(width)) if bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if bias == "qv" else None
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 10.0).log()) if cosine else None
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x, context, last):
+        """Queries, keys and values side by side: (B, Nq, D), (B, Nk, D), (B, Nk, D)."""
+        if context is not None:
+            return self.q(x if last is None else x[:, -last:]), *self.kv(context).chunk(2, dim=-1)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if self.q_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        if last is None:
+            return F.linear(x, weight, bias).chunk(3, dim=-1)
+        D = x.shape[-1]
+        q = F.linear(x[:, -last:], weight[:D], None if bias is None else bias[:D])
+        return q, *F.linear(x, weight[D:], None if bias is None else bias[D:]).chunk(2, dim=-1)
+
+    def forward(self, x, context=None, mask=None, last=None):
+        """x (B, Nq, D) -> (B, Nq, D). context (B, Nk, context_width): where keys and values come
+        from. last: only the last `last` tokens of x ask, the result is (B, last, D)."""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (B, heads, N, K)
+                   for y in self.project(x, context, last))
+        scale = None
+        if self.temperature is not None:
+            q = F.normalize(q, dim=-1) * self.temperature.clamp(max=4.6052).exp()
+            k, scale = F.normalize(k, dim=-1), 1.0
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        out = attention(q, k, v, mask, scale=scale)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """fc2(activation(fc1(x))), token by token. x (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, hidden, activation=gelu, drop=0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = activation
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.activation(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """The pre-norm transformer block: x + attn(norm1 x), then x + mlp(norm2 x).
+
+    mlp_width    hidden width of the MLP, default 4*D
+    drop_path    see DropPath
+    layer_scale  start value of a learned factor per channel on each branch; None = no factor
+    eps          of both LayerNorms: 1e-6 in VideoMAE, 1e-5 in CLIP
+    """
+
+    def __init__(self, width, heads, *, mlp_width=None, bias="qkv", cosine=False, eps=1e-6,
+                 drop=0.0, drop_path=0.0, layer_scale=None, activation=gelu):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, bias=bias, cosine=cosine)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, mlp_width or 4 * width, activation, drop)
+        self.drop_path = DropPath(drop_path)
+        self.gamma1 = self.gamma2 = 1.0
+        if layer_scale is not None:
+            self.gamma1 = nn.Parameter(torch.full((width,), float(layer_scale)))
+            self.gamma2 = nn.Parameter(torch.full((width,), float(layer_scale)))
+
+    def forward(self, x, mask=None, last=None):
+        """x (B, N, D) -> (B, N, D), or (B, last, D): the output for the last `last` tokens alone,
+        which still look at all N. It is the full result cut short, without the wasted work."""
+        kept = x if last is None else x[:, -last:]
+        x = kept + self.drop_path(self.gamma1 * self.attn(self.norm1(x), mask=mask, last=last))
+        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+
+
+def run_blocks(blocks, x, mask=None, last=None, recompute=False):
+    """x through all blocks; the final one answers for the last `last` tokens only (None = all).
+
+    recompute  True = keep no activations inside a block and compute them again in the backward
+               pass: about a third more time for a fraction of the memory (arXiv 1604.06174).
+    """
+    for i, block in enumerate(blocks):
+        final = last if i == len(blocks) - 1 else None
+        if recompute and torch.is_grad_enabled():
+            x = torch.utils.checkpoint.checkpoint(block, x, mask, final, use_reentrant=False)
+        else:
+            x = block(x, mask, final)
+    return x if last is None else x[:, -last:]

@@ -1,0 +1,704 @@
+"""Hide ninety percent of a video in tubes and learn by painting it back.
+
+Why: labels are dear and pixels are free. A network that can paint the hidden part of a clip must
+have understood what moves where. Neighbouring frames are nearly equal, so hiding single patches
+at random would let it copy the answer from the frame before; hiding the same places in all frames
+(a tube) takes that short cut away, and the redundancy of video makes a ratio of 90 % bearable.
+(VideoMAE, arXiv 2203.12602, Sec. 3.2, Characteristics of Video Data; the first stage of
+InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining.)
+
+    video (B, 3, T, H, W) --take_tubelets--> visible (B, Nv, P)     hidden ones are never embedded
+      visible --embed, + position--> (B, Nv, D) --encoder--> (B, Nv, D) --linear--> (B, Nv, D/2)
+      [visible | mask tokens + position] (B, N, D/2) --decoder--> last Nm --head--> (B, Nm, P)
+      loss = mean (prediction - target)^2,   target = normalised pixels of the hidden tubelets
+
+The idea, in steps:
+1. A tubelet is 2 frames x 16 x 16 pixels: 16 x 224 x 224 makes 8 x 14 x 14 = 1568 tokens.
+   `take_tubelets` cuts out just the ones asked for.
+2. `tube_mask` hides int(0.9 * 196) = 176 places in every frame; 20 remain, 160 in the clip.
+3. `Encoder` runs joint space-time attention on those 160 only: a tenth of the tokens in the MLPs,
+   a hundredth of the pairs in the attention. That is why so large a ratio is also cheap.
+4. `Decoder`, half as wide and four blocks deep, sees all positions. The work is lopsided on
+   purpose: the encoder is kept, the decoder is thrown away.
+5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so that the loss
+   is about structure. Predicting plain zeros, the mean of each tubelet, costs about 1.0: the
+   trivial baseline, and the number to compare every curve with.
+6. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear.
+
+What the features are good and bad at: motion and fine detail early on; names of things only after
+labels, which is what the other encoder of InternVideo is for.
+
+Where we differ from the official code (VideoMAE modeling_pretrain.py), with equal numbers: only
+visible tubelets are embedded and only hidden ones get a target; the last decoder block answers for
+hidden positions alone; tokens are gathered with fixed counts, not by boolean indexing. Equal on
+purpose, though unusual: position codes are sinusoids over the flattened token index; the decoder's
+tokens stay in the order visible, then hidden; a "learnable" position table is detached and never
+learns. The masks differ in which random places they draw.
+
+Numbers: ViT-B has 94 M parameters in pretraining (86 M kept) and 1568 tokens; our tiny one 2.7 M.
+
+>>> video = torch.zeros(2, 3, 16, 64, 64)
+>>> model = VideoMAE("tiny", image_size=64)
+>>> hidden = tube_mask(2, model.grid, 0.9, torch.Generator().manual_seed(0))
+>>> hidden.shape, int(hidden[0].sum())               # (B, N), Nm = 8 * int(0.9 * 64)
+(torch.Size([2, 512]), 456)
+>>> model(video, hidden).shape                       # (B, Nm, P), P = 2 * 8 * 8 * 3
+torch.Size([2, 456, 384])
+"""
+
+import functools
+import re
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import weights
+from attention import Block, run_blocks, sinusoid_table
+from weights import Rule, WeightsError
+
+# Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The measures of one model; `decoder_depth` is a choice of the recipe, not of the name."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    patch: int
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    decoder_mlp_width: int
+
+
+# VideoMAE, Appendix, Tab. "Architectures"; giant and gigantic from VideoMAE V2 (arXiv 2303.16727).
+# The huge decoder is 640 wide in VideoMAE, 512 in InternVideo: `from_official` reads it off.
+SIZES = {
+    #                D  depth heads  MLP patch  decoder: D depth heads MLP
+    "tiny":     Size(192,  6,  3,  768,  8,             96,  2,  3,  384),  # ours, for laptops
+    "small":    Size(384, 12,  6, 1536, 16,            192,  4,  3,  768),
+    "base":     Size(768, 12, 12, 3072, 16,            384,  4,  6, 1536),
+    "large":    Size(1024, 24, 16, 4096, 16,           512, 12,  8, 2048),
+    "huge":     Size(1280, 32, 16, 5120, 16,           640, 12,  8, 2560),
+    "giant":    Size(1408, 40, 16, 6144, 14,           512,  4,  8, 2234),
+    "gigantic": Size(1664, 48, 16, 8192, 14,           512,  4,  8, 2520),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Tubelets and masks
+
+
+def take_tubelets(video, index, patch, tubelet):
+    """Cut chosen tubelets out of a video, copying nothing else.
+
+    video    (B, C, T, H, W)
+    index    (B, n) int64, which of the N = t*h*w tubelets, n = tau*h*w + y*w + x; None = all
+    returns  (B, n, C, tubelet*patch*patch), pixels in the order frame, row, column
+    """
+    B, C, T, H, W = video.shape
+    t, h, w = T // tubelet, H // patch, W // patch
+    cut = video.view(B, C, t, tubelet, h, patch, w, patch).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    if index is None:
+        return cut.reshape(B, t * h * w, C, -1)
+    row = torch.arange(B, device=index.device)[:, None]
+    return cut[row, index // (h * w), index // w % h, index % w].flatten(3)
+
+
+def put_tubelets(video, index, tubelets, patch, tubelet):
+    """The inverse of `take_tubelets`: a copy of the video with these tubelets painted in."""
+    B, C, T, H, W = video.shape
+    t, h, w = T // tubelet, H // patch, W // patch
+    video = video.clone(memory_format=torch.contiguous_format)
+    cut = video.view(B, C, t, tubelet, h, patch, w, patch).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    row = torch.arange(B, device=index.device)[:, None]
+    cut[row, index // (h * w), index // w % h, index % w] = \
+        tubelets.reshape(*index.shape, C, tubelet, patch, patch).to(video.dtype)
+    return video
+
+
+def hide(batch, places, count, generator):
+    """(batch, places) bool with exactly `count` True in each row, places drawn uniformly."""
+    rank = torch.rand(batch, places, generator=generator).argsort(dim=1)
+    return torch.zeros(batch, places, dtype=torch.bool).scatter_(1, rank[:, :count], True)
+
+
+def tube_mask(batch, grid, ratio, generator=None):
+    """Hide the same places in every frame (VideoMAE, Sec. 3.3, Tube masking).
+
+    grid     (t, h, w), the token grid
+    ratio    share of each frame to hide, in [0, 1): int(ratio * h * w) places
+    returns  (batch, t*h*w) bool on the CPU, True = hidden from the encoder
+    """
+    t, h, w = grid
+    return hide(batch, h * w, int(ratio * h * w), generator).repeat(1, t)
+
+
+def random_mask(batch, grid, ratio, generator=None):
+    """Hide as many places, each anywhere in space and time. Arguments as `tube_mask`."""
+    t, h, w = grid
+    return hide(batch, t * h * w, t * int(ratio * h * w), generator)
+
+
+def frame_mask(batch, grid, ratio, generator=None):
+    """Hide whole frames: int(ratio * t) of them. Arguments as `tube_mask`."""
+    t, h, w = grid
+    return hide(batch, t, int(ratio * t), generator).repeat_interleave(h * w, dim=1)
+
+
+MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
+
+
+def running_cell_mask(batch, grid, generator=None):
+    """Which tokens the decoder leaves out in VideoMAE V2: half of each 2 x 2 cell, running on in time.
+
+    Returns (batch, t*h*w) bool, True = not decoded. Every cell is decoded in full within four time
+    steps; each sample starts at a random one. (VideoMAE V2, arXiv 2303.16727, Sec. 3.2, Dual Masking.)
+    """
+    t, h, w = grid
+    if h % 2 or w % 2:
+        raise ValueError(f"running cells are 2 x 2: a token grid of {h} x {w} does not divide")
+    cells = torch.tensor([[[1, 0], [0, 1]], [[0, 0], [1, 1]], [[0, 1], [1, 0]], [[1, 1], [0, 0]]])
+    start = torch.randint(4, (batch, 1), generator=generator)
+    step = (start + torch.arange(t)) % 4                                     # (batch, t)
+    return cells[step].bool().repeat(1, 1, h // 2, w // 2).flatten(1)
+
+
+def split(mask, name="hidden"):
+    """Token numbers where the mask is False and where it is True, each in rising order.
+
+    mask (B, N) bool -> (B, N - n), (B, n) int64. Every row must hold the same number n of True:
+    fixed counts keep the shapes static, for torch.compile and for batching.
+    """
+    counts = mask.sum(dim=1)
+    count = int(counts[0])
+    if (counts != count).any():
+        raise ValueError(f"every row of `{name}` must mark the same number of tokens, "
+                         f"got {sorted(set(counts.tolist()))}")
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, :mask.shape[1] - count], order[:, mask.shape[1] - count:]
+
+
+def gather(tokens, index):
+    """tokens (B, N, D) at index (B, n) -> (B, n, D); a table (1, N, D) serves every row."""
+    tokens = tokens.expand(index.shape[0], -1, -1)
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Position codes
+
+
+def resize_positions(table, old, new):
+    """Stretch a position table over another token grid: bicubic in space, then linear in time.
+
+    table (1, t*h*w, D) on grid old=(t, h, w) -> (1, t'*h'*w', D). For the InternVideo weights at
+    384 px and 32 frames, which were trained so (its appendix: computing the sinusoids anew hurts).
+    """
+    (t, h, w), (T, H, W) = old, new
+    D = table.shape[-1]
+    if (h, w) != (H, W):
+        frames = table.reshape(t, h, w, D).permute(0, 3, 1, 2)
+        frames = F.interpolate(frames, size=(H, W), mode="bicubic", align_corners=False)
+        table = frames.permute(0, 2, 3, 1).reshape(1, t * H * W, D)
+    if t != T:
+        places = table.reshape(t, H * W, D).permute(1, 2, 0)
+        places = F.interpolate(places, size=T, mode="linear", align_corners=False)
+        table = places.permute(2, 0, 1).reshape(1, T * H * W, D)
+    return table
+
+
+@functools.lru_cache(maxsize=32)
+def position_codes(kind, grid, patch, tubelet, width, device):
+    """(1, N, D) float32 for a token grid. kind "sinusoid": made for this grid; "resized": made for
+    16 frames of 224 px and stretched to it."""
+    t, h, w = grid
+    if kind == "sinusoid":
+        return sinusoid_table(t * h * w, width)[None].to(device)
+    trained = (16 // tubelet, 224 // patch, 224 // patch)
+    table = sinusoid_table(trained[0] * trained[1] * trained[2], width)[None]
+    return resize_positions(table, trained, grid).to(device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Networks
+
+
+def pair(image_size):
+    """int or (H, W) -> (H, W)"""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+class Encoder(nn.Module):
+    """A plain video transformer: tubelet embedding, position codes, blocks, norm.
+
+    frames, image_size  what the grid is for; another clip is fine too, its codes are computed
+    positions           "sinusoid", "resized" (see `position_codes`) or "stored": a table in the
+                        weights, which is added but never trained (as the official code does)
+    norm                LayerNorm after the blocks; False where the classifier norms the mean instead
+    """
+
+    def __init__(self, size, *, frames, image_size, channels=3, tubelet=2, positions="sinusoid",
+                 bias="qv", cosine=False, layer_scale=None, eps=1e-6, drop_path=0.0, norm=True):
+        super().__init__()
+        self.patch, self.tubelet, self.kind = size.patch, tubelet, positions
+        self.grid = self.grid_of(frames, *pair(image_size))
+        self.embed = nn.Linear(channels * tubelet * size.patch**2, size.width)
+        rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            Block(size.width, size.heads, mlp_width=size.mlp_width, bias=bias, cosine=cosine, eps=eps,
+                  drop_path=rate, layer_scale=layer_scale) for rate in rates)
+        self.norm = nn.LayerNorm(size.width, eps=eps) if norm else nn.Identity()
+        if positions == "stored":
+            t, h, w = self.grid
+            self.register_buffer("stored", sinusoid_table(t * h * w, size.width)[None])
+        elif positions not in ("sinusoid", "resized"):
+            raise ValueError(f"positions is {positions!r}: choose sinusoid, resized or stored")
+        self.recompute = False
+
+    def grid_of(self, T, H, W):
+        """Token grid (t, h, w) of a clip of T frames of H x W pixels."""
+        if T % self.tubelet or H % self.patch or W % self.patch:
+            raise ValueError(f"a clip of {T} frames of {H} x {W} pixels does not divide into "
+                             f"tubelets of {self.tubelet} x {self.patch} x {self.patch}")
+        return T // self.tubelet, H // self.patch, W // self.patch
+
+    def codes(self, grid, like):
+        """Position codes (1, N, D) for a grid, in dtype and on the device of `like`."""
+        if self.kind == "stored":
+            if grid != self.grid:
+                return resize_positions(self.stored, self.grid, grid)
+            return self.stored
+        table = position_codes(self.kind, grid, self.patch, self.tubelet,
+                               self.embed.out_features, like.device)
+        return table.to(torch.promote_types(like.dtype, torch.float32))
+
+    def forward(self, video, visible=None):
+        """video (B, C, T, H, W), visible (B, Nv) int64 or None (all) -> tokens (B, Nv, D)."""
+        codes = self.codes(self.grid_of(*video.shape[2:]), video)
+        tokens = self.embed(take_tubelets(video, visible, self.patch, self.tubelet).flatten(2))
+        tokens = tokens + (codes if visible is None else gather(codes, visible))
+        return self.norm(run_blocks(self.blocks, tokens, recompute=self.recompute))
+
+
+class Decoder(nn.Module):
+    """Blocks over all positions, then norm and head for the last n of them."""
+
+    def __init__(self, size, outputs, *, bias="qv", cosine=False, layer_scale=None, eps=1e-6,
+                 head_eps=1e-6):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(size.decoder_width, size.decoder_heads, mlp_width=size.decoder_mlp_width, bias=bias,
+                  cosine=cosine, eps=eps, layer_scale=layer_scale) for _ in range(size.decoder_depth))
+        self.norm = nn.LayerNorm(size.decoder_width, eps=head_eps)
+        self.head = nn.Linear(size.decoder_width, outputs)
+        self.recompute = False
+
+    def forward(self, tokens, n):
+        """tokens (B, Nv + n, D/2) -> predictions for the last n, (B, n, P)."""
+        tokens = run_blocks(self.blocks, tokens, last=n, recompute=self.recompute)
+        return self.head(self.norm(tokens))
+
+
+class VideoMAE(nn.Module):
+    """Masked autoencoder for video (VideoMAE, Sec. 3.3, VideoMAE).
+
+    size        a name in SIZES or a Size
+    frames, image_size, tubelet, channels   the clip: T, H (and W), frames per tubelet, colours
+    positions, bias, cosine, layer_scale, drop_path   see Encoder
+    eps, head_eps   of the LayerNorms in blocks and encoder; of the decoder's last one
+    normalised  True = it predicts normalised pixels; only drawing needs to know
+
+    >>> VideoMAE("tiny", image_size=(32, 48)).grid     # t, h, w
+    (8, 4, 6)
+    """
+
+    def __init__(self, size="base", *, frames=16, image_size=224, tubelet=2, channels=3,
+                 positions="sinusoid", bias="qv", cosine=False, layer_scale=None, drop_path=0.0,
+                 eps=1e-6, head_eps=1e-6, normalised=True):
+        super().__init__()
+        size = SIZES[size] if isinstance(size, str) else size
+        self.config = {"model": "VideoMAE", "size": asdict(size), "frames": frames,
+                       "image_size": list(pair(image_size)), "tubelet": tubelet,
+                       "channels": channels, "positions": positions, "bias": bias, "cosine": cosine,
+                       "layer_scale": layer_scale, "eps": eps, "head_eps": head_eps,
+                       "normalised": normalised}
+        block = dict(bias=bias, cosine=cosine, layer_scale=layer_scale, eps=eps)
+        self.encoder = Encoder(size, frames=frames, image_size=image_size, channels=channels,
+                               tubelet=tubelet, positions=positions, drop_path=drop_path, **block)
+        self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
+        self.decoder = Decoder(size, channels * tubelet * size.patch**2, head_eps=head_eps, **block)
+        self.initialise()
+
+    @property
+    def grid(self):
+        """Token grid (t, h, w) of the clips it was made for."""
+        return self.encoder.grid
+
+    @torch.no_grad()
+    def initialise(self):
+        """Xavier for the Linear layers, zero biases. Two layers keep torch's default, as in the
+        official code, whose initialiser never reaches them: embedding and encoder_to_decoder."""
+        for part in (self.encoder.blocks, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+
+    def forward(self, video, hidden, skipped=None):
+        """Predict the hidden tubelets.
+
+        video    (B, C, T, H, W) float, ImageNet-normalised
+        hidden   (B, N) bool, True = not shown to the encoder; the same count in every row
+        skipped  (B, N) bool or None, True = not decoded (VideoMAE V2's dual mask). With it the
+                 decoder predicts every token that is not skipped, hidden or not.
+        returns  (B, Nm, P): predictions in rising token order, P = tubelet*patch*patch*C with the
+                 colour fastest, in the units of `reconstruction_target`
+        """
+        visible, wanted = split(hidden)
+        if skipped is not None:
+            wanted, _ = split(skipped, "skipped")
+        return self.reconstruct(video, visible.to(video.device), wanted.to(video.device))
+
+    def reconstruct(self, video, visible, wanted):
+        """`forward` with token numbers in place of masks, (B, Nv) and (B, n): static shapes."""
+        tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, D/2)
+        table = position_codes("sinusoid", self.encoder.grid_of(*video.shape[2:]), self.encoder.patch,
+                               self.encoder.tubelet, tokens.shape[-1], video.device)
+        table = table.to(torch.promote_types(video.dtype, torch.float32))
+        tokens = torch.cat([tokens + gather(table, visible),
+                            self.mask_token + gather(table, wanted)], dim=1)
+        return self.decoder(tokens, wanted.shape[1])
+
+    def recompute(self, on=True):
+        """Save memory, spend time: see attention.run_blocks."""
+        self.encoder.recompute = self.decoder.recompute = on
+
+    @classmethod
+    def from_config(cls, config):
+        """Build from the configuration that a run saved (config.json)."""
+        config = {key: value for key, value in config.items() if key != "model"}
+        return cls(Size(**config.pop("size")), **config)
+
+    @classmethod
+    def from_official(cls, source, *, heads=None, decoder_heads=None, frames=None, image_size=None,
+                      positions="sinusoid"):
+        """Load VideoMAE, InternVideo, VideoMAE V2 or Hugging Face pretraining weights.
+
+        source          path or {name: tensor}; see weights.read
+        heads, decoder_heads   shapes cannot tell them; default: those of the published models
+        frames, image_size     T and H (or (H, W)) of the clips; default 16 and 224
+        positions       "resized" for InternVideo's ViT-H at 384 px, see `position_codes`
+        returns         the model in eval mode. Sizes come from the shapes. Hugging Face files keep
+                        Hugging Face's LayerNorm epsilons (1e-12; 1e-5 before the head).
+        raises          WeightsError: not such a file, or one that does not fit to the last tensor
+        """
+        file = OfficialFile(source, pretraining=True)
+        if file.config.get("model") == "VideoMAE":  # a run of ours
+            return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
+        if not (file.has("encoder_to_decoder.weight") or file.has("mask_token")):
+            raise WeightsError(f"{file.name}: a masked autoencoder needs its decoder, and this file has "
+                               "none (no encoder_to_decoder.weight, no mask_token); a fine-tuned file "
+                               "loads with VideoClassifier.from_official")
+        size, options = file.encoder(heads, frames, image_size, positions)
+        decoder_width = file.width("decoder.blocks.")
+        size = replace(size, decoder_width=decoder_width, decoder_depth=file.depth("decoder.blocks."),
+                       decoder_heads=decoder_heads or file.heads(decoder_width, "decoder_heads"),
+                       decoder_mlp_width=file.mlp_width("decoder.blocks."))
+        rules = (file.encoder_rules(size, options) + file.pairs("encoder.norm.", "encoder.norm.")
+                 + [Rule("encoder_to_decoder.weight", "encoder_to_decoder.weight"),
+                    Rule("mask_token", "mask_token")]
+                 + file.block_rules("decoder.blocks.", size.decoder_depth, options)
+                 + file.pairs("decoder.norm.", "decoder.norm.")
+                 + file.pairs("decoder.head.", "decoder.head."))
+        return weights.fill(cls(size, **options), file.tensors, rules, name=file.name).eval()
+
+
+class VideoClassifier(nn.Module):
+    """The encoder on all tokens, their mean, a norm and a linear layer (VideoMAE, Sec. 4, fine-tuning).
+
+    classes    Y; 0 = no head, forward returns the features
+    pool       "mean": mean over tokens, then norm. "first": norm, then the first token (there is no
+               class token; an option of the official code that no released model uses)
+    drop       dropout before the head, a probability
+    head_scale factor on the head's first weights
+    Other arguments as VideoMAE.
+    """
+
+    def __init__(self, size="base", *, classes, frames=16, image_size=224, tubelet=2, channels=3,
+                 positions="sinusoid", bias="qv", cosine=False, layer_scale=None, drop_path=0.0,
+                 drop=0.0, pool="mean", eps=1e-6, head_eps=1e-6, head_scale=0.001):
+        super().__init__()
+        size = SIZES[size] if isinstance(size, str) else size
+        if pool not in ("mean", "first"):
+            raise ValueError(f"pool is {pool!r}: choose mean or first")
+        self.config = {"model": "VideoClassifier", "size": asdict(size), "classes": classes,
+                       "frames": frames, "image_size": list(pair(image_size)), "tubelet": tubelet,
+                       "channels": channels, "positions": positions, "bias": bias, "cosine": cosine,
+                       "layer_scale": layer_scale, "pool": pool, "eps": eps, "head_eps": head_eps}
+        self.encoder = Encoder(size, frames=frames, image_size=image_size, channels=channels,
+                               tubelet=tubelet, positions=positions, drop_path=drop_path, bias=bias,
+                               cosine=cosine, layer_scale=layer_scale, eps=eps, norm=pool == "first")
+        self.fc_norm = nn.LayerNorm(size.width, eps=head_eps) if pool == "mean" else nn.Identity()
+        self.drop = nn.Dropout(drop)
+        self.head = nn.Linear(size.width, classes) if classes else nn.Identity()
+        self.pool = pool
+        for module in self.encoder.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if classes:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            self.head.weight.data.mul_(head_scale)
+
+    def features(self, video):
+        """video (B, C, T, H, W) -> (B, D), what the head sees."""
+        tokens = self.encoder(video)
+        return self.fc_norm(tokens.mean(dim=1)) if self.pool == "mean" else tokens[:, 0]
+
+    def forward(self, video):
+        """video (B, C, T, H, W) float, ImageNet-normalised -> logits (B, Y)."""
+        return self.head(self.drop(self.features(video)))
+
+    @classmethod
+    def from_config(cls, config):
+        """Build from the configuration that a run saved (config.json)."""
+        config = {key: value for key, value in config.items() if key != "model"}
+        return cls(Size(**config.pop("size")), **config)
+
+    @classmethod
+    def from_official(cls, source, *, heads=None, frames=None, image_size=None, positions="sinusoid"):
+        """Load fine-tuned VideoMAE, InternVideo, VideoMAE V2 or Hugging Face weights.
+
+        Arguments, result and errors as VideoMAE.from_official. A file without a head loads as a
+        feature extractor (classes = 0).
+        """
+        file = OfficialFile(source, pretraining=False)
+        if file.config.get("model") == "VideoClassifier":
+            return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
+        if file.has("encoder_to_decoder.weight") or file.has("mask_token"):
+            raise WeightsError(f"{file.name}: a pretraining file, without a classifier; it loads with "
+                               "VideoMAE.from_official")
+        size, options = file.encoder(heads, frames, image_size, positions)
+        norms = ("fc_norm.", "encoder.norm.")
+        pool = "mean"
+        if not file.has("fc_norm.weight") and file.spell("encoder.norm.weight") in file.tensors:
+            pool = "first"
+        head = [key for key in ("head.weight", "head.bias") if file.spell(key) in file.tensors]
+        classes = file.sizes(head[0])[0] if head else 0
+        norm = norms[pool == "first"]
+        rules = (file.encoder_rules(size, options) + file.pairs(norm, norm)
+                 + (file.pairs("head.", "head.") if classes else []))
+        model = cls(size, classes=classes, pool=pool, **options)
+        return weights.fill(model, file.tensors, rules, name=file.name).eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# What is to be painted
+
+
+def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=2):
+    """The pixels that the model shall paint (VideoMAE, Sec. 3.3; "Masked Autoencoders Are Scalable
+    Vision Learners", arXiv 2111.06377, Sec. 3, Reconstruction target).
+
+    video      (B, 3, T, H, W) float, ImageNet-normalised
+    hidden     (B, N) bool, True = wanted here
+    normalise  True: of every tubelet and channel, subtract the mean and divide by the standard
+               deviation (unbiased; 1e-6 added after the root). False: pixels in [0, 1].
+    patch      side of a tubelet in pixels; default: what fits N, the length of `hidden`
+    returns    (B, Nm, P), P in the order frame, row, column, colour
+    """
+    B, C, T, H, W = video.shape
+    if patch is None:
+        patch = round((T // tubelet * H * W / hidden.shape[1]) ** 0.5)
+    if (T // tubelet) * (H // patch) * (W // patch) != hidden.shape[1]:
+        raise ValueError(f"a mask of {hidden.shape[1]} tokens does not fit a clip of {T} frames of "
+                         f"{H} x {W} pixels in tubelets of {tubelet} x {patch} x {patch}")
+    _, wanted = split(hidden)
+    tubelets = wanted_tubelets(video, wanted.to(video.device), patch, tubelet)
+    if normalise:
+        mean, std = tubelet_statistics(tubelets)
+        tubelets = (tubelets - mean) / std
+    return tubelets.transpose(2, 3).flatten(2)
+
+
+def wanted_tubelets(video, wanted, patch, tubelet):
+    """Tubelets (B, Nm, 3, pixels) as colours in [0, 1]."""
+    mean, std = (torch.tensor(x, device=video.device).to(video.dtype)[:, None]
+                 for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return take_tubelets(video, wanted, patch, tubelet) * std + mean
+
+
+def tubelet_statistics(tubelets):
+    """Mean, and standard deviation plus 1e-6, of each tubelet and channel: (B, Nm, 3, 1) each."""
+    var, mean = torch.var_mean(tubelets, dim=-1, keepdim=True)
+    return mean, var.sqrt() + 1e-6
+
+
+def reconstruction_loss(prediction, target, weight=None):
+    """Mean squared error over all numbers of the hidden tubelets; predicting 0 costs about 1.
+
+    prediction, target  (B, Nm, P)
+    weight              (B, Nm) or None: how much each token counts. VideoMAE V2 decodes some tokens
+                        that the encoder saw; they get weight 0.
+    """
+    error = (prediction.float() - target.float()) ** 2 if prediction.dtype != torch.float64 \
+        else (prediction - target) ** 2
+    if weight is None:
+        return error.mean()
+    weight = weight.to(error.dtype)
+    return (error.mean(dim=-1) * weight).sum() / weight.sum()
+
+
+# ------------------------------------------------------------------------------------------------
+# Official weights
+
+# How Hugging Face names what the official files call otherwise, in network order. The three in
+# braces are stacked into one matrix.
+HUGGING_FACE = (
+    (r"^encoder\.patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
+    (r"^encoder\.blocks\.", "videomae.encoder.layer."),
+    (r"^encoder\.norm\.", "videomae.layernorm."),
+    (r"^decoder\.blocks\.", "decoder.decoder_layers."),
+    (r"norm1\.", "layernorm_before."),
+    (r"attn\.qkv\.weight", "attention.attention.{query,key,value}.weight"),
+    (r"attn\.([qv]_bias)", r"attention.attention.\1"),
+    (r"attn\.proj\.", "attention.output.dense."),
+    (r"norm2\.", "layernorm_after."),
+    (r"mlp\.fc1\.", "intermediate.dense."),
+    (r"mlp\.fc2\.", "output.dense."),
+    (r"^head\.", "classifier."),
+)
+# transformers 5 spells the two biases like any other layer's.
+HUGGING_FACE_5 = HUGGING_FACE + ((r"attention\.q_bias", "attention.query.bias"),
+                                 (r"attention\.v_bias", "attention.value.bias"))
+FINE_TUNED = ((r"^encoder\.", ""),)  # the official classifier is the encoder, without a prefix
+
+# Width -> heads of the published models; other widths have heads of 64.
+USUAL_HEADS = {640: 8, 1280: 16, 1408: 16, 1664: 16}
+
+
+class OfficialFile:
+    """An official file, seen through the names of the official pretraining model."""
+
+    def __init__(self, source, pretraining):
+        self.tensors, self.config = weights.read(source)
+        self.name = "the dict of weights" if isinstance(source, dict) else str(source)
+        self.hugging_face = any(key.startswith("videomae.") for key in self.tensors)
+        self.respellings = () if pretraining else FINE_TUNED
+        if self.hugging_face:
+            new = any(key.endswith("attention.query.bias") for key in self.tensors)
+            self.respellings = HUGGING_FACE_5 if new else HUGGING_FACE
+
+    def spell(self, name):
+        """What this file calls the tensor that the official pretraining model calls `name`."""
+        for pattern, replacement in self.respellings:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def rule(self, ours, official, convert=None):
+        """A weights.Rule in this file's spelling."""
+        name = self.spell(official)
+        if "{" in name:
+            before, middle, after = re.split("[{}]", name)
+            name = tuple(before + part + after for part in middle.split(","))
+        return Rule(ours, name, convert)
+
+    def sizes(self, name, axis=0, blocks=None):
+        """What a tensor, or the same tensor of each block, says about a size: the majority wins, so
+        that one damaged tensor is named alone when the model is filled."""
+        names = [name] if blocks is None else [
+            f"{blocks}{i}.{name}" for i in range(self.depth(blocks))]
+        names = [self.spell(name) for name in names]
+        found = [self.tensors[key].shape[axis] for key in names
+                 if key in self.tensors and self.tensors[key].ndim > axis]
+        if not found:
+            raise WeightsError(f"{self.name}: missing: {names[0] if names else self.spell(blocks) + '0.*'}")
+        return found
+
+    def depth(self, blocks):
+        return weights.depth_of(self.tensors, self.spell(blocks))
+
+    def width(self, blocks):
+        return weights.commonest(self.sizes("norm1.weight", blocks=blocks)
+                                 + self.sizes("norm2.weight", blocks=blocks)
+                                 + self.sizes("mlp.fc2.bias", blocks=blocks))
+
+    def mlp_width(self, blocks):
+        return weights.commonest(self.sizes("mlp.fc1.bias", blocks=blocks))
+
+    def heads(self, width, keyword):
+        if width not in USUAL_HEADS and width % 64:
+            raise WeightsError(f"{self.name}: shapes cannot tell how many heads a width of {width} "
+                               f"has; pass {keyword}=")
+        return USUAL_HEADS.get(width, width // 64)
+
+    def has(self, ending):
+        return any(key.endswith(ending) for key in self.tensors)
+
+    def encoder(self, heads, frames, image_size, positions):
+        """Size (without a decoder) and constructor options, read off the shapes."""
+        kernel = self.spell("encoder.patch_embed.proj.weight")
+        _, channels, tubelet, patch, across = weights.shape_of(self.tensors, kernel, 5, self.name)
+        if patch != across:
+            raise WeightsError(f"{self.name}: wrong shape: {kernel} has patches of {patch} x {across}")
+        width = self.width("encoder.blocks.")
+        size = Size(width, self.depth("encoder.blocks."), heads or self.heads(width, "heads"),
+                    self.mlp_width("encoder.blocks."), patch, 0, 0, 0, 0)
+        # Hugging Face files always have the biases: an early transformers 5 lost them in a renaming
+        # and went on with zeros, so a file without them is refused.
+        biased = self.hugging_face or self.has(".attn.q_bias") or self.has(".attn.v_bias")
+        options = dict(
+            frames=frames or 16, image_size=image_size or 224, tubelet=tubelet, channels=channels,
+            positions="stored" if "pos_embed" in self.tensors else positions,
+            bias="qv" if biased else "none", cosine=self.has(".attn.scale"),
+            layer_scale=1.0 if self.has(".gamma_1") or self.has(".gamma_2") else None,
+            eps=1e-12 if self.hugging_face else 1e-6, head_eps=1e-5 if self.hugging_face else 1e-6)
+        return size, options
+
+    def pairs(self, ours, official):
+        return [self.rule(ours + part, official + part) for part in ("weight", "bias")]
+
+    def encoder_rules(self, size, options):
+        """Key map of embedding and blocks."""
+        kernel = "encoder.patch_embed.proj."
+        stored = [Rule("encoder.stored", "pos_embed")] if options["positions"] == "stored" else []
+        return ([self.rule("encoder.embed.weight", kernel + "weight", kernel_as_matrix),
+                 self.rule("encoder.embed.bias", kernel + "bias")] + stored
+                + self.block_rules("encoder.blocks.", size.depth, options))
+
+    def block_rules(self, blocks, depth, options):
+        """Key map of `depth` blocks, in network order; our names are the official ones but for
+        temperature and gamma."""
+        rules = []
+        for i in range(depth):
+            a = f"{blocks}{i}."
+            rules += self.pairs(a + "norm1.", a + "norm1.")
+            rules.append(self.rule(a + "attn.qkv.weight", a + "attn.qkv.weight"))
+            if options["bias"] == "qv":
+                rules += [self.rule(a + name, a + name) for name in ("attn.q_bias", "attn.v_bias")]
+            if options["cosine"]:
+                rules.append(self.rule(a + "attn.temperature", a + "attn.scale"))
+            rules += self.pairs(a + "attn.proj.", a + "attn.proj.")
+            if options["layer_scale"] is not None:
+                rules += [self.rule(a + f"gamma{n}", a + f"gamma_{n}") for n in (1, 2)]
+            for part in ("norm2.", "mlp.fc1.", "mlp.fc2."):
+                rules += self.pairs(a + part, a + part)
+        return rules
+
+
+def kernel_as_matrix(kernel):
+    """A convolution whose stride is its size is a matrix: (D, C, tubelet, p, p) -> (D, C*tubelet*p*p)."""
+    return kernel.flatten(1) if kernel.ndim == 5 else kernel
