@@ -702,3 +702,139 @@ class OfficialFile:
 def kernel_as_matrix(kernel):
     """A convolution whose stride is its size is a matrix: (D, C, tubelet, p, p) -> (D, C*tubelet*p*p)."""
     return kernel.flatten(1) if kernel.ndim == 5 else kernel
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@torch.no_grad()
+def paint(model, video, hidden):
+    """What the model makes of a masked clip, as pictures.
+
+    video, hidden  as VideoMAE.forward
+    returns        {"input", "seen", "painted", "borrowed"}, each (B, 3, T, H, W) float in [0, 1]. A model
+                   of normalised pixels knows structure, not brightness: "painted" borrows mean and
+                   contrast of each hidden tubelet from the input. "borrowed" shows that loan with
+                   nothing painted on it, so that one can see what the model itself added.
+    """
+    patch, tubelet = model.encoder.patch, model.encoder.tubelet
+    _, wanted = split(hidden)
+    wanted = wanted.to(video.device)
+    mean, std = (torch.tensor(x, device=video.device).view(3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = video * std + mean
+    true = wanted_tubelets(video, wanted, patch, tubelet)                    # (B, Nm, 3, pixels)
+    guess = model(video, hidden).float().unflatten(-1, (-1, 3)).transpose(2, 3)
+    middle, contrast = tubelet_statistics(true)
+    if model.config["normalised"]:
+        guess = guess * contrast + middle
+    pictures = {"input": true, "seen": torch.full_like(true, 0.5), "painted": guess,
+                "borrowed": middle.expand_as(true)}
+    return {name: put_tubelets(pixels, wanted, tubelets, patch, tubelet).clamp(0, 1)
+            for name, tubelets in pictures.items()}
+
+
+def draw(model, video, hidden, path, title=""):
+    """Write a strip of frames to `path` (.png) and the moving picture beside it (.gif).
+
+    video (1, 3, T, H, W), hidden (1, N): one clip, as `paint`.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    pictures = paint(model, video, hidden)
+    loan = "mean and contrast\nborrowed from input" if model.config["normalised"] else "nothing borrowed"
+    labels = {"input": "input", "seen": f"what the encoder saw\n({1 - hidden.float().mean():.0%})",
+              "painted": f"reconstruction\n({loan})", "borrowed": "what was borrowed:\nthe mean alone"}
+    if not model.config["normalised"]:
+        del pictures["borrowed"]
+    T, H, W = video.shape[2:]
+    shown = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
+    figure, axes = plt.subplots(len(pictures), len(shown), squeeze=False, facecolor="white",
+                                figsize=(1.3 * len(shown) * W / H + 1.7, 1.35 * len(pictures) + 0.5))
+    for row, (name, clip) in zip(axes, pictures.items()):
+        for axis, frame in zip(row, shown):
+            axis.imshow(clip[0, :, frame].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if name == "input":
+                axis.set_title(f"frame {frame}", fontsize=8)
+        row[0].set_ylabel(labels[name], fontsize=8, rotation=0, ha="right", va="center")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+    side_by_side = torch.cat([clip[0] for clip in pictures.values()], dim=-1)  # (3, T, H, rows*W)
+    zoom = max(1, 144 // H)
+    frames = (side_by_side.permute(1, 2, 3, 0) * 255).round().byte().cpu()
+    frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=120, loop=0)
+
+
+def main(argv=None):
+    """`python mae.py`: the shapes, step by step. `python mae.py VIDEO --weights FILE`: its picture."""
+    import argparse
+    import sys
+    from pathlib import Path
+
+    import data
+
+    parser = argparse.ArgumentParser(description="Hide most of a video and paint it back.")
+    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
+    parser.add_argument("--weights", help="a run's folder or official pretraining weights; "
+                                          "default: an untrained tiny model")
+    parser.add_argument("--mask-ratio", "--mask_ratio", type=float, default=0.9,
+                        help="share of each frame to hide, 0 to 1 (paper: 0.9)")
+    parser.add_argument("--seed", type=int, default=0, help="which places are hidden")
+    parser.add_argument("--out", default="runs/reconstruction.png", help="where the picture goes (.png)")
+    args = parser.parse_args(argv)
+    try:
+        model = VideoMAE.from_official(args.weights) if args.weights else VideoMAE("tiny", image_size=64)
+        T, (H, W) = model.config["frames"], model.config["image_size"]
+        if args.video:
+            count = data.probe(args.video).frames
+            clip = data.read_clip(args.video, data.dense_indices(count, T, 4), min(H, W))
+            top, left = (clip.shape[1] - H) // 2, (clip.shape[2] - W) // 2
+            clip = clip[:, top:top + H, left:left + W]
+        else:
+            clip = data.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
+        t, h, w = model.grid
+        if not 0 < int(args.mask_ratio * h * w) < h * w:
+            raise ValueError(f"--mask-ratio {args.mask_ratio}: must leave at least one of the "
+                             f"{h * w} places of a frame visible and hide at least one")
+        video = data.normalise(torch.as_tensor(clip)[None], IMAGENET_MEAN, IMAGENET_STD)
+        hidden = tube_mask(1, model.grid, args.mask_ratio, torch.Generator().manual_seed(args.seed))
+        explain(model, video, hidden)
+        path = Path(args.out).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(model, video, hidden, path, "" if args.weights else "an untrained model: pass --weights")
+        print(f"drawn: {path} and {path.with_suffix('.gif')}")
+    except (WeightsError, data.DataError, ValueError) as error:
+        print(f"mae.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@torch.no_grad()
+def explain(model, video, hidden):
+    """Print what happens to a clip, shape by shape."""
+    visible, wanted = split(hidden)
+    t, h, w = model.grid
+    encoded = model.encoder(video, visible)
+    target = reconstruction_target(video, hidden, patch=model.encoder.patch, tubelet=model.encoder.tubelet)
+    loss = reconstruction_loss(model(video, hidden), target)
+    for name, value in (
+            ("video (B, C, T, H, W)", tuple(video.shape)),
+            (f"token grid t x h x w = {t} x {h} x {w}", f"N = {t * h * w} tokens"),
+            ("hidden in every frame", f"{int(hidden[0, :h * w].sum())} of {h * w} places"),
+            ("shown to the encoder (B, Nv, D)", tuple(encoded.shape)),
+            ("to be painted (B, Nm, P)", tuple(target.shape)),
+            ("loss on this clip (painting nothing costs 1)", f"{loss:.3f}")):
+        print(f"{name:48s} {value}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,690 @@
+"""Every stage of InternVideo, side by side, driven by one loop.
+
+    python train.py                       the default run: every stage, on built-in clips, on a CPU
+    python train.py mae                   one stage; `python train.py mae --help` lists its flags
+    python train.py mae --data DIR        ... on your videos
+    python train.py mae --steps 0 --weights RUN    evaluate only
+    python train.py mae --resume          go on where the last run stopped
+
+Why: the stages differ in model, data, loss and recipe, and in nothing else. So each is a card: a
+dataclass whose fields are the recipe (and, generated from them, the flags) and whose methods are
+the behaviour. One loop, `fit`, runs any card and knows none by name.
+
+    card.build() ----------> model --+
+    card.datasets() --batches--------+--> fit: loss, backward, clip, AdamW, schedule, log,
+    card.loss(model, batch, rng) ----+         evaluate, checkpoint, resume ----> out/
+
+The idea, in steps:
+1. `Stage` holds the knobs that all stages share; a card adds its own and overrides defaults.
+2. Equations live in the components (mae.reconstruction_loss), choices on the cards (mask ratio).
+3. Randomness is a function of (seed, step) alone: masks, dropout and the choice of clips are drawn
+   from generators seeded so. There is no loader state to save, and a run that was killed and
+   resumed ends with the same weights, bit for bit.
+4. Evaluation seeds itself: the same held-out clips, the same masks, every time.
+
+What lies in --out afterwards: `log.jsonl` (a line per logged step), `metrics.json` (the last
+evaluation and the settings), `model.safetensors` with `config.json` (what others load), `last.pt`
+(what --resume needs) and the pictures.
+
+Numbers: the default run takes minutes on two CPU cores; README.md has the table it prints.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import mae
+import weights
+
+
+class Mistake(ValueError):
+    """Something the user can put right; the message is one line. Exit code 2."""
+
+
+def flag(default, help, low=None, high=None, choices=None):
+    """A field of a card: a default and, for the command line, help with a unit and the legal range."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+# ------------------------------------------------------------------------------------------------
+# The knobs that every stage shares
+
+
+@dataclass
+class Stage:
+    """A recipe. Cards inherit the fields below and define `build`, `datasets`, `loss`; they may
+    redefine `evaluate`, `note` and `pictures`."""
+
+    data: str = flag("", "folder of videos, or a list of `path label` lines; default: generated moving shapes")
+    val_data: str = flag("", "the same for evaluation; default: every tenth file of --data")
+    out: str = flag("", "folder for logs, weights and pictures; default: runs/<stage>")
+    weights: str = flag("", "start from these weights: a run's folder or an official file")
+    resume: bool = flag(False, "go on from last.pt in --out; starts anew where there is none")
+    steps: int = flag(1000, "optimiser steps; 0 = evaluate only", low=0)
+    batch_size: int = flag(32, "clips per process and step", low=1)
+    accum: int = flag(1, "micro-batches per step: more clips a step, no more memory", low=1)
+    blr: float = flag(1.5e-4, "learning rate at 256 clips a step; scaled by clips/256", low=0)
+    lr: float = flag(0.0, "learning rate as it is; overrides --blr when above 0", low=0)
+    min_lr: float = flag(0.01, "final learning rate as a fraction of the peak", low=0, high=1)
+    warmup: float = flag(0.05, "share of the steps that warm up linearly from 0", low=0, high=1)
+    weight_decay: float = flag(0.05, "AdamW weight decay, on matrices only", low=0)
+    beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=1)
+    clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
+    ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; 0 = none",
+                      low=0, high=1)
+    seed: int = flag(0, "of everything random", low=0)
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
+                          choices=("auto", "bf16", "fp32"))
+    recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
+    workers: int = flag(1, "processes that prepare clips; 0 = in the training process", low=0)
+    eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
+    eval_every: int = flag(0, "steps between evaluations; 0 = ten times in the run", low=0)
+    save_every: int = flag(100, "steps between checkpoints", low=1)
+    log_every: int = flag(10, "steps between lines of log.jsonl", low=1)
+    dry_run: bool = flag(False, "print parameters, FLOPs per clip and memory, then stop")
+
+    def autocast(self):
+        """Run networks, not losses, in bfloat16 where --precision says so."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def evaluate(self, model, batches):
+        """Mean of the training metrics over held-out batches -> {name: float}."""
+        total, clips = {}, 0
+        for i, batch in enumerate(batches):
+            _, metrics = self.loss(model, batch, generator(self.seed, "evaluation", i))
+            count = len(batch["video"])
+            for name, value in metrics.items():
+                total[name] = total.get(name, 0.0) + float(value) * count
+            clips += count
+        return {f"val_{name}": value / clips for name, value in total.items()}
+
+    def note(self):
+        """What a reader must know to judge the curve, printed at the start."""
+        return ""
+
+    def pictures(self, model, batch, folder):
+        """Draw what the stage learned on one held-out batch; returns the paths."""
+        return []
+
+
+# ------------------------------------------------------------------------------------------------
+# The cards
+
+
+@dataclass
+class MAE(Stage):
+    """Stage one: masked video modelling (InternVideo, Sec. 3.2; VideoMAE, arXiv 2203.12602).
+
+    Hide 90 % of each clip in tubes, paint it back, keep the encoder."""
+
+    steps: int = flag(1500, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
+                      low=0)
+    blr: float = flag(4e-3, "learning rate at 256 clips a step; scaled by clips/256 (paper: 1.5e-4)", low=0)
+    warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 40 of 800 epochs)",
+                         low=0, high=1)
+    batch_size: int = flag(32, "clips per process and step (paper: 1024 in all)", low=1)
+    beta2: float = flag(0.95, "AdamW second-moment decay (paper: 0.95)", low=0, high=1)
+    model: str = flag("tiny", "size of the network (paper: base, large, huge)", choices=tuple(mae.SIZES))
+    num_frames: int = flag(16, "frames per clip (paper: 16)", low=1)
+    input_size: int = flag(64, "height and width in pixels (paper: 224)", low=1)
+    sampling_rate: int = flag(4, "a clip takes every n-th frame of a video (paper: 4; 2 on Something-Something)",
+                              low=1)
+    sampling: str = flag("dense", "dense = neighbouring frames, segment = spread over the video",
+                         choices=("dense", "segment"))
+    mask_ratio: float = flag(0.9, "share of each frame that is hidden (paper: 0.9)", low=0, high=1)
+    mask_type: str = flag("tube", "tube = same places in every frame (paper: tube)", choices=tuple(mae.MASKS))
+    dual_mask: bool = flag(False, "decode half of the tokens only (VideoMAE V2, running cells)")
+    normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel (paper: yes)")
+    decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
+    drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
+
+    def build(self):
+        if self.weights:
+            model = mae.VideoMAE.from_official(self.weights, frames=self.num_frames,
+                                               image_size=self.input_size)
+        else:
+            size = mae.SIZES[self.model]
+            if self.decoder_depth:
+                size = dataclasses.replace(size, decoder_depth=self.decoder_depth)
+            try:
+                model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
+                                     drop_path=self.drop_path, normalised=self.normalise)
+            except ValueError as error:
+                raise Mistake(f"--num-frames, --input-size: {error}") from None
+        t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
+        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
+        if not 0 < int(self.mask_ratio * places) < places:
+            raise Mistake(f"--mask-ratio {self.mask_ratio}: must hide at least one of the {places} {unit} "
+                          "and leave at least one")
+        if self.dual_mask and (h % 2 or w % 2):
+            raise Mistake(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
+        model.recompute(self.recompute)
+        return model
+
+    def datasets(self):
+        return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate)
+
+    def loss(self, model, batch, rng):
+        video = data.normalise(batch["video"], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+        grid = model.encoder.grid_of(*video.shape[2:])
+        hidden = mae.MASKS[self.mask_type](len(video), grid, self.mask_ratio, rng)
+        patch, tubelet = model.encoder.patch, model.encoder.tubelet
+        wanted, skipped, weight = hidden, None, None
+        if self.dual_mask:
+            skipped = mae.running_cell_mask(len(video), grid, rng)
+            wanted = ~skipped
+            weight = mae.gather(hidden[..., None], mae.split(wanted)[1])[..., 0].to(video.device)
+        target = mae.reconstruction_target(video, wanted, self.normalise, patch=patch, tubelet=tubelet)
+        with self.autocast():
+            prediction = model(video, hidden, skipped)
+        loss = mae.reconstruction_loss(prediction, target, weight)
+        trivial = mae.reconstruction_loss(torch.zeros_like(target), target, weight) if self.normalise else None
+        return loss, {"loss": loss.detach()} | ({} if trivial is None else {"trivial_loss": trivial})
+
+    def note(self):
+        if not self.normalise:
+            return "targets are pixels in [0, 1]: the loss is a squared brightness error"
+        return ("painting every hidden tubelet with its mean alone costs 1.0: that is the trivial baseline. "
+                "A good loss is not near 0, for fine texture and noise cannot be foreseen")
+
+    def pictures(self, model, batch, folder):
+        paths = []
+        grid = model.encoder.grid_of(*batch["video"].shape[1:4])
+        for i in range(min(4, len(batch["video"]))):
+            video = data.normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+            hidden = mae.MASKS[self.mask_type](1, grid, self.mask_ratio, generator(self.seed, "picture", i))
+            path = folder / f"reconstruction_{i}.png"
+            title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
+            mae.draw(model, video, hidden, path, f"held-out clip: {title}")
+            paths += [path, path.with_suffix(".gif")]
+        return paths
+
+
+STAGES = {"mae": MAE}
+DEFAULT_RUN = ("mae",)
+
+
+def clips(stage, frames, size, sampling="dense", rate=4):
+    """(training set, held-out set) of what --data names, or of moving shapes."""
+    if not stage.data:
+        return (data.MovingShapes("train", frames, size, stage.seed),
+                data.MovingShapes("val", frames, size, stage.seed))
+    options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed)
+    if stage.val_data:
+        train = data.VideoFiles(stage.data, train=True, **options)
+        held_out = data.VideoFiles(stage.val_data, train=False, **options)
+    else:
+        train, held_out = data.split_files(stage.data, **options)
+    print(f"--data {train.summary()}")
+    print(f"held out: {len(held_out)} files")
+    return train, held_out
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
+
+
+def generator(seed, *parts):
+    """A torch.Generator on the CPU whose state is a function of its arguments alone."""
+    words = [seed] + [zlib.crc32(str(part).encode()) for part in parts]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+
+
+def learning_rate(stage, step):
+    """Rate of step 0, 1, ...: linear warm-up from 0, then half a cosine down to min_lr of the peak."""
+    peak = stage.lr or stage.blr * stage.batch_size * stage.accum / 256
+    warm = int(stage.warmup * stage.steps)
+    if step < warm:
+        return peak * step / warm
+    progress = (step - warm) / max(1, stage.steps - warm)
+    return peak * (stage.min_lr + (1 - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def parameter_groups(model, weight_decay):
+    """Decay matrices only: not biases, norms, nor learned tokens, whose size means something."""
+    decay, keep = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (keep if parameter.ndim < 2 or name.endswith("_token") else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+
+
+class Average:
+    """Exponential moving average of the weights (Polyak), kept in float32."""
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model):
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.state[key].lerp_(value, 1 - self.decay)
+            else:
+                self.state[key].copy_(value)
+
+    @contextlib.contextmanager
+    def in_place(self, model):
+        """The model with averaged weights, for a while."""
+        own = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        model.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
+
+
+class Log:
+    """log.jsonl: one JSON object per line. After a resume, lines past the checkpoint go."""
+
+    def __init__(self, path, step):
+        self.path = path
+        kept = []
+        if step and path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line may have been cut off by a kill
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+        weights.write_aside(path, lambda aside: Path(aside).write_text("".join(x + "\n" for x in kept)))
+
+    def write(self, **values):
+        with open(self.path, "a") as file:
+            file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v
+                                   for k, v in values.items()}) + "\n")
+
+
+def choose_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise Mistake(f"--device {name}: not available here; use cpu"
+                      + (" or cuda" if torch.cuda.is_available() else "")) from None
+    return str(device)
+
+
+def choose_precision(name, device):
+    """bf16 where the processor multiplies bfloat16 itself; elsewhere it would be emulated, slowly."""
+    if name != "auto":
+        return name
+    if device.startswith("cuda"):
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch before 2.13
+        fast = bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") or known())
+    return "bf16" if fast else "fp32"
+
+
+def memory_mib(device):
+    """Most memory used so far, in MiB: of the GPU, or of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def to_device(batch, device):
+    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()}
+
+
+def settings_of(stage):
+    return dataclasses.asdict(stage)
+
+
+FREE_TO_CHANGE = {"out", "resume", "device", "workers", "steps", "eval_every", "save_every", "log_every",
+                  "eval_clips", "dry_run", "weights"}
+
+
+def resume_from(path, stage):
+    """The checkpoint at `path`, or None; Mistake where its recipe is not this one."""
+    if not path.exists():
+        print(f"nothing to resume in {path.parent}: starting at step 0")
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a torn file makes torch raise
+        raise Mistake(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:80]}); "
+                      "start anew without --resume") from None
+    other = {key: value for key, value in saved["settings"].items()
+             if key not in FREE_TO_CHANGE and getattr(stage, key, value) != value}
+    if other:
+        raise Mistake(f"{path} was made with " + ", ".join(f"--{key.replace('_', '-')} {value}"
+                      for key, value in other.items()) + ": resume with the same, or use another --out")
+    if saved["settings"]["steps"] != stage.steps:
+        print(f"--steps was {saved['settings']['steps']} and is {stage.steps} now: the learning rate "
+              "follows the new schedule from here on")
+    return saved
+
+
+def keep_old_run(out):
+    """Move what an earlier run left in `out` into out/previous-N: nothing is overwritten."""
+    names = ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "last.pt")
+    found = [out / name for name in names if (out / name).exists()]
+    if not found:
+        return
+    n = 1
+    while (out / f"previous-{n}").exists():
+        n += 1
+    (out / f"previous-{n}").mkdir()
+    for path in found + sorted(out.glob("*.png")) + sorted(out.glob("*.gif")):
+        path.rename(out / f"previous-{n}" / path.name)
+    print(f"{out} holds an earlier run: moved to {out}/previous-{n} (--resume would go on with it)")
+
+
+def fit(stage, name):
+    """Train, evaluate and save one stage; returns its metrics. Names no stage."""
+    out = Path(stage.out or f"runs/{name}")
+    stage.out = str(out)
+    stage.device = choose_device(stage.device)
+    stage.precision = choose_precision(stage.precision, stage.device)
+    torch.manual_seed(stage.seed)
+    model = stage.build().to(stage.device)
+    if stage.dry_run:
+        return dry_run(stage, model)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not stage.resume:
+            keep_old_run(out)
+    except OSError as error:
+        raise Mistake(f"--out {out}: {error.strerror}") from None
+    train_set, held_out_set = stage.datasets()
+
+    optimiser = torch.optim.AdamW(parameter_groups(model, stage.weight_decay), lr=0.0, fused=True,
+                                  betas=(0.9, stage.beta2))
+    average = Average(model, stage.ema) if stage.ema else None
+    saved = resume_from(out / "last.pt", stage) if stage.resume else None
+    first, seconds_before = 0, 0.0
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        first, seconds_before = saved["step"], saved["seconds"]
+        if average:
+            average.state = {key: value.to(stage.device) for key, value in saved["average"].items()}
+    del saved
+
+    parameters = sum(p.numel() for p in model.parameters())
+    global_batch = stage.batch_size * stage.accum
+    print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {global_batch} clips, peak "
+          f"lr {stage.lr or stage.blr * global_batch / 256:.2e}, {stage.device}, {stage.precision}, "
+          f"{torch.get_num_threads()} threads -> {out}")
+    print("settings: " + json.dumps(settings_of(stage)))
+    if stage.note():
+        print("note: " + stage.note())
+    log = Log(out / "log.jsonl", first)
+    started = time.monotonic()
+
+    def save(step):
+        state = dict(step=step, model=model.state_dict(), optimiser=optimiser.state_dict(),
+                     average=average.state if average else None, settings=settings_of(stage),
+                     seconds=seconds_before + time.monotonic() - started)
+        weights.write_aside(out / "last.pt", lambda path: torch.save(state, path))
+
+    held_out = None
+
+    @torch.no_grad()
+    def evaluate(step):
+        nonlocal held_out
+        if held_out is None:
+            held_out = list(data.held_out(held_out_set, stage.eval_clips, stage.batch_size))
+        model.eval()
+        with average.in_place(model) if average else contextlib.nullcontext():
+            metrics = stage.evaluate(model, (to_device(batch, stage.device) for batch in held_out))
+        model.train()
+        metrics["val_clips"] = sum(len(batch["video"]) for batch in held_out)
+        log.write(step=step, **metrics)
+        return metrics
+
+    metrics = evaluate(first)
+    print(f"step {first}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    initial = {f"initial_{key}": value for key, value in metrics.items()} if first == 0 else {}
+    bad, stop = {}, []
+    previous = [(number, signal.signal(number, lambda number, _: stop.append(number)))
+                for number in (signal.SIGINT, signal.SIGTERM)]
+    bar = tqdm(total=stage.steps, initial=first, desc=name, unit="step", dynamic_ncols=True,
+               disable=stage.steps == 0, mininterval=0.5 if sys.stderr.isatty() else 15)
+    eval_every = stage.eval_every or max(1, stage.steps // 10)
+    batches = iter(data.batches(train_set, stage.batch_size, stage.seed, stage.steps * stage.accum,
+                                start=first * stage.accum, workers=stage.workers))
+    window = time.monotonic()
+    waited = seen = 0.0
+    step = first
+    try:
+        model.train()
+        while step < stage.steps and not stop:
+            rate = learning_rate(stage, step)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            torch.manual_seed(generator(stage.seed, "dropout", step).initial_seed())
+            sums = {}
+            for part in range(stage.accum):
+                asked = time.monotonic()
+                batch = next(batches)
+                waited += time.monotonic() - asked
+                for path, reason in batch.get("bad", ()):
+                    if path not in bad:
+                        bad[path] = reason
+                        bar.write(f"skipped: {reason}")
+                loss, values = stage.loss(model, to_device(batch, stage.device),
+                                          generator(stage.seed, "loss", step, part))
+                (loss / stage.accum).backward()
+                seen += len(batch["video"])
+                for key, value in values.items():
+                    sums[key] = sums.get(key, 0.0) + float(value) / stage.accum
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip_grad or math.inf))
+            if not math.isfinite(norm) or not all(map(math.isfinite, sums.values())):
+                save(step)
+                names = ", ".join(batch.get("path", ())) or "generated clips"
+                raise RuntimeError(f"step {step}: loss {sums.get('loss')}, gradient norm {norm}, lr {rate:.2e}, "
+                                   f"batch {names}: not finite; the weights before it are in {out}/last.pt; "
+                                   "try a lower --blr or --precision fp32")
+            optimiser.step()
+            optimiser.zero_grad()
+            if average:
+                average.update(model)
+            step += 1
+            bar.update()
+            if step % stage.log_every == 0 or step == stage.steps:
+                elapsed = time.monotonic() - window
+                speed = dict(clips_per_s=seen / elapsed, data_wait=waited / elapsed,
+                             memory_mib=round(memory_mib(stage.device)))
+                log.write(step=step, **sums, lr=rate, grad_norm=norm, **speed,
+                          seconds=seconds_before + time.monotonic() - started)
+                bar.set_postfix_str(f"loss {sums['loss']:.3f}, lr {rate:.1e}, {speed['clips_per_s']:.0f} clips/s, "
+                                    f"data {speed['data_wait']:.0%}, {speed['memory_mib']} MiB")
+                window, waited, seen = time.monotonic(), 0.0, 0.0
+            if step % eval_every == 0 or step == stage.steps:
+                metrics = evaluate(step)
+                bar.write(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+                window, waited, seen = time.monotonic(), 0.0, 0.0
+            if step % stage.save_every == 0 or step == stage.steps or stop:
+                save(step)
+    finally:
+        bar.close()
+        for number, handler in previous:
+            signal.signal(number, handler)
+        del batches
+    if stop:
+        save(step)
+        print(f"stopped at step {step} of {stage.steps}; go on with: python train.py {name} --resume --out {out} "
+              "and the same flags")
+        raise SystemExit(130)
+
+    held_bad = [pair for batch in held_out for pair in batch.get("bad", ())]
+    asked = metrics["val_clips"] + len(held_bad)
+    if held_bad:
+        print(f"evaluated {metrics['val_clips']} of {asked} held-out files; not readable: "
+              + "; ".join(reason for _, reason in held_bad))
+    if bad:
+        print(f"{len(bad)} unreadable training files were skipped (named above and in metrics.json)")
+    if (out / "metrics.json").exists() and not initial:
+        with contextlib.suppress(ValueError):
+            initial = {k: v for k, v in json.loads((out / "metrics.json").read_text()).items()
+                       if k.startswith("initial_")}
+    report = dict(stage=name, step=step, **metrics, **initial, parameters=parameters,
+                  seconds=round(seconds_before + time.monotonic() - started, 1),
+                  bad_files=bad | dict(held_bad), settings=settings_of(stage))
+    weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
+    with average.in_place(model) if average else contextlib.nullcontext():
+        weights.save(out, model, model.config)
+        model.eval()
+        drawn = stage.pictures(model, to_device(held_out[0], stage.device), out)
+    drawn += draw_curve(out, name)
+    print("pictures: " + ", ".join(str(path) for path in drawn))
+    print(f"{name}: done in {report['seconds']:.0f} s; " + ", ".join(
+        f"{key} {value:.4g}" for key, value in metrics.items()))
+    return report
+
+
+def draw_curve(out, name):
+    """loss.png: the training and held-out loss of log.jsonl; returns [its path]."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    figure, axis = plt.subplots(figsize=(6, 3.4), facecolor="white")
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-"),
+                              ("val_trivial_loss", "trivial baseline", "k--")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axis.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
+    axis.set(xlabel="step", ylabel="loss", title=f"{name}: loss")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "loss.png", dpi=110)
+    plt.close(figure)
+    return [out / "loss.png"]
+
+
+def dry_run(stage, model):
+    """Print size, FLOPs and memory of a step without taking one, counted on one or two clips."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    train_set, _ = stage.datasets()
+    batch = to_device(next(iter(data.batches(train_set, 1, stage.seed, 1))), stage.device)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train()
+    with FlopCounterMode(display=False) as counter, \
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = stage.loss(model, batch, generator(stage.seed, "dry run"))
+    forward = counter.get_total_flops()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(size for place, size in kept.items() if place not in own)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = 4 * parameters + 12 * trained + (4 * parameters if stage.ema else 0)
+    total = fixed + activations * stage.batch_size
+    print(f"parameters           {parameters / 1e6:10.2f} M, {trained / 1e6:.2f} M of them trained")
+    print(f"FLOPs per clip       {forward / 1e9:10.2f} G forward, about {3 * forward / 1e9:.2f} G with backward")
+    print(f"weights, gradients, AdamW {fixed / 2**20:5.0f} MiB")
+    print(f"activations          {activations * stage.batch_size / 2**20:10.0f} MiB for {stage.batch_size} clips")
+    print(f"expected memory      {total / 2**20:10.0f} MiB, plus the framework's own")
+    return dict(parameters=parameters, forward_flops=forward, expected_bytes=total)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"train.py: {message} (see python {self.prog} --help)\n")
+
+
+def parser_of(card, name):
+    """A card's fields as flags; --some-flag and --some_flag are the same."""
+    parser = Parser(prog=f"train.py {name}", description=card.__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(card):
+        info = field.metadata
+        options = dict(dest=field.name, default=field.default,
+                       help=info["help"].replace("%", "%%") + f" (default: {field.default})")
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= dict(type=field.type, choices=info["choices"],
+                            metavar=None if info["choices"] else field.name.upper())
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return parser
+
+
+def parse(card, name, argv):
+    """Command line -> card; Mistake where a value is out of range."""
+    argv = ["--" + arg[2:].split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]):]
+            if arg.startswith("--") else arg for arg in argv]
+    stage = card(**vars(parser_of(card, name).parse_args(argv)))
+    for field in dataclasses.fields(stage):
+        value, info = getattr(stage, field.name), field.metadata
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) \
+                or (info["high"] is not None and value > info["high"]):
+            limits = f"at least {info['low']}" + (f" and at most {info['high']}" if info["high"] is not None else "")
+            raise Mistake(f"--{field.name.replace('_', '-')} {value}: must be {limits}")
+    return stage
+
+
+def default_run():
+    """Every stage in turn, into runs/default. A stage that is done is not done again."""
+    started = time.monotonic()
+    for name in DEFAULT_RUN:
+        out = Path("runs/default") / name
+        if (out / "metrics.json").exists():
+            print(f"{name}: done already, see {out}/metrics.json")
+            continue
+        fit(STAGES[name](out=str(out), resume=True), name)
+    print(f"the default run took {time.monotonic() - started:.0f} s; its pictures and weights are in runs/default")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not argv:
+            default_run()
+        elif argv[0] in ("-h", "--help"):
+            print(__doc__)
+            print("stages: " + ", ".join(f"{name} ({card.__doc__.splitlines()[0]})" for name, card in STAGES.items()))
+        elif argv[0] not in STAGES:
+            raise Mistake(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the default run")
+        else:
+            fit(parse(STAGES[argv[0]], argv[0], argv[1:]), argv[0])
+    except (Mistake, weights.WeightsError, data.DataError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "not finite" not in str(error):
+            raise
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
