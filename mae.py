@@ -497,7 +497,11 @@ class VideoClassifier(nn.Module):
         if not file.has("fc_norm.weight") and file.spell("encoder.norm.weight") in file.tensors:
             pool = "first"
         head = [key for key in ("head.weight", "head.bias") if file.spell(key) in file.tensors]
-        classes = file.sizes(head[0])[0] if head else 0
+        classes = [file.sizes(key)[0] for key in head]
+        if len(set(classes)) > 1:
+            shapes = {file.spell(key): tuple(file.tensors[file.spell(key)].shape) for key in head}
+            raise WeightsError(f"{file.name}: wrong shape: the head's tensors disagree: {shapes}")
+        classes = classes[0] if head else 0
         norm = norms[pool == "first"]
         rules = (file.encoder_rules(size, options) + file.pairs(norm, norm)
                  + (file.pairs("head.", "head.") if classes else []))
@@ -637,7 +641,9 @@ class OfficialFile:
                                  + self.sizes("mlp.fc2.bias", blocks=blocks))
 
     def mlp_width(self, blocks):
-        return weights.commonest(self.sizes("mlp.fc1.bias", blocks=blocks))
+        return weights.commonest(self.sizes("mlp.fc1.bias", blocks=blocks)
+                                 + self.sizes("mlp.fc1.weight", blocks=blocks)
+                                 + self.sizes("mlp.fc2.weight", axis=1, blocks=blocks))
 
     def heads(self, width, keyword):
         if width not in USUAL_HEADS and width % 64:

@@ -1,0 +1,204 @@
+"""What is proved about attention.py:
+
+every kernel gives the written-out attention, values and gradients, for every mask;
+the future is invisible under a causal mask; a key bias changes nothing; a query that may look at
+nothing gets zeros; packed clips are what they would be alone; the last block may answer for some
+tokens only; sinusoids know distances; DropPath keeps the mean.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attention import (Attention, Block, DropPath, Mask, attention, gelu, quick_gelu, run_blocks,
+                       sinusoid_table, written_out)
+
+
+def masks(queries, keys):
+    """Every kind of mask, alone and together."""
+    is_token = torch.rand(2, keys) > 0.3
+    segments = torch.sort(torch.randint(0, 3, (2, keys)))[0]
+    asking = torch.sort(torch.randint(0, 3, (2, queries)))[0]
+    return {"none": None, "causal": Mask(causal=True), "padding": Mask(is_token=is_token),
+            "segments": Mask(segments=segments, query_segments=asking), "empty": Mask(),
+            "all": Mask(causal=True, is_token=is_token, segments=segments, query_segments=asking),
+            "nothing": Mask(is_token=torch.zeros(2, keys, dtype=torch.bool))}
+
+
+@pytest.mark.parametrize("kind", masks(1, 1))
+@pytest.mark.parametrize("queries, keys, heads", [(7, 7, 3), (1, 1, 3), (1, 9, 3), (4, 9, 3), (5, 5, 1)])
+def test_every_kernel_is_the_written_out_attention(kind, queries, keys, heads):
+    """The dispatch may pick what is fast only because the numbers are the same."""
+    torch.manual_seed(queries * 10 + keys)
+    mask = masks(queries, keys)[kind]
+    inputs = [torch.randn(2, n, size, 8, dtype=torch.float64, requires_grad=True)
+              for n, size in ((3, queries), (heads, keys), (heads, keys))]
+    # From first principles, with loops instead of tensor tricks.
+    allowed = torch.ones(2, queries, keys, dtype=torch.bool)
+    for b in range(2):
+        for i in range(queries):
+            for j in range(keys):
+                if mask is None:
+                    continue
+                if mask.causal and j > i + keys - queries:
+                    allowed[b, i, j] = False
+                if mask.is_token is not None and not mask.is_token[b, j]:
+                    allowed[b, i, j] = False
+                if mask.segments is not None and mask.segments[b, j] != mask.query_segments[b, i]:
+                    allowed[b, i, j] = False
+    q, k, v = inputs
+    scores = torch.einsum("bhik,bhjk->bhij", q, k.expand(-1, 3, -1, -1)) / 8**0.5
+    weights = scores.exp() * allowed[:, None]
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    expected = torch.einsum("bhij,bhjk->bhik", weights, v.expand(-1, 3, -1, -1))
+    upstream = torch.randn_like(expected)
+    reference = torch.autograd.grad(expected, inputs, upstream)
+    for kernel in ("auto", "written_out", "fused"):
+        out = attention(q, k, v, mask, kernel=kernel)
+        torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-10)
+        for got, want in zip(torch.autograd.grad(out, inputs, upstream), reference):
+            torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
+
+
+def test_a_query_that_may_look_at_nothing_gets_zeros_in_every_kernel():
+    q = torch.randn(1, 2, 3, 4)
+    mask = Mask(is_token=torch.zeros(1, 3, dtype=torch.bool))
+    for kernel in ("written_out", "fused"):
+        assert attention(q, q, q, mask, kernel=kernel).eq(0).all()
+
+
+def test_bfloat16_kernels_agree_within_their_rounding():
+    q, k, v = torch.randn(3, 2, 4, 50, 16)
+    exact = written_out(q, k, v)
+    for kernel in ("written_out", "fused"):
+        rough = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), kernel=kernel)
+        assert (rough.float() - exact).abs().max() < 0.03
+
+
+def test_an_unknown_kernel_is_named_with_the_choices():
+    with pytest.raises(ValueError, match="auto, written_out or fused"):
+        attention(*torch.zeros(3, 1, 1, 1, 1), kernel="flash")
+
+
+def test_changing_the_future_leaves_the_past_alone():
+    block = Block(16, 2).double()
+    x = torch.randn(1, 6, 16, dtype=torch.float64)
+    y = x.clone()
+    y[:, 4:] += 1
+    before, after = block(x, Mask(causal=True)), block(y, Mask(causal=True))
+    assert torch.equal(before[:, :4], after[:, :4]) and not torch.equal(before[:, 4:], after[:, 4:])
+
+
+def test_packed_clips_are_what_they_would_be_alone():
+    """Two clips of different length in one row, kept apart by segments, equal two single runs."""
+    block = Block(16, 2).double()
+    a, b = torch.randn(1, 3, 16, dtype=torch.float64), torch.randn(1, 5, 16, dtype=torch.float64)
+    packed = block(torch.cat([a, b], dim=1), Mask(segments=torch.tensor([[0] * 3 + [1] * 5])))
+    torch.testing.assert_close(packed, torch.cat([block(a), block(b)], dim=1), atol=1e-12, rtol=0)
+
+
+def test_padding_changes_nothing_for_real_tokens():
+    block = Block(16, 2).double()
+    x = torch.randn(1, 4, 16, dtype=torch.float64)
+    padded = torch.cat([x, torch.randn(1, 3, 16, dtype=torch.float64)], dim=1)
+    mask = Mask(is_token=torch.tensor([[True] * 4 + [False] * 3]))
+    torch.testing.assert_close(block(padded, mask)[:, :4], block(x), atol=1e-12, rtol=0)
+
+
+def test_cross_attention_to_oneself_is_self_attention():
+    cross = Attention(16, 4, context_width=16).double()
+    self_attention = Attention(16, 4).double()
+    own = cross.state_dict()
+    self_attention.load_state_dict({
+        "qkv.weight": torch.cat([own["q.weight"], own["kv.weight"]]),
+        "qkv.bias": torch.cat([own["q.bias"], own["kv.bias"]]),
+        "proj.weight": own["proj.weight"], "proj.bias": own["proj.bias"]})
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(cross(x, context=x), self_attention(x), atol=1e-12, rtol=0)
+
+
+def test_a_key_bias_never_changes_the_output():
+    """It adds q . bias to every score of a query alike; softmax cannot see that. So VideoMAE has none."""
+    layer = Attention(16, 4, bias="qkv").double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    before = layer(x)
+    with torch.no_grad():
+        layer.qkv.bias[16:32] += torch.randn(16, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), before, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("bias", ["qkv", "qv", "none"])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_asking_for_the_last_tokens_only_gives_the_same_numbers(bias, cosine):
+    block = Block(16, 2, bias=bias, cosine=cosine, layer_scale=0.5).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(block(x, last=3), block(x)[:, -3:], atol=1e-12, rtol=0)
+    blocks = torch.nn.ModuleList([block, Block(16, 2).double()])
+    torch.testing.assert_close(run_blocks(blocks, x, last=3), run_blocks(blocks, x)[:, -3:], atol=1e-12, rtol=0)
+
+
+def test_recomputing_activations_changes_no_number():
+    blocks = torch.nn.ModuleList([Block(16, 2, drop_path=0.3), Block(16, 2)])
+    x = torch.randn(4, 5, 16, requires_grad=True)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        out = run_blocks(blocks, x, recompute=recompute)
+        gradients.append(torch.autograd.grad(out.square().sum(), [x, *blocks.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_cosine_attention_ignores_the_length_of_queries_and_keys():
+    layer = Attention(16, 2, bias="none", cosine=True)
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        before = layer(x)
+        layer.qkv.weight[:32] *= 7
+    torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-4)
+
+
+def test_the_block_is_torchs_own_pre_norm_layer():
+    """Equality with something that others wrote: nn.TransformerEncoderLayer, norm first."""
+    theirs = torch.nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, activation="gelu",
+                                              batch_first=True, norm_first=True, layer_norm_eps=1e-6)
+    theirs = theirs.double()
+    ours = Block(16, 2).double()
+    names = {"attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias",
+             "attn.proj.weight": "self_attn.out_proj.weight", "attn.proj.bias": "self_attn.out_proj.bias",
+             "mlp.fc1.weight": "linear1.weight", "mlp.fc1.bias": "linear1.bias",
+             "mlp.fc2.weight": "linear2.weight", "mlp.fc2.bias": "linear2.bias"}
+    state = theirs.state_dict()
+    ours.load_state_dict({key: state[names.get(key, key)] for key in ours.state_dict()})
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-12, rtol=0)
+
+
+def test_the_two_gelus_differ_enough_to_spoil_loaded_weights():
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    torch.testing.assert_close(gelu(x), x * 0.5 * (1 + torch.erf(x / 2**0.5)))
+    difference = (gelu(x) - quick_gelu(x)).abs().max()
+    assert 0.01 < difference < 0.03
+
+
+def test_the_product_of_two_sinusoid_rows_depends_on_their_distance_alone():
+    table = sinusoid_table(50, 32).double()
+    products = table @ table.T
+    for distance in (1, 7, 20):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    drop, x = DropPath(0.4), torch.ones(20000, 2, 3)
+    out = drop(x)
+    assert set(out.unique().tolist()) == {0.0, x.new_tensor(1 / 0.6).item()}
+    assert (out.flatten(1).std(dim=1) == 0).all()
+    assert abs(out.mean().item() - 1) < 0.02
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_non_contiguous_inputs_are_fine():
+    q = torch.randn(2, 5, 3, 8).transpose(1, 2)
+    torch.testing.assert_close(attention(q, q, q), attention(*[q.contiguous()] * 3))
+    torch.testing.assert_close(attention(q, q, q, kernel="fused"), F.scaled_dot_product_attention(q, q, q),
+                               atol=1e-5, rtol=1e-5)

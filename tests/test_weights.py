@@ -1,0 +1,125 @@
+"""What is proved about weights.py:
+
+envelopes and prefixes are understood; half precision is widened exactly; what a file lacks, has too
+much or has misshapen is listed exactly; no file can run code; no damaged file ends in a traceback.
+"""
+
+import pickle
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import weights
+from weights import Rule, WeightsError
+
+
+def model():
+    return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+
+
+@pytest.mark.parametrize("envelope", [None, "model", "module", "state_dict", "model_state"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod."])
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "dict"])
+def test_every_envelope_and_prefix_reads_as_the_same_tensors(tmp_path, envelope, prefix, kind):
+    own = model().state_dict()
+    tensors = {prefix + key: value for key, value in own.items()}
+    if kind == "safetensors":
+        if envelope:
+            pytest.skip("safetensors files have no envelopes")
+        save_file(tensors, tmp_path / "w.safetensors")
+        source = tmp_path / "w.safetensors"
+    else:
+        source = {envelope: tensors, "epoch": 3} if envelope else tensors
+        if kind == "pt":
+            torch.save(source, tmp_path / "w.pth")
+            source = tmp_path / "w.pth"
+    read, config = weights.read(source)
+    assert config == {} and read.keys() == own.keys()
+    assert all(torch.equal(read[key], own[key]) for key in own)
+
+
+def test_half_precision_is_widened_without_loss():
+    half = {"a": torch.randn(5).half(), "b": torch.randn(5).bfloat16(), "n": torch.tensor([3])}
+    read, _ = weights.read(half)
+    assert read["a"].dtype == read["b"].dtype == torch.float32 and read["n"].dtype == torch.int64
+    assert torch.equal(read["a"].half(), half["a"]) and torch.equal(read["b"].bfloat16(), half["b"])
+
+
+def test_missing_extra_and_misshapen_tensors_are_listed_exactly():
+    tensors = model().state_dict()
+    del tensors["0.bias"]
+    tensors["head.bias"] = torch.zeros(2)
+    tensors["1.weight"] = torch.zeros(4)
+    with pytest.raises(WeightsError) as caught:
+        weights.fill(model(), tensors, name="w.pth")
+    assert str(caught.value) == ("w.pth does not fit Sequential: missing: 0.bias; unknown: head.bias; "
+                                 "wrong shape: 1.weight is (4,) instead of (3,)")
+
+
+def test_a_refused_file_leaves_the_model_untouched():
+    target = model()
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    tensors = {key: value + 1 for key, value in before.items()} | {"extra": torch.zeros(1)}
+    with pytest.raises(WeightsError):
+        weights.fill(target, tensors)
+    assert all(torch.equal(target.state_dict()[key], before[key]) for key in before)
+
+
+def test_rules_stack_and_convert():
+    layer = torch.nn.Linear(2, 6, bias=False)
+    parts = {name: torch.randn(2, 2, 1) for name in ("q", "k", "v")}
+    weights.fill(layer, parts, [Rule("weight", ("q", "k", "v"), lambda x: x.flatten(1))])
+    assert torch.equal(layer.weight.data, torch.cat([parts[n][..., 0] for n in "qkv"]))
+
+
+def test_a_run_of_ours_reads_back_with_its_configuration(tmp_path):
+    own = model()
+    weights.save(tmp_path / "run", own, {"model": "Sequential", "width": 3})
+    for source in (tmp_path / "run", tmp_path / "run" / "model.safetensors"):
+        tensors, config = weights.read(source)
+        assert config == {"model": "Sequential", "width": 3}
+        assert all(torch.equal(tensors[key], value) for key, value in own.state_dict().items())
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_opening_a_file_never_runs_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Trap()}))
+    torch.save({"model": Trap()}, tmp_path / "evil2.pth")
+    for name in ("evil.pth", "evil2.pth"):
+        with pytest.raises(WeightsError, match=name):
+            weights.read(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_missing_file_or_empty_folder_is_named(tmp_path):
+    for source in (tmp_path / "nowhere.pth", tmp_path):
+        with pytest.raises(WeightsError, match=str(source)) as caught:
+            weights.read(source)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_damaged_file_is_refused_in_one_line_or_read_but_never_crashes(tmp_path, kind):
+    path = tmp_path / f"w.{kind}"
+    own = model().state_dict()
+    torch.save(own, path) if kind == "pth" else save_file(own, path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    for trial in range(120):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            damaged = damaged[:rng.randrange(len(damaged))]
+        else:
+            for _ in range(rng.randrange(1, 6)):
+                damaged[rng.randrange(min(len(damaged), 400))] = rng.randrange(256)
+        path.write_bytes(bytes(damaged))
+        try:
+            tensors, _ = weights.read(path)
+            weights.fill(model(), tensors)
+        except WeightsError as error:
+            assert "\n" not in str(error)
