@@ -227,11 +227,10 @@ def clips(stage, frames, size, sampling="dense", rate=4):
         return (data.MovingShapes("train", frames, size, stage.seed),
                 data.MovingShapes("val", frames, size, stage.seed))
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed)
-    if stage.val_data:
-        train = data.VideoFiles(stage.data, train=True, **options)
-        held_out = data.VideoFiles(stage.val_data, train=False, **options)
-    else:
-        train, held_out = data.split_files(stage.data, **options)
+    part = "all" if stage.val_data else "train"
+    train = data.VideoFiles(stage.data, train=True, part=part, **options)
+    held_out = data.VideoFiles(stage.val_data or stage.data, train=False, classes=train.classes,
+                               part="all" if stage.val_data else "val", **options)
     print(f"--data {train.summary()}")
     print(f"held out: {len(held_out)} files")
     return train, held_out

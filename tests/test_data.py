@@ -1,0 +1,619 @@
+"""What data.py promises, in this order.
+
+1. The generated world is deterministic, endless, and blind to the direction of time.
+2. Some pairs of shape and colour are for the compositional test alone.
+3. A caption states the facts of its clip, and nothing else.
+4. A video file gives the same frames however we get at them, upright, and says what is wrong.
+5. Lists and folders are read as people write them; bad files are named, never replaced in silence.
+6. A batch is a function of (seed, step), whatever the workers and wherever the run began.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import DataError, MovingShapes, VideoFiles, batches, held_out, probe, read_clip, render
+
+torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------- the generated world
+
+
+def test_the_same_index_is_the_same_clip_in_any_order_and_any_instance():
+    one, two = MovingShapes("train", 4, 32), MovingShapes("train", 4, 32)
+    first = {i: one[i] for i in (0, 7, 123456789)}
+    for i in (123456789, 0, 7, 0):
+        again = two[i]
+        assert np.array_equal(again["video"], first[i]["video"])
+        assert (again["label"], again["caption"]) == (first[i]["label"], first[i]["caption"])
+
+
+@pytest.mark.parametrize("other", [dict(split="val"), dict(split="test"), dict(seed=1)])
+def test_each_split_and_seed_is_its_own_stream(other):
+    one = MovingShapes("train", 2, 32)
+    two = MovingShapes(**{"split": "train", **other}, frames=2, size=32)
+    assert not any(np.array_equal(one[i]["video"], two[i]["video"]) for i in range(10))
+
+
+@pytest.mark.parametrize("frames, size", [(1, 32), (7, (24, 56)), (16, 64), (3, (50, 17))])
+def test_any_length_and_any_size_can_be_rendered(frames, size):
+    height, width = (size, size) if isinstance(size, int) else size
+    world = MovingShapes("val", frames, size)
+    for i in range(20):
+        video = world[i]["video"]
+        assert video.shape == (frames, height, width, 3) and video.dtype == np.uint8
+
+
+def scenes_of_every_motion(**kwargs):
+    world = MovingShapes("train", **kwargs)
+    scenes = {}
+    for i in itertools.count():
+        scene = world.scene(i)
+        scenes.setdefault(scene.motion, scene)
+        if len(scenes) == len(world.motions):
+            return world, scenes
+
+
+@pytest.mark.parametrize("frames, size", [(16, 64), (7, (40, 48)), (1, 32)])
+def test_a_clip_played_backwards_is_a_clip_of_its_twin_bit_for_bit(frames, size):
+    """Together with the next test: no model that ignores frame order can beat 50 % in a pair."""
+    world, scenes = scenes_of_every_motion(frames=frames, size=size)
+    for motion, scene in scenes.items():
+        twin = scene.reversed()
+        assert world.motions.index(twin.motion) == world.twin[world.motions.index(motion)]
+        assert np.array_equal(render(twin), render(scene)[::-1])
+        assert np.array_equal(render(twin.reversed()), render(scene))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 16, 49])
+def test_twins_pass_through_the_same_phases_to_the_last_bit(frames):
+    """1 - phase would differ from the flipped phase in the last bit, which 8-bit pixels mostly
+    hide, but not always."""
+    scene = MovingShapes("train", frames, 32).scene(0)
+    assert np.array_equal(scene.reversed().phase, scene.phase[::-1])
+
+
+def test_nothing_drawn_knows_the_direction_of_time():
+    """Every quantity that reversal changes has a symmetric distribution, and none that it keeps
+    depends on `forward`. Means over many scenes, in standard errors."""
+    world = MovingShapes("train", 6, 32)
+    scenes = [world.scene(i) for i in range(4000)]
+    forward = np.array([scene.forward for scene in scenes])
+
+    def standard_errors(values):
+        return abs(np.mean(values)) / (np.std(values) / len(values) ** 0.5)
+
+    assert standard_errors(forward - 0.5) < 4
+    odd = {  # change sign when time is reversed
+        "drift down": [s.drift[-1, 0] - s.drift[0, 0] for s in scenes],
+        "drift across": [s.drift[-1, 1] - s.drift[0, 1] for s in scenes],
+        "shake": [s.shake[-1, 0] - s.shake[0, 0] for s in scenes],
+        "noise": [float(s.noise[-1] - s.noise[0]) for s in scenes],
+    }
+    even = {  # stay as they are
+        "row": [s.centre[0] for s in scenes], "angle": [s.angle for s in scenes],
+        "radius": [s.radius for s in scenes], "extent": [s.extent / (s.pair + 1) for s in scenes],
+        "distractors": [len(s.distractors) for s in scenes],
+        "speed": [np.abs(s.drift[-1] - s.drift[0]).sum() for s in scenes],
+        "drift start": [s.drift.mean() for s in scenes],
+    }
+    sign = np.where(forward, 1.0, -1.0)
+    for name, values in odd.items():
+        values = np.array(values, float)
+        assert standard_errors(values) < 4, name
+        # A true clip of the first motion and a reversed clip of the second look alike here too.
+        assert standard_errors(values * sign) < 4, name
+    for name, values in even.items():
+        values = np.array(values, float)
+        assert standard_errors((values - values.mean()) * sign) < 4, name
+
+
+def test_drift_reversed_is_the_drift_of_the_opposite_course():
+    """Rounding to pixels must not break the symmetry of the prior: steps of both kinds occur
+    equally often at equal places, so the multiset of (step, place in clip) is its own mirror."""
+    world = MovingShapes("train", 5, 32)
+    steps = np.stack([np.diff(world.scene(i).drift, axis=0) for i in range(3000)])  # (n, T - 1, 2)
+    spread = steps.std(0) / len(steps) ** 0.5
+    assert (np.abs(steps.mean(0) + steps[:, ::-1].mean(0)) < 5 * spread).all()
+    assert (np.abs(np.abs(steps).mean(0) - np.abs(steps[:, ::-1]).mean(0)) < 5 * spread).all()
+
+
+def test_a_motion_spans_the_whole_clip_whatever_its_length():
+    """Between 2 and 32 frames, the shape covers a share of the path that only misses its ends."""
+    for frames in (2, 8, 32):
+        _, scenes = scenes_of_every_motion(frames=frames, size=64)
+        state, = data._states(scenes["right"])
+        covered = state["column"][-1] - state["column"][0]
+        assert covered == pytest.approx(scenes["right"].extent * (1 - 1 / frames))
+
+
+def test_the_direction_on_the_screen_is_the_one_in_the_label():
+    """Measured from pixels, without the renderer's own numbers: where has the colour gone?"""
+    _, scenes = scenes_of_every_motion(frames=9, size=64)
+
+    def coloured(scene):  # (T, H, W), True = has the colour of the shape
+        return np.abs(render(scene) - np.array(data.COLOURS[scene.colour])).sum(-1) < 60
+
+    def coloured_centre(scene):
+        return np.array([np.argwhere(frame).mean(0) for frame in coloured(scene)])
+
+    for motion, axis, sign in [("right", 1, 1), ("left", 1, -1), ("down", 0, 1), ("up", 0, -1)]:
+        path = coloured_centre(scenes[motion])
+        assert sign * (path[-1] - path[0])[axis] > 15, motion
+    for motion, sign in [("orbit clockwise", 1), ("orbit counter-clockwise", -1)]:
+        steps = np.diff(coloured_centre(scenes[motion]), axis=0)
+        # Clockwise on a screen, where rows grow downwards, is a turn from columns to rows.
+        turns = steps[:-1, 1] * steps[1:, 0] - steps[:-1, 0] * steps[1:, 1]
+        assert sign * turns.sum() > 0, motion
+    for rising, falling in (("grow", "shrink"), ("appear", "vanish"), ("brighten", "darken")):
+        first, *_, last = coloured(scenes[rising]).sum((1, 2))
+        assert last > 1.8 * first, rising
+        first, *_, last = coloured(scenes[falling]).sum((1, 2))
+        assert first > 1.8 * last, falling
+
+
+def test_pixel_noise_is_light_and_never_wraps_around(monkeypatch):
+    """Noise is added modulo 256, so a colour too near 0 or 255 would flash."""
+    world, by_motion = scenes_of_every_motion(frames=24, size=32)
+    darkest = by_motion["darken"]
+    darkening = [i for i in range(1000) if world.scene(i).motion in ("brighten", "darken")]
+    scenes = [dataclasses.replace(darkest, colour=colour, radius=14.0, centre=(15, 15),
+                                  extent=min(world.scene(i).extent for i in darkening))
+              for colour in world.colours]
+    scenes += by_motion.values()
+    noisy = [render(scene).astype(int) for scene in scenes]
+    monkeypatch.setattr(data, "_noise_bank", lambda n: np.zeros(data._NOISE_STARTS + n, np.uint8))
+    difference = np.stack(noisy) - np.stack([render(scene) for scene in scenes])
+    assert np.abs(difference).max() <= 8 and 1.8 < difference.std() < 2.2
+
+
+def test_the_background_has_more_contrast_than_the_noise():
+    world = MovingShapes("train", 1, 64)
+    spread = [data._background(world.scene(i)).astype(float).mean(-1).std() for i in range(50)]
+    assert 9 < min(spread) and max(spread) < 24 and 12 < np.mean(spread) < 20
+
+
+def test_held_out_pairs_occur_in_the_unseen_split_and_nowhere_else():
+    def looks(split):
+        world = MovingShapes(split, 1, 16)
+        return {(s.shape, s.colour) for s in map(world.scene, range(600))}
+    held = set(data.HELD_OUT_PAIRS)
+    assert len(held) == 8 == len({colour for _, colour in held})
+    assert looks("unseen") == held
+    for split in ("train", "val", "test"):
+        seen = looks(split)
+        assert not seen & held and len(seen) == 6 * 8 - 8
+    assert {s for s, _ in seen} == set(data.SHAPES) and {c for _, c in seen} == set(data.COLOURS)
+
+
+@pytest.mark.parametrize("wrong", [dict(split="dev"), dict(split="train", size=8),
+                                   dict(split="train", frames=0), dict(split="train", seed=-1)])
+def test_an_impossible_world_is_refused_in_one_line(wrong):
+    with pytest.raises(DataError) as error:
+        MovingShapes(**wrong)
+    assert "\n" not in str(error.value)
+    assert "split" not in wrong or wrong["split"] == "train" or "unseen" in str(error.value)
+
+
+# -------------------------------------------------------------------------------------- captions
+
+
+def test_every_caption_states_exactly_its_facts():
+    for motion, shape, colour, size in itertools.product(
+            data.MOTIONS, data.SHAPES, data.COLOURS, data.RADII):
+        facts = dict(motion=motion, shape=shape, colour=colour, size=size)
+        sizes = set()
+        for sentence in data.phrasings(facts):
+            read = data.parse_caption(sentence)
+            sizes.add(read.pop("size", None))
+            assert read == dict(motion=motion, shape=shape, colour=colour), sentence
+        assert sizes == ({None} if motion in ("grow", "shrink") else {None, size})
+
+
+def test_no_phrase_of_one_motion_contains_a_phrase_of_another():
+    for one, other in itertools.permutations(data.MOTIONS, 2):
+        for phrase, part in itertools.product(data.MOTION_PHRASES[one], data.MOTION_PHRASES[other]):
+            assert f" {part} " not in f" {phrase} "
+
+
+def test_facts_that_are_not_given_are_not_said():
+    assert data.parse_caption("a shape moves to the left") == {"motion": "left"}
+    assert "a shape moves to the left" in data.phrasings({"motion": "left"})
+    for sentence in data.phrasings(dict(motion="up", colour="red")):
+        assert data.parse_caption(sentence) == dict(motion="up", colour="red")
+
+
+@pytest.mark.parametrize("sentence, facts", [
+    ("", {}), ("banana banana", {}), ("A RED, red circle!", dict(colour="red", shape="circle")),
+    ("a red blue star that moves left moves right", dict(shape="star")),
+    ("the two little crosses drift apart", dict(motion="part", size="small", shape="cross")),
+])
+def test_unknown_and_contradictory_words_yield_no_fact(sentence, facts):
+    assert data.parse_caption(sentence) == facts
+
+
+def test_the_caption_of_a_clip_agrees_with_its_facts_and_label():
+    world = MovingShapes("train", 1, 16)
+    for i in range(100):
+        item = world[i]
+        assert item["facts"].items() >= data.parse_caption(item["caption"]).items()
+        assert world.motions[item["label"]] == item["facts"]["motion"]
+
+
+# ------------------------------------------------------------------------------- one video file
+
+
+def write_video(path, frames=40, width=64, height=48, fps=10, gop=12, codec="libx264", **options):
+    """A video whose grey level encodes the frame number, with B-frames and several keyframes; the
+    upper left corner is red, to tell which way is up."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.gop_size = gop
+        stream.options = {"threads": "1", **options}
+        for number in range(frames):
+            picture = np.full((height, width, 3), 30 + 5 * number % 200, np.uint8)
+            picture[:height // 4, :width // 4] = (255, 0, 0)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def turn_in_header(path, cosine, sine):
+    """Write a rotation into the display matrix of an mp4's track header, as a phone does."""
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44  # ISO 14496-12 Sec. 8.3.2, "Track Header Box"
+    assert content[matrix:matrix + 4] == b"\0\1\0\0"  # 1.0 in 16.16: found the unit matrix
+    for place, value in ((0, cosine), (1, sine), (3, -sine), (4, cosine)):
+        at = matrix + 4 * place
+        content[at:at + 4] = (value << 16).to_bytes(4, "big", signed=True)
+    path.write_bytes(content)
+    return path
+
+
+def decode_everything(path):
+    av = pytest.importorskip("av")
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three good videos and three bad ones."""
+    folder = tmp_path_factory.mktemp("videos")
+    for name, frames in (("a.mp4", 40), ("b.mkv", 24), ("c d.mp4", 12)):
+        write_video(folder / name, frames)
+    (folder / "text.mp4").write_text("this is not a video\n")
+    whole = (folder / "a.mp4").read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[:len(whole) // 2])
+    return folder
+
+
+@pytest.mark.parametrize("name, codec, gop", [
+    ("x.mp4", "libx264", 12), ("x.mkv", "libx264", 5), ("x.webm", "libvpx", 9),
+    ("x.webm", "libvpx-vp9", 9), ("x.avi", "mpeg4", 6), ("x.h264", "libx264", 12)])
+def test_any_frames_equal_those_of_a_full_decode(tmp_path, name, codec, gop):
+    """After a seek, with B-frames, hidden reference frames, or without any timestamp."""
+    path = write_video(tmp_path / name, codec=codec, gop=gop)
+    everything, info, rng = decode_everything(path), probe(path), np.random.default_rng(0)
+    assert info.frames == len(everything) == len(info.timestamps) == 40
+    assert (info.width, info.height) == (64, 48)
+    assert np.array_equal(read_clip(path, range(40)), everything)
+    for _ in range(12):
+        first = rng.integers(40)
+        numbers = rng.integers(first, 40, 5)  # unordered, with repeats
+        assert np.array_equal(read_clip(path, numbers, info=info), everything[numbers])
+        times = np.array(info.timestamps)[numbers]
+        assert np.array_equal(read_clip(path, times, info=info), everything[numbers])
+
+
+@pytest.mark.parametrize("codec, head, tail, shown", [
+    ("vp8", 0x10, 0, True), ("vp8", 0x01, 0, False),
+    ("vp9", 0x86, 0, True), ("vp9", 0x84, 0, False), ("vp9", 0x88, 0, True),  # profile 0
+    ("vp9", 0x96, 0, True), ("vp9", 0x94, 0, False),  # profile 2, 10 bits
+    ("vp9", 0xB3, 0, True), ("vp9", 0xB2, 0, False),  # profile 3
+    ("vp9", 0x84, 0xC1, True),  # a superframe: hidden and shown frame in one packet
+    ("h264", 0x00, 0, True)])
+def test_reference_frames_that_are_never_shown_are_not_counted(codec, head, tail, shown):
+    """Encoders in two passes store them as packets of their own, with times of their own; a WebM
+    file counted by packets then promises frames that no decoder returns."""
+    class Packet(bytes):
+        is_discard, size = False, 2
+    assert data._is_shown(Packet([head, tail]), codec) == shown
+
+
+def test_a_time_gives_the_frame_on_show_at_that_time(folder):
+    path = folder / "a.mp4"  # 40 frames at 10 per second
+    info = probe(path)
+    assert (info.fps, info.duration, info.timestamps[0]) == pytest.approx((10, 4, 0))
+    by_time = read_clip(path, [0.0, 0.1, 0.199, 1.25, 3.99])
+    assert np.array_equal(by_time, read_clip(path, [0, 1, 1, 12, 39]))
+
+
+def test_a_seek_decodes_less_than_the_whole_file(folder, monkeypatch):
+    """Frame 30 is reached from the last keyframe before it."""
+    starts = []
+    decode = data._decode
+    monkeypatch.setattr(data, "_decode", lambda *args: starts.append(args[3]) or decode(*args))
+    info = probe(folder / "a.mp4")
+    read_clip(folder / "a.mp4", [30])
+    read_clip(folder / "a.mp4", [5])
+    assert starts == [max(key for key in info.keyframes if key <= info.pts[30]), None]
+    assert info.pts[15] < starts[0]
+
+
+def test_frames_are_resized_as_asked(folder):
+    path = folder / "a.mp4"
+    assert read_clip(path, [0, 1]).shape == (2, 48, 64, 3)
+    assert read_clip(path, [0], 24).shape == (1, 24, 32, 3)
+    assert read_clip(path, [0], (20, 30)).shape == (1, 20, 30, 3)
+    assert abs(int(read_clip(path, [9], 24)[0, 20, 20, 0]) - (30 + 45)) < 8
+
+
+@pytest.mark.parametrize("cosine, sine, corner", [
+    (1, 0, (0, 0)), (0, 1, (0, -1)), (-1, 0, (-1, -1)), (0, -1, (-1, 0))])
+def test_a_rotated_video_is_turned_upright(tmp_path, cosine, sine, corner):
+    """A phone stores the picture as the sensor sees it, and a matrix that says how to show it."""
+    path = turn_in_header(write_video(tmp_path / "phone.mp4", 3), cosine, sine)
+    info = probe(path)
+    expected = (48, 64) if cosine else (64, 48)
+    frame = read_clip(path, [0])[0]
+    assert (info.height, info.width) == expected == frame.shape[:2]
+    red = frame[corner].astype(int)
+    assert red[0] > 180 and red[1] < 80
+    assert read_clip(path, [0], 24).shape[1:3] == tuple(side // 2 for side in expected)
+    assert read_clip(path, [0], (10, 20)).shape == (1, 10, 20, 3)
+
+
+@pytest.mark.parametrize("name, wanted, reason", [
+    ("missing.mp4", [0], "no such file"), ("text.mp4", [0], "not a readable video"),
+    ("truncated.mp4", [0], "not a readable video"), ("a.mp4", [40], "40 frames"),
+    ("a.mp4", [-1], "frames"), ("a.mp4", [4.1], "4.000 s"), ("a.mp4", [], "ask for"),
+    ("a.mp4", ["x"], "ask for"), ("a.mp4", [float("nan")], "nan")])
+def test_what_cannot_be_read_is_one_line_that_names_the_file(folder, name, wanted, reason):
+    with pytest.raises(DataError) as error:
+        read_clip(folder / name, wanted)
+    message = str(error.value)
+    assert message.startswith(str(folder / name)) and reason in message and "\n" not in message
+
+
+def test_damage_spoils_only_the_frames_that_depend_on_it(tmp_path):
+    av = pytest.importorskip("av")
+    path = write_video(tmp_path / "damaged.mp4", frames=30, gop=10, bf="0")
+    everything = decode_everything(path)
+    with av.open(str(path)) as container:
+        packet = next(itertools.islice(container.demux(video=0), 3, None))
+        place, size = packet.pos, packet.size
+    content = bytearray(path.read_bytes())
+    content[place:place + size] = b"\xff" * size
+    path.write_bytes(content)
+    assert np.array_equal(read_clip(path, [25, 29]), everything[[25, 29]])
+    with pytest.raises(DataError, match="damaged.mp4: damaged") as error:
+        read_clip(path, [0, 8])
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_without_a_picture_says_so(tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        silence = np.zeros((1, 800), np.int16)
+        sound = av.AudioFrame.from_ndarray(silence, format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(DataError, match="no video stream"):
+        probe(tmp_path / "sound.mkv")
+
+
+# ------------------------------------------------------------------------------ choosing frames
+
+
+def test_dense_sampling_keeps_its_stride_inside_the_video():
+    assert data.dense_indices(100, 16, 4).tolist() == list(range(18, 82, 4))
+    starts = {tuple(data.dense_indices(70, 16, 4, np.random.default_rng(i))) for i in range(200)}
+    assert {s[0] for s in starts} == set(range(7)) and {s[-1] - s[0] for s in starts} == {60}
+    assert data.dense_indices(5, 4, 2).tolist() == [0, 2, 4, 4]
+    assert data.dense_indices(1, 4, 2, np.random.default_rng(0)).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("n, frames", [(100, 8), (17, 16), (16, 16), (5, 16), (1, 3)])
+def test_segment_sampling_takes_one_frame_from_each_segment(n, frames):
+    edges = [i * n // frames for i in range(frames + 1)]
+    drawn = [data.segment_indices(n, frames)]
+    drawn += [data.segment_indices(n, frames, np.random.default_rng(i)) for i in range(50)]
+    for indices in drawn:
+        assert all(a <= i < max(b, a + 1) and i < n for a, b, i in zip(edges, edges[1:], indices))
+
+
+# ---------------------------------------------------------------------------- many video files
+
+
+@pytest.mark.parametrize("text, labels, classes", [
+    ("a.mp4 1\nb.mkv 0\nc d.mp4 2\n", [1, 0, 2], ["0", "1", "2"]),
+    ("a.mp4,1\nb.mkv,0\n\nc d.mp4,2", [1, 0, 2], ["0", "1", "2"]),
+    ("a.mp4\trun\nb.mkv\tjump high\nc d.mp4\trun\n", [1, 0, 1], ["jump high", "run"]),
+    ("a.mp4::run\r\nb.mkv::jump\r\nc d.mp4::run", [1, 0, 1], ["jump", "run"]),
+    ("path label\na.mp4 run\nb.mkv jump\nc d.mp4 run", [1, 0, 1], ["jump", "run"]),
+    ("label,path,caption\nrun,a.mp4,\"one, two\"\njump,b.mkv,x\nrun,c d.mp4,y",
+     [1, 0, 1], ["jump", "run"]),
+    ("\ufeffpath\tlabel\na.mp4\t3\nb.mkv\t0\nc d.mp4\t0", [3, 0, 0], ["0", "1", "2", "3"]),
+    ("a.mp4\nb.mkv\nc d.mp4\n", [None] * 3, []),
+    ('"a.mp4", run\n"b.mkv", jump\n"c d.mp4", run', [1, 0, 1], ["jump", "run"]),
+])
+def test_lists_are_read_as_people_write_them(folder, text, labels, classes):
+    (folder / "list.csv").write_text(text, encoding="utf-8")
+    files = VideoFiles(folder / "list.csv", 2, 16)
+    paths = [str(folder / name) for name in ("a.mp4", "b.mkv", "c d.mp4")]
+    assert files.items == list(zip(paths, labels))
+    assert files.classes == classes and not files.missing
+    assert files.captions == (["one, two", "x", "y"] if "caption" in text else None)
+    assert "3 videos" in files.summary() and "\n" not in files.summary()
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("", "empty"), ("a.mp4 1\nb 2\n", "line 2"), ("hello world\nfoo bar", "line 1"),
+    ("nope.mp4 1\n", "none of its 1 files exists"), ("path,label\na.mp4,1,2\n", "line 2"),
+    ("a.mp4 swim\n", "'swim' is not among")])
+def test_a_wrong_list_is_one_line_that_names_the_place(folder, text, reason):
+    (folder / "wrong.txt").write_text(text)
+    with pytest.raises(DataError) as error:
+        VideoFiles(folder / "wrong.txt", 2, 16, classes=["jump", "run"])
+    message = str(error.value)
+    assert reason in message and "wrong.txt" in message and "\n" not in message
+
+
+def test_folders_of_videos_are_classes(tmp_path):
+    for name in ("run/x.mp4", "jump/deep/y.avi", "jump/.hidden.mp4", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    files = VideoFiles(tmp_path, 2, 16)
+    assert files.classes == ["jump", "run"]
+    assert files.items == [(str(tmp_path / "jump/deep/y.avi"), 0), (str(tmp_path / "run/x.mp4"), 1)]
+    (tmp_path / "z.mp4").write_text("")
+    flat = VideoFiles(tmp_path, 2, 16)
+    assert flat.classes == [] and {label for _, label in flat.items} == {None}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no video below"):
+        VideoFiles(tmp_path / "empty", 2, 16)
+    with pytest.raises(DataError, match="no such file or folder"):
+        VideoFiles(tmp_path / "gone", 2, 16)
+
+
+def test_split_folders_are_not_mistaken_for_classes(tmp_path):
+    for name in ("train/run/x.mp4", "val/run/y.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match="looks like a split"):
+        VideoFiles(tmp_path, 2, 16)
+
+
+def test_training_and_validation_parts_share_no_file():
+    items = [(f"{i}.mp4", None) for i in range(25)]
+    train, held = data.split_files(items)
+    assert len(held) == 2 and sorted(train + held) == sorted(items)
+    assert data.split_files(items) == (train, held)
+    assert [len(part) for part in data.split_files(items[:2])] == [1, 1]
+    assert data.split_files(items[:1]) == (items[:1], items[:1])
+
+
+def test_training_crops_are_random_by_index_and_epoch_and_leave_the_global_state_alone(folder):
+    files = VideoFiles(folder / "a.mp4", 4, (32, 40), stride=2)
+    state = torch.get_rng_state()
+    one, again, later = files[0], files[0], files[0, 1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one["video"].shape == (4, 32, 40, 3) and one["label"] == -1
+    assert np.array_equal(one["video"], again["video"])
+    assert not np.array_equal(one["video"], later["video"])
+
+
+def test_evaluation_takes_the_centre(folder):
+    files = VideoFiles(folder / "a.mp4", 4, 48, stride=2, train=False)
+    centre = read_clip(folder / "a.mp4", [16, 18, 20, 22])[:, :, 8:56]
+    assert np.array_equal(files[0]["video"], centre)
+
+
+def test_training_names_and_skips_a_bad_file_evaluation_never_replaces_it(folder):
+    """Official loaders put another random video in its place even in a test (VideoMAE
+    kinetics.py:118), which makes an accuracy of something that was never measured."""
+    (folder / "mixed.txt").write_text("text.mp4 0\nmissing.mp4 1\na.mp4 2\n")
+    train = VideoFiles(folder / "mixed.txt", 2, 16)
+    assert train.missing == [str(folder / "missing.mp4")] and "1 MISSING" in train.summary()
+    item = train[0]
+    assert item["path"].endswith("a.mp4") and item["label"] == 2
+    assert [path for path, _ in item["bad"]] == [
+        str(folder / "text.mp4"), str(folder / "missing.mp4")]
+    test = VideoFiles(folder / "mixed.txt", 2, 16, train=False)
+    assert test[0]["video"] is None and test[0]["label"] == 0 and len(test[0]["bad"]) == 1
+    assert test[2]["video"].shape == (2, 16, 16, 3) and test[2]["bad"] == []
+    for batch_size in (1, 2, 3):
+        seen = list(held_out(test, None, batch_size))
+        assert sum(len(b["label"]) for b in seen) == 1 and sum(len(b["bad"]) for b in seen) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable_is_one_clear_line(folder, workers):
+    (folder / "bad.txt").write_text("text.mp4 0\ntruncated.mp4 1\n")
+    with pytest.raises(DataError, match="none of its 2 files can be read") as error:
+        next(batches(VideoFiles(folder / "bad.txt", 2, 16), 2, 0, steps=1, workers=workers))
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="none of the 2 held-out clips"):
+        list(held_out(VideoFiles(folder / "bad.txt", 2, 16, train=False), 9, 2, workers))
+
+
+# -------------------------------------------------------------------------------------- batches
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(
+        torch.equal(one[key], two[key]) if torch.is_tensor(one[key]) else one[key] == two[key]
+        for key in one)
+
+
+def sources(folder):
+    (folder / "good.txt").write_text("a.mp4 0\ntext.mp4 1\nb.mkv 1\nc d.mp4 2\n")
+    return MovingShapes("train", 4, 32), VideoFiles(folder / "good.txt", 4, 32, stride=1)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_batches_are_the_same_for_any_workers_and_after_a_resume(folder, which):
+    dataset = sources(folder)[which]
+    reference = list(batches(dataset, 3, seed=5, steps=6))
+    assert len(reference) == 6 and reference[0]["video"].shape == (3, 4, 32, 32, 3)
+    assert reference[0]["video"].dtype == torch.uint8 and reference[0]["label"].dtype == torch.int64
+    for other in (batches(dataset, 3, seed=5, steps=6, workers=2),
+                  itertools.chain(batches(dataset, 3, 5, 2), batches(dataset, 3, 5, 6, start=2))):
+        other = list(other)
+        assert len(other) == 6 and all(map(same, reference, other))
+
+
+def test_the_ranks_of_a_step_share_out_the_batch_of_one_process(folder):
+    world = MovingShapes("train", 2, 32)
+    whole = list(batches(world, 6, 0, 2))
+    parts = [list(batches(world, 3, 0, 2, rank=rank, world=2)) for rank in (0, 1)]
+    for step in range(2):
+        assert torch.equal(torch.cat([part[step]["video"] for part in parts]), whole[step]["video"])
+
+
+def test_an_epoch_visits_every_item_once_in_an_order_of_its_own():
+    class Numbers:
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index_and_epoch):
+            return {"video": np.zeros((1, 1, 1, 3), np.uint8), "label": index_and_epoch[0]}
+
+    labels = torch.cat([batch["label"] for batch in batches(Numbers(), 4, 0, steps=5)]).tolist()
+    assert sorted(labels[:10]) == sorted(labels[10:]) == list(range(10))
+    assert labels[:10] != labels[10:]
+    plain = torch.cat([batch["label"] for batch in batches(Numbers(), 4, 0, 5, shuffle=False)])
+    assert plain.tolist() == 2 * list(range(10))
+
+
+def test_normalised_pixels_can_be_turned_back_into_the_same_bytes():
+    video = torch.randint(256, (2, 3, 4, 5, 3), generator=torch.Generator().manual_seed(0))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    ready = data.normalise(video.byte(), mean, std)
+    assert ready.shape == (2, 3, 3, 4, 5) and ready.dtype == torch.float32
+    for channel in range(3):
+        back = (ready[:, channel] * std[channel] + mean[channel]) * 255
+        assert torch.equal(back.round().long(), video[..., channel])
+
+
+def test_loading_does_not_touch_the_global_random_state():
+    state = torch.get_rng_state()
+    next(batches(MovingShapes("train", 1, 16), 2, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_held_out_items_come_in_order_once():
+    world = MovingShapes("val", 1, 16)
+    seen = list(held_out(world, 7, 3, workers=2))
+    assert [len(batch["label"]) for batch in seen] == [3, 3, 1]
+    assert sum([batch["caption"] for batch in seen], []) == [world[i]["caption"] for i in range(7)]

@@ -1,0 +1,314 @@
+"""What is proved about train.py:
+
+the schedule at its landmarks; what is decayed; the loop names no stage; a killed run resumes bit
+for bit; evaluation repeats itself; nothing is overwritten; user mistakes are one line and exit 2;
+real files train too, and broken ones are named, skipped and counted.
+"""
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+
+ROOT = Path(train.__file__).parent
+SMALL = ("--num-frames 4 --input-size 16 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 --workers 0 "
+         "--precision fp32 --device cpu").split()
+
+
+def run(*flags, out, steps=4):
+    return train.main(["mae", *SMALL, "--out", str(out), "--steps", str(steps), *flags])
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_schedule_at_its_landmarks():
+    stage = train.MAE(steps=100, warmup=0.1, lr=2.0, min_lr=0.01)
+    rates = [train.learning_rate(stage, step) for step in range(101)]
+    assert rates[0] == 0 and rates[5] == 1.0 and rates[10] == 2.0
+    assert math.isclose(rates[55], 2 * (0.01 + 0.99 * 0.5)) and math.isclose(rates[100], 0.02)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_base_rate_is_scaled_by_all_clips_of_a_step():
+    stage = train.MAE(steps=10, warmup=0.0, blr=1e-3, batch_size=64, accum=8)
+    assert math.isclose(train.learning_rate(stage, 0), 1e-3 * 64 * 8 / 256)
+
+
+def test_norms_biases_and_tokens_are_not_decayed():
+    model = train.MAE(num_frames=4, input_size=16, mask_ratio=0.5).build()
+    decay, keep = train.parameter_groups(model, 0.05)
+    assert decay["weight_decay"] == 0.05 and keep["weight_decay"] == 0
+    kept = {name for name, p in model.named_parameters() if any(p is q for q in keep["params"])}
+    assert "mask_token" in kept and "encoder.blocks.0.attn.q_bias" in kept and "encoder.norm.weight" in kept
+    assert all(name.endswith((".bias", "_bias", "norm.weight", "norm1.weight", "norm2.weight", "mask_token"))
+               for name in kept)
+    assert len(decay["params"]) + len(keep["params"]) == len(list(model.parameters()))
+
+
+def test_the_loop_names_no_stage():
+    source = inspect.getsource(train.fit) + inspect.getsource(train.dry_run)
+    assert not any(f'"{name}"' in source or card.__name__ in source for name, card in train.STAGES.items())
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    draw = lambda *key: torch.rand(3, generator=train.generator(*key)).tolist()  # noqa: E731
+    assert draw(0, "loss", 5) == draw(0, "loss", 5)
+    assert len({tuple(draw(*key)) for key in ((0, "loss", 5), (0, "loss", 6), (1, "loss", 5), (0, "picture", 5),
+                                              (0, "loss", 5, 1))}) == 5
+
+
+def test_a_run_leaves_all_its_files_and_they_are_plain(tmp_path):
+    assert run(out=tmp_path) == 0
+    for name in ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "last.pt", "loss.png",
+                 "reconstruction_0.png", "reconstruction_0.gif"):
+        assert (tmp_path / name).stat().st_size > 0
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["step"] == 4 and saved["settings"]["mask_ratio"] == 0.5
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["val_clips"] == 8 and 0.9 < metrics["val_trivial_loss"] <= 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_small_run_learns(tmp_path):
+    assert run("--blr", "0.1", "--batch-size", "16", out=tmp_path, steps=60) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["val_loss"] < metrics["initial_val_loss"] - 0.1
+    assert lines(tmp_path)[-1]["val_loss"] == pytest.approx(metrics["val_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("flags", [(), ("--accum", "2", "--ema", "0.9", "--drop-path", "0.2", "--workers", "1")])
+def test_resuming_equals_never_stopping_bit_for_bit(tmp_path, flags, monkeypatch):
+    assert run(*flags, out=tmp_path / "whole", steps=6) == 0
+    calls, loss = [], train.MAE.loss
+
+    def power_cut(self, model, batch, rng):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 5 * self.accum:
+            raise KeyError("power cut")
+        return loss(self, model, batch, rng)
+
+    monkeypatch.setattr(train.MAE, "loss", power_cut)
+    with pytest.raises(KeyError):
+        run(*flags, "--save-every", "3", out=tmp_path / "cut", steps=6)
+    monkeypatch.undo()
+    assert run(*flags, "--resume", out=tmp_path / "cut", steps=6) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    steps = [line["step"] for line in lines(tmp_path / "cut") if "loss" in line]
+    assert steps == sorted(set(steps))
+
+
+def test_killed_without_warning_and_resumed_ends_with_the_same_weights(tmp_path):
+    """SIGKILL at a random moment, for real, in another process."""
+    flags = ["mae", *SMALL, "--steps", "40", "--save-every", "1"]
+    command = [sys.executable, "train.py", *flags, "--out"]
+    quiet = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+    victim = subprocess.Popen(command + [str(tmp_path / "cut")], **quiet)
+    while not (tmp_path / "cut" / "last.pt").exists():
+        assert victim.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.5)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    for name, more in (("cut", ["--resume"]), ("whole", [])):
+        subprocess.run(command + [str(tmp_path / name), *more], check=True, **quiet)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_stopping_politely_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    loss = train.MAE.loss
+
+    def interrupt(self, model, batch, rng):
+        if model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, model, batch, rng)
+
+    monkeypatch.setattr(train.MAE, "loss", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        run(out=tmp_path, steps=50)
+    assert caught.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_zero_steps_evaluate_the_weights_given_and_twice_alike(tmp_path):
+    assert run(out=tmp_path / "a") == 0
+    trained = json.loads((tmp_path / "a" / "metrics.json").read_text())["val_loss"]
+    for name in ("b", "c"):
+        assert run("--weights", str(tmp_path / "a"), out=tmp_path / name, steps=0) == 0
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["val_loss"] == trained
+
+
+def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
+    assert run("--dry-run", out=tmp_path / "x") == 0
+    text = capsys.readouterr().out
+    assert "FLOPs per clip" in text and "expected memory" in text and not (tmp_path / "x").exists()
+
+
+def test_the_dry_runs_flops_are_the_ones_counted_by_hand(tmp_path):
+    """Products of the tiny encoder and decoder on 2 x 2 x 2 tokens, 4 of them visible."""
+    stage = train.parse(train.MAE, "mae", [*SMALL, "--dry-run"])
+    stage.device, stage.precision = "cpu", "fp32"
+    flops = train.dry_run(stage, stage.build())["forward_flops"]
+    D, d, P, Nv, Nm, N = 192, 96, 384, 4, 4, 8
+    block = lambda n, q, k: 2 * (n * k * 2 * k + q * k * 2 * k + 2 * q * n * k + q * 8 * k * k)  # noqa: E731
+    expected = 2 * Nv * P * D + 6 * block(Nv, Nv, D) + 2 * Nv * D * d + block(N, N, d) + block(N, Nm, d) \
+        + 2 * Nm * d * P
+    assert flops == expected
+
+
+def test_recomputing_changes_no_number(tmp_path):
+    for name, flags in (("a", ()), ("b", ("--recompute",))):
+        assert run(*flags, out=tmp_path / name) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_average_of_the_weights_follows_its_formula():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.0)
+    average = train.Average(model, 0.9)
+    torch.nn.init.constant_(model.weight, 2.0)
+    average.update(model)
+    with average.in_place(model):
+        assert model.weight.item() == pytest.approx(1.1)
+    assert model.weight.item() == 2.0
+
+
+@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--dual-mask",), ("--no-normalise",),
+                                   ("--mask-type", "random"), ("--mask-type", "frame"),
+                                   ("--decoder_depth=1",), ("--clip-grad", "0")])
+def test_every_option_of_the_recipe_runs(tmp_path, flags):
+    assert run(*flags, out=tmp_path, steps=2) == 0
+
+
+def test_an_earlier_run_is_moved_aside_never_overwritten(tmp_path, capsys):
+    assert run(out=tmp_path) == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert run("--seed", "1", out=tmp_path) == 0
+    assert "previous-1" in capsys.readouterr().out
+    assert (tmp_path / "previous-1" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["mea"], "no stage 'mea': choose mae"),
+    (["mae", "--mask-ratios", "0.5"], "unrecognized arguments: --mask-ratios"),
+    (["mae", "--steps", "many"], "--steps"),
+    (["mae", "--steps", "-1"], "--steps -1: must be at least 0"),
+    (["mae", "--lr", "nan"], "--lr nan"),
+    (["mae", "--mask-ratio", "1.5"], "--mask-ratio 1.5"),
+    (["mae", *SMALL, "--mask-ratio", "0.1"], "--mask-ratio 0.1: must hide at least one"),
+    (["mae", *SMALL, "--mask-ratio", "1"], "leave at least one"),
+    (["mae", "--input-size", "60"], "does not divide"),
+    (["mae", "--num-frames", "3"], "does not divide"),
+    (["mae", "--model", "enormous"], "enormous"),
+    (["mae", "--device", "tpu"], "--device tpu"),
+    (["mae", "--device", "cuda:99"], "--device cuda:99"),
+    (["mae", "--weights", "nowhere.pth"], "nowhere.pth: no such file"),
+    (["mae", *SMALL, "--data", "nowhere"], "nowhere"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = train.main(argv)
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2 and words in error and error.count("\n") == 1, error
+
+
+def test_resuming_with_another_recipe_is_refused(tmp_path, capsys):
+    assert run(out=tmp_path) == 0
+    assert run("--resume", "--mask-ratio", "0.75", out=tmp_path) == 2
+    assert "was made with --mask-ratio 0.5" in capsys.readouterr().err
+
+
+def test_a_torn_checkpoint_is_named(tmp_path, capsys):
+    assert run(out=tmp_path) == 0
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[:len(whole) // 2])
+    assert run("--resume", out=tmp_path) == 2
+    assert "not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_an_exploding_run_stops_with_the_facts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.mae, "reconstruction_loss", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    assert run(out=tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "not finite" in error and "step 0" in error and "lr" in error and (tmp_path / "last.pt").exists()
+
+
+def test_dashes_and_underscores_are_the_same():
+    for text in ("--mask-ratio", "--mask_ratio"):
+        assert train.parse(train.MAE, "mae", [text, "0.7"]).mask_ratio == 0.7
+        assert train.parse(train.MAE, "mae", [text + "=0.7"]).mask_ratio == 0.7
+    assert train.parse(train.MAE, "mae", ["--data", "my_videos"]).data == "my_videos"
+
+
+@pytest.mark.parametrize("name", train.STAGES)
+def test_every_flag_explains_itself(name, capsys):
+    for field in dataclasses.fields(train.STAGES[name]):
+        assert len(field.metadata["help"]) > 12, field.name
+    with pytest.raises(SystemExit):
+        train.main([name, "--help"])
+    assert "paper: 0.9" in capsys.readouterr().out.replace("\n", " ")
+
+
+def write_video(path, frames=20):
+    import av
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            picture = np.full((32, 32, 3), i * 10, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def test_real_files_train_and_broken_ones_are_named_skipped_and_counted(tmp_path, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for i in range(5):
+        write_video(folder / f"good_{i}.mp4")
+    (folder / "broken.mp4").write_bytes(b"this is no video")
+    assert run("--data", str(folder), "--workers", "1", out=tmp_path / "run", steps=8) == 0
+    out, metrics = capsys.readouterr(), json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [Path(path).name for path in metrics["bad_files"]] == ["broken.mp4"]
+    assert "broken.mp4" in out.out + out.err
+
+
+def test_two_thirds_of_nothing_is_an_error_not_a_hang(tmp_path, capsys):
+    (tmp_path / "v").mkdir()
+    for i in range(3):
+        (tmp_path / "v" / f"{i}.mp4").write_bytes(b"nothing")
+    assert run("--data", str(tmp_path / "v"), out=tmp_path / "run") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_held_out_clips_do_not_depend_on_the_training_length(tmp_path):
+    stage = train.MAE()
+    _, held_out = stage.datasets()
+    assert isinstance(held_out, data.MovingShapes)
+    first = next(iter(data.held_out(held_out, 4, 4)))["video"]
+    assert torch.equal(first, next(iter(data.held_out(held_out, 8, 4)))["video"])
