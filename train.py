@@ -134,15 +134,15 @@ class MAE(Stage):
 
     Hide 90 % of each clip in tubes, paint it back, keep the encoder."""
 
-    steps: int = flag(1500, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
+    steps: int = flag(1000, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
                       low=0)
-    blr: float = flag(4e-3, "learning rate at 256 clips a step; scaled by clips/256 (paper: 1.5e-4)", low=0)
+    blr: float = flag(1.6e-2, "learning rate at 256 clips a step; scaled by clips/256 (paper: 1.5e-4)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 40 of 800 epochs)",
                          low=0, high=1)
     batch_size: int = flag(32, "clips per process and step (paper: 1024 in all)", low=1)
     beta2: float = flag(0.95, "AdamW second-moment decay (paper: 0.95)", low=0, high=1)
     model: str = flag("tiny", "size of the network (paper: base, large, huge)", choices=tuple(mae.SIZES))
-    num_frames: int = flag(16, "frames per clip (paper: 16)", low=1)
+    num_frames: int = flag(8, "frames per clip (paper: 16)", low=1)
     input_size: int = flag(64, "height and width in pixels (paper: 224)", low=1)
     sampling_rate: int = flag(4, "a clip takes every n-th frame of a video (paper: 4; 2 on Something-Something)",
                               low=1)
@@ -195,8 +195,10 @@ class MAE(Stage):
         with self.autocast():
             prediction = model(video, hidden, skipped)
         loss = mae.reconstruction_loss(prediction, target, weight)
-        trivial = mae.reconstruction_loss(torch.zeros_like(target), target, weight) if self.normalise else None
-        return loss, {"loss": loss.detach()} | ({} if trivial is None else {"trivial_loss": trivial})
+        metrics = {"loss": loss.detach()}
+        if self.normalise and not model.training:
+            metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target, weight)
+        return loss, metrics
 
     def note(self):
         if not self.normalise:
@@ -311,6 +313,7 @@ class Log:
 
 
 def choose_device(name):
+    """"auto" or a torch device name -> the device's name; Mistake where it is not to be had."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

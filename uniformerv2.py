@@ -1,0 +1,728 @@
+"""Start from an image model and let small extra blocks read the video in it.
+
+Why: a transformer trained on 400 million captioned images (CLIP) knows what things look like and
+nothing of time. Training it anew on video forgets the first to learn the second. UniFormerV2 arms
+it instead: the image blocks stay, frame by frame, and the new blocks around them begin silent, so that
+training starts exactly at the image model (UniFormerV2, arXiv 2211.09552, Sec. 3, Method; the video
+tower of InternVideo, arXiv 2212.03191).
+
+    video (B, C, T, H, W) --embed each frame, + class token, + place--> (B, t, 1+S, D)
+      |
+      | per block:  local unit    each place looks at itself one step before and after   (optional)
+      |             attention     the 1+S tokens of one frame among themselves           (CLIP's)
+      |             local unit    once more                                              (optional)
+      |             mlp           token by token                                         (CLIP's)
+      |                 \\-- on chosen layers: global block, all t*(1+S) tokens --> token (B, 1, D)
+      v                                                                                      |
+    mean over frames of the class tokens (B, D) ------- balance ------- what the token read -+
+                                                           |
+                        feature (B, D) --norm, dropout, linear--> logits (B, Y)
+
+The idea, in steps:
+1. `UniFormerV2.embed_frames`: every frame is an image to CLIP. Nothing tells one frame from another.
+   For data about motion three frames go into one (`temporal_downsample`), t = T/2.
+2. `LocalUnit` mixes neighbouring frames, place by place: a depth-wise convolution over time in a
+   narrower space (Sec. 3, Local UniBlock). `FrameBlock` is CLIP's block with up to two of them.
+3. `GlobalBlock`: one query gathers from all tokens of all frames what matters for the clip (Sec. 3,
+   Global UniBlock). A 3x3x3 convolution first tells each token about its neighbours, the only
+   trace of order here; the frames' own stream never sees it. The token goes on to the next global
+   block, "sequential" among the four ways of Sec. 3, Multi-Stage Fusion Block.
+4. A learned balance w per channel: feature = (1 - w) * token + w * mean class token.
+5. `temporal_conv` and `grid_conv`: the two convolutions in the form that the device runs fastest.
+
+The theorem that makes it work, and a test proves: at the start every new branch ends in zeros, the
+token is exactly 0 and the balance 1/2. So the network is the image model averaged over frames, times
+1/2, which the norm of any head removes; frames may come in any order. Yet those zeros have a gradient
+from the first step on: they are the last layers of their branches, and what feeds them is not zero.
+(The second local unit of the last layer waits one step: no one but the silent global block reads it.)
+
+Where we differ from the official code (UniFormerV2 uniformerv2_model.py), with equal numbers: batch
+first everywhere; convolutions of size 1 are matrices; keys and values of the single query are never
+computed (`GlobalBlock.read`). On purpose not equal: DropPath skips clips, where the official
+sequence-first code skips token positions in all clips at once. Equal, though the paper says it the
+other way round: the sigmoid weighs the mean class token, not the token that read the clip. Also equal:
+clips are normalised with MEAN and STD below though CLIP was not. Frames may be any number.
+
+Numbers: B/16 115 M parameters, L/14 354 M; with local units and more global blocks, for motion, 163 M
+and 574 M. 197 and 257 tokens per frame. Our tiny one: 2.7 M.
+
+>>> model = UniFormerV2("tiny", classes=5).eval()
+>>> video = torch.randn(2, 3, 8, 64, 64)
+>>> model(video).shape                              # (B, Y)
+torch.Size([2, 5])
+>>> feature, tokens = model.encode(video)
+>>> feature.shape, tokens.shape                     # (B, D), (B, t, 1+S, D)
+(torch.Size([2, 192]), torch.Size([2, 8, 65, 192]))
+>>> torch.allclose(feature, tokens[:, :, 0].mean(dim=1) / 2)
+True
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import weights
+from attention import Block, DropPath, attention, quick_gelu
+from weights import Rule, WeightsError, commonest
+
+# Grey levels in [0, 1]: every UniFormerV2 model was trained on clips normalised so. Inside
+# InternVideo's video-text model CLIP's own numbers apply (clip_video.py).
+MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The measures of the image model; global blocks are as wide."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    patch: int
+    image_size: int = 224
+
+
+# CLIP (arXiv 2103.00020), Tab. "CLIP-ViT hyperparameters".
+SIZES = {
+    #               D  depth heads MLP patch pixels
+    "tiny":    Size(192,  4,  3,  768,  8,  64),  # ours, for laptops
+    "b16":     Size(768, 12, 12, 3072, 16, 224),
+    "l14":     Size(1024, 24, 16, 4096, 14, 224),
+    "l14_336": Size(1024, 24, 16, 4096, 14, 336),
+}
+
+
+def preset(family, size):
+    """The paper's options for a kind of data: UniFormerV2("b16", **preset("motion", "b16")).
+
+    family  "scenes": what is in the picture nearly decides, Kinetics and the like (8 frames or more).
+            "motion": Something-Something (16 frames or more): local units and a global block on
+            each of the last two thirds of the layers.
+            "frozen": the image model is not trained, and the head reads the global token alone.
+    """
+    depth = (SIZES[size] if isinstance(size, str) else size).depth
+    families = {"scenes": {"global_layers": last_layers(depth)},
+                "motion": {"global_layers": tuple(range(depth // 3, depth)), "local_units": 2,
+                           "temporal_downsample": True, "frames": 16, "drop_path": 0.2,
+                           "global_drop_path": 0.4},
+                "frozen": {"global_layers": last_layers(depth), "balance": False}}
+    if family not in families:
+        raise ValueError(f"no family {family!r}: choose {', '.join(families)}")
+    return families[family]
+
+
+def last_layers(depth):
+    """Where the global blocks read unless told otherwise: the last four layers, at most half of all."""
+    return tuple(range(max(depth - 4, depth // 2), depth))
+
+
+# ------------------------------------------------------------------------------------------------
+# Two depth-wise convolutions, each in several forms with the same numbers
+
+
+def temporal_conv(x, kernel, bias, form="auto"):
+    """Each channel of each place mixed over three frames; beyond the clip there are zeros.
+
+    x (B, t, S, C), kernel (C, 3), bias (C,) -> (B, t, S, C)
+    form  "conv3d", as written in the paper; "conv2d" over (t, S), where the tokens as they lie in
+          memory are a channels-last picture; "shift", three multiplications
+    """
+    if form == "auto":
+        form = fastest(temporal_conv, x, kernel)
+    if form == "shift":
+        before, after = F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(x[:, 1:], (0, 0, 0, 0, 0, 1))
+        kernel = kernel.to(x.dtype)
+        return before * kernel[:, 0] + x * kernel[:, 1] + after * kernel[:, 2] + bias.to(x.dtype)
+    picture = x.permute(0, 3, 1, 2)                                          # (B, C, t, S)
+    if form == "conv2d":
+        out = F.conv2d(picture, kernel[:, None, :, None], bias, padding=(1, 0), groups=len(kernel))
+    else:
+        out = F.conv3d(picture[..., None], kernel[:, None, :, None, None], bias, padding=(1, 0, 0),
+                       groups=len(kernel))[..., 0]
+    return out.permute(0, 2, 3, 1)
+
+
+def grid_conv(x, kernel, bias, form="auto"):
+    """Each channel mixed over its 3 x 3 x 3 neighbours; beyond the clip there are zeros.
+
+    x (B, t, h, w, D), kernel (D, 1, 3, 3, 3), bias (D,) -> (B, t, h, w, D)
+    form  "conv3d", or "conv2d": one convolution over space for each of three frames, added up
+    """
+    if form == "auto":
+        form = fastest(grid_conv, x, kernel)
+    if form == "conv3d":
+        return F.conv3d(x.permute(0, 4, 1, 2, 3), kernel, bias, padding=1,
+                        groups=len(kernel)).permute(0, 2, 3, 4, 1)
+    frames = x.flatten(0, 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    before, now, after = (
+        F.conv2d(frames, kernel[:, :, i], bias if i == 1 else None, padding=1, groups=len(kernel))
+        .permute(0, 2, 3, 1).unflatten(0, x.shape[:2]) for i in range(3))    # (B, t, h, w, D) each
+    return (now + F.pad(before[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+            + F.pad(after[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1)))
+
+
+def fastest(convolution, x, kernel):
+    """The form to use, from timings on a CPU at ViT-B's sizes. conv2d over time: 6 to 30 times
+    conv3d. The grid: conv3d is quicker forward (3 times), but its backward pass is slow, so three
+    conv2d win in training (3 times). For CUDA, where nothing was measured: `shift` because it reads
+    memory in order, and torch has no quick kernel of size 3 x 1 there; the grid as on a CPU."""
+    if convolution is temporal_conv:
+        return "shift" if x.device.type == "cuda" else "conv2d"
+    learning = torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad)
+    return "conv2d" if learning else "conv3d"
+
+
+def inflate(kernel, frames, centre=True):
+    """An image kernel as a video kernel: (D, C, p, p) -> (D, C, frames, p, p).
+
+    centre  True: it looks at the middle frame, the others get zeros, so that the video network starts
+            with the image network's numbers. False: every frame gets 1/frames of it, as I3D
+            (arXiv 1705.07750) proposed; equal only on a clip that stands still.
+    """
+    if not centre:
+        return kernel[:, :, None].expand(-1, -1, frames, -1, -1) / frames
+    out = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])
+    out[:, :, frames // 2] = kernel
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class Kernel(nn.Module):
+    """Weight and bias of a depth-wise convolution; starts as torch's convolutions do, bias 0."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        bound = math.prod(shape[1:]) ** -0.5
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(shape[0]))
+
+
+def silent(layer):
+    """A Linear layer that begins as zero, so that its branch does. Its own gradient is not zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class LocalUnit(nn.Module):
+    """What each place learns from the frames next to it (UniFormerV2, Sec. 3, Local UniBlock).
+
+    out = expand(temporal_conv(reduce(BatchNorm(x)))), x (B, t, S, D), inside int(D // reduction) wide.
+    The norm's statistics are per channel over all clips, frames and places: torch's BatchNorm3d, seen
+    on a (B*t*S, D) matrix. `expand` starts at zero.
+    """
+
+    def __init__(self, width, reduction):
+        super().__init__()
+        narrow = int(width // reduction)
+        self.norm = nn.BatchNorm1d(width)
+        self.reduce = nn.Linear(width, narrow)
+        self.time = Kernel(narrow, 3)
+        self.expand = silent(nn.Linear(narrow, width))
+
+    def forward(self, x):
+        normed = self.norm(x.flatten(0, 2)).view(x.shape)
+        return self.expand(temporal_conv(self.reduce(normed), self.time.weight, self.time.bias))
+
+
+class FrameBlock(Block):
+    """CLIP's block on each frame by itself, and up to two local units that reach across frames.
+
+    x = x + local[0](patches)      only the patch tokens; a class token stays with its frame
+    x = x + attn(norm1 x)          among the 1+S tokens of one frame
+    x = x + local[1](patches)
+    x = x + mlp(norm2 x)
+    """
+
+    def __init__(self, size, local_units, reduction, drop_path):
+        super().__init__(size.width, size.heads, mlp_width=size.mlp_width, eps=1e-5, drop_path=drop_path,
+                         activation=quick_gelu)
+        self.local = nn.ModuleList(LocalUnit(size.width, reduction) for _ in range(local_units))
+
+    def look_across(self, i, x):
+        """Add local unit i, if there is one, to the patch tokens."""
+        if i >= len(self.local):
+            return x
+        patches = x[:, :, 1:]
+        return torch.cat([x[:, :, :1], patches + self.drop_path(self.local[i](patches))], dim=2)
+
+    def forward(self, x, recompute=False):
+        """x (B, t, 1+S, D) -> the same shape. recompute: see UniFormerV2.recompute."""
+        run = remember_nothing if recompute and torch.is_grad_enabled() else (lambda part, x: part(x))
+        x = self.look_across(0, x)
+        x = x + self.drop_path(run(self.attend, x))
+        x = self.look_across(1, x)
+        return x + self.drop_path(run(self.digest, x))
+
+    def attend(self, x):
+        frames = self.norm1(x).flatten(0, 1)                                 # (B*t, 1+S, D)
+        return self.attn(frames).view(x.shape)
+
+    def digest(self, x):
+        return self.mlp(self.norm2(x))
+
+
+def remember_nothing(part, x):
+    """part(x), whose activations are computed again in the backward pass (arXiv 1604.06174). Local
+    units never run this way: a second run would count twice in the statistics of their norm."""
+    return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+
+
+class GlobalBlock(Block):
+    """One token reads a whole clip (UniFormerV2, Sec. 3, Global UniBlock).
+
+    y = norm_context(tokens, patches + grid_conv(patches))     the copy that only this block sees
+    token = token + attn(norm1 token; y)
+    token = token + mlp(norm2 token)                           dropout between the two layers
+    """
+
+    def __init__(self, size, heads, dropout, drop_path):
+        super().__init__(size.width, heads, mlp_width=size.mlp_width, eps=1e-5, drop_path=drop_path,
+                         activation=quick_gelu)
+        self.near = Kernel(size.width, 1, 3, 3, 3)
+        self.norm_context = nn.LayerNorm(size.width)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.attn.qkv, self.mlp.fc1):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(self.attn.qkv.bias)
+        # fc1 keeps its random bias: while the token is 0, nothing else feeds fc2.
+        for layer in (self.attn.proj, self.mlp.fc2):
+            silent(layer)
+
+    def read(self, query, context):
+        """query (B, 1, D) asks context (B, N, D); returns (B, 1, D). Keys and values of the N tokens
+        are never made. For one query q of a head, q.(Wk y) = (Wk^T q).y, so the query moves to the
+        tokens instead; the values' matrix comes after the mixing, a^T (Y Wv^T) = (a^T Y) Wv^T. The
+        key bias cancels in the softmax; the weights sum to one, so the value bias is added once.
+        N*heads*D multiplications twice, in place of N*D*D twice.
+        """
+        heads = self.attn.heads
+        to_q, to_k, to_v = self.attn.qkv.weight.chunk(3)                     # (D, D) each
+        bias_q, _, bias_v = self.attn.qkv.bias.chunk(3)
+        to_k, to_v = (w.unflatten(0, (heads, -1)) for w in (to_k, to_v))     # (heads, K, D)
+        q = F.linear(query, to_q, bias_q).view(len(query), heads, -1)        # (B, heads, K)
+        moved = torch.einsum("bhk,hkd->bhd", q, to_k)[:, None]               # heads as queries of one head
+        seen = attention(moved, context[:, None], context[:, None], scale=q.shape[-1] ** -0.5,
+                         kernel="written_out")[:, 0]                         # (B, heads, D)
+        out = torch.einsum("bhd,hkd->bhk", seen, to_v).flatten(1) + bias_v
+        return self.attn.proj(out)[:, None]
+
+    def forward(self, token, tokens, grid):
+        """token (B, 1, D), tokens (B, t, 1+S, D), grid (h, w) -> token (B, 1, D)."""
+        patches = tokens[:, :, 1:]
+        near = grid_conv(patches.unflatten(2, grid), self.near.weight, self.near.bias).flatten(2, 3)
+        context = torch.cat([tokens[:, :, :1], patches + near], dim=2).flatten(1, 2)
+        context = self.norm_context(context)                                 # (B, t*(1+S), D)
+        token = token + self.drop_path(self.read(self.norm1(token), context))
+        hidden = self.dropout(quick_gelu(self.mlp.fc1(self.norm2(token))))
+        return token + self.drop_path(self.mlp.fc2(hidden))
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+
+
+class UniFormerV2(nn.Module):
+    """CLIP's image tower on every frame, armed for video.
+
+    size            a name in SIZES or a Size
+    frames          T of the clips it is meant for; no weight depends on it, any clip will do
+    image_size      H = W or (H, W) in pixels, a multiple of the patch; default: the size's own
+    classes         Y; 0 = no head, forward returns the feature
+    global_layers   numbers of the layers, from 0, after which a global block reads; None: the last
+                    four, at most half; (): none, just the image tower, whose feature is the mean
+                    over frames of the class token (CLIP without its last norm)
+    global_heads    heads of the global blocks; default: those of the tower
+    local_units     0, 1 or 2 per block; reduction: how much narrower than D they are inside
+    temporal_downsample   True: the embedding takes 3 frames at every second one, t = T/2, T even
+    balance         False: the feature is the global token alone (for a frozen tower)
+    drop_path, global_drop_path   probability that a clip skips a branch in the last block; rises
+                    linearly from 0 in the first. See attention.DropPath.
+    global_mlp_dropout, head_dropout   probabilities
+
+    >>> plain = UniFormerV2("tiny", global_layers=())
+    >>> plain(torch.zeros(1, 3, 5, 64, 64)).shape
+    torch.Size([1, 192])
+    """
+
+    def __init__(self, size="b16", *, frames=8, image_size=None, channels=3, classes=0,
+                 global_layers=None, global_heads=None, local_units=0, reduction=1.5,
+                 temporal_downsample=False, balance=True, drop_path=0.0, global_drop_path=0.0,
+                 global_mlp_dropout=0.5, head_dropout=0.5):
+        super().__init__()
+        size = SIZES[size] if isinstance(size, str) else size
+        D, p = size.width, size.patch
+        image_size = size.image_size if image_size is None else image_size
+        H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
+        layers = last_layers(size.depth) if global_layers is None else tuple(global_layers)
+        if H % p or W % p:
+            raise ValueError(f"frames of {H} x {W} pixels do not divide into patches of {p} x {p}")
+        if list(layers) != sorted(set(layers) & set(range(size.depth))):
+            raise ValueError(f"global_layers {layers}: name layers 0 to {size.depth - 1}, rising")
+        if local_units not in (0, 1, 2):
+            raise ValueError(f"local_units is {local_units!r}: choose 0, 1 or 2")
+        self.config = {
+            "model": "UniFormerV2", "size": asdict(size), "frames": frames, "image_size": [H, W],
+            "channels": channels, "classes": classes, "global_layers": list(layers),
+            "global_heads": global_heads, "local_units": local_units, "reduction": reduction,
+            "temporal_downsample": temporal_downsample, "balance": balance, "drop_path": drop_path,
+            "global_drop_path": global_drop_path, "global_mlp_dropout": global_mlp_dropout,
+            "head_dropout": head_dropout}
+        self.patch, self.grid, self.global_layers, self._recompute = p, (H // p, W // p), layers, False
+        self.window, self.stride = (3, 2) if temporal_downsample else (1, 1)  # frames per embedding
+        self.grid_of(frames, H, W)
+        self.embed = nn.Linear(channels * self.window * p**2, D, bias=False)
+        self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
+        self.positions = nn.Parameter(D**-0.5 * torch.randn(1 + self.grid[0] * self.grid[1], D))
+        self.norm_pre = nn.LayerNorm(D)
+        rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(FrameBlock(size, local_units, reduction, rate) for rate in rates)
+        self.global_token = self.balance = None
+        if layers:
+            self.global_token = nn.Parameter(torch.zeros(1, 1, D))
+            rates = torch.linspace(0, global_drop_path, len(layers), device="cpu").tolist()
+            self.global_blocks = nn.ModuleList(
+                GlobalBlock(size, global_heads or size.heads, global_mlp_dropout, rate) for rate in rates)
+            self.balance = nn.Parameter(torch.zeros(D)) if balance else None
+        if classes:
+            self.norm, self.drop, self.head = nn.LayerNorm(D), nn.Dropout(head_dropout), nn.Linear(D, classes)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """The image tower as CLIP's code starts its text tower: residual branches smaller in a deep
+        model. The new parts have set up themselves."""
+        D, depth = self.embed.out_features, len(self.blocks)
+        if self.window > 1:  # begin by looking at one frame, like the image model
+            frame = self.embed.weight.unflatten(1, (-1, self.window, self.patch, self.patch))[:, :, 1]
+            self.embed.weight.copy_(inflate(frame * self.window**0.5, self.window).flatten(1))
+        for block in self.blocks:
+            for layer, std in ((block.attn.qkv, D**-0.5), (block.attn.proj, (2 * D * depth)**-0.5),
+                               (block.mlp.fc1, (2 * D)**-0.5), (block.mlp.fc2, (2 * D * depth)**-0.5)):
+                nn.init.normal_(layer.weight, std=std)
+                nn.init.zeros_(layer.bias)
+
+    def grid_of(self, T, H, W):
+        """Token grid (t, h, w) of a clip of T frames of H x W pixels, or ValueError."""
+        h, w = self.grid
+        if (H, W) != (h * self.patch, w * self.patch):
+            raise ValueError(f"frames of {H} x {W} pixels: the position table of this model is for "
+                             f"{h * self.patch} x {w * self.patch}")
+        if T < 1 or T % self.stride:
+            raise ValueError(f"a clip of {T} frames: this model takes a multiple of {self.stride}")
+        return T // self.stride, h, w
+
+    def embed_frames(self, video):
+        """video (B, C, T, H, W) -> tokens (B, t, 1+S, D), the class token of each frame first.
+
+        The official strided convolution, as a matrix: cut into patches first."""
+        t, h, w = self.grid_of(*video.shape[2:])
+        if self.window > 1:  # a black frame before the first; behind the last none is ever reached
+            video = F.pad(video, (0, 0, 0, 0, 1, 0))
+        p = self.patch
+        cut = video.unfold(2, self.window, self.stride).unfold(3, p, p).unfold(4, p, p)
+        cut = cut.permute(0, 2, 3, 4, 1, 5, 6, 7)                            # b t h w (c window p p)
+        patches = self.embed(cut.reshape(len(video), t, h * w, -1)) + self.positions[1:]
+        first = (self.class_token + self.positions[0]).to(patches.dtype)
+        return self.norm_pre(torch.cat([first.expand(len(video), t, 1, -1), patches], dim=2))
+
+    def encode(self, video):
+        """video (B, C, T, H, W) float, normalised -> feature (B, D); tokens of the last block
+        (B, t, 1+S, D), class token of each frame first, no final norm."""
+        x = self.embed_frames(video)
+        token = None if self.global_token is None else self.global_token.expand(len(video), -1, -1)
+        reader = dict(zip(self.global_layers, self.global_blocks)) if self.global_layers else {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, self._recompute)
+            if i in reader:
+                token = reader[i](token, x, self.grid)
+        mean = x[:, :, 0].mean(dim=1)
+        if token is None:
+            return mean, x
+        if self.balance is None:
+            return token[:, 0], x
+        share = self.balance.sigmoid()
+        return (1 - share) * token[:, 0] + share * mean, x
+
+    def features(self, video):
+        """video (B, C, T, H, W) -> (B, D), what the head's norm sees."""
+        return self.encode(video)[0]
+
+    def forward(self, video):
+        """video (B, C, T, H, W) float, normalised with MEAN and STD -> logits (B, Y)."""
+        feature = self.features(video)
+        return self.head(self.drop(self.norm(feature))) if self.config["classes"] else feature
+
+    def recompute(self, on=True):
+        """Save memory, spend time: keep no activations inside attention and MLP of the frames."""
+        self._recompute = on
+
+    @classmethod
+    def from_config(cls, config):
+        """Build from the configuration that a run saved (config.json)."""
+        config = {key: value for key, value in config.items() if key != "model"}
+        return cls(Size(**config.pop("size")), **config)
+
+    @classmethod
+    def from_official(cls, source, *, heads=None, global_heads=None, global_layers=None, frames=None):
+        """Load published UniFormerV2 weights, or a run of ours.
+
+        source         path or {name: tensor}; see weights.read
+        heads, global_heads   shapes cannot tell them; default: heads of 64, and as many globally
+        global_layers  after which layers the global blocks read; default: the last ones, as in
+                       all published models
+        frames         T, for the record; default 8, with temporal downsampling 16
+        returns        the model in eval mode. Sizes and options come from names and shapes; a file
+                       without a balance is a frozen one, a file without a head gives features.
+        raises         WeightsError: not such a file, or one that does not fit to the last tensor
+        """
+        file = OfficialFile(source)
+        if file.config.get("model") == "UniFormerV2":
+            return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
+        size, options = file.measures(heads, global_layers)
+        frames = frames or (16 if options["temporal_downsample"] else 8)
+        model = cls(size, frames=frames, global_heads=global_heads, **options)
+        return weights.fill(model, file.tensors, file.rules(model), name=file.name).eval()
+
+    @classmethod
+    def from_clip(cls, source, *, heads=None, image_size=None, **options):
+        """Grow a video model from CLIP's image tower: its numbers, and everything new silent.
+
+        source      path or {name: tensor} of OpenAI's names; `visual.*` is used, to the last tensor
+                    but for CLIP's own last norm and projection, `visual.ln_post.*` and `visual.proj`
+        heads       default: heads of 64
+        image_size  H = W in pixels; another one than CLIP's stretches its position table
+        options     as UniFormerV2: classes, frames, global_layers, local_units, ...
+        returns     the model in eval mode
+        raises      WeightsError, as from_official
+        """
+        file = OfficialFile(source, prefix="visual.")
+        size, plain = file.measures(heads, global_layers=())
+        tower = weights.fill(cls(size, **plain), file.tensors, file.rules(cls(size, **plain)), name=file.name)
+        model = cls(size, image_size=image_size, **options)
+        ours = tower.state_dict()
+        ours["positions"] = resize_positions(ours["positions"], tower.grid, model.grid)
+        kernel = ours["embed.weight"].unflatten(1, (-1, size.patch, size.patch))
+        ours["embed.weight"] = inflate(kernel, model.window).flatten(1)
+        model.load_state_dict({**model.state_dict(), **ours}, strict=True)
+        return model.eval()
+
+
+def resize_positions(table, old, new):
+    """A position table for another grid: (1+h*w, D), old and new (h, w) -> (1+h'*w', D), bicubic. The
+    code of the class token stays."""
+    if tuple(old) == tuple(new):
+        return table
+    places = table[1:].unflatten(0, old).permute(2, 0, 1)[None]
+    places = F.interpolate(places, size=tuple(new), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], places[0].flatten(1).T])
+
+
+# ------------------------------------------------------------------------------------------------
+# Official weights
+
+
+class OfficialFile:
+    """An official file of weights: its names without the prefix, and what its shapes tell.
+
+    prefix  what the names begin with; None: "backbone." where the file has it
+    """
+
+    def __init__(self, source, prefix=None):
+        self.tensors, self.config = weights.read(source)
+        self.name = "the dict of weights" if isinstance(source, dict) else str(source)
+        if self.config:
+            return
+        if prefix is None:
+            prefix = "backbone." if any(key.startswith("backbone.") for key in self.tensors) else ""
+        else:  # CLIP: leave the text tower and what stands behind the blocks
+            self.tensors = {key: value for key, value in self.tensors.items() if key.startswith(prefix)
+                            and key != prefix + "proj" and not key.startswith(prefix + "ln_post.")}
+        self.prefix = prefix
+        if not self.depth("transformer.resblocks."):
+            raise WeightsError(f"{self.name}: no {prefix}transformer.resblocks.*, so not the weights of a "
+                               f"{'CLIP image tower' if prefix == 'visual.' else 'UniFormerV2'}")
+
+    def depth(self, blocks):
+        return weights.depth_of(self.tensors, self.prefix + blocks)
+
+    def has(self, part):
+        return any(part in key for key in self.tensors)
+
+    def sizes(self, *endings):
+        """The first dimension of all tensors of the blocks whose names end so."""
+        blocks = self.prefix + "transformer.resblocks."
+        return [value.shape[0] for key, value in self.tensors.items()
+                if key.startswith(blocks) and key.endswith(endings) and value.ndim]
+
+    def shape(self, name, ndim):
+        return weights.shape_of(self.tensors, self.prefix + name, ndim, self.name)
+
+    def measures(self, heads, global_layers):
+        """(Size, options of UniFormerV2). Where many tensors tell a size, most of them decide, so that
+        a damaged one is named alone when the model is filled."""
+        found = self.sizes(".ln_1.weight", ".ln_2.weight", ".ln_1.bias", ".ln_2.bias")
+        hidden = self.sizes(".mlp.c_fc.bias", ".mlp.c_fc.weight")
+        if not found or not hidden:
+            missing = "mlp.c_fc.weight" if found else "ln_1.weight"
+            raise WeightsError(f"{self.name}: missing: {self.prefix}transformer.resblocks.0.{missing}")
+        width = commonest(found)
+        if not heads and width % 64:
+            raise WeightsError(f"{self.name}: shapes cannot tell how many heads a width of {width} has; "
+                               "pass heads=")
+        kernel = self.shape("conv1.weight", 4 if self.prefix == "visual." else 5)
+        window = kernel[2] if len(kernel) == 5 else 1
+        places = self.shape("positional_embedding", 2)[0] - 1
+        side = math.isqrt(max(places, 0))
+        if kernel[-1] != kernel[-2] or window not in (1, 3):
+            raise WeightsError(f"{self.name}: wrong shape: {self.prefix}conv1.weight is {kernel}; expected "
+                               "square patches of 1 or 3 frames")
+        if side < 1 or side * side != places:
+            raise WeightsError(f"{self.name}: wrong shape: {self.prefix}positional_embedding has {places} "
+                               "places besides the class token, which is not a square")
+        size = Size(width, self.depth("transformer.resblocks."), heads or width // 64, commonest(hidden),
+                    kernel[-1], side * kernel[-1])
+        count = max(self.depth("transformer.dec."), self.depth("transformer.dpe."))
+        if global_layers is None:
+            global_layers = range(size.depth - count, size.depth)
+        if len(global_layers) != count:
+            raise WeightsError(f"{self.name}: holds {count} global blocks, global_layers names "
+                               f"{len(global_layers)} layers")
+        local_units = 2 if self.has(".lmhra2.") else 1 if self.has(".lmhra1.") else 0
+        if local_units and not self.has(".num_batches_tracked"):  # a counter that no output depends on
+            for i in range(size.depth):
+                for unit in range(1, local_units + 1):
+                    self.tensors[f"{self.prefix}transformer.resblocks.{i}.lmhra{unit}.pos_embed.0."
+                                 "num_batches_tracked"] = torch.tensor(0)
+        narrow = self.sizes(".pos_embed.1.bias", ".pos_embed.1.weight", ".pos_embed.2.bias")
+        narrow = commonest(narrow) if narrow else int(width // 1.5)
+        reduction = 1.5 if int(width // 1.5) == narrow else width / (narrow + 0.5)  # gives int(narrow + 0.5)
+        return size, dict(channels=kernel[1], classes=self.classes(), global_layers=tuple(global_layers),
+                          local_units=local_units, reduction=reduction, temporal_downsample=window == 3,
+                          balance=self.has("transformer.balance"))
+
+    def classes(self):
+        """Y, 0 where the file has no head."""
+        if not self.has("transformer.proj."):
+            return 0
+        head = {key: tuple(value.shape) for key, value in self.tensors.items()
+                if key.startswith(self.prefix + "transformer.proj.2.") and value.ndim}
+        if len({shape[0] for shape in head.values()}) > 1:
+            raise WeightsError(f"{self.name}: wrong shape: the head's tensors disagree: {head}")
+        if not head:
+            raise WeightsError(f"{self.name}: missing: {self.prefix}transformer.proj.2.weight, "
+                               f"{self.prefix}transformer.proj.2.bias")
+        return next(iter(head.values()))[0]
+
+    def rules(self, model):
+        return [Rule(rule.ours, self.prefix + rule.official, rule.convert) for rule in official_rules(model)]
+
+
+def official_rules(model):
+    """The key map of a UniFormerV2, in network order; official names without `backbone.`. A plain tower
+    (no global layers) is CLIP's `visual.*`."""
+    rules = [Rule("embed.weight", "conv1.weight", as_matrix), Rule("class_token", "class_embedding"),
+             Rule("positions", "positional_embedding")] + pairs("norm_pre.", "ln_pre.")
+    for i, block in enumerate(model.blocks):
+        ours, official = f"blocks.{i}.", f"transformer.resblocks.{i}."
+        rules += block_rules(ours, official)
+        for j in range(len(block.local)):
+            a, b = f"{ours}local.{j}.", f"{official}lmhra{j + 1}.pos_embed."
+            rules += [Rule(f"{a}norm.{name}", f"{b}0.{name}") for name in
+                      ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+            for k, part in enumerate(("reduce.", "time.", "expand."), start=1):
+                rules += pairs(a + part, f"{b}{k}.", as_matrix)
+    if model.global_layers:
+        rules.append(Rule("global_token", "transformer.temporal_cls_token"))
+    for j in range(len(model.global_layers)):
+        ours, official = f"global_blocks.{j}.", f"transformer.dec.{j}."
+        rules += (pairs(ours + "near.", f"transformer.dpe.{j}.")
+                  + pairs(ours + "norm_context.", official + "ln_3.") + block_rules(ours, official))
+    if model.balance is not None:
+        rules.append(Rule("balance", "transformer.balance"))
+    if model.config["classes"]:
+        rules += pairs("norm.", "transformer.proj.0.") + pairs("head.", "transformer.proj.2.")
+    return rules
+
+
+def block_rules(ours, official):
+    """Key map of what every block of CLIP has."""
+    return [rule for a, b in (("norm1.", "ln_1."), ("attn.qkv.", "attn.in_proj_"),
+                              ("attn.proj.", "attn.out_proj."), ("norm2.", "ln_2."),
+                              ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."))
+            for rule in pairs(ours + a, official + b)]
+
+
+def pairs(ours, official, convert=None):
+    return [Rule(ours + part, official + part, convert) for part in ("weight", "bias")]
+
+
+def as_matrix(kernel):
+    """A convolution as the matrix that it is: (D, C, ...) -> (D, C * the rest)."""
+    return kernel.flatten(1) if kernel.ndim in (4, 5) else kernel
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """`python uniformerv2.py`: what happens to a clip, shape by shape."""
+    import argparse
+    import sys
+
+    import data
+
+    parser = argparse.ArgumentParser(description="An image model, armed to watch video: its steps on one "
+                                                 "generated clip.")
+    parser.add_argument("--family", default="motion", choices=("scenes", "motion", "frozen"),
+                        help="which of the paper's configurations; see preset()")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the clip")
+    args = parser.parse_args(argv)
+    try:
+        torch.manual_seed(args.seed)
+        world = data.MovingShapes("train", 16, SIZES["tiny"].image_size, args.seed)
+        clip = torch.as_tensor(world[0]["video"])                            # (T, H, W, 3)
+    except ValueError as error:
+        print(f"uniformerv2.py: {error}", file=sys.stderr)
+        return 2
+    video = ((clip / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(3, 0, 1, 2)[None]
+    model = UniFormerV2("tiny", classes=len(world.motions), **preset(args.family, "tiny")).eval()
+    explain(model, video)
+    return 0
+
+
+@torch.no_grad()
+def explain(model, video):
+    """Print what happens to a clip, stage by stage."""
+    t, h, w = model.grid_of(*video.shape[2:])
+    x = model.embed_frames(video)
+    B, _, places, D = x.shape
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    rows = [("video", "(B, C, T, H, W)", video.shape),
+            (f"patches of {model.window}x{model.patch}x{model.patch}, and class tokens", "(B, t, 1+S, D)",
+             x.shape)]
+    if len(model.blocks[0].local):
+        rows.append((f"each layer: local units, a place over {t} frames", "(B, t, S, D)", (B, t, h * w, D)))
+    rows.append((f"each of {len(model.blocks)} layers: attention in a frame, mlp", "(B*t, 1+S, D)",
+                 (B * t, places, D)))
+    for i in model.global_layers:
+        rows.append((f"after layer {i}: one token reads all {t * places}", "(B, 1, D)", (B, 1, D)))
+    feature, tokens = model.encode(video)
+    mean = tokens[:, :, 0].mean(dim=1)
+    rows += [("mean over frames of the class tokens", "(B, D)", mean.shape),
+             ("feature", "(B, D)", feature.shape), ("logits", "(B, Y)", model(video).shape)]
+    for name, letters, shape in rows:
+        print(f"{name:50s} {letters:16s} {tuple(shape)}")
+    scale = (feature * mean).sum() / mean.square().sum()
+    print(f"{count:.1f} M parameters. Untrained, the new parts are silent: "
+          f"feature = {scale:.3f} * mean class token")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
