@@ -199,7 +199,7 @@ class Scene:
     angle: float  # of the clock hand, in the middle of a spin
     extent: float  # path length; or sweep; or growth factor; or moment in [0, 1]; see _states
     heading: float  # axis of meet and part; place on the orbit in its middle
-    light: tuple  # background: how much brighter the bottom, and the right, than top and left
+    light: tuple  # share of the light that is lost towards the bottom, and towards the right
     waves: np.ndarray  # (K, 3) background: cycles down, cycles across, phase
     paint: np.ndarray  # (K + 1, 3) background: amplitude of each wave per channel, and the mean
     distractors: tuple  # of (shape, row, column, radius, angle, grey level)
@@ -272,9 +272,9 @@ def draw_scene(rng, frames, height, width, looks):
         [np.rint(cycles * np.sin(direction) * height), np.rint(cycles * np.cos(direction) * width),
          rng.uniform(0, 2 * math.pi, 7)], 1)
     tint = 1 + 0.25 * rng.standard_normal((7, 3))  # channels nearly agree: nearly grey
-    paint = np.vstack([rng.uniform(8, 12) / math.sqrt(7 / 2) * tint,
-                       rng.uniform(105, 150) + rng.uniform(-6, 6, 3)])
-    strength, source = rng.uniform(90, 130), rng.uniform(0, 2 * math.pi)
+    paint = np.vstack([rng.uniform(7, 11) / math.sqrt(7 / 2) * tint,
+                       rng.uniform(140, 190) + rng.uniform(-8, 8, 3)])
+    strength, source = rng.uniform(0.5, 0.6), rng.uniform(0, 2 * math.pi)
     light = (strength * math.sin(source), strength * math.cos(source))
     distractors = tuple(
         (SHAPES[rng.integers(len(SHAPES))], rng.uniform(0, height), rng.uniform(0, width),
@@ -384,7 +384,7 @@ def _draw(video, shape, colour, hand, row, column, angle, radius, brightness, sh
 
 
 def _background(scene):
-    """One seamless tile of muted waves, int16 (H, W, 3)."""
+    """One seamless tile of muted waves, uint8 (H, W, 3)."""
     down, across, phase = scene.waves.T[:, :, None]
     a = 2 * math.pi / scene.height * down * np.arange(scene.height) + phase  # (K, H)
     b = 2 * math.pi / scene.width * across * np.arange(scene.width)  # (K, W)
@@ -394,7 +394,7 @@ def _background(scene):
     columns = columns * np.tile(scene.paint[:-1], (2, 1))[:, None]  # (2K, W, 3)
     tile = rows @ columns.astype(np.float32).reshape(len(columns), -1)  # (H, W * 3)
     tile = tile.reshape(scene.height, scene.width, 3) + scene.paint[-1].astype(np.float32)
-    return np.rint(tile).astype(np.int16)
+    return np.clip(tile, 16, 239).astype(np.uint8)
 
 
 _NOISE_STARTS = 1 << 19
@@ -413,11 +413,8 @@ def render(scene):
     T, H, W = len(scene.noise), scene.height, scene.width
     video = np.empty((T, H, W, 3), np.uint8)
     tiles = np.tile(_background(scene), (2, 2, 1))
-    # The light stays while the texture drifts: it falls from one side, as in most real videos.
-    slopes = (np.linspace(-0.5, 0.5, n)[1:-1] * slope for n, slope in zip((H + 2, W + 2), scene.light))
-    light = np.rint(np.add.outer(*slopes)).astype(np.int16)[..., None]
     for t, (y, x) in enumerate((scene.drift + scene.shake) % (H, W)):
-        video[t] = (tiles[y:y + H, x:x + W] + light).clip(16, 239)
+        video[t] = tiles[y:y + H, x:x + W]
     # The camera sees the texture through a window at +shake, so all else moves by -shake.
     dy, dx = -scene.shake.T
     always = np.ones(T, bool)
@@ -427,6 +424,10 @@ def render(scene):
     for state in _states(scene):
         state.update(row=state["row"] + dy, column=state["column"] + dx)
         _draw(video, scene.shape, COLOURS[scene.colour], True, **state)
+    # Light falls from one side, on all alike, and stays where it is: 256ths of a full exposure.
+    slopes = (np.linspace(-0.5, 0.5, n) * slope for n, slope in zip((H, W), scene.light))
+    light = (256 * (0.75 - np.add.outer(*slopes)).clip(0.4, 1)).astype(np.uint16)[..., None]
+    video = np.maximum(video * light >> 8, 8).astype(np.uint8)
     # Everything painted lies in 8..247 and the noise in -8..8, so this uint8 sum cannot wrap.
     bank = _noise_bank(H * W * 3)
     for frame, start in zip(video, scene.noise):

@@ -93,6 +93,8 @@ def read(source):
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
+        if head[:2] != b"PK" and head[:1] != b"\x80":  # neither of torch's two formats
+            raise WeightsError(f"{path}: not a file of weights") from None
         raise WeightsError(f"{path}: a pickle that holds more than tensors, so opening it could run "
                            "code; save its state_dict as safetensors first") from None
     except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError,

@@ -137,7 +137,8 @@ def test_the_direction_on_the_screen_is_the_one_in_the_label():
     _, scenes = scenes_of_every_motion(frames=9, size=64)
 
     def coloured(scene):  # (T, H, W), True = has the colour of the shape
-        return np.abs(render(scene) - np.array(data.COLOURS[scene.colour])).sum(-1) < 60
+        even = render(dataclasses.replace(scene, light=(0.0, 0.0)))  # three quarters of a full exposure
+        return np.abs(even - 0.75 * np.array(data.COLOURS[scene.colour])).sum(-1) < 45
 
     def coloured_centre(scene):
         return np.array([np.argwhere(frame).mean(0) for frame in coloured(scene)])
