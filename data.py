@@ -522,7 +522,9 @@ class _Video:
         if not Path(self.path).is_file():
             raise DataError(f"{self.path}: no such file")
         try:
-            self.container = av.open(self.path, metadata_errors="replace")
+            # Titles may be in any encoding; PyAV minds until version 19.
+            lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+            self.container = av.open(self.path, **lenient)
         except av.FFmpegError as error:
             raise DataError(f"{self.path}: not a readable video ({error.strerror})") from None
         stream = next(iter(self.container.streams.video), None)
@@ -648,14 +650,18 @@ def _decode(info, numbers, size, start):
     stored = (width, height) if turns % 2 else (height, width)
     found = {}
     with _Video(info.path) as (container, stream):
+        # A converter of our own with one thread: PyAV keeps one with a pool, which a worker process
+        # forked from here would inherit without its threads, and wait for them for ever.
+        from av.video.reformatter import VideoReformatter
+        converter = VideoReformatter()
         if start is not None:
             container.seek(start, stream=stream)
         for count, frame in enumerate(container.decode(stream)):
             number = place.get(frame.pts) if info.pts else count
             if number in numbers and number not in found:
                 # Resized by swscale while it converts: one pass, and no full-size RGB frame.
-                picture = frame.to_ndarray(format="rgb24", height=stored[0], width=stored[1])
-                found[number] = np.rot90(picture, turns)
+                picture = converter.reformat(frame, stored[1], stored[0], "rgb24", threads=1)
+                found[number] = np.rot90(picture.to_ndarray(), turns)
                 if len(found) == len(numbers):
                     break
     return found

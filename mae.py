@@ -35,15 +35,16 @@ purpose, though unusual: position codes are sinusoids over the flattened token i
 tokens stay in the order visible, then hidden; a "learnable" position table is detached and never
 learns. The masks differ in which random places they draw.
 
-Numbers: ViT-B has 94 M parameters in pretraining (86 M kept) and 1568 tokens; our tiny one 2.7 M.
+Numbers: ViT-B has 94 M parameters in pretraining (86 M kept) and 1568 tokens; our tiny one
+3.4 M and 128 tokens.
 
 >>> video = torch.zeros(2, 3, 16, 64, 64)
 >>> model = VideoMAE("tiny", image_size=64)
 >>> hidden = tube_mask(2, model.grid, 0.9, torch.Generator().manual_seed(0))
->>> hidden.shape, int(hidden[0].sum())               # (B, N), Nm = 8 * int(0.9 * 64)
-(torch.Size([2, 512]), 456)
->>> model(video, hidden).shape                       # (B, Nm, P), P = 2 * 8 * 8 * 3
-torch.Size([2, 456, 384])
+>>> hidden.shape, int(hidden[0].sum())               # (B, N), Nm = 8 * int(0.9 * 16)
+(torch.Size([2, 128]), 112)
+>>> model(video, hidden).shape                       # (B, Nm, P), P = 2 * 16 * 16 * 3
+torch.Size([2, 112, 1536])
 """
 
 import functools
@@ -82,7 +83,7 @@ class Size:
 # The huge decoder is 640 wide in VideoMAE, 512 in InternVideo: `from_official` reads it off.
 SIZES = {
     #                D  depth heads  MLP patch  decoder: D depth heads MLP
-    "tiny":     Size(192,  6,  3,  768,  8,             96,  2,  3,  384),  # ours, for laptops
+    "tiny":     Size(192,  6,  3,  768, 16,             96,  2,  3,  384),  # ours, for laptops
     "small":    Size(384, 12,  6, 1536, 16,            192,  4,  3,  768),
     "base":     Size(768, 12, 12, 3072, 16,            384,  4,  6, 1536),
     "large":    Size(1024, 24, 16, 4096, 16,           512, 12,  8, 2048),
@@ -317,7 +318,7 @@ class VideoMAE(nn.Module):
     normalised  True = it predicts normalised pixels; only drawing needs to know
 
     >>> VideoMAE("tiny", image_size=(32, 48)).grid     # t, h, w
-    (8, 4, 6)
+    (8, 2, 3)
     """
 
     def __init__(self, size="base", *, frames=16, image_size=224, tubelet=2, channels=3,
@@ -792,7 +793,7 @@ def main(argv=None):
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
     parser.add_argument("--weights", help="a run's folder or official pretraining weights; "
                                           "default: an untrained tiny model")
-    parser.add_argument("--mask-ratio", "--mask_ratio", type=float, default=0.9,
+    parser.add_argument("--mask-ratio", "--mask_ratio", type=float, default=0.75,
                         help="share of each frame to hide, 0 to 1 (paper: 0.9)")
     parser.add_argument("--seed", type=int, default=0, help="which places are hidden")
     parser.add_argument("--out", default="runs/reconstruction.png", help="where the picture goes (.png)")

@@ -26,7 +26,7 @@ import data
 import train
 
 ROOT = Path(train.__file__).parent
-SMALL = ("--num-frames 4 --input-size 16 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 --workers 0 "
+SMALL = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 --workers 0 "
          "--precision fp32 --device cpu").split()
 
 
@@ -52,7 +52,7 @@ def test_the_base_rate_is_scaled_by_all_clips_of_a_step():
 
 
 def test_norms_biases_and_tokens_are_not_decayed():
-    model = train.MAE(num_frames=4, input_size=16, mask_ratio=0.5).build()
+    model = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5).build()
     decay, keep = train.parameter_groups(model, 0.05)
     assert decay["weight_decay"] == 0.05 and keep["weight_decay"] == 0
     kept = {name for name, p in model.named_parameters() if any(p is q for q in keep["params"])}
@@ -168,7 +168,7 @@ def test_the_dry_runs_flops_are_the_ones_counted_by_hand(tmp_path):
     stage = train.parse(train.MAE, "mae", [*SMALL, "--dry-run"])
     stage.device, stage.precision = "cpu", "fp32"
     flops = train.dry_run(stage, stage.build())["forward_flops"]
-    D, d, P, Nv, Nm, N = 192, 96, 384, 4, 4, 8
+    D, d, P, Nv, Nm, N = 192, 96, 1536, 4, 4, 8
     block = lambda n, q, k: 2 * (n * k * 2 * k + q * k * 2 * k + 2 * q * n * k + q * 8 * k * k)  # noqa: E731
     expected = 2 * Nv * P * D + 6 * block(Nv, Nv, D) + 2 * Nv * D * d + block(N, N, d) + block(N, Nm, d) \
         + 2 * Nm * d * P
@@ -276,10 +276,10 @@ def write_video(path, frames=20):
     import av
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = 32
+        stream.width = stream.height = 48
         stream.pix_fmt = "yuv420p"
         for i in range(frames):
-            picture = np.full((32, 32, 3), i * 10, np.uint8)
+            picture = np.full((48, 48, 3), i * 10, np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():

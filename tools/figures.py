@@ -49,7 +49,7 @@ def reconstruction(run, path):
     model = mae.VideoMAE.from_official(run)
     item = data.MovingShapes("val", model.config["frames"], tuple(model.config["image_size"]), 0)[CLIP]
     video = data.normalise(torch.as_tensor(item["video"])[None], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
-    hidden = mae.tube_mask(1, model.grid, 0.9, torch.Generator().manual_seed(CLIP))
+    hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
     mae.draw(model, video, hidden, path, f"held-out clip: {item['caption']}")
 
 
