@@ -484,6 +484,7 @@ class Clip(Stage):
         return {prefix + name: value for name, value in metrics.items()}
 
     def encode(self, captions, device):
+        """Sentences to token numbers (B, L), on the device."""
         return self.words.encode(captions, self.context, trim=True)[0].to(device)
 
     def embed_facts(self, model):
@@ -506,6 +507,114 @@ class Clip(Stage):
         return line + ("" if self.data else
                        f"; zero-shot and captions on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
                        "colour never shown in training; chance is 6 % for motion, 17 % for shape, 12 % for colour")
+
+    @torch.no_grad()
+    def pictures(self, model, batch, folder):
+        """The similarity matrix, the best clips for some sentences, captions under frames, and where the
+        decoder looks while it writes each word."""
+        shown = min(16, len(batch["video"]))
+        raw, captions = batch["video"][:shown], batch["caption"][:shown]
+        video = data.normalise(raw, model.clip.mean, model.clip.std)
+        with self.autocast():
+            seen, tokens = model.clip.encode_video_tokens(video)
+            read = model.clip.encode_text(self.encode(captions, video.device))
+            written = model.caption(video, self.words, self.context - 1)
+        seen, read = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (seen, read))
+        cosines, raw = (read @ seen.T).cpu(), raw.cpu().numpy()
+        paths = [folder / name for name in ("similarity.png", "retrieval.png", "captions.png", "attention.png")]
+        draw_similarity(cosines, raw, captions, paths[0])
+        draw_retrieval(cosines, raw, captions, paths[1])
+        draw_captions(raw, captions, written, paths[2])
+        grid = getattr(model.clip.visual, "grid", None)
+        ids = self.encode(written[:1], video.device)
+        words = model.clip.encode_text_tokens(ids)[1][:, :-1]
+        looks = caption_decoder.word_attention(model.caption_decoder, tokens[:1].float().flatten(1, 2), words.float())[0]
+        looks = looks.view(looks.shape[0], *tokens.shape[1:3])[:, :, 1:]             # (L, t, S), no class tokens
+        looks = looks.reshape(len(looks), -1, *grid).cpu()                            # (L, t, h, w)
+        spoken = [self.words.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
+        draw_attention(raw[0], looks, spoken, written[0], paths[3])
+        return paths
+
+
+
+def new_figure(rows, columns, width, height):
+    """A white figure without axes, and its (rows, columns) array of places."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, places = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, facecolor="white",
+                                  layout="constrained")
+    for place in places.flat:
+        place.set(xticks=[], yticks=[])
+        for spine in place.spines.values():
+            spine.set_visible(False)
+    return figure, places
+
+
+def finish(figure, path):
+    import matplotlib.pyplot as plt
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def strip(video, count=4):
+    """`count` frames of a clip (T, H, W, 3) side by side, with thin white gaps."""
+    chosen = data.segment_indices(len(video), min(count, len(video)))
+    return np.concatenate([np.pad(video[t], ((0, 0), (0, 2), (0, 0)), constant_values=255) for t in chosen], axis=1)
+
+
+def draw_similarity(cosines, videos, captions, path):
+    """Cosines of all sentences (rows) and all clips (columns); the truth is the diagonal."""
+    figure, ((axis,),) = new_figure(1, 1, 8.6, 5)
+    picture = axis.imshow(cosines.numpy(), cmap="viridis")
+    axis.set_yticks(range(len(captions)), [text[:60] for text in captions], fontsize=7)
+    axis.set_xticks(range(len(captions)), range(1, len(captions) + 1), fontsize=7)
+    best = cosines.argmax(dim=1)
+    axis.scatter(best, range(len(best)), s=14, c=["white" if b == i else "red" for i, b in enumerate(best)])
+    axis.set_title("cosine of sentence and clip; dot: the best clip of each sentence, red where it is wrong", fontsize=8)
+    axis.set_xlabel("held-out clip, in the order of the sentences", fontsize=8)
+    figure.colorbar(picture, shrink=0.8)
+    finish(figure, path)
+
+
+def draw_retrieval(cosines, videos, captions, path, rows=5, top=3):
+    """A sentence, and the clips that the model finds for it."""
+    rows, top = min(rows, len(captions)), min(top, len(captions))
+    figure, places = new_figure(rows, top, 3.3 * top, 1.25 * rows + 0.3)
+    for i in range(rows):
+        for place, found in zip(places[i], cosines[i].argsort(descending=True)[:top].tolist()):
+            place.imshow(strip(videos[found]))
+            right = captions[found] == captions[i]
+            place.set_xlabel(f"cosine {cosines[i, found]:.2f}" + (", its own clip" if right else ""), fontsize=8,
+                             color="green" if right else "black")
+        places[i][0].set_title(f'"{captions[i]}"', loc="left", fontsize=9)
+    finish(figure, path)
+
+
+def draw_captions(videos, captions, written, path, rows=6):
+    """Frames of a clip, what the model writes and what it was told."""
+    rows = min(rows, len(captions))
+    figure, places = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
+    for place, video, told, text in zip(places.flat, videos, captions, written):
+        place.imshow(strip(video))
+        place.set_xlabel(f"model: {text}\ntruth: {told}", fontsize=8, loc="left")
+    finish(figure, path)
+
+
+def draw_attention(video, looks, words, sentence, path, most=8):
+    """Rows: words; columns: the time steps of the tokens; bright where the decoder looked (L, t, h, w).
+    Each row is scaled by its own brightest place."""
+    words, steps = words[:most], looks.shape[1]
+    figure, places = new_figure(len(words), steps, 1.15 * steps + 1.2, 1.12 * len(words) + 0.4)
+    for row, (word, look) in enumerate(zip(words, looks)):
+        look = look / look.max()
+        for t in range(steps):
+            frame = video[t * len(video) // steps]
+            large = torch.nn.functional.interpolate(look[None, None, t], frame.shape[:2], mode="bilinear")[0, 0]
+            places[row][t].imshow((frame * (0.25 + 0.75 * large.numpy()[..., None])).astype(np.uint8))
+        places[row][0].set_ylabel(word, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    figure.suptitle(f'where the decoder looks as it writes "{sentence}"', fontsize=9)
+    finish(figure, path)
 
 
 STAGES = {"mae": MAE, "clip": Clip}
