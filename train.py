@@ -3,6 +3,7 @@
     python train.py                       the default run: every stage, on built-in clips, on a CPU
     python train.py mae                   one stage; `python train.py mae --help` lists its flags
     python train.py mae --data DIR        ... on your videos
+    python train.py clip --data LIST      videos and sentences: CSV with a header `path,caption`, or JSONL
     python train.py mae --steps 0 --weights RUN    evaluate only
     python train.py mae --resume          go on where the last run stopped
 
@@ -227,7 +228,7 @@ class MAE(Stage):
 
 
 # The towers of the clip card's default run, made for five minutes on a laptop.
-SMALL = uniformerv2.Size(128, 4, 2, 512, 8, 64)
+SMALL = uniformerv2.Size(128, 4, 2, 512, 16, 64)
 SMALL_TEXT = clip_video.TextSize(128, 2, 2)
 FACTS = {"motion": data.MOTIONS, "shape": data.SHAPES, "colour": tuple(data.COLOURS)}
 
@@ -272,9 +273,12 @@ class VideoText(torch.nn.Module):
 class Clip(Stage):
     """Stage one, second half: which sentence belongs to which video, and write one (InternVideo, Sec. 3.2).
 
-    Contrastive and captioning loss from one pass; videos, and now and then single pictures."""
+    Contrastive and captioning loss from one pass; videos, and now and then single pictures.
 
-    steps: int = flag(1500, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
+    More pairs in a batch are more negatives. --accum cannot give them, for micro-batches never meet;
+    --cache-size can: it encodes in pieces, compares all, and encodes each piece again to go backward."""
+
+    steps: int = flag(1200, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
     lr: float = flag(1e-3, "learning rate as it is; overrides --blr when above 0 (paper: 8e-5, from CLIP's "
                            "weights)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 0.01)", low=0, high=1)
@@ -286,25 +290,26 @@ class Clip(Stage):
                       low=1)
     cache_size: int = flag(0, "gradient caching: pairs in memory at a time, equal to the large batch; 0 = all",
                            low=0)
-    eval_every: int = flag(300, "steps between evaluations; 0 = ten times in the run", low=0)
+    eval_clips: int = flag(200, "held-out clips per evaluation; the first 100 for retrieval", low=1)
+    eval_every: int = flag(400, "steps between evaluations; 0 = ten times in the run", low=0)
     model: str = flag("small", "size of both towers (paper: b16, l14; small is ours)",
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2 (paper), frames = frame-wise CLIP, joint = ViCLIP",
                      choices=tuple(clip_video.KINDS))
     num_frames: int = flag(8, "frames per clip (paper: 8)", low=1)
     input_size: int = flag(64, "height and width in pixels (paper: 224)", low=1)
-    local_units: int = flag(0, "0, 1 or 2 per block, to compare neighbouring frames (paper: 0; UniFormerV2 "
+    local_units: int = flag(1, "0, 1 or 2 per block, to compare neighbouring frames (paper: 0; UniFormerV2 "
                                "for motion: 2)", low=0, high=2)
     temporal_downsample: bool = flag(False, "embed three frames at a time, at every second one (UniFormerV2 "
                                             "for motion: yes)")
-    context: int = flag(24, "most tokens of a caption, start and end included (CLIP: 77)", low=3)
+    context: int = flag(32, "most tokens of a caption, start and end included (CLIP: 77)", low=3)
     vocabulary: int = flag(800, "most tokens of the vocabulary, learned from the captions (CLIP: 49,408)", low=515)
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside "
                               "--weights, or learned from the captions")
     caption_depth: int = flag(2, "layers of the caption decoder (paper: 6)", low=1)
     queries: int = flag(8, "questions that the caption decoder asks the video (official: 256)", low=1)
     caption_weight: float = flag(1.0, "weight of the captioning loss (paper: 1)", low=0)
-    image_every: int = flag(2, "every n-th batch is of images, one frame of each clip; 0 = none (paper: 2, they "
+    image_every: int = flag(4, "every n-th batch is of images, one frame of each clip; 0 = none (paper: 2, they "
                                "alternate)", low=0)
     freeze_text: bool = flag(False, "do not train the text tower")
     freeze_visual: bool = flag(False, "do not train the visual tower")
@@ -313,8 +318,8 @@ class Clip(Stage):
         if self.accum > 1:
             raise Mistake(f"--accum {self.accum}: accumulation gives a contrastive loss no more negatives, each "
                           f"micro-batch is compared with itself alone; use --batch-size "
-                          f"{self.batch_size * self.accum} --cache-size {self.batch_size}, which takes the same "
-                          "memory")
+                          f"{self.batch_size * self.accum} --cache-size {self.batch_size} --local-units 0, which takes "
+                          "the same memory")
         self.sets = clips(self, self.num_frames, self.input_size, "segment", flip=False)
         captions = self.check_captions()
         try:
@@ -445,15 +450,17 @@ class Clip(Stage):
     def evaluate(self, model, batches):
         """Losses, retrieval, and on moving shapes zero-shot classes and facts of the written captions; the
         same for pairs of shape and colour that were never shown."""
-        metrics = self.measure(model, batches, "val_")
+        classes = None if self.data else self.embed_facts(model)
+        metrics = self.measure(model, batches, classes, "val_")
         if not self.data:
             world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
             device = model.clip.scale.device
             unseen = (to_device(batch, device) for batch in data.held_out(world, self.eval_clips, self.batch_size))
-            metrics |= self.measure(model, unseen, "unseen_")
+            metrics |= self.measure(model, unseen, classes, "unseen_")
         return metrics
 
-    def measure(self, model, batches, prefix):
+    def measure(self, model, batches, classes, prefix):
+        """The numbers of `evaluate` for one set of clips, each name with a prefix in front."""
         total, found, count = {}, {"seen": [], "read": [], "facts": [], "said": []}, 0
         for i, batch in enumerate(batches):
             _, losses = self.loss(model, batch, generator(self.seed, "evaluation", i))
@@ -472,7 +479,6 @@ class Clip(Stage):
         ranks = clip_video.retrieval_metrics(model.clip.logit_scale.exp() * read[:100] @ seen[:100].T)
         metrics |= {key: value for key, value in ranks.items() if key.endswith("R@1")}
         if found["facts"]:
-            classes = self.embed_facts(model)
             for fact, names in FACTS.items():
                 chosen = clip_video.zero_shot(seen, classes[fact], model.clip.logit_scale, "embeddings").argmax(dim=1)
                 right = [names[c] == facts[fact] for c, facts in zip(chosen.tolist(), found["facts"])]
@@ -500,9 +506,9 @@ class Clip(Stage):
         return {fact: table.movedim(axis, -2).flatten(0, 2) for axis, fact in enumerate(FACTS)}
 
     def note(self):
+        count = min(100, self.eval_clips, len(self.sets[1]) if self.data else 100)
         line = clip_video.protocol(
-            self.sets[1].source if self.data else "moving shapes", videos=min(100, self.eval_clips),
-            captions=min(100, self.eval_clips), frames=self.num_frames, size=self.input_size, crop="centre",
+            self.sets[1].source if self.data else "moving shapes", videos=count, captions=count, frames=self.num_frames, size=self.input_size, crop="centre",
             sampling="one from each segment" if self.data else "all of the clip")
         return line + ("" if self.data else
                        f"; zero-shot and captions on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
@@ -605,14 +611,12 @@ def draw_attention(video, looks, words, sentence, path, most=8):
     """Rows: words; columns: the time steps of the tokens; bright where the decoder looked (L, t, h, w).
     Each row is scaled by its own brightest place."""
     words, steps = words[:most], looks.shape[1]
-    figure, places = new_figure(len(words), steps, 1.15 * steps + 1.2, 1.12 * len(words) + 0.4)
-    for row, (word, look) in enumerate(zip(words, looks)):
-        look = look / look.max()
-        for t in range(steps):
-            frame = video[t * len(video) // steps]
-            large = torch.nn.functional.interpolate(look[None, None, t], frame.shape[:2], mode="bilinear")[0, 0]
-            places[row][t].imshow((frame * (0.25 + 0.75 * large.numpy()[..., None])).astype(np.uint8))
-        places[row][0].set_ylabel(word, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    frames = video[[t * len(video) // steps for t in range(steps)]]
+    figure, places = new_figure(len(words), 1, 1.15 * steps + 1.2, 1.12 * len(words) + 0.4)
+    for place, word, look in zip(places[:, 0], words, looks):
+        light = torch.nn.functional.interpolate(look[:, None] / look.max(), frames.shape[1:3], mode="bilinear")
+        place.imshow(strip((frames * (0.25 + 0.75 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
+        place.set_ylabel(word, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     figure.suptitle(f'where the decoder looks as it writes "{sentence}"', fontsize=9)
     finish(figure, path)
 
