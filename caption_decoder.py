@@ -302,7 +302,7 @@ class CaptionDecoder(nn.Module):
         returns  the decoder in eval mode
         raises   WeightsError: no decoder inside, or one that does not fit to the last tensor
         """
-        tensors, config = weights.read(source)
+        tensors, config = weights.part(*weights.read(source), "caption_decoder")
         name = "the dict of weights" if isinstance(source, dict) else str(source)
         if config.get("model") == "CaptionDecoder":  # a run of ours
             return weights.fill(cls.from_config(config), tensors, name=name).eval()
@@ -511,6 +511,30 @@ def grow_beams(logits, score, length, ended, clips, beams, length_penalty, end):
     return chosen // gain.shape[1], word.flatten()[chosen], total.flatten()[chosen]
 
 
+@torch.no_grad()
+def word_attention(decoder, visual, text):
+    """Where in the video the decoder looks while it reads each token: (B, L, M), rows sum to 1.
+
+    The last block's attention over the Q answers, times the pooler's over the M tokens, both averaged
+    over heads. It says what was looked at, not what decided: the layers before have mixed the words.
+    visual (B, M, C), text (B, L, W), as `CaptionDecoder.forward`
+    """
+    def share(attn, queries, keys):
+        """queries (B, n, W), keys (B, 1, N, K) -> (B, n, N)."""
+        q = attn.q(queries).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, K)
+        return (q @ keys.transpose(2, 3) * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
+
+    pooler, last = decoder.pooler, decoder.cross_blocks[-1]
+    keys = pooler.attn.keys(pooler.context_norm(visual))[0]
+    asked = share(pooler.attn, pooler.norm(decoder.queries).expand(len(visual), -1, -1), keys)
+    pooled, x = decoder.pool(visual), decoder.text_norm(text)
+    for self_block, cross_block in zip(decoder.self_blocks, decoder.cross_blocks):
+        x, _ = self_block(x)
+        if cross_block is last:
+            return share(last.attn, last.norm(x), last.attn.keys(pooled)[0]) @ asked
+        x = cross_block(x, *cross_block.attn.keys(pooled))
+
+
 # ------------------------------------------------------------------------------------------------
 # Official weights
 
@@ -583,3 +607,54 @@ def check_rotary(decoder, prefix, name):
             key = prefix + official_name(f"self_blocks.{i}.frequencies")
             raise WeightsError(f"{name}: {key} holds other frequencies than 10000^(-2j/K)")
         block.frequencies.copy_(table)
+
+
+# ------------------------------------------------------------------------------------------------
+# Try it
+
+
+@torch.no_grad()
+def main(argv=None):
+    """`python caption_decoder.py VIDEO --weights RUN` writes a sentence about the video."""
+    import argparse
+    import sys
+    from pathlib import Path
+
+    import clip_video
+    import data
+
+    parser = argparse.ArgumentParser(description="Write a sentence about a video.")
+    parser.add_argument("video", help="a video file")
+    parser.add_argument("--weights", required=True, help="a run's folder, or InternVideo-MM weights")
+    parser.add_argument("--tokenizer", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; "
+                                            "default: the one in the run's folder")
+    parser.add_argument("--method", default="greedy", choices=("greedy", "beam", "nucleus"))
+    parser.add_argument("--maximum", type=int, default=30, help="most word pieces (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of --method nucleus (default: 0)")
+    args = parser.parse_args(argv)
+    try:
+        model = clip_video.VideoCLIP.from_official(args.weights)
+        decoder = CaptionDecoder.from_official(args.weights)
+        folder = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
+        if not args.tokenizer and not (folder / "tokenizer.json").exists():
+            raise ValueError(f"{folder} holds no tokenizer.json; pass --tokenizer")
+        tokenizer = clip_video.load_tokenizer(args.tokenizer or folder)
+        if tokenizer.vocabulary > model.config["vocabulary"]:
+            raise ValueError(f"a tokenizer of {tokenizer.vocabulary} tokens and a model of "
+                             f"{model.config['vocabulary']}: they do not belong together")
+        T, (H, W) = model.config["frames"], model.config["image_size"]
+        wanted = data.segment_indices(data.probe(args.video).frames, T)
+        clip = torch.as_tensor(data.read_clip(args.video, wanted, (H, W)))[None]
+        _, tokens = model.encode_video_tokens(data.normalise(clip, model.mean, model.std))
+        words = generate(decoder, model.text, tokens.flatten(1, 2), start=tokenizer.start,
+                         end=tokenizer.end, maximum=min(args.maximum, model.config["context"] - 1),
+                         method=args.method, generator=torch.Generator().manual_seed(args.seed))
+        print(tokenizer.decode(words)[0])
+    except (WeightsError, data.DataError, ValueError) as error:
+        print(f"caption_decoder.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -419,6 +419,8 @@ class VideoCLIP(nn.Module):
     frames, image_size   T, and H = W or (H, W), default the size's own; "frames" and "video" take
                 clips of any other length, too
     global_layers, global_heads   of "video": see UniFormerV2
+    local_units, temporal_downsample   of "video", for motion: see UniFormerV2; no official
+                video-text model has them
     text_size   TextSize or name; default: the one that goes with the name in `size`
     embedding   E, default the width of the text tower
     vocabulary, context, end, masked_text   see TextTower
@@ -427,10 +429,12 @@ class VideoCLIP(nn.Module):
 
     def __init__(self, size="b16", *, kind="video", frames=8, image_size=None, global_layers=None,
                  global_heads=None, text_size=None, embedding=None, vocabulary=49408, context=77,
-                 end=None, masked_text=False, drop_path=0.0):
+                 end=None, masked_text=False, drop_path=0.0, local_units=0, temporal_downsample=False):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}: choose {', '.join(KINDS)}")
+        if kind != "video" and (local_units or temporal_downsample):
+            raise ValueError(f"local_units and temporal_downsample are for kind='video', not {kind!r}")
         if text_size is None and not isinstance(size, str):
             raise ValueError("a Size of your own needs a text_size")
         text_size = text_size or size
@@ -443,7 +447,8 @@ class VideoCLIP(nn.Module):
         else:
             layers = () if kind == "frames" else global_layers
             self.visual = UniFormerV2(size, frames=frames, image_size=image_size, drop_path=drop_path,
-                                      global_layers=layers, global_heads=global_heads)
+                                      global_layers=layers, global_heads=global_heads,
+                                      local_units=local_units, temporal_downsample=temporal_downsample)
             self.mean, self.std = CLIP_MEAN, CLIP_STD
         self.kind = kind
         self.config = {"model": "VideoCLIP", "size": asdict(size), "kind": kind, "frames": frames,
@@ -451,7 +456,8 @@ class VideoCLIP(nn.Module):
                        "global_layers": list(getattr(self.visual, "global_layers", ())),
                        "global_heads": global_heads, "text_size": asdict(text_size),
                        "embedding": embedding, "vocabulary": vocabulary, "context": context,
-                       "end": end, "masked_text": masked_text}
+                       "end": end, "masked_text": masked_text, "local_units": local_units,
+                       "temporal_downsample": temporal_downsample}
         self.visual_norm = nn.LayerNorm(size.width)
         self.visual_proj = nn.Linear(size.width, embedding, bias=False)
         nn.init.normal_(self.visual_proj.weight, std=size.width**-0.5)
@@ -882,7 +888,7 @@ class OfficialFile:
     """An official file, seen through the names of OpenAI's CLIP."""
 
     def __init__(self, source):
-        tensors, self.config = weights.read(source)
+        tensors, self.config = weights.part(*weights.read(source), "clip")
         self.name = "the dict of weights" if isinstance(source, dict) else str(source)
         self.tensors, self.layout, self.prefix, self.unused = tensors, None, "", []
         if self.config:

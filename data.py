@@ -48,6 +48,7 @@ import csv
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import operator
 import os
@@ -158,6 +159,20 @@ def describe(facts, rng):
     """One sentence about the facts, chosen among `phrasings(facts)` by a numpy Generator."""
     sentences = phrasings(facts)
     return sentences[rng.integers(len(sentences))]
+
+
+def still(facts, frames, rng):
+    """A frame of a clip with these facts, and a sentence that is true of that picture alone.
+
+    returns  its number, drawn by a numpy Generator among those where the shape surely is to be seen,
+             and a sentence like "a red star": of motion a single picture knows nothing
+    """
+    shape, colour, motion = facts["shape"], facts["colour"], facts["motion"]
+    number = {"appear": frames - 1, "vanish": 0}.get(motion)
+    number = int(rng.integers(frames)) if number is None else number
+    if motion in ("meet", "part"):
+        return number, f"two {colour} {_PLURALS[shape]}"
+    return number, f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
 
 
 def parse_caption(sentence):
@@ -698,21 +713,31 @@ _COLUMNS = {  # what a header line may call a column
 }
 
 
+_LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".list")
+
+
 def _is_video(name):
     return Path(name.strip().strip('"')).suffix.lower() in VIDEO_SUFFIXES
 
 
 def _read_list(path):
     """Rows (path, label or None, caption or None), all str, of a list; see VideoFiles."""
+    raw = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if path.suffix.lower() in _LIST_SUFFIXES and b"\0" not in raw:
+            line = raw[:error.start].count(b"\n") + 1
+            raise DataError(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save "
+                            "the list with that encoding") from None
         raise DataError(f"{path}: neither a video nor a text file; give a folder of videos, one "
                         "video, or a list with 'path label' on each line") from None
     lines = [(number, line) for number, line in enumerate(map(str.strip, text.splitlines()), 1)
              if line]
     if not lines:
         raise DataError(f"{path}: the list is empty; write 'path label' on each line")
+    if path.suffix.lower() == ".jsonl":
+        return _read_json_lines(path, lines)
     for delimiter in (",", "\t"):
         names = [name.strip().lower() for name in lines[0][1].split(delimiter)]
         if set(names) & set(_COLUMNS["path"]):
@@ -746,6 +771,29 @@ def _read_columns(path, names, reader):
                             f"has {len(names)}; put quotes around text that contains the separator")
         rows.append(tuple(None if place is None else row[place].strip() for place in at))
     return rows[1:]
+
+
+def _read_json_lines(path, lines):
+    """Rows as `_read_list`, of a JSON object on each line, with the same names for the columns."""
+    rows = []
+    for number, line in lines:
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(item, dict):
+            raise DataError(f"{path}, line {number}: expected an object like "
+                            '{"path": "dog.mp4", "caption": "a dog runs"}, got ' + line[:40])
+        row = [next((item[name] for name in names if name in item), None) for names in _COLUMNS.values()]
+        row[1] = str(row[1]) if isinstance(row[1], int) else row[1]
+        if row[0] is None or not all(isinstance(value, str) for value in row if value is not None):
+            raise DataError(f"{path}, line {number}: needs a \"path\", and path, label and caption must "
+                            f"be text, got {line[:60]}")
+        rows.append(tuple(value if value is None else value.strip() for value in row))
+    captioned = [row[2] is not None for row in rows]
+    if any(captioned) and not all(captioned):
+        raise DataError(f"{path}, line {lines[captioned.index(False)][0]}: has no caption, other lines have")
+    return rows
 
 
 def _scan_folder(folder):
@@ -787,6 +835,7 @@ class VideoFiles:
               CSV file of `path label` lines, paths relative to the list's folder, separated by
               space (the last one), comma, tab or `::`; an optional header may name the columns
               path, label, caption. Labels are class numbers or names. Lines of paths alone do too.
+              Or a .jsonl file: {"path": ..., "caption": ...} on each line, "label" if you like.
     frames    T
     size      int or (H, W), pixels
     stride    frames from one chosen frame to the next, for sampling="dense"

@@ -124,6 +124,15 @@ def unwrap(tensors, name):
             for key, value in tensors.items()}
 
 
+def part(tensors, config, name):
+    """Of what `read` gave, the component `name`, where a run saved several under such prefixes: its
+    tensors without the prefix, and its configuration. Anything else comes back as it is."""
+    if not isinstance(config.get(name), dict):
+        return tensors, config
+    prefix = name + "."
+    return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}, config[name]
+
+
 def translate(tensors, rules):
     """Official tensors under our names.
 

@@ -1,0 +1,197 @@
+"""What is proved about the clip card of train.py:
+
+a run leaves a file in InternVideo's layout that both components read; it resumes bit for bit; gradient
+caching is the large batch; accumulation is refused; lists as CSV and JSONL train; bad lists get one
+line; a video gets a sentence and a probability on the command line.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import caption_decoder
+import clip_video
+import data
+import train
+from test_train import lines, write_video
+
+SMALL = ("--num-frames 2 --input-size 16 --batch-size 6 --eval-clips 12 --workers 0 --precision fp32 "
+         "--device cpu --lr 1e-3").split()
+
+
+def run(*flags, out, steps=3, draw=False):
+    with pytest.MonkeyPatch.context() as patch:
+        if not draw:  # pictures take longer than all the rest
+            patch.setattr(train.Clip, "pictures", lambda *_: [])
+            patch.setattr(train, "draw_curve", lambda *_: [])
+        return train.main(["clip", *SMALL, "--out", str(out), "--steps", str(steps), *flags])
+
+
+def make_list(folder, text, name="list.csv", count=4):
+    for i in range(count):
+        write_video(folder / f"{i}.mp4", frames=4)
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("clip")
+    assert run(out=folder, draw=True) == 0
+    return folder
+
+
+def test_a_run_leaves_its_files_pictures_and_numbers(finished):
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "last.pt", "loss.png", "retrieval.png",
+                 "similarity.png", "captions.png", "attention.png"):
+        assert (finished / name).stat().st_size > 0
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for prefix in ("val_", "unseen_"):
+        for name in ("t2v_R@1", "v2t_R@1", "dsl_t2v_R@1", "zero_shot_motion", "zero_shot_shape",
+                     "zero_shot_colour", "captions_motion", "captions_all_three"):
+            assert 0 <= metrics[prefix + name] <= 100
+
+
+def test_a_run_has_the_official_prefixes_and_each_part_reads_it(finished):
+    tensors = load_file(finished / "model.safetensors")
+    assert {key.split(".")[0] for key in tensors} == {"clip", "caption_decoder"}
+    clip = clip_video.VideoCLIP.from_official(finished)
+    decoder = caption_decoder.CaptionDecoder.from_official(finished)
+    whole = train.VideoText.from_run(finished)
+    assert clip.config["end"] == clip_video.load_tokenizer(finished).end
+    for part, prefix in ((clip, "clip."), (decoder, "caption_decoder.")):
+        assert all(torch.equal(tensors[prefix + key], value) for key, value in part.state_dict().items())
+    assert all(torch.equal(tensors[key], value) for key, value in whole.state_dict().items())
+    assert whole.config == json.loads((finished / "config.json").read_text())
+
+
+def test_evaluating_a_run_again_gives_its_numbers(finished, tmp_path):
+    assert run("--weights", str(finished), out=tmp_path, steps=0) == 0
+    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, tmp_path))
+    assert all(a[key] == b[key] for key in a if key.startswith(("val_", "unseen_")))
+
+
+def test_videos_and_images_alternate(finished):
+    assert run("--log-every", "1", "--image-every", "2", out=finished / "again", steps=4) == 0
+    kinds = ["image_contrastive" in line for line in lines(finished / "again") if "lr" in line]
+    assert kinds == [True, False, True, False]
+
+
+@pytest.mark.parametrize("flags", [(), ("--temporal-downsample", "--ema", "0.9")])
+def test_resuming_equals_never_stopping_bit_for_bit(tmp_path, flags, monkeypatch):
+    assert run(*flags, out=tmp_path / "whole", steps=5) == 0
+    calls, loss = [], train.Clip.loss
+
+    def power_cut(self, model, batch, rng):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 4:
+            raise KeyError("power cut")
+        return loss(self, model, batch, rng)
+
+    monkeypatch.setattr(train.Clip, "loss", power_cut)
+    with pytest.raises(KeyError):
+        run(*flags, "--save-every", "2", out=tmp_path / "cut", steps=5)
+    monkeypatch.undo()
+    assert run(*flags, "--resume", out=tmp_path / "cut", steps=5) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_gradient_caching_is_the_large_batch():
+    """Value and all gradients of 7 pairs in pieces of 3, against all at once; in float64 to 1e-10."""
+    found = []
+    for size in (0, 3):
+        torch.manual_seed(0)
+        card = train.Clip(num_frames=2, input_size=16, cache_size=size, local_units=0, device="cpu", precision="fp32")
+        model = card.build().double()
+        for module in model.modules():  # dropout draws once for each piece
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        batch = next(iter(data.batches(card.datasets()[0], 7, 0, 1)))
+        normalise, data.normalise = data.normalise, lambda *args: normalise(*args).double()
+        try:
+            loss, _ = card.loss(model, batch, train.generator(0))
+            loss.backward()
+        finally:
+            data.normalise = normalise
+        found.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 50
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_accumulation_is_refused_and_the_alternative_named(tmp_path, capsys):
+    assert run("--accum", "4", out=tmp_path) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no more negatives" in err and "--batch-size 24 --cache-size 6" in err
+
+
+def test_local_units_and_gradient_caching_exclude_each_other(tmp_path, capsys):
+    assert run("--cache-size", "2", "--local-units", "1", out=tmp_path) == 2
+    assert "BatchNorm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text", [
+    ("list.csv", 'path,caption\n0.mp4,"a grey, dark wall"\n1.mp4,a wall\n2.mp4,a wall\n3.mp4,it gets bright\ngone.mp4,x'),
+    ("list.jsonl", "".join(json.dumps({"video": f"{i}.mp4", "caption": f"a wall, number {i}"}) + "\n" for i in range(4))),
+])
+def test_lists_of_real_videos_train_and_captions_too_long_are_counted(tmp_path, capsys, name, text):
+    path = make_list(tmp_path, text, name)
+    assert run("--data", str(path), "--context", "5", out=tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "captions are longer than --context 5 tokens and are cut" in out
+    assert ("gone.mp4" in out) == (name == "list.csv")
+
+
+@pytest.mark.parametrize("name, text, complaint", [
+    ("list.csv", "path,caption\n0.mp4,a wall\n1.mp4,\n2.mp4,a wall\n3.mp4,a wall", "the caption of"),
+    ("list.csv", b"path,caption\n0.mp4,a wall\n1.mp4,caf\xe9\n", "line 3: byte 0xe9 is not UTF-8"),
+    ("list.csv", "path,label\n0.mp4,wall\n1.mp4,wall", "has no captions"),
+    ("list.csv", "path,caption\nx.mp4,a wall\ny.mp4,a wall", "none of its"),
+    ("list.jsonl", '{"path": "0.mp4", "caption": "a wall"}\nnonsense', "line 2: not JSON"),
+    ("list.jsonl", '{"path": "0.mp4", "caption": "a wall"}\n{"path": "1.mp4"}', "line 2: has no caption"),
+    ("list.jsonl", '{"path": "0.mp4", "caption": 3}', "line 1: needs"),
+])
+def test_bad_lists_get_one_line(tmp_path, capsys, name, text, complaint):
+    path = make_list(tmp_path, text, name)
+    assert run("--data", str(path), out=tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and complaint in err, err
+
+
+def test_frozen_towers_do_not_move(tmp_path):
+    card = train.Clip(num_frames=2, input_size=16, freeze_text=True, freeze_visual=True)
+    model = card.build()
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert "text" not in trained and "visual" not in trained and "visual_proj" in trained
+
+
+def test_a_still_shows_what_its_sentence_says():
+    rng = np.random.default_rng(0)
+    facts = dict(motion="vanish", shape="star", colour="orange", size="small")
+    assert data.still(facts, 8, rng) == (0, "an orange star")
+    assert data.still(facts | {"motion": "appear"}, 8, rng)[0] == 7
+    assert data.still(facts | {"motion": "meet"}, 8, rng)[1] == "two orange stars"
+
+
+def test_both_commands_read_a_run(finished, tmp_path, capsys):
+    write_video(tmp_path / "v.mp4")
+    assert caption_decoder.main([str(tmp_path / "v.mp4"), "--weights", str(finished)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    assert clip_video.main([str(tmp_path / "v.mp4"), "--weights", str(finished), "--text", "a red star",
+                            "--text", "a blue ring"]) == 0
+    shares = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert abs(sum(shares) - 1) < 2e-4
+    assert caption_decoder.main([str(tmp_path / "gone.mp4"), "--weights", str(finished)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_where_words_look_sums_to_one():
+    decoder = caption_decoder.CaptionDecoder(32, heads=2, depth=2, visual_width=24, vocabulary=50, queries=4)
+    looks = caption_decoder.word_attention(decoder, torch.randn(2, 10, 24), torch.randn(2, 5, 32))
+    assert looks.shape == (2, 5, 10) and torch.allclose(looks.sum(dim=-1), torch.ones(2, 5), atol=1e-5)
