@@ -1074,6 +1074,8 @@ def default_run():
 
 
 def main(argv=None):
+    """Run a stage, or the default run; returns the exit code: 0, 2 for a user's mistake, 1 for a loss
+    that is not finite."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv:

@@ -35,12 +35,12 @@ def moving_shapes(path):
         item = world[index]
         pair = min(item["label"], world.twin[item["label"]])
         first.setdefault(pair, item)
-    figure, axes = plt.subplots(4, 2, figsize=(9, 5.2), facecolor="white", layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(9, 3.4), facecolor="white", layout="constrained")
     for axis, (_, item) in zip(axes.flat, sorted(first.items())):
         axis.imshow(torch.cat([torch.as_tensor(item["video"][i]) for i in range(0, 8)], dim=1))
         axis.set_title(item["caption"], fontsize=8)
         axis.axis("off")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -62,6 +62,7 @@ def main():
     except weights.WeightsError as error:
         print(f"figures.py: {error}; run `make train` first", file=sys.stderr)
         return 2
+    (out / "reconstruction.gif").unlink()  # the README shows the strip
     moving_shapes(out / "moving_shapes.png")
     shutil.copy(run / "loss.png", out / "loss.png")
     for path in sorted(out.iterdir()):
