@@ -89,7 +89,7 @@ COLOURS = {
     "purple": (135, 40, 175),
     "pink": (245, 150, 205),
 }
-RADII = {"small": 0.10, "large": 0.16}  # mean radius as a fraction of the short side
+RADII = {"small": 0.15, "large": 0.23}  # mean radius as a fraction of the short side
 # The compositional test: colour number c is never seen in training with shape number c modulo 6.
 HELD_OUT_PAIRS = tuple((SHAPES[c % len(SHAPES)], name) for c, name in enumerate(COLOURS))
 SPLITS = ("train", "val", "test", "unseen")
@@ -274,6 +274,7 @@ def draw_scene(rng, frames, height, width, looks):
     elif name == "appear":
         extent = rng.uniform(0.25, 0.75)
     elif name == "meet":
+        radius, reach = 0.75 * radius, 0.75 * reach  # two of them must fit
         extent = rng.uniform(0.12, 0.16) * short  # travelled by each of the two
         reach += np.abs((math.sin(heading), math.cos(heading))) * (extent + radius)
     else:

@@ -36,15 +36,15 @@ tokens stay in the order visible, then hidden; a "learnable" position table is d
 learns. The masks differ in which random places they draw.
 
 Numbers: ViT-B has 94 M parameters in pretraining (86 M kept) and 1568 tokens; our tiny one
-3.4 M and 128 tokens.
+0.9 M, and 144 tokens of 8 frames of 48 x 48 pixels.
 
 >>> video = torch.zeros(2, 3, 16, 64, 64)
 >>> model = VideoMAE("tiny", image_size=64)
 >>> hidden = tube_mask(2, model.grid, 0.9, torch.Generator().manual_seed(0))
->>> hidden.shape, int(hidden[0].sum())               # (B, N), Nm = 8 * int(0.9 * 16)
-(torch.Size([2, 128]), 112)
->>> model(video, hidden).shape                       # (B, Nm, P), P = 2 * 16 * 16 * 3
-torch.Size([2, 112, 1536])
+>>> hidden.shape, int(hidden[0].sum())               # (B, N), Nm = 8 * int(0.9 * 64)
+(torch.Size([2, 512]), 456)
+>>> model(video, hidden).shape                       # (B, Nm, P), P = 2 * 8 * 8 * 3
+torch.Size([2, 456, 384])
 """
 
 import functools
@@ -83,7 +83,7 @@ class Size:
 # The huge decoder is 640 wide in VideoMAE, 512 in InternVideo: `from_official` reads it off.
 SIZES = {
     #                D  depth heads  MLP patch  decoder: D depth heads MLP
-    "tiny":     Size(192,  6,  3,  768, 16,             96,  2,  3,  384),  # ours, for laptops
+    "tiny":     Size(96,   3,  4,  384,  8,             96,  4,  4,  384),  # ours, for laptops
     "small":    Size(384, 12,  6, 1536, 16,            192,  4,  3,  768),
     "base":     Size(768, 12, 12, 3072, 16,            384,  4,  6, 1536),
     "large":    Size(1024, 24, 16, 4096, 16,           512, 12,  8, 2048),
@@ -218,9 +218,17 @@ def resize_positions(table, old, new):
 
 @functools.lru_cache(maxsize=32)
 def position_codes(kind, grid, patch, tubelet, width, device):
-    """(1, N, D) float32 for a token grid. kind "sinusoid": made for this grid; "resized": made for
-    16 frames of 224 px and stretched to it."""
+    """(1, N, D) float32 for a token grid.
+
+    kind  "sinusoid": of the flattened token index, made for this grid (official); "resized": made for 16
+          frames of 224 px and stretched to it; "axes": a third of the channels each for time, row and
+          column, so that "next row" is the same shift everywhere. Small models find it sooner (LOG.md)."""
     t, h, w = grid
+    if kind == "axes":
+        third = width // 6 * 2
+        codes = (sinusoid_table(t, third)[:, None, None], sinusoid_table(h, third)[None, :, None],
+                 sinusoid_table(w, width - 2 * third)[None, None])
+        return torch.cat([code.expand(t, h, w, -1) for code in codes], dim=3).view(1, t * h * w, width).to(device)
     if kind == "sinusoid":
         return sinusoid_table(t * h * w, width)[None].to(device)
     trained = (16 // tubelet, 224 // patch, 224 // patch)
@@ -241,7 +249,7 @@ class Encoder(nn.Module):
     """A plain video transformer: tubelet embedding, position codes, blocks, norm.
 
     frames, image_size  what the grid is for; another clip is fine too, its codes are computed
-    positions           "sinusoid", "resized" (see `position_codes`) or "stored": a table in the
+    positions           "sinusoid", "resized", "axes" (see `position_codes`) or "stored": a table in the
                         weights, which is added but never trained (as the official code does)
     norm                LayerNorm after the blocks; False where the classifier norms the mean instead
     """
@@ -260,8 +268,8 @@ class Encoder(nn.Module):
         if positions == "stored":
             t, h, w = self.grid
             self.register_buffer("stored", sinusoid_table(t * h * w, size.width)[None])
-        elif positions not in ("sinusoid", "resized"):
-            raise ValueError(f"positions is {positions!r}: choose sinusoid, resized or stored")
+        elif positions not in ("sinusoid", "resized", "axes"):
+            raise ValueError(f"positions is {positions!r}: choose sinusoid, resized, axes or stored")
         self.recompute = False
 
     def grid_of(self, T, H, W):
@@ -318,7 +326,7 @@ class VideoMAE(nn.Module):
     normalised  True = it predicts normalised pixels; only drawing needs to know
 
     >>> VideoMAE("tiny", image_size=(32, 48)).grid     # t, h, w
-    (8, 2, 3)
+    (8, 4, 6)
     """
 
     def __init__(self, size="base", *, frames=16, image_size=224, tubelet=2, channels=3,
@@ -374,7 +382,8 @@ class VideoMAE(nn.Module):
     def reconstruct(self, video, visible, wanted):
         """`forward` with token numbers in place of masks, (B, Nv) and (B, n): static shapes."""
         tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, D/2)
-        table = position_codes("sinusoid", self.encoder.grid_of(*video.shape[2:]), self.encoder.patch,
+        kind = "axes" if self.encoder.kind == "axes" else "sinusoid"
+        table = position_codes(kind, self.encoder.grid_of(*video.shape[2:]), self.encoder.patch,
                                self.encoder.tubelet, tokens.shape[-1], video.device)
         table = table.to(torch.promote_types(video.dtype, torch.float32))
         tokens = torch.cat([tokens + gather(table, visible),

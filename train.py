@@ -37,6 +37,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -87,7 +88,9 @@ class Stage:
     lr: float = flag(0.0, "learning rate as it is; overrides --blr when above 0", low=0)
     min_lr: float = flag(0.01, "final learning rate as a fraction of the peak", low=0, high=1)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0", low=0, high=1)
-    weight_decay: float = flag(0.05, "AdamW weight decay, on matrices only", low=0)
+    optimizer: str = flag("muon", "muon = Muon for the matrices inside blocks, AdamW for the rest; adamw = AdamW for "
+                          "all (paper: adamw)", choices=("muon", "adamw"))
+    weight_decay: float = flag(0.05, "weight decay, on matrices only", low=0)
     beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=1)
     clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
     ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; 0 = none",
@@ -142,25 +145,27 @@ class MAE(Stage):
 
     Hide most of each clip in tubes, paint it back, keep the encoder."""
 
-    steps: int = flag(1500, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
+    steps: int = flag(2400, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
                       low=0)
-    blr: float = flag(1.6e-2, "learning rate at 256 clips a step; scaled by clips/256 (paper: 1.5e-4)", low=0)
+    blr: float = flag(8e-2, "learning rate at 256 clips a step; scaled by clips/256 (paper: 1.5e-4, AdamW)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 40 of 800 epochs)",
                          low=0, high=1)
-    batch_size: int = flag(32, "clips per process and step (paper: 1024 in all)", low=1)
+    batch_size: int = flag(16, "clips per process and step (paper: 1024 in all)", low=1)
     beta2: float = flag(0.95, "AdamW second-moment decay (paper: 0.95)", low=0, high=1)
     model: str = flag("tiny", "size of the network (paper: base, large, huge)", choices=tuple(mae.SIZES))
-    num_frames: int = flag(16, "frames per clip (paper: 16)", low=1)
-    input_size: int = flag(64, "height and width in pixels (paper: 224)", low=1)
+    num_frames: int = flag(8, "frames per clip (paper: 16)", low=1)
+    input_size: int = flag(48, "height and width in pixels (paper: 224)", low=1)
     sampling_rate: int = flag(4, "a clip takes every n-th frame of a video (paper: 4; 2 on Something-Something)",
                               low=1)
     sampling: str = flag("dense", "dense = neighbouring frames, segment = spread over the video",
                          choices=("dense", "segment"))
-    mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 4 of 16 places at 64 px (paper: "
+    mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 9 of 36 places at 48 px (paper: "
                              "0.9, which leaves 20 of 196 at 224 px)", low=0, high=1)
     mask_type: str = flag("tube", "tube = same places in every frame (paper: tube)", choices=tuple(mae.MASKS))
     dual_mask: bool = flag(False, "decode half of the tokens only (VideoMAE V2, running cells)")
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel (paper: yes)")
+    positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of the token's number "
+                          "(paper: sinusoid)", choices=("axes", "sinusoid"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
 
@@ -174,7 +179,8 @@ class MAE(Stage):
                 size = dataclasses.replace(size, decoder_depth=self.decoder_depth)
             try:
                 model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
-                                     drop_path=self.drop_path, normalised=self.normalise)
+                                     positions=self.positions, drop_path=self.drop_path,
+                                     normalised=self.normalise)
             except ValueError as error:
                 raise Mistake(f"--num-frames, --input-size: {error}") from None
         t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
@@ -229,7 +235,7 @@ class MAE(Stage):
 
 
 # The towers of the clip card's default run, made for five minutes on a laptop.
-SMALL = uniformerv2.Size(128, 4, 2, 512, 16, 64)
+SMALL = uniformerv2.Size(128, 4, 4, 512, 8, 32)
 SMALL_TEXT = clip_video.TextSize(128, 2, 2)
 FACTS = {"motion": data.MOTIONS, "shape": data.SHAPES, "colour": tuple(data.COLOURS)}
 
@@ -283,7 +289,7 @@ class Clip(Stage):
     lr: float = flag(1e-3, "learning rate as it is; overrides --blr when above 0 (paper: 8e-5, from CLIP's "
                            "weights)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 0.01)", low=0, high=1)
-    weight_decay: float = flag(0.2, "AdamW weight decay, on matrices only (paper: 0.2)", low=0)
+    weight_decay: float = flag(0.2, "weight decay, on matrices only (paper: 0.2)", low=0)
     beta2: float = flag(0.98, "AdamW second-moment decay (paper: 0.98)", low=0, high=1)
     batch_size: int = flag(32, "pairs per process and step, each the others' negatives (paper: 14,336 videos "
                                "or 86,016 images in all)", low=1)
@@ -663,13 +669,33 @@ def learning_rate(stage, step):
     return peak * (stage.min_lr + (1 - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def parameter_groups(model, weight_decay):
-    """Decay matrices only: not biases, norms, nor learned tokens, whose size means something."""
-    decay, keep = [], []
+def optimisers_of(model, stage):
+    """The optimisers of a recipe, as a list; their learning rates are set before each step.
+
+    AdamW decays matrices only: not biases, norms, nor learned tokens, whose size means something. Muon
+    (Jordan et al. 2024, torch.optim.Muon) moves the matrices inside a stack of blocks by an orthogonal
+    matrix: all directions of the gradient count alike, also the faint ones, such as "look at the
+    neighbour", that AdamW needs thousands of steps to find (LOG.md). Scaled to the step size of AdamW,
+    one learning rate serves both.
+    """
+    hidden, decay, keep = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (keep if parameter.ndim < 2 or name.endswith("_token") else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or name.endswith("_token"):
+            keep.append(parameter)
+        elif stage.optimizer == "muon" and parameter.ndim == 2 and re.search(r"\.\d+\.", name):
+            hidden.append(parameter)
+        else:
+            decay.append(parameter)
+    found = []
+    if hidden:
+        found.append(torch.optim.Muon(hidden, lr=0.0, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if decay or keep:
+        groups = [{"params": decay, "weight_decay": stage.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+        found.append(torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True,
+                                       betas=(0.9, stage.beta2)))
+    return found
 
 
 class Average:
@@ -817,14 +843,14 @@ def fit(stage, name):
         raise Mistake(f"--out {out}: {error.strerror}") from None
     train_set, held_out_set = stage.datasets()
 
-    optimiser = torch.optim.AdamW(parameter_groups(model, stage.weight_decay), lr=0.0, fused=True,
-                                  betas=(0.9, stage.beta2))
+    optimisers = optimisers_of(model, stage)
     average = Average(model, stage.ema) if stage.ema else None
     saved = resume_from(out / "last.pt", stage) if stage.resume else None
     first, seconds_before = 0, 0.0
     if saved:
         model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
+        for optimiser, state in zip(optimisers, saved["optimisers"]):
+            optimiser.load_state_dict(state)
         first, seconds_before = saved["step"], saved["seconds"]
         if average:
             average.state = {key: value.to(stage.device) for key, value in saved["average"].items()}
@@ -842,7 +868,7 @@ def fit(stage, name):
     started = time.monotonic()
 
     def save(step):
-        state = dict(step=step, model=model.state_dict(), optimiser=optimiser.state_dict(),
+        state = dict(step=step, model=model.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers],
                      average=average.state if average else None, settings=settings_of(stage),
                      seconds=seconds_before + time.monotonic() - started)
         weights.write_aside(out / "last.pt", lambda path: torch.save(state, path))
@@ -880,7 +906,7 @@ def fit(stage, name):
         model.train()
         while step < stage.steps and not stop:
             rate = learning_rate(stage, step)
-            for group in optimiser.param_groups:
+            for group in itertools.chain.from_iterable(optimiser.param_groups for optimiser in optimisers):
                 group["lr"] = rate
             torch.manual_seed(generator(stage.seed, "dropout", step).initial_seed())
             sums = {}
@@ -905,8 +931,9 @@ def fit(stage, name):
                 raise RuntimeError(f"step {step}: loss {sums.get('loss')}, gradient norm {norm}, lr {rate:.2e}, "
                                    f"batch {names}: not finite; the weights before it are in {out}/last.pt; "
                                    "try a lower --blr or --precision fp32")
-            optimiser.step()
-            optimiser.zero_grad()
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
             if average:
                 average.update(model)
             step += 1

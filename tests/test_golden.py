@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import caption_decoder
+import clip_video
 import mae
+import uniformerv2
 from mae import VideoClassifier, VideoMAE, reconstruction_loss, reconstruction_target
 
 FOLDER = Path(os.environ.get("GOLDEN", Path(__file__).resolve().parent.parent.parent / "shared" / "golden"))
@@ -28,7 +31,13 @@ class Case:
 
     def __init__(self, name, dtype):
         tensors = load_file(FOLDER / f"{name}.safetensors")
-        self.arguments = json.loads((FOLDER / f"{name}.json").read_text())["constructor"]
+        facts = json.loads((FOLDER / f"{name}.json").read_text())
+        self.arguments = facts.get("constructor", {})
+        for key, sparse in (facts.get("sparse_state") or {}).items():  # a table of which few rows are in use
+            table = torch.zeros(sparse["full_shape"])
+            table[tensors["staterowindex." + key]] = tensors["staterows." + key]
+            tensors["state." + key] = table
+        self.known = {key[4:] for key in tensors if key.startswith("out.")}
         self.dtype, wide = dtype, "64" if dtype == torch.float64 else ""
         self.state, self.inputs, self.outputs, self.gradients = (
             {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
@@ -38,6 +47,23 @@ class Case:
         """Compare an output, where this precision has it on file (float64: small ones only)."""
         if name in self.outputs:
             self.close(value, self.outputs[name], 1e-7 if self.dtype == torch.float64 else 1e-5, name)
+
+    def check_all(self, **values):
+        """Compare several outputs, each of which must be a reference's name."""
+        for name, value in values.items():
+            assert name in self.known, f"no reference is called {name}"
+            self.check(name, value)
+
+    def check_grads(self, model, tolerance64=1e-7, **names):
+        """Every recorded gradient; names: its official name, with __ for a dot -> our parameter."""
+        parameters = dict(model.named_parameters())
+        assert {name.replace("__", ".") for name in names} == set(self.gradients)
+        for name, ours in names.items():
+            reference = self.gradients[name.replace("__", ".")]
+            got = parameters[ours].grad
+            got = got.T if got.T.shape == reference.shape != got.shape else got  # CLIP's projections lie on their side
+            self.close(got.reshape(reference.shape), reference,
+                       tolerance64 if self.dtype == torch.float64 else 5e-5, name)
 
     def close(self, value, reference, tolerance, name):
         error = (value.double() - reference.double()).abs().max() / reference.double().abs().max()
@@ -116,3 +142,180 @@ def test_tube_mask_counts():
         hidden = mae.tube_mask(3, grid, row["mask_ratio"]).view(3, grid[0], -1)
         assert (hidden.sum(dim=2) == row["num_masks_per_frame"]).all()
         assert hidden[0].sum() == row["total_masks"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["uniformerv2_k400", "uniformerv2_ssv2", "uniformerv2_frozen"])
+def test_uniformerv2(name, dtype):
+    case = Case(name, dtype)
+    model = uniformerv2.UniFormerV2.from_official(
+        case.state, heads=case.arguments["heads"], global_heads=case.arguments["n_head"],
+        global_layers=tuple(case.arguments["return_list"]), frames=case.arguments["num_frames"]).to(dtype)
+    seen, names = {}, [("ln_pre", model.norm_pre), ("block_first", model.blocks[0]), ("block_last", model.blocks[-1])]
+    names += [(f"global_token{i}", block) for i, block in enumerate(model.global_blocks)]
+    for key, part in names:
+        part.register_forward_hook(lambda _, inputs, out, key=key: seen.setdefault(key, out))
+    video = case.inputs["video"].to(dtype)
+    logits = model(video)
+    loss = F.cross_entropy(logits, case.inputs["labels"])
+    loss.backward()
+    fused, tokens = model.encode(video)
+    assert torch.equal(tokens, seen["block_last"])
+    case.check_all(logits=logits, loss=loss.detach(), fused=fused, ln_pre=seen["ln_pre"].flatten(0, 1))
+    for key, value in seen.items():  # the reference is sequence first
+        if key != "ln_pre":
+            value = value.flatten(0, 1) if key.startswith("block") else value
+            case.check_all(**{key: value.transpose(0, 1)})
+    ours = {rule.official.removeprefix("backbone."): rule.ours for rule in uniformerv2.official_rules(model)}
+    parameters = dict(model.named_parameters())
+    for key, reference in case.gradients.items():
+        case.close(parameters[ours[key.removeprefix("backbone.")]].grad.reshape(reference.shape), reference,
+                   1e-7 if dtype == torch.float64 else 5e-5, key)
+
+
+def test_inflated_kernels():
+    case = Case("inflate_weight", torch.float32)
+    for frames in (1, 3):
+        kernel = case.inputs["weight2d"]
+        assert torch.equal(uniformerv2.inflate(kernel, frames), case.outputs[f"center_{frames}"])
+        case.check_all(**{f"mean_{frames}": uniformerv2.inflate(kernel, frames, centre=False)})
+
+
+def logits_of(model, video, text):
+    return model.logit_scale.exp() * F.normalize(video, dim=-1) @ F.normalize(text, dim=-1).T
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["clip_openai", "clip_hf"])
+def test_clip(name, dtype):
+    """The Hugging Face float64 gradients are themselves 1.5e-7 away from the OpenAI-named ones."""
+    case = Case(name, dtype)
+    model = clip_video.VideoCLIP.from_official(case.state, heads=3, text_heads=2).to(dtype)
+    video, tokens = model.encode_video_tokens(case.inputs["image"].to(dtype))
+    text, words = model.encode_text_tokens(case.inputs["text_ids"])
+    loss = clip_video.contrastive_loss(video, text, model.logit_scale)
+    loss.backward()
+    case.check_all(image_features=video, text_features=text, loss=loss.detach(), text_tokens_ln_final=words,
+                   image_features_normalized=F.normalize(video, dim=-1), vision_tokens_last_block=tokens[:, 0],
+                   text_features_normalized=F.normalize(text, dim=-1), logits_per_image=logits_of(model, video, text))
+    if name == "clip_openai":
+        case.check_grads(model, logit_scale="scale", visual__proj="visual_proj.weight",
+                         visual__class_embedding="visual.class_token", text_projection="text.proj.weight",
+                         positional_embedding="text.positions")
+    else:
+        case.check_grads(model, 2e-7, logit_scale="scale", visual_projection__weight="visual_proj.weight",
+                         vision_model__embeddings__class_embedding="visual.class_token",
+                         text_projection__weight="text.proj.weight",
+                         text_model__embeddings__position_embedding__weight="text.positions")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_internvideo_mm(dtype):
+    case = Case("videointern", dtype)
+    model = clip_video.VideoCLIP.from_official(case.state, heads=3, text_heads=3, global_heads=3, frames=4).to(dtype)
+    video, tokens = model.encode_video_tokens(case.inputs["video"].to(dtype))
+    ids = case.inputs["text_ids"]
+    text, words = model.encode_text_tokens(ids)
+    second = torch.zeros_like(ids, dtype=torch.bool)
+    second[:, 2] = True
+    logits = logits_of(model, video, text)
+    loss = F.cross_entropy(logits, torch.arange(len(logits)))
+    loss.backward()
+    longest = next(iter(case.outputs["text_all_features_upto_longest"].shape[1:])) if dtype == torch.float32 else 13
+    case.check_all(video_features=video, text_features=text, logits=logits, probs=logits.softmax(-1), loss=loss.detach(),
+                   video_all_features=tokens.permute(2, 0, 1, 3), text_all_features_upto_longest=words[:, :longest],
+                   image_features=model.encode_video(case.inputs["image_as_one_frame"].to(dtype)),
+                   text_features_position2_masked=model.encode_text(ids, second))
+    case.check_grads(model, logit_scale="scale", visual_proj="visual_proj.weight",
+                     visual__transformer__temporal_cls_token="visual.global_token",
+                     visual__transformer__balance="visual.balance", text_projection="text.proj.weight",
+                     visual_ln_post__weight="visual_norm.weight")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_viclip(dtype):
+    case = Case("viclip", dtype)
+    model = clip_video.VideoCLIP.from_official(case.state, heads=3, text_heads=2).to(dtype)
+    video, tokens = model.encode_video_tokens(case.inputs["video"].to(dtype).transpose(1, 2))
+    text, words = model.encode_text_tokens(case.inputs["text_ids"])
+    loss = clip_video.contrastive_loss(video, text, model.logit_scale, targets=case.inputs["idx"])
+    loss.backward()
+    normed = model.visual_norm(tokens)[:, 0]  # the reference's patches run place by place, ours frame by frame
+    patches = normed[:, 1:].unflatten(1, (case.inputs["video"].shape[1], -1)).transpose(1, 2).flatten(1, 2)
+    case.check_all(vision_features=video, text_features=text, loss=loss.detach(), sim_v2t=logits_of(model, video, text),
+                   image_features=model.encode_video(case.inputs["image"].to(dtype)),
+                   vision_tokens=torch.cat([normed[:, :1], patches], dim=1), text_tokens_projected=model.text.proj(words),
+                   loss_without_idx=clip_video.contrastive_loss(video, text, model.logit_scale).detach())
+    case.check_grads(model, temp="scale", vision_encoder__temporal_positional_embedding="visual.times",
+                     vision_encoder__proj="visual_proj.weight", text_encoder__text_projection="text.proj.weight")
+
+
+@pytest.mark.parametrize("beta0", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_caption_decoder(dtype, beta0):
+    """beta0: as the official file has them, all shifts of its norms zero."""
+    case = Case("caption_decoder", dtype)
+    state = {key: value * (not (beta0 and key.endswith("beta"))) for key, value in case.state.items()}
+    decoder = caption_decoder.CaptionDecoder.from_official(state, heads=3).to(dtype)
+    visual = case.inputs["image_feats"].to(dtype).permute(1, 0, 2, 3).flatten(1, 2)
+    text, ids, is_text = case.inputs["text_embeds"].to(dtype), case.inputs["text_ids"], ~case.inputs["special_tokens_mask"]
+    hidden = decoder.hidden(visual, text)
+    loss = caption_decoder.caption_loss(decoder.logits(hidden), ids, is_text)
+    loss.backward()
+    chunked = caption_decoder.chunked_caption_loss(decoder, hidden.detach(), ids, is_text, rows=4)
+    torch.testing.assert_close(chunked, loss)
+    prefix = "beta0_" if beta0 else ""
+    case.check_all(**{prefix + "logits": decoder(visual, text), prefix + "loss": loss.detach()})
+    if not beta0:
+        pooled = decoder.pool(visual)
+        first = decoder.self_blocks[0](decoder.text_norm(text))[0]
+        crossed = decoder.cross_blocks[0](first, *decoder.cross_blocks[0].attn.keys(pooled))
+        case.check_all(visual_tokens=pooled, hidden_before_predictor=hidden, after_first_self_block=first,
+                       after_first_cross_block=crossed)
+        ours = {"caption_decoder." + caption_decoder.official_name(key): value for key, value in decoder.named_parameters()}
+        for key, reference in case.gradients.items():
+            case.close(ours[key].grad, reference, 1e-7 if dtype == torch.float64 else 5e-5, key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contrastive_and_captioning_together(dtype):
+    case = Case("cotrain_contrastive_caption", dtype)
+    model = clip_video.VideoCLIP.from_official(case.state, heads=2, text_heads=2, global_heads=2, frames=3).to(dtype)
+    decoder = caption_decoder.CaptionDecoder.from_official(case.state).to(dtype)
+    ids = case.inputs["text_ids"].long()
+    video, tokens = model.encode_video_tokens(case.inputs["video"].to(dtype).transpose(1, 2))
+    text, words = model.encode_text_tokens(ids)
+    logits = decoder(tokens.flatten(1, 2), words[:, :-1])
+    case.check_all(
+        video_features=video, text_features=text, contrastive_image_logits=logits_of(model, video, text),
+        contrastive_loss=clip_video.contrastive_loss(video, text, model.logit_scale).detach(), cap_logits=logits,
+        cap_loss=caption_decoder.caption_loss(logits, ids, ~case.inputs["special_tokens_mask"]).detach())
+    loss = clip_video.contrastive_loss(video, text, model.logit_scale) + caption_decoder.caption_loss(
+        logits, ids, ~case.inputs["special_tokens_mask"])
+    loss.backward()
+    case.check_grads(
+        torch.nn.ModuleDict({"clip": model, "caption_decoder": decoder}), clip__logit_scale="clip.scale",
+        clip__visual__transformer__temporal_cls_token="clip.visual.global_token",
+        clip__text_projection="clip.text.proj.weight", clip__visual_proj="clip.visual_proj.weight",
+        caption_decoder__visual_queries="caption_decoder.queries", clip__token_embedding__weight="clip.text.embed.weight")
+
+
+def test_clip_tokenizer():
+    vocabulary = FOLDER.parent / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
+    if not vocabulary.exists():
+        pytest.skip("no CLIP vocabulary beside the reference vectors")
+    words = clip_video.load_tokenizer(vocabulary)
+    rows = json.loads((FOLDER / "clip_tokenizer.json").read_text())["rows"]
+    assert len(rows) == 60
+    for row in rows:
+        expected = row["ids"] if row["ids_without_ftfy"] is None or has_ftfy() else row["ids_without_ftfy"]
+        ids, is_token = words.encode([row["text"]], 10**4, trim=True)
+        assert ids[0, 1:-1].tolist() == expected, row["text"]
+
+
+def has_ftfy():
+    try:
+        import ftfy  # noqa: F401
+    except ImportError:
+        return False
+    return True

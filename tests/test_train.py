@@ -52,14 +52,29 @@ def test_the_base_rate_is_scaled_by_all_clips_of_a_step():
 
 
 def test_norms_biases_and_tokens_are_not_decayed():
-    model = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5).build()
-    decay, keep = train.parameter_groups(model, 0.05)
+    card = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5)
+    model = card.build()
+    muon, adamw = train.optimisers_of(model, card)
+    (hidden,), (decay, keep) = muon.param_groups, adamw.param_groups
+    assert hidden["weight_decay"] == 0.05
     assert decay["weight_decay"] == 0.05 and keep["weight_decay"] == 0
     kept = {name for name, p in model.named_parameters() if any(p is q for q in keep["params"])}
     assert "mask_token" in kept and "encoder.blocks.0.attn.q_bias" in kept and "encoder.norm.weight" in kept
     assert all(name.endswith((".bias", "_bias", "norm.weight", "norm1.weight", "norm2.weight", "mask_token"))
                for name in kept)
-    assert len(decay["params"]) + len(keep["params"]) == len(list(model.parameters()))
+    assert sum(len(group["params"]) for group in (hidden, decay, keep)) == len(list(model.parameters()))
+
+
+def test_muon_moves_the_matrices_of_blocks_and_adamw_everything_with_the_papers_optimiser():
+    card = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5)
+    model = card.build()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adamw = train.optimisers_of(model, card)
+    moved = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert {"encoder.blocks.0.attn.qkv.weight", "decoder.blocks.1.mlp.fc2.weight"} <= moved
+    assert all(".blocks." in name and name.endswith(".weight") for name in moved)
+    assert not any("norm" in name for name in moved)
+    assert [type(o).__name__ for o in train.optimisers_of(model, train.MAE(optimizer="adamw"))] == ["AdamW"]
 
 
 def test_the_loop_names_no_stage():
