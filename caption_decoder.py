@@ -618,7 +618,6 @@ def main(argv=None):
     """`python caption_decoder.py VIDEO --weights RUN` writes a sentence about the video."""
     import argparse
     import sys
-    from pathlib import Path
 
     import clip_video
     import data
@@ -635,13 +634,7 @@ def main(argv=None):
     try:
         model = clip_video.VideoCLIP.from_official(args.weights)
         decoder = CaptionDecoder.from_official(args.weights)
-        folder = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
-        if not args.tokenizer and not (folder / "tokenizer.json").exists():
-            raise ValueError(f"{folder} holds no tokenizer.json; pass --tokenizer")
-        tokenizer = clip_video.load_tokenizer(args.tokenizer or folder)
-        if tokenizer.vocabulary > model.config["vocabulary"]:
-            raise ValueError(f"a tokenizer of {tokenizer.vocabulary} tokens and a model of "
-                             f"{model.config['vocabulary']}: they do not belong together")
+        tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, model.config["vocabulary"])
         T, (H, W) = model.config["frames"], model.config["image_size"]
         wanted = data.segment_indices(data.probe(args.video).frames, T)
         clip = torch.as_tensor(data.read_clip(args.video, wanted, (H, W)))[None]

@@ -264,6 +264,23 @@ def load_tokenizer(path):
     return Tokenizer(engine)
 
 
+def tokenizer_of(source, given, vocabulary):
+    """The tokenizer that belongs to weights.
+
+    source      a run's folder, or a file of weights: tokenizer.json is looked for beside it
+    given       path of another tokenizer, or "" or None
+    vocabulary  of the model; ValueError where the tokenizer knows more, or where there is none
+    """
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    if not given and not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} holds no tokenizer.json; pass --tokenizer")
+    tokenizer = load_tokenizer(given or folder)
+    if tokenizer.vocabulary > vocabulary:
+        raise ValueError(f"a tokenizer of {tokenizer.vocabulary} tokens and weights for {vocabulary}: they do not "
+                         "belong together")
+    return tokenizer
+
+
 # ------------------------------------------------------------------------------------------------
 # Towers
 
@@ -373,7 +390,7 @@ class JointTower(nn.Module):
         self.patch, self.grid, self._recompute = p, (H // p, W // p), False
         self.embed = nn.Linear(channels * p * p, D, bias=False)
         self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
-        self.positions = nn.Parameter(D**-0.5 * torch.randn(1 + self.grid[0] * self.grid[1], D))
+        self.positions = nn.Parameter(uniformerv2.place_codes(*self.grid, D))
         self.times = nn.Parameter(torch.zeros(frames, D))
         self.norm_pre = nn.LayerNorm(D)
         rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
@@ -1031,21 +1048,14 @@ def main(argv=None):
         if args.frames is not None and args.frames < 1:
             raise ValueError(f"--frames {args.frames}: must be at least 1")
         model = VideoCLIP.from_official(args.weights, frames=args.frames)
-        folder = Path(args.weights) if Path(args.weights).is_dir() else Path(args.weights).parent
-        if not args.tokenizer and not (folder / "tokenizer.json").exists():
-            raise ValueError(f"{folder} holds no tokenizer.json; pass --tokenizer")
-        tokenizer = load_tokenizer(args.tokenizer or folder)
-        if tokenizer.vocabulary > model.config["vocabulary"]:
-            raise ValueError(f"a tokenizer of {tokenizer.vocabulary} tokens and a model of "
-                             f"{model.config['vocabulary']}: they do not belong together")
+        tokenizer = tokenizer_of(args.weights, args.tokenizer, model.config["vocabulary"])
         T, (H, W) = args.frames or model.config["frames"], model.config["image_size"]
         wanted = data.segment_indices(data.probe(args.video).frames, T)
-        clip = torch.as_tensor(data.read_clip(args.video, wanted, (H, W)))
-        video = clip.permute(3, 0, 1, 2)[None].float() / 255                 # (1, 3, T, H, W)
-        mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (model.mean, model.std))
+        clip = torch.as_tensor(data.read_clip(args.video, wanted, (H, W)))[None]
+        video = data.normalise(clip, model.mean, model.std)                  # (1, 3, T, H, W)
         ids, _ = tokenizer.encode(args.text, model.config["context"])
         classes = F.normalize(model.encode_text(ids), dim=-1)[None]
-        found = zero_shot(model.encode_video((video - mean) / std), classes, model.logit_scale)[0]
+        found = zero_shot(model.encode_video(video), classes, model.logit_scale)[0]
         for share, text in sorted(zip(found.tolist(), args.text), reverse=True):
             print(f"{share:8.4f}  {text}")
     except (WeightsError, data.DataError, ValueError) as error:

@@ -145,7 +145,7 @@ class MAE(Stage):
 
     Hide most of each clip in tubes, paint it back, keep the encoder."""
 
-    steps: int = flag(2400, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
+    steps: int = flag(2000, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
                       low=0)
     blr: float = flag(8e-2, "learning rate at 256 clips a step; scaled by clips/256 (paper: 1.5e-4, AdamW)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 40 of 800 epochs)",
@@ -235,8 +235,8 @@ class MAE(Stage):
 
 
 # The towers of the clip card's default run, made for five minutes on a laptop.
-SMALL = uniformerv2.Size(128, 4, 4, 512, 8, 32)
-SMALL_TEXT = clip_video.TextSize(128, 2, 2)
+SMALL = uniformerv2.Size(96, 4, 4, 384, 8, 48)
+SMALL_TEXT = clip_video.TextSize(96, 2, 2)
 FACTS = {"motion": data.MOTIONS, "shape": data.SHAPES, "colour": tuple(data.COLOURS)}
 
 
@@ -285,8 +285,8 @@ class Clip(Stage):
     More pairs in a batch are more negatives. --accum cannot give them, for micro-batches never meet;
     --cache-size can: it encodes in pieces, compares all, and encodes each piece again to go backward."""
 
-    steps: int = flag(1200, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
-    lr: float = flag(1e-3, "learning rate as it is; overrides --blr when above 0 (paper: 8e-5, from CLIP's "
+    steps: int = flag(1700, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
+    lr: float = flag(3e-3, "learning rate as it is; overrides --blr when above 0 (paper: 8e-5, from CLIP's "
                            "weights)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 0.01)", low=0, high=1)
     weight_decay: float = flag(0.2, "weight decay, on matrices only (paper: 0.2)", low=0)
@@ -298,16 +298,16 @@ class Clip(Stage):
     cache_size: int = flag(0, "gradient caching: pairs in memory at a time, equal to the large batch; 0 = all",
                            low=0)
     eval_clips: int = flag(200, "held-out clips per evaluation; the first 100 for retrieval", low=1)
-    eval_every: int = flag(400, "steps between evaluations; 0 = ten times in the run", low=0)
+    eval_every: int = flag(850, "steps between evaluations; 0 = ten times in the run", low=0)
     model: str = flag("small", "size of both towers (paper: b16, l14; small is ours)",
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2 (paper), frames = frame-wise CLIP, joint = ViCLIP",
                      choices=tuple(clip_video.KINDS))
     num_frames: int = flag(8, "frames per clip (paper: 8)", low=1)
-    input_size: int = flag(64, "height and width in pixels (paper: 224)", low=1)
+    input_size: int = flag(48, "height and width in pixels (paper: 224)", low=1)
     local_units: int = flag(1, "0, 1 or 2 per block, to compare neighbouring frames (paper: 0; UniFormerV2 "
                                "for motion: 2)", low=0, high=2)
-    temporal_downsample: bool = flag(False, "embed three frames at a time, at every second one (UniFormerV2 "
+    temporal_downsample: bool = flag(True, "embed three frames at a time, at every second one (UniFormerV2 "
                                             "for motion: yes)")
     context: int = flag(32, "most tokens of a caption, start and end included (CLIP: 77)", low=3)
     vocabulary: int = flag(800, "most tokens of the vocabulary, learned from the captions (CLIP: 49,408)", low=515)
@@ -316,8 +316,10 @@ class Clip(Stage):
     caption_depth: int = flag(2, "layers of the caption decoder (paper: 6)", low=1)
     queries: int = flag(8, "questions that the caption decoder asks the video (official: 256)", low=1)
     caption_weight: float = flag(1.0, "weight of the captioning loss (paper: 1)", low=0)
-    image_every: int = flag(4, "every n-th batch is of images, one frame of each clip; 0 = none (paper: 2, they "
+    image_every: int = flag(2, "every n-th batch is of images, frames of the clips; 0 = none (paper: 2, they "
                                "alternate)", low=0)
+    images_per_clip: int = flag(4, "pictures taken from each clip for a batch of images (paper: 6 times as many "
+                                   "images as videos in a batch)", low=1)
     freeze_text: bool = flag(False, "do not train the text tower")
     freeze_visual: bool = flag(False, "do not train the visual tower")
 
@@ -327,6 +329,8 @@ class Clip(Stage):
                           f"micro-batch is compared with itself alone; use --batch-size "
                           f"{self.batch_size * self.accum} --cache-size {self.batch_size} --local-units 0, which takes "
                           "the same memory")
+        if self.kind != "video" and not self.weights:  # these two belong to UniFormerV2 alone
+            self.local_units, self.temporal_downsample = 0, False
         self.sets = clips(self, self.num_frames, self.input_size, "segment", flip=False)
         captions = self.check_captions()
         try:
@@ -375,13 +379,7 @@ class Clip(Stage):
                           f"--input-size {size[0]}")
         if self.context > clip.config["context"]:
             raise Mistake(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
-        folder = Path(self.weights) if Path(self.weights).is_dir() else Path(self.weights).parent
-        if not self.tokenizer and not (folder / "tokenizer.json").exists():
-            raise Mistake(f"{folder} holds no tokenizer.json; pass --tokenizer")
-        self.words = clip_video.load_tokenizer(self.tokenizer or folder)
-        if self.words.vocabulary > clip.config["vocabulary"]:
-            raise Mistake(f"a tokenizer of {self.words.vocabulary} tokens and weights for "
-                          f"{clip.config['vocabulary']}: they do not belong together")
+        self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
         self.local_units = clip.config["local_units"]
         if any(key.startswith("caption_decoder.") for key in weights.read(self.weights)[0]):
             return VideoText(clip, caption_decoder.CaptionDecoder.from_official(self.weights))
@@ -442,16 +440,16 @@ class Clip(Stage):
                       kind + "caption": caption.detach()}
 
     def images(self, batch, rng, model):
-        """One frame of each clip (B, t, H, W, 3), and a sentence about it: of moving shapes what can be seen
-        in a picture, of real videos the caption of the whole. Where the tower embeds several frames at a time
-        the picture is repeated."""
-        video = batch["video"]
+        """Frames of each clip as pictures (B * k, t, H, W, 3), and a sentence about each: of moving shapes what
+        can be seen in it, of real videos the caption of the whole. Where the tower embeds several frames at a
+        time the picture is repeated."""
+        video, count = batch["video"], self.images_per_clip
         draw = np.random.default_rng(int(torch.randint(2**31, (), generator=rng)))
         if "facts" in batch:
-            chosen, captions = zip(*(data.still(facts, video.shape[1], draw) for facts in batch["facts"]))
+            chosen, captions = zip(*(data.still(facts, video.shape[1], draw) for facts in batch["facts"] * count))
         else:
-            chosen, captions = draw.integers(video.shape[1], size=len(video)), batch["caption"]
-        frames = video[torch.arange(len(video)), torch.as_tensor(chosen)]
+            chosen, captions = draw.integers(video.shape[1], size=len(video) * count), batch["caption"] * count
+        frames = video[torch.arange(len(chosen)) % len(video), torch.as_tensor(chosen)]
         return frames[:, None].expand(-1, getattr(model.clip.visual, "stride", 1), -1, -1, -1), list(captions)
 
     def evaluate(self, model, batches):
@@ -629,7 +627,7 @@ def draw_attention(video, looks, words, sentence, path, most=8):
 
 
 STAGES = {"mae": MAE, "clip": Clip}
-DEFAULT_RUN = ("mae",)  # "clip" joins when its small recipe reaches its aims (LOG.md)
+DEFAULT_RUN = ("mae", "clip")
 
 
 def clips(stage, frames, size, sampling="dense", rate=4, flip=True):
@@ -901,6 +899,7 @@ def fit(stage, name):
                                 start=first * stage.accum, workers=stage.workers))
     window = time.monotonic()
     waited = seen = 0.0
+    latest = {}  # a stage may report some numbers in some steps only
     step = first
     try:
         model.train()
@@ -937,12 +936,13 @@ def fit(stage, name):
             if average:
                 average.update(model)
             step += 1
+            latest |= sums
             bar.update()
             if step % stage.log_every == 0 or step == stage.steps:
                 elapsed = time.monotonic() - window
                 speed = dict(clips_per_s=seen / elapsed, data_wait=waited / elapsed,
                              memory_mib=round(memory_mib(stage.device)))
-                log.write(step=step, **sums, lr=rate, grad_norm=norm, **speed,
+                log.write(step=step, **latest, lr=rate, grad_norm=norm, **speed,
                           seconds=seconds_before + time.monotonic() - started)
                 bar.set_postfix_str(f"loss {sums['loss']:.3f}, lr {rate:.1e}, {speed['clips_per_s']:.0f} clips/s, "
                                     f"data {speed['data_wait']:.0%}, {speed['memory_mib']} MiB")

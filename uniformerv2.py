@@ -65,7 +65,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Block, DropPath, attention, quick_gelu
+from attention import Block, DropPath, attention, quick_gelu, sinusoid_table
 from weights import Rule, WeightsError, commonest
 
 # Grey levels in [0, 1]: every UniFormerV2 model was trained on clips normalised so. Inside
@@ -191,6 +191,16 @@ def inflate(kernel, frames, centre=True):
 
 # ------------------------------------------------------------------------------------------------
 # Blocks
+
+
+def place_codes(h, w, width):
+    """How a table of learned places begins: (1 + h*w, width), a zero row for the class token, then half of
+    the channels sinusoids of the row and half of the column. CLIP began with noise and had 400 million
+    images to find out which places are neighbours; a model that begins here knows (LOG.md)."""
+    half = width // 4 * 2
+    codes = (sinusoid_table(h, half)[:, None], sinusoid_table(w, width - half)[None])
+    codes = torch.cat([code.expand(h, w, -1) for code in codes], dim=2).flatten(0, 1)
+    return torch.cat([torch.zeros(1, width), codes])
 
 
 class Kernel(nn.Module):
@@ -379,7 +389,7 @@ class UniFormerV2(nn.Module):
         self.grid_of(frames, H, W)
         self.embed = nn.Linear(channels * self.window * p**2, D, bias=False)
         self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
-        self.positions = nn.Parameter(D**-0.5 * torch.randn(1 + self.grid[0] * self.grid[1], D))
+        self.positions = nn.Parameter(place_codes(*self.grid, D))
         self.norm_pre = nn.LayerNorm(D)
         rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(FrameBlock(size, local_units, reduction, rate) for rate in rates)

@@ -78,8 +78,24 @@ def test_evaluating_a_run_again_gives_its_numbers(finished, tmp_path):
 
 def test_videos_and_images_alternate(finished):
     assert run("--log-every", "1", "--image-every", "2", out=finished / "again", steps=4) == 0
-    kinds = ["image_contrastive" in line for line in lines(finished / "again") if "lr" in line]
-    assert kinds == [True, False, True, False]
+    told = [line.get("image_contrastive") for line in lines(finished / "again") if "lr" in line]
+    # Image, video, image, video: a line also repeats what the last batch of the other kind gave.
+    assert told[0] == told[1] != told[2] == told[3]
+
+
+def test_a_batch_of_images_takes_several_frames_of_each_clip_with_true_sentences():
+    card = train.Clip(num_frames=4, input_size=16, images_per_clip=3, device="cpu", precision="fp32")
+    model = card.build()
+    items = [card.sets[0][i] for i in range(5)]
+    batch = {"video": torch.stack([torch.as_tensor(item["video"]) for item in items]),
+             "facts": [item["facts"] for item in items]}
+    video, captions = card.images(batch, torch.Generator().manual_seed(0), model)
+    assert video.shape == (15, model.clip.visual.stride, 16, 16, 3) and len(captions) == 15
+    for i, (picture, text) in enumerate(zip(video, captions)):
+        assert torch.equal(picture[0], picture[-1])
+        assert any(torch.equal(picture[0], frame) for frame in batch["video"][i % 5])
+        facts = data.parse_caption(text)
+        assert facts == {key: batch["facts"][i % 5][key] for key in ("shape", "colour")}
 
 
 @pytest.mark.parametrize("flags", [(), ("--temporal-downsample", "--ema", "0.9")])

@@ -61,7 +61,7 @@ class Case:
         for name, ours in names.items():
             reference = self.gradients[name.replace("__", ".")]
             got = parameters[ours].grad
-            got = got.T if got.T.shape == reference.shape != got.shape else got  # CLIP's projections lie on their side
+            got = got.T if got.ndim == 2 and got.T.shape == reference.shape != got.shape else got  # CLIP's projections lie on their side
             self.close(got.reshape(reference.shape), reference,
                        tolerance64 if self.dtype == torch.float64 else 5e-5, name)
 

@@ -229,10 +229,19 @@ def test_embedding_and_bridge_keep_torchs_initialisation_and_the_rest_is_xavier(
     """Spec of the official code: its initialiser never reaches two of the layers."""
     model = VideoMAE("tiny", image_size=64)
     qkv = model.encoder.blocks[0].attn.qkv.weight
-    assert abs(qkv.abs().max().item() - (6 / (192 + 576)) ** 0.5) < 2e-3
+    assert abs(qkv.abs().max().item() - (6 / (96 + 288)) ** 0.5) < 2e-3
     bridge = model.encoder_to_decoder.weight
-    assert abs(bridge.abs().max().item() - 192**-0.5) < 2e-3
+    assert abs(bridge.abs().max().item() - 96**-0.5) < 2e-3
     assert model.mask_token.abs().max() <= 0.02
+
+
+def test_codes_by_axis_shift_alike_everywhere():
+    """The product of two places' codes depends on their distance in time, row and column alone."""
+    t, h, w = 3, 4, 5
+    codes = mae.position_codes("axes", (t, h, w), 8, 2, 48, torch.device("cpu"))[0].double()
+    assert codes.shape == (t * h * w, 48) and len(codes.unique(dim=0)) == t * h * w
+    product = (codes @ codes.T).view(t, h, w, t, h, w)
+    assert torch.allclose(product[1:, 1:, 1:, 1:, 1:, 1:], product[:-1, :-1, :-1, :-1, :-1, :-1], atol=1e-5)
 
 
 def test_any_grid_will_do():
