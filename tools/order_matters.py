@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import mae  # noqa: E402
+import train  # noqa: E402
 
 FRAMES, SIZE = 8, 32
 
@@ -39,15 +40,18 @@ def accuracy(seed, shuffle, steps, batch_size=32):
     world = data.MovingShapes("train", FRAMES, SIZE, seed)
     size = mae.Size(128, 4, 4, 512, 8, 64, 1, 2, 256)
     model = mae.VideoClassifier(size, classes=len(world.motions), frames=FRAMES, image_size=SIZE, head_scale=1.0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, steps, pct_start=0.1)
-    for batch in data.batches(world, batch_size, seed, steps, workers=0):
-        loss = F.cross_entropy(model(as_input(batch["video"], shuffle, rng)), batch["label"])
-        optimiser.zero_grad()
-        loss.backward()
+    recipe = train.MAE(lr=2e-3, steps=steps, device="cpu", precision=train.choose_precision("auto", "cpu"))
+    optimisers = train.optimisers_of(model, recipe)
+    for step, batch in enumerate(data.batches(world, batch_size, seed, steps, workers=1)):
+        with recipe.autocast():
+            logits = model(as_input(batch["video"], shuffle, rng))
+        F.cross_entropy(logits.float(), batch["label"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = train.learning_rate(recipe, step)
+            optimiser.step()
+            optimiser.zero_grad()
     model.eval()
     right = total = 0
     rng = torch.Generator().manual_seed(0)
