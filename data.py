@@ -36,7 +36,7 @@ Try it:
 
 >>> world = MovingShapes("train", frames=8, size=64)
 >>> world[3]["video"].shape, world[3]["caption"]
-((8, 64, 64, 3), 'the little cyan ring pops up')
+((8, 64, 64, 3), 'in this clip a little cyan ring pops up')
 >>> scene = world.scene(3)
 >>> bool((render(scene.reversed()) == render(scene)[::-1]).all())
 True
@@ -426,20 +426,25 @@ def _noise_bank(length):
     return np.clip(np.rint(noise), -8, 8).astype(np.int8).view(np.uint8)
 
 
-def render(scene):
-    """The pixels of a scene: uint8 (T, H, W, 3), RGB. A pure function."""
-    T, H, W = len(scene.noise), scene.height, scene.width
+def render(scene, only=slice(None)):
+    """The pixels of a scene: uint8 (T, H, W, 3), RGB. A pure function.
+
+    only   the frames to render, as an index into T; each looks as it does among all
+    """
+    drift, shake, noise = scene.drift[only], scene.shake[only], scene.noise[only]
+    T, H, W = len(noise), scene.height, scene.width
     video = np.empty((T, H, W, 3), np.uint8)
     tiles = np.tile(_background(scene), (2, 2, 1))
-    for t, (y, x) in enumerate((scene.drift + scene.shake) % (H, W)):
+    for t, (y, x) in enumerate((drift + shake) % (H, W)):
         video[t] = tiles[y:y + H, x:x + W]
     # The camera sees the texture through a window at +shake, so all else moves by -shake.
-    dy, dx = -scene.shake.T
+    dy, dx = -shake.T
     always = np.ones(T, bool)
     for shape, row, column, radius, angle, grey in scene.distractors:
         place = row + dy, column + dx
         _draw(video, shape, (grey,) * 3, False, *place, angle, radius, 1.0, always)
     for state in _states(scene):
+        state = {name: value[only] if np.ndim(value) else value for name, value in state.items()}
         state.update(row=state["row"] + dy, column=state["column"] + dx)
         _draw(video, scene.shape, COLOURS[scene.colour], True, **state)
     # Light falls from one side, on all alike, and stays where it is: 256ths of a full exposure.
@@ -448,7 +453,7 @@ def render(scene):
     video = np.maximum(video * light >> 8, 8).astype(np.uint8)
     # Everything painted lies in 8..247 and the noise in -8..8, so this uint8 sum cannot wrap.
     bank = _noise_bank(H * W * 3)
-    for frame, start in zip(video, scene.noise):
+    for frame, start in zip(video, noise):
         frame += bank[start:start + H * W * 3].reshape(H, W, 3)
     return video
 
@@ -498,6 +503,20 @@ class MovingShapes:
         scene, rng = self._draw(index)
         return {"video": render(scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
                 "caption": describe(scene.facts, rng)}
+
+
+class StillShapes(MovingShapes):
+    """Single frames of the same world, with sentences that are true of the picture alone.
+
+    self[i]  one frame of clip i of MovingShapes, as that is but for "video": uint8 (1, H, W, 3), and
+             "caption": str, of which motion is no part. See `still`
+    """
+
+    def __getitem__(self, index):
+        scene, rng = self._draw(index)
+        number, caption = still(scene.facts, self.frames, rng)
+        return {"video": render(scene, [number]), "label": MOTIONS.index(scene.motion),
+                "facts": scene.facts, "caption": caption}
 
 
 def _height_width(size):

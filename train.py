@@ -112,6 +112,11 @@ class Stage:
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def batches(self, train_set, first):
+        """What each micro-batch holds, from step `first` on; a function of (seed, step) alone."""
+        return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum,
+                            start=first * self.accum, workers=self.workers)
+
     def evaluate(self, model, batches):
         """Mean of the training metrics over held-out batches -> {name: float}."""
         total, clips = {}, 0
@@ -285,8 +290,8 @@ class Clip(Stage):
     More pairs in a batch are more negatives. --accum cannot give them, for micro-batches never meet;
     --cache-size can: it encodes in pieces, compares all, and encodes each piece again to go backward."""
 
-    steps: int = flag(1700, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
-    lr: float = flag(3e-3, "learning rate as it is; overrides --blr when above 0 (paper: 8e-5, from CLIP's "
+    steps: int = flag(2600, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
+    lr: float = flag(1.5e-3, "learning rate as it is; overrides --blr when above 0 (paper: 8e-5, from CLIP's "
                            "weights)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 0.01)", low=0, high=1)
     weight_decay: float = flag(0.2, "weight decay, on matrices only (paper: 0.2)", low=0)
@@ -298,7 +303,7 @@ class Clip(Stage):
     cache_size: int = flag(0, "gradient caching: pairs in memory at a time, equal to the large batch; 0 = all",
                            low=0)
     eval_clips: int = flag(200, "held-out clips per evaluation; the first 100 for retrieval", low=1)
-    eval_every: int = flag(850, "steps between evaluations; 0 = ten times in the run", low=0)
+    eval_every: int = flag(650, "steps between evaluations; 0 = ten times in the run", low=0)
     model: str = flag("small", "size of both towers (paper: b16, l14; small is ours)",
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2 (paper), frames = frame-wise CLIP, joint = ViCLIP",
@@ -316,10 +321,10 @@ class Clip(Stage):
     caption_depth: int = flag(2, "layers of the caption decoder (paper: 6)", low=1)
     queries: int = flag(8, "questions that the caption decoder asks the video (official: 256)", low=1)
     caption_weight: float = flag(1.0, "weight of the captioning loss (paper: 1)", low=0)
-    image_every: int = flag(2, "every n-th batch is of images, frames of the clips; 0 = none (paper: 2, they "
-                               "alternate)", low=0)
-    images_per_clip: int = flag(4, "pictures taken from each clip for a batch of images (paper: 6 times as many "
-                                   "images as videos in a batch)", low=1)
+    image_every: int = flag(2, "every n-th batch is of images; 0 = none (paper: 2, they alternate)", low=0)
+    image_batch: int = flag(64, "pairs in a batch of images, per process (paper: 86,016 in all, 6 times the videos)",
+                            low=1)
+    image_data: str = flag("", "a list of pictures and sentences like --data; default: frames of --data's videos")
     freeze_text: bool = flag(False, "do not train the text tower")
     freeze_visual: bool = flag(False, "do not train the visual tower")
 
@@ -411,9 +416,9 @@ class Clip(Stage):
 
     def loss(self, model, batch, rng):
         video, captions = batch["video"], batch["caption"]
-        image = self.image_every and batch.get("step", 1) % self.image_every == 0
-        if image:
-            video, captions = self.images(batch, rng, model)
+        image = "image" in batch
+        if image:  # where the tower embeds several frames at a time, the picture stands still
+            video = video.expand(-1, getattr(model.clip.visual, "stride", 1), -1, -1, -1)
         video = data.normalise(video, model.clip.mean, model.clip.std)
         ids, is_token = (x.to(video.device) for x in self.words.encode(captions, self.context, trim=True))
         if model.training:
@@ -439,18 +444,27 @@ class Clip(Stage):
         return loss, {"loss": loss.detach(), kind + "contrastive": contrastive.detach(),
                       kind + "caption": caption.detach()}
 
-    def images(self, batch, rng, model):
-        """Frames of each clip as pictures (B * k, t, H, W, 3), and a sentence about each: of moving shapes what
-        can be seen in it, of real videos the caption of the whole. Where the tower embeds several frames at a
-        time the picture is repeated."""
-        video, count = batch["video"], self.images_per_clip
-        draw = np.random.default_rng(int(torch.randint(2**31, (), generator=rng)))
-        if "facts" in batch:
-            chosen, captions = zip(*(data.still(facts, video.shape[1], draw) for facts in batch["facts"] * count))
+    def batches(self, videos, first):
+        """Batches of videos and of single pictures in turn (InternVideo, Sec. 4.1). Pictures come from clips of
+        their own: several of one clip, in one batch, taught far less (LOG.md)."""
+        if not self.image_every:
+            yield from super().batches(videos, first)
+            return
+        if self.data or self.image_data:
+            source, part = (self.image_data, "all") if self.image_data else \
+                (self.data, "all" if self.val_data else "train")
+            pictures = data.VideoFiles(source, 1, self.input_size, sampling="segment", seed=self.seed, flip=False,
+                                       part=part)
+            if pictures.captions is None:
+                raise Mistake(f"--image-data {source}: has no captions; give a CSV file with a header 'path,caption'")
         else:
-            chosen, captions = draw.integers(video.shape[1], size=len(video) * count), batch["caption"] * count
-        frames = video[torch.arange(len(chosen)) % len(video), torch.as_tensor(chosen)]
-        return frames[:, None].expand(-1, getattr(model.clip.visual, "stride", 1), -1, -1, -1), list(captions)
+            pictures = data.StillShapes("train", self.num_frames, self.input_size, self.seed)
+        before = -(-first // self.image_every)  # steps 0, n, 2n, ... are of images
+        images = data.batches(pictures, self.image_batch, self.seed, self.steps, start=before, workers=self.workers)
+        clips = data.batches(videos, self.batch_size, self.seed, self.steps, start=first - before,
+                             workers=self.workers)
+        for step in range(first, self.steps):
+            yield next(clips) if step % self.image_every else next(images) | {"image": True}
 
     def evaluate(self, model, batches):
         """Losses, retrieval, and on moving shapes zero-shot classes and facts of the written captions; the
@@ -895,8 +909,7 @@ def fit(stage, name):
     bar = tqdm(total=stage.steps, initial=first, desc=name, unit="step", dynamic_ncols=True,
                disable=stage.steps == 0, mininterval=0.5 if sys.stderr.isatty() else 15)
     eval_every = stage.eval_every or max(1, stage.steps // 10)
-    batches = iter(data.batches(train_set, stage.batch_size, stage.seed, stage.steps * stage.accum,
-                                start=first * stage.accum, workers=stage.workers))
+    batches = iter(stage.batches(train_set, first))
     window = time.monotonic()
     waited = seen = 0.0
     latest = {}  # a stage may report some numbers in some steps only
@@ -917,7 +930,7 @@ def fit(stage, name):
                     if path not in bad:
                         bad[path] = reason
                         bar.write(f"skipped: {reason}")
-                loss, values = stage.loss(model, to_device(batch | {"step": step}, stage.device),
+                loss, values = stage.loss(model, to_device(batch, stage.device),
                                           generator(stage.seed, "loss", step, part))
                 (loss / stage.accum).backward()
                 seen += len(batch["video"])
