@@ -258,16 +258,17 @@ def draw_scene(rng, frames, height, width, looks):
     radius = RADII[size] * short * rng.uniform(0.94, 1.06)
 
     name = PAIRS[pair][0]
-    heading = rng.uniform(0, 2 * math.pi)
-    # What does not spin stands nearly upright, so that a small model learns the names of shapes soon.
-    angle = rng.uniform(0, 2 * math.pi) if name == "spin clockwise" else rng.uniform(-0.3, 0.3)
+    # Minutes must suffice to learn this world, so its questions are put plainly (LOG.md): clock hands and
+    # orbits pass the top, two shapes meet side by side, and what does not spin stands nearly upright.
+    heading = rng.uniform(-0.5, 0.5)
+    angle = rng.uniform(-0.8, 0.8) if name == "spin clockwise" else rng.uniform(-0.3, 0.3)
     reach = np.full(2, 1.25 * radius)  # how far from the centre the picture extends, per axis
     if name in ("right", "down"):
         axis = ("down", "right").index(name)
         extent = rng.uniform(0.35, 0.6) * (height, width)[axis]
         reach[axis] += extent / 2
     elif name in ("spin clockwise", "orbit clockwise"):
-        extent = math.radians(rng.uniform(230, 330))
+        extent = math.radians(rng.uniform(150, 220))
         if name == "orbit clockwise":
             reach += 0.24 * short
     elif name == "grow":
