@@ -324,7 +324,7 @@ class Clip(Stage):
     image_every: int = flag(2, "every n-th batch is of images; 0 = none (paper: 2, they alternate)", low=0)
     image_batch: int = flag(64, "pairs in a batch of images, per process (paper: 86,016 in all, 6 times the videos)",
                             low=1)
-    image_data: str = flag("", "a list of pictures and sentences like --data; default: frames of --data's videos")
+    image_data: str = flag("", "pictures and sentences, a list like that of --data; default: frames of the videos")
     freeze_text: bool = flag(False, "do not train the text tower")
     freeze_visual: bool = flag(False, "do not train the visual tower")
 
@@ -337,6 +337,9 @@ class Clip(Stage):
         if self.kind != "video" and not self.weights:  # these two belong to UniFormerV2 alone
             self.local_units, self.temporal_downsample = 0, False
         self.sets = clips(self, self.num_frames, self.input_size, "segment", flip=False)
+        if self.image_data and not self.image_every:
+            raise Mistake("--image-data: --image-every 0 asks for no images; leave out one of the two")
+        self.stills = self.images() if self.image_every else None
         captions = self.check_captions()
         try:
             model = self.load() if self.weights else self.fresh(captions)
@@ -392,21 +395,30 @@ class Clip(Stage):
         return VideoText(clip, self.fresh_decoder(clip))
 
     def check_captions(self):
-        """The training captions, after a look at all of them."""
-        if not self.data:
-            return [data.describe(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i)))
-                    for i in range(3000)]
-        for videos in self.sets:
-            if videos.captions is None:
-                raise Mistake(f"{videos.source}: has no captions; give a CSV file with a header 'path,caption', or "
+        """All training captions, for the vocabulary; Mistake where a list has none, or an empty one."""
+        for source in (*self.sets, self.stills):
+            if not isinstance(source, data.VideoFiles):
+                continue
+            if source.captions is None:
+                raise Mistake(f"{source.source}: has no captions; give a CSV file with a header 'path,caption', or "
                               'a .jsonl file of {"path": ..., "caption": ...}')
-            for (path, _), caption in zip(videos.items, videos.captions):
+            for (path, _), caption in zip(source.items, source.captions):
                 if not caption:
-                    raise Mistake(f"{videos.source}: the caption of {path} is empty")
-            if videos.missing:
-                print(f"{videos.source}: {len(videos.missing)} of {len(videos)} videos are missing and will be "
-                      f"skipped, e.g. {videos.missing[0]}")
-        return self.sets[0].captions
+                    raise Mistake(f"{source.source}: the caption of {path} is empty")
+            if source.missing:
+                print(f"{source.source}: {len(source.missing)} of {len(source)} files are missing and will be "
+                      f"skipped, e.g. {source.missing[0]}")
+        captions = self.sets[0].captions if self.data else [
+            data.describe(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
+        return captions + (self.stills.captions if self.image_data else [])
+
+    def images(self):
+        """The single pictures and their sentences, as clips of one frame."""
+        if not self.data and not self.image_data:
+            return data.StillShapes("train", self.num_frames, self.input_size, self.seed)
+        part = "all" if self.image_data or self.val_data else "train"
+        return data.VideoFiles(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
+                               flip=False, part=part)
 
     def datasets(self):
         return self.sets
@@ -450,17 +462,8 @@ class Clip(Stage):
         if not self.image_every:
             yield from super().batches(videos, first)
             return
-        if self.data or self.image_data:
-            source, part = (self.image_data, "all") if self.image_data else \
-                (self.data, "all" if self.val_data else "train")
-            pictures = data.VideoFiles(source, 1, self.input_size, sampling="segment", seed=self.seed, flip=False,
-                                       part=part)
-            if pictures.captions is None:
-                raise Mistake(f"--image-data {source}: has no captions; give a CSV file with a header 'path,caption'")
-        else:
-            pictures = data.StillShapes("train", self.num_frames, self.input_size, self.seed)
         before = -(-first // self.image_every)  # steps 0, n, 2n, ... are of images
-        images = data.batches(pictures, self.image_batch, self.seed, self.steps, start=before, workers=self.workers)
+        images = data.batches(self.stills, self.image_batch, self.seed, self.steps, start=before, workers=self.workers)
         clips = data.batches(videos, self.batch_size, self.seed, self.steps, start=first - before,
                              workers=self.workers)
         for step in range(first, self.steps):

@@ -83,19 +83,43 @@ def test_videos_and_images_alternate(finished):
     assert told[0] == told[1] != told[2] == told[3]
 
 
-def test_a_batch_of_images_takes_several_frames_of_each_clip_with_true_sentences():
-    card = train.Clip(num_frames=4, input_size=16, images_per_clip=3, device="cpu", precision="fp32")
-    model = card.build()
-    items = [card.sets[0][i] for i in range(5)]
-    batch = {"video": torch.stack([torch.as_tensor(item["video"]) for item in items]),
-             "facts": [item["facts"] for item in items]}
-    video, captions = card.images(batch, torch.Generator().manual_seed(0), model)
-    assert video.shape == (15, model.clip.visual.stride, 16, 16, 3) and len(captions) == 15
-    for i, (picture, text) in enumerate(zip(video, captions)):
-        assert torch.equal(picture[0], picture[-1])
-        assert any(torch.equal(picture[0], frame) for frame in batch["video"][i % 5])
-        facts = data.parse_caption(text)
-        assert facts == {key: batch["facts"][i % 5][key] for key in ("shape", "colour")}
+def test_a_picture_of_the_generated_world_is_one_frame_of_its_clip_with_a_true_sentence():
+    clips, stills = data.MovingShapes("train", 6, 32, 0), data.StillShapes("train", 6, 32, 0)
+    for i in range(40):
+        clip, still = clips[i], stills[i]
+        assert still["video"].shape == (1, 32, 32, 3) and still["facts"] == clip["facts"]
+        assert any((still["video"][0] == frame).all() for frame in clip["video"])
+        assert data.parse_caption(still["caption"]) == {key: clip["facts"][key] for key in ("shape", "colour")}
+
+
+def test_every_nth_batch_is_of_images_and_no_clip_comes_twice_wherever_one_begins():
+    card = train.Clip(num_frames=2, input_size=16, batch_size=3, image_batch=5, image_every=3, steps=8, workers=0)
+    card.build()
+    whole = list(card.batches(card.sets[0], 0))
+    assert [len(batch["video"]) for batch in whole] == [5, 3, 3, 5, 3, 3, 5, 3]
+    assert [batch.get("image", False) for batch in whole] == [len(batch["video"]) == 5 for batch in whole]
+    for kind in (3, 5):
+        clips = [clip.numpy().tobytes() for batch in whole for clip in batch["video"] if len(batch["video"]) == kind]
+        assert len(set(clips)) == len(clips)
+    for first in range(8):
+        again = list(card.batches(card.sets[0], first))
+        assert len(again) == 8 - first
+        assert all(torch.equal(a["video"], b["video"]) for a, b in zip(whole[first:], again))
+
+
+def test_pictures_and_their_sentences_come_from_a_list_of_their_own(tmp_path, capsys):
+    from PIL import Image
+    Image.new("RGB", (24, 20), (90, 90, 90)).save(tmp_path / "grey.png")
+    (tmp_path / "pictures.csv").write_text("path,caption\ngrey.png,nothing but grey\n")
+    assert run("--image-data", str(tmp_path / "pictures.csv"), out=tmp_path / "run") == 0
+    assert "grey" in clip_video.load_tokenizer(tmp_path / "run").decode(
+        clip_video.load_tokenizer(tmp_path / "run").encode(["nothing but grey"], 20)[0].tolist())[0]
+    (tmp_path / "empty.csv").write_text("path,caption\ngrey.png,\n")
+    capsys.readouterr()
+    assert run("--image-data", str(tmp_path / "empty.csv"), out=tmp_path / "run") == 2
+    assert run("--image-data", str(tmp_path / "empty.csv"), "--image-every", "0", out=tmp_path / "run") == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and "grey.png is empty" in err[0] and "leave out one" in err[1]
 
 
 @pytest.mark.parametrize("flags", [(), ("--temporal-downsample", "--ema", "0.9")])
