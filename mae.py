@@ -316,6 +316,11 @@ class Decoder(nn.Module):
         return self.head(self.norm(tokens))
 
 
+def _sized(config, kept):
+    """Of a saved configuration, these entries, as arguments."""
+    return {key: Size(**config[key]) if key == "size" else config[key] for key in kept}
+
+
 class VideoMAE(nn.Module):
     """Masked autoencoder for video (VideoMAE, Sec. 3.3, VideoMAE).
 
@@ -394,6 +399,13 @@ class VideoMAE(nn.Module):
         """Save memory, spend time: see attention.run_blocks."""
         self.encoder.recompute = self.decoder.recompute = on
 
+    def with_head(self, classes, **options):
+        """A VideoClassifier for Y classes whose encoder has these weights. The encoder's own norm is left
+        behind, fc_norm and head start fresh: VideoMAE's way into fine-tuning. options: drop, drop_path,
+        frames, image_size, ..."""
+        kept = ("size", "frames", "image_size", "tubelet", "channels", "positions", "bias", "cosine", "layer_scale", "eps")
+        return VideoClassifier(**_sized(self.config, kept) | options, classes=classes).take(self)
+
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
@@ -445,6 +457,8 @@ class VideoClassifier(nn.Module):
     Other arguments as VideoMAE.
     """
 
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
     def __init__(self, size="base", *, classes, frames=16, image_size=224, tubelet=2, channels=3,
                  positions="sinusoid", bias="qv", cosine=False, layer_scale=None, drop_path=0.0,
                  drop=0.0, pool="mean", eps=1e-6, head_eps=1e-6, head_scale=0.001):
@@ -472,6 +486,27 @@ class VideoClassifier(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
             self.head.weight.data.mul_(head_scale)
+
+    def with_head(self, classes, **options):
+        """A classifier for Y classes with these weights. As many classes: the head too. 400 after the 710 of
+        Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a fresh head."""
+        model = VideoClassifier(**_sized(self.config, set(self.config) - {"model", "classes"}) | options,
+                                classes=classes).take(self)
+        if self.pool == "mean":
+            model.fc_norm.load_state_dict(self.fc_norm.state_dict())
+        if classes == self.config["classes"] or (self.config["classes"], classes) == (710, 400):
+            with torch.no_grad():
+                model.head.weight.copy_(self.head.weight[:classes])
+                model.head.bias.copy_(self.head.bias[:classes])
+        return model
+
+    def take(self, other):
+        """The encoder's weights of another model, but for its last norm; returns self."""
+        tensors = {key: value for key, value in other.encoder.state_dict().items()
+                   if key in self.encoder.state_dict() and not key.startswith("stored")}
+        missing, unknown = self.encoder.load_state_dict(tensors, strict=False)
+        assert not unknown and all(key == "stored" or key.startswith("norm.") for key in missing), (missing, unknown)
+        return self
 
     def features(self, video):
         """video (B, C, T, H, W) -> (B, D), what the head sees."""

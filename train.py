@@ -48,14 +48,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import caption_decoder
 import clip_video
 import data
+import draw
 import mae
 import uniformerv2
 import weights
+from attention import Attention
 
 
 class Mistake(ValueError):
@@ -127,6 +131,13 @@ class Stage:
                 total[name] = total.get(name, 0.0) + float(value) * count
             clips += count
         return {f"val_{name}": value / clips for name, value in total.items()}
+
+    def prepare(self, model):
+        """Whatever takes time and must be there before the first step."""
+
+    def scale_of(self, name):
+        """Factor on the learning rate of the parameter with this name."""
+        return 1.0
 
     def note(self):
         """What a reader must know to judge the curve, printed at the start."""
@@ -550,9 +561,9 @@ class Clip(Stage):
         seen, read = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (seen, read))
         cosines, raw = (read @ seen.T).cpu(), raw.cpu().numpy()
         paths = [folder / name for name in ("similarity.png", "retrieval.png", "captions.png", "attention.png")]
-        draw_similarity(cosines, raw, captions, paths[0])
-        draw_retrieval(cosines, raw, captions, paths[1])
-        draw_captions(raw, captions, written, paths[2])
+        draw.similarity(cosines, raw, captions, paths[0])
+        draw.retrieval(cosines, raw, captions, paths[1])
+        draw.captions(raw, captions, written, paths[2])
         grid = getattr(model.clip.visual, "grid", None)
         ids = self.encode(written[:1], video.device)
         words = model.clip.encode_text_tokens(ids)[1][:, :-1]
@@ -560,90 +571,297 @@ class Clip(Stage):
         looks = looks.view(looks.shape[0], *tokens.shape[1:3])[:, :, 1:]             # (L, t, S), no class tokens
         looks = looks.reshape(len(looks), -1, *grid).cpu()                            # (L, t, h, w)
         spoken = [self.words.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
-        draw_attention(raw[0], looks, spoken, written[0], paths[3])
+        draw.attention(raw[0], looks, spoken, written[0], paths[3])
         return paths
 
 
+class AttentiveProbe(torch.nn.Module):
+    """One query asks a frozen encoder's tokens, and a linear layer names the answer (the attentive probe of
+    V-JEPA, arXiv 2404.08471, Sec. 3.2): for encoders whose mean token was never asked to mean anything.
 
-def new_figure(rows, columns, width, height):
-    """A white figure without axes, and its (rows, columns) array of places."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, places = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, facecolor="white",
-                                  layout="constrained")
-    for place in places.flat:
-        place.set(xticks=[], yticks=[])
-        for spine in place.spines.values():
-            spine.set_visible(False)
-    return figure, places
+    encoder  a mae.VideoClassifier or uniformerv2.UniFormerV2; its own head is not used
+    classes  Y
+    """
 
+    def __init__(self, encoder, classes, heads):
+        super().__init__()
+        width = encoder.config["size"]["width"]
+        self.encoder, self.mean, self.std = encoder, encoder.mean, encoder.std
+        self.config = {"model": "AttentiveProbe", "encoder": encoder.config, "classes": classes, "heads": heads}
+        self.query = torch.nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.norm = torch.nn.LayerNorm(width)
+        self.attn = Attention(width, heads, context_width=width)
+        self.head = torch.nn.Linear(width, classes)
 
-def finish(figure, path):
-    import matplotlib.pyplot as plt
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    def read(self, tokens):
+        """tokens (B, N, D) -> logits (B, Y)"""
+        return self.head(self.attn(self.query.expand(len(tokens), -1, -1), self.norm(tokens))[:, 0])
 
-
-def strip(video, count=4):
-    """`count` frames of a clip (T, H, W, 3) side by side, with thin white gaps."""
-    chosen = data.segment_indices(len(video), min(count, len(video)))
-    return np.concatenate([np.pad(video[t], ((0, 0), (0, 2), (0, 0)), constant_values=255) for t in chosen], axis=1)
-
-
-def draw_similarity(cosines, videos, captions, path):
-    """Cosines of all sentences (rows) and all clips (columns); the truth is the diagonal."""
-    figure, ((axis,),) = new_figure(1, 1, 8.6, 5)
-    picture = axis.imshow(cosines.numpy(), cmap="viridis")
-    axis.set_yticks(range(len(captions)), [text[:60] for text in captions], fontsize=7)
-    axis.set_xticks(range(len(captions)), range(1, len(captions) + 1), fontsize=7)
-    best = cosines.argmax(dim=1)
-    axis.scatter(best, range(len(best)), s=14, c=["white" if b == i else "red" for i, b in enumerate(best)])
-    axis.set_title("cosine of sentence and clip; dot: the best clip of each sentence, red where it is wrong", fontsize=8)
-    axis.set_xlabel("held-out clip, in the order of the sentences", fontsize=8)
-    figure.colorbar(picture, shrink=0.8)
-    finish(figure, path)
+    def forward(self, video):
+        """video (B, C, T, H, W) float, normalised with self.mean and self.std -> logits (B, Y)"""
+        return self.read(tokens_of(self.encoder, video))
 
 
-def draw_retrieval(cosines, videos, captions, path, rows=5, top=3):
-    """A sentence, and the clips that the model finds for it."""
-    rows, top = min(rows, len(captions)), min(top, len(captions))
-    figure, places = new_figure(rows, top, 3.3 * top, 1.25 * rows + 0.3)
-    for i in range(rows):
-        for place, found in zip(places[i], cosines[i].argsort(descending=True)[:top].tolist()):
-            place.imshow(strip(videos[found]))
-            right = captions[found] == captions[i]
-            place.set_xlabel(f"cosine {cosines[i, found]:.2f}" + (", its own clip" if right else ""), fontsize=8,
-                             color="green" if right else "black")
-        places[i][0].set_title(f'"{captions[i]}"', loc="left", fontsize=9)
-    finish(figure, path)
+def tokens_of(encoder, video):
+    """All tokens of either encoder's last block, (B, N, D)."""
+    if isinstance(encoder, mae.VideoClassifier):
+        return encoder.encoder(video)
+    return encoder.encode(video)[1].flatten(1, 2)
 
 
-def draw_captions(videos, captions, written, path, rows=6):
-    """Frames of a clip, what the model writes and what it was told."""
-    rows = min(rows, len(captions))
-    figure, places = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
-    for place, video, told, text in zip(places.flat, videos, captions, written):
-        place.imshow(strip(video))
-        place.set_xlabel(f"model: {text}\ntruth: {told}", fontsize=8, loc="left")
-    finish(figure, path)
+def feature_of(encoder, video):
+    """What either encoder's head sees, (B, D)."""
+    feature = encoder.features(video)
+    return feature if isinstance(encoder, mae.VideoClassifier) else encoder.norm(feature)
 
 
-def draw_attention(video, looks, words, sentence, path, most=8):
-    """Rows: words; columns: the time steps of the tokens; bright where the decoder looked (L, t, h, w).
-    Each row is scaled by its own brightest place."""
-    words, steps = words[:most], looks.shape[1]
-    frames = video[[t * len(video) // steps for t in range(steps)]]
-    figure, places = new_figure(len(words), 1, 1.15 * steps + 1.2, 1.12 * len(words) + 0.4)
-    for place, word, look in zip(places[:, 0], words, looks):
-        light = torch.nn.functional.interpolate(look[:, None] / look.max(), frames.shape[1:3], mode="bilinear")
-        place.imshow(strip((frames * (0.25 + 0.75 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
-        place.set_ylabel(word, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
-    figure.suptitle(f'where the decoder looks as it writes "{sentence}"', fontsize=9)
-    finish(figure, path)
+def load_encoder(source, classes, *, frames=None, image_size=None, drop=0.0, drop_path=0.0):
+    """Either encoder of InternVideo, with a head for Y classes, out of whatever holds it.
+
+    source   a run of mae, clip or classify, or an official file: VideoMAE pretrained or fine-tuned, UniFormerV2,
+             CLIP (which grows), InternVideo-MM. What the file is, its names tell
+    returns  mae.VideoClassifier or uniformerv2.UniFormerV2; for heads see their `with_head`
+    """
+    tensors, config = weights.read(source)
+    kind = config.get("model")
+    masked = kind in ("VideoMAE", "VideoClassifier") if kind else any(
+        "patch_embed.proj." in key or "patch_embeddings.projection." in key for key in tensors)
+    if masked:
+        pretrained = kind == "VideoMAE" or any(key.endswith("mask_token") for key in tensors) and not kind
+        family = mae.VideoMAE if pretrained else mae.VideoClassifier
+        found = family.from_official(source, frames=frames, image_size=image_size)
+        return found.with_head(classes, frames=frames or found.config["frames"], drop=drop, drop_path=drop_path,
+                               image_size=image_size or found.config["image_size"])
+    options = dict(head_dropout=drop, drop_path=drop_path)
+    if kind == "UniFormerV2" or not kind and any("transformer.balance" in key or "transformer.dec." in key
+                                                 for key in tensors) and not any("text_projection" in key for key in tensors):
+        return uniformerv2.UniFormerV2.from_official(source, frames=frames).with_head(classes, **options)
+    if kind not in (None, "VideoCLIP", "VideoText"):
+        raise weights.WeightsError(f"{source}: holds a {kind}, which is no encoder that `classify` knows")
+    grow = not kind and clip_video.OfficialFile(source).layout in ("CLIP", "Hugging Face CLIP")
+    clip = clip_video.VideoCLIP.from_official(source, frames=frames, grow=grow)
+    if clip.kind == "joint":
+        raise weights.WeightsError(f"{source}: ViCLIP's joint tower has no classifier here; use UniFormerV2, "
+                                   "InternVideo-MM or CLIP weights")
+    return clip.visual.with_head(classes, norm=clip.visual_norm, mean=clip.mean, std=clip.std, **options)
 
 
-STAGES = {"mae": MAE, "clip": Clip}
+@dataclass
+class Classify(Stage):
+    """Stage three: supervised post-pretraining of either encoder (InternVideo, Sec. 3.2).
+
+    Fine-tune all of it, or leave it frozen and train a probe on its features, which are computed once. On moving
+    shapes three questions at once, motion, shape and colour, each with a softmax of its own; else the label."""
+
+    steps: int = flag(400, "optimiser steps; 0 = evaluate only (paper: 35 to 100 epochs of Kinetics-400)", low=0)
+    lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (papers: 5e-4 to 2e-3 per 256 clips "
+                           "for VideoMAE, 1e-5 for UniFormerV2)", low=0)
+    mode: str = flag("finetune", "finetune = train everything; probe = a linear layer, attentive = a query that asks "
+                     "the tokens, and a linear layer, on frozen features", choices=("finetune", "probe", "attentive"))
+    encoder: str = flag("masked", "which one starts from scratch where there are no --weights: masked = VideoMAE's, "
+                        "multimodal = UniFormerV2", choices=("masked", "multimodal"))
+    model: str = flag("small", "its size; small is ours: `tiny` of mae.py, the tower of the clip stage",
+                      choices=("small", *mae.SIZES, *uniformerv2.SIZES))
+    num_frames: int = flag(8, "frames per clip (paper: 16, UniFormerV2 8)", low=1)
+    input_size: int = flag(48, "height and width in pixels (paper: 224)", low=1)
+    sampling_rate: int = flag(4, "with --sampling dense: a clip takes every n-th frame (paper: 4)", low=1)
+    sampling: str = flag("segment", "dense = neighbouring frames, segment = spread over the video (paper: dense on "
+                         "Kinetics for VideoMAE, else segment)", choices=("dense", "segment"))
+    flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
+    layer_decay: float = flag(0.75, "each layer further from the head learns at this fraction of the rate (paper: "
+                              "0.75)", low=0, high=1)
+    drop_path: float = flag(0.0, "share of samples that skip the last block, fewer in earlier ones (paper: 0.1 or "
+                            "0.2)", low=0, high=1)
+    drop: float = flag(0.0, "dropout before the head (paper: 0 to 0.5)", low=0, high=1)
+    smoothing: float = flag(0.1, "label smoothing (paper: 0.1)", low=0, high=1)
+    mixup: float = flag(0.0, "alpha of mixup, 0 = none (paper: 0.8)", low=0)
+    cutmix: float = flag(0.0, "alpha of cutmix, 0 = none; with both, a coin chooses (paper: 1.0)", low=0)
+    probe_clips: int = flag(2000, "with a probe: training clips whose features are computed; 0 = all files of --data",
+                            low=0)
+
+    def build(self):
+        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip)
+        self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
+        if self.data and len(self.sets[0].classes) < 2:
+            raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
+                          "or a list of `path label` lines, with two or more")
+        classes = sum(map(len, self.questions.values()))
+        try:
+            model = self.encoder_for(classes)
+            self.check(model)
+            self.depth = model.config["size"]["depth"]
+            if self.mode == "attentive":
+                model = AttentiveProbe(model.with_head(0), classes, model.config["size"]["heads"])
+        except ValueError as error:
+            raise Mistake(str(error)) from None
+        if self.mode != "finetune":
+            model.requires_grad_(False)
+            trained = [model.head] + ([model.query, model.norm, model.attn] if self.mode == "attentive" else [])
+            for part in trained:
+                part.requires_grad_(True)
+            model.train = lambda mode=True: torch.nn.Module.train(model, False)  # frozen: no dropout, no statistics
+        elif self.recompute:
+            (model.encoder if isinstance(model, mae.VideoClassifier) else model).recompute = True
+        return model
+
+    def encoder_for(self, classes):
+        if self.weights:
+            return load_encoder(self.weights, classes, frames=self.num_frames, image_size=self.input_size,
+                                drop=self.drop, drop_path=self.drop_path)
+        if self.encoder == "masked":
+            if self.model not in ("small", *mae.SIZES):
+                raise Mistake(f"--model {self.model}: is a UniFormerV2; add --encoder multimodal")
+            return mae.VideoClassifier("tiny" if self.model == "small" else self.model, classes=classes,
+                                       frames=self.num_frames, image_size=self.input_size, drop=self.drop,
+                                       drop_path=self.drop_path, positions="axes" if self.model == "small" else "sinusoid")
+        if self.model not in ("small", *uniformerv2.SIZES):
+            raise Mistake(f"--model {self.model}: is a VideoMAE; add --encoder masked")
+        motion = dict(local_units=1, temporal_downsample=True) if self.model == "small" else {}
+        return uniformerv2.UniFormerV2(SMALL if self.model == "small" else self.model, frames=self.num_frames,
+                                       image_size=self.input_size, classes=classes, head_dropout=self.drop,
+                                       drop_path=self.drop_path, **motion)
+
+    def check(self, model):
+        """Does the model take such clips? ValueError where not."""
+        (model.encoder if isinstance(model, mae.VideoClassifier) else model).grid_of(
+            self.num_frames, self.input_size, self.input_size)
+
+    def datasets(self):
+        return self.sets
+
+    def scale_of(self, name):
+        """Layer-wise decay: the embedding is layer 0, blocks are 1 to L, all behind them L + 1."""
+        if self.mode != "finetune":
+            return 1.0
+        block = re.match(r"(encoder\.)?blocks\.(\d+)\.", name)
+        early = re.match(r"(encoder\.)?(embed|norm_pre|class_token|positions)", name)
+        layer = int(block[2]) + 1 if block else 0 if early else self.depth + 1
+        return self.layer_decay ** (self.depth + 1 - layer)
+
+    def target(self, batch):
+        """(B, Y): a one for the right answer to each question."""
+        if "target" in batch:
+            return batch["target"]
+        answers = [[names.index(facts[fact]) for facts in batch["facts"]] for fact, names in self.questions.items()] \
+            if "facts" in batch else [batch["label"].tolist()]
+        answers = torch.tensor(answers, device=batch["video"].device)
+        if answers.min() < 0:
+            raise data.DataError(f"{self.data}: a video without a label: {batch['path'][int(answers[0].argmin())]}")
+        return torch.cat([torch.nn.functional.one_hot(answer, len(names)).float()
+                          for answer, names in zip(answers, self.questions.values())], dim=1)
+
+    def look(self, model, video):
+        """uint8 clips -> the frozen features that a probe reads."""
+        video = data.normalise(video, model.mean, model.std)
+        with self.autocast(), torch.no_grad():
+            found = tokens_of(model.encoder, video) if self.mode == "attentive" else feature_of(model, video)
+        return found.float()
+
+    def logits(self, model, batch, target=None):
+        """Logits (B, Y) of a batch, and its target, mixed in training where the recipe says so."""
+        if "features" in batch:
+            read = model.read if self.mode == "attentive" else model.head
+            return read(batch["features"]), target
+        video = data.normalise(batch["video"], model.mean, model.std)
+        if target is not None and model.training and self.mixup + self.cutmix > 0:
+            video, target = self.mix(video, target)
+        with self.autocast():
+            return model(video).float(), target
+
+    def mix(self, video, target):
+        """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899): one share and one box for a whole batch, alike in
+        all frames, as VideoMAE fine-tunes. Draws from torch's global generator, which the loop has seeded."""
+        forms = [form(alpha=alpha, num_classes=target.shape[1]) for form, alpha in
+                 ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix)) if alpha > 0]
+        form = forms[int(torch.randint(len(forms), ()))]
+        mixed, target = form(tv_tensors.Video(video.transpose(1, 2)), target)
+        return mixed.as_subclass(torch.Tensor).transpose(1, 2), target
+
+    def split(self, x):
+        """(B, Y) -> the part of each question: {name: (B, classes)}."""
+        return dict(zip(self.questions, x.split(list(map(len, self.questions.values())), dim=1)))
+
+    def loss(self, model, batch, rng):
+        logits, target = self.logits(model, batch, self.target(batch))
+        parts = [torch.nn.functional.cross_entropy(a, b, label_smoothing=self.smoothing if model.training else 0.0)
+                 for a, b in zip(self.split(logits).values(), self.split(target).values())]
+        loss = sum(parts)
+        return loss, {"loss": loss.detach()}
+
+    def batches(self, train_set, first):
+        """Clips; or, for a probe, stored features, drawn at random."""
+        if self.mode == "finetune":
+            yield from super().batches(train_set, first)
+            return
+        features, targets = self.features
+        for step in range(first, self.steps):
+            chosen = torch.randint(len(features), (self.batch_size,), generator=generator(self.seed, "probe", step))
+            yield {"features": features[chosen].float(), "target": targets[chosen]}
+
+    def prepare(self, model):
+        """For a probe: look at every training clip once, and keep what was seen in --out/features.pt."""
+        if self.mode == "finetune" or not self.steps:
+            return
+        path = Path(self.out) / "features.pt"
+        if self.resume and path.exists():
+            self.features = torch.load(path, weights_only=True)
+            return
+        world = self.sets[0]
+        count = self.probe_clips or (len(world) if self.data else 2000)
+        count = min(count, len(world)) if self.data else count
+        found = [], []
+        for batch in tqdm(data.held_out(world, count, self.batch_size, self.workers), desc="features", unit="batch",
+                          total=-(-count // self.batch_size), disable=None):
+            batch = to_device(batch, self.device)
+            for kept, new in zip(found, (self.look(model.eval(), batch["video"]), self.target(batch))):
+                kept.append(new.cpu())
+        self.features = torch.cat(found[0]).to(torch.bfloat16), torch.cat(found[1])
+        weights.write_aside(path, lambda aside: torch.save(self.features, aside))
+
+    def evaluate(self, model, batches):
+        """Losses and accuracies in percent: of each question, and of all together on moving shapes, there also
+        for pairs of shape and colour that were never shown."""
+        metrics = self.measure(model, batches, "val_", keep=True)
+        if not self.data:
+            world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
+            unseen = data.held_out(world, self.eval_clips, self.batch_size)
+            metrics |= self.measure(model, (to_device(batch, self.device) for batch in unseen), "unseen_")
+        return metrics
+
+    def measure(self, model, batches, prefix, keep=False):
+        logits, targets, losses = [], [], []
+        for i, batch in enumerate(batches):
+            target = self.target(batch)
+            losses.append(float(self.loss(model, batch, None)[0]) * len(target))
+            logits.append(self.logits(model, batch)[0])
+            targets.append(target)
+        logits, targets = self.split(torch.cat(logits)), self.split(torch.cat(targets))
+        metrics = accuracies(logits, {name: target.argmax(dim=1) for name, target in targets.items()})
+        if keep:
+            first = next(iter(self.questions))
+            self.confusion = torch.zeros(2 * [len(self.questions[first])], dtype=torch.int64).index_put_(
+                (targets[first].argmax(dim=1).cpu(), logits[first].argmax(dim=1).cpu()), torch.tensor(1), accumulate=True)
+        return {prefix + name: value for name, value in
+                ({"loss": sum(losses) / len(next(iter(targets.values())))} | metrics).items()}
+
+    def pictures(self, model, batch, folder):
+        first = next(iter(self.questions))
+        draw.confusion(self.confusion, self.questions[first], folder / "confusion.png", f"{first}, held-out clips")
+        return [folder / "confusion.png"]
+
+
+def accuracies(logits, answers):
+    """{question: (B, classes)}, {question: (B,)} -> {name: percent}. One question, the label: top 1 and top 5.
+    Several: each, and the share of clips with all of them right."""
+    right = {name: logits[name].argmax(dim=1) == answers[name] for name in logits}
+    if list(logits) == ["label"]:
+        five = logits["label"].topk(min(5, logits["label"].shape[1])).indices == answers["label"][:, None]
+        return {"top1": 100 * float(right["label"].float().mean()), "top5": 100 * float(five.any(dim=1).float().mean())}
+    found = {name: 100 * float(hit.float().mean()) for name, hit in right.items()}
+    return found | {"all_facts": 100 * float(torch.stack(list(right.values())).all(dim=0).float().mean())}
+
+
+STAGES = {"mae": MAE, "clip": Clip, "classify": Classify}
 DEFAULT_RUN = ("mae", "clip")
 
 
@@ -693,23 +911,20 @@ def optimisers_of(model, stage):
     neighbour", that AdamW needs thousands of steps to find (LOG.md). Scaled to the step size of AdamW,
     one learning rate serves both.
     """
-    hidden, decay, keep = [], [], []
+    hidden, others = {}, {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2 or name.endswith("_token"):
-            keep.append(parameter)
-        elif stage.optimizer == "muon" and parameter.ndim == 2 and re.search(r"\.\d+\.", name):
-            hidden.append(parameter)
-        else:
-            decay.append(parameter)
+        decay = 0.0 if parameter.ndim < 2 or name.endswith("_token") else stage.weight_decay
+        matrix = decay and parameter.ndim == 2 and re.search(r"\.\d+\.", name)
+        groups = hidden if stage.optimizer == "muon" and matrix else others
+        groups.setdefault((decay, stage.scale_of(name)), []).append(parameter)
     found = []
-    if hidden:
-        found.append(torch.optim.Muon(hidden, lr=0.0, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    if decay or keep:
-        groups = [{"params": decay, "weight_decay": stage.weight_decay}, {"params": keep, "weight_decay": 0.0}]
-        found.append(torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True,
-                                       betas=(0.9, stage.beta2)))
+    for groups, make in ((hidden, lambda groups: torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")),
+                         (others, lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True, betas=(0.9, stage.beta2)))):
+        if groups:
+            found.append(make([{"params": parameters, "weight_decay": decay, "scale": scale}
+                               for (decay, scale), parameters in groups.items()]))
     return found
 
 
@@ -794,6 +1009,11 @@ def memory_mib(device):
 def to_device(batch, device):
     return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for key, value in batch.items()}
+
+
+def clips_in(batch):
+    """How many clips a batch holds, as pixels or as features."""
+    return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
 def settings_of(stage):
@@ -888,6 +1108,7 @@ def fit(stage, name):
                      seconds=seconds_before + time.monotonic() - started)
         weights.write_aside(out / "last.pt", lambda path: torch.save(state, path))
 
+    stage.prepare(model)
     held_out = None
 
     @torch.no_grad()
@@ -922,7 +1143,7 @@ def fit(stage, name):
         while step < stage.steps and not stop:
             rate = learning_rate(stage, step)
             for group in itertools.chain.from_iterable(optimiser.param_groups for optimiser in optimisers):
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             torch.manual_seed(generator(stage.seed, "dropout", step).initial_seed())
             sums = {}
             for part in range(stage.accum):
@@ -936,7 +1157,7 @@ def fit(stage, name):
                 loss, values = stage.loss(model, to_device(batch, stage.device),
                                           generator(stage.seed, "loss", step, part))
                 (loss / stage.accum).backward()
-                seen += len(batch["video"])
+                seen += clips_in(batch)
                 for key, value in values.items():
                     sums[key] = sums.get(key, 0.0) + float(value) / stage.accum
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip_grad or math.inf))
@@ -1000,33 +1221,11 @@ def fit(stage, name):
         stage.extras(out)
         model.eval()
         drawn = stage.pictures(model, to_device(held_out[0], stage.device), out)
-    drawn += draw_curve(out, name)
+    drawn += draw.curve(out, name)
     print("pictures: " + ", ".join(str(path) for path in drawn))
     print(f"{name}: done in {report['seconds']:.0f} s; " + ", ".join(
         f"{key} {value:.4g}" for key, value in metrics.items()))
     return report
-
-
-def draw_curve(out, name):
-    """loss.png: the training and held-out loss of log.jsonl; returns [its path]."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    figure, axis = plt.subplots(figsize=(6, 3.4), facecolor="white")
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-"),
-                              ("val_trivial_loss", "trivial baseline", "k--")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axis.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
-    axis.set(xlabel="step", ylabel="loss", title=f"{name}: loss")
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(out / "loss.png", dpi=110)
-    plt.close(figure)
-    return [out / "loss.png"]
 
 
 def dry_run(stage, model):

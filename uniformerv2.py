@@ -355,6 +355,7 @@ class UniFormerV2(nn.Module):
     drop_path, global_drop_path   probability that a clip skips a branch in the last block; rises
                     linearly from 0 in the first. See attention.DropPath.
     global_mlp_dropout, head_dropout   probabilities
+    mean, std       what pixels are normalised with: three numbers each, of values in [0, 1]
 
     >>> plain = UniFormerV2("tiny", global_layers=())
     >>> plain(torch.zeros(1, 3, 5, 64, 64)).shape
@@ -364,7 +365,7 @@ class UniFormerV2(nn.Module):
     def __init__(self, size="b16", *, frames=8, image_size=None, channels=3, classes=0,
                  global_layers=None, global_heads=None, local_units=0, reduction=1.5,
                  temporal_downsample=False, balance=True, drop_path=0.0, global_drop_path=0.0,
-                 global_mlp_dropout=0.5, head_dropout=0.5):
+                 global_mlp_dropout=0.5, head_dropout=0.5, mean=MEAN, std=STD):
         super().__init__()
         size = SIZES[size] if isinstance(size, str) else size
         D, p = size.width, size.patch
@@ -383,7 +384,8 @@ class UniFormerV2(nn.Module):
             "global_heads": global_heads, "local_units": local_units, "reduction": reduction,
             "temporal_downsample": temporal_downsample, "balance": balance, "drop_path": drop_path,
             "global_drop_path": global_drop_path, "global_mlp_dropout": global_mlp_dropout,
-            "head_dropout": head_dropout}
+            "head_dropout": head_dropout, "mean": list(mean), "std": list(std)}
+        self.mean, self.std = tuple(mean), tuple(std)
         self.patch, self.grid, self.global_layers, self._recompute = p, (H // p, W // p), layers, False
         self.window, self.stride = (3, 2) if temporal_downsample else (1, 1)  # frames per embedding
         self.grid_of(frames, H, W)
@@ -465,9 +467,30 @@ class UniFormerV2(nn.Module):
         return self.encode(video)[0]
 
     def forward(self, video):
-        """video (B, C, T, H, W) float, normalised with MEAN and STD -> logits (B, Y)."""
+        """video (B, C, T, H, W) float, normalised with self.mean and self.std -> logits (B, Y)."""
         feature = self.features(video)
         return self.head(self.drop(self.norm(feature))) if self.config["classes"] else feature
+
+    def with_head(self, classes, *, norm=None, **options):
+        """A classifier for Y classes with these weights. As many classes: the head too. 400 after the 710 of
+        Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a fresh head.
+
+        norm     a LayerNorm to start the head's norm with; default: this model's, where it has one
+        options  head_dropout, drop_path, mean, std, ..., as for the constructor
+        """
+        config = {key: value for key, value in self.config.items() if key not in ("model", "classes")}
+        model = UniFormerV2(**config | {"size": Size(**config["size"])} | options, classes=classes)
+        tensors = self.state_dict()
+        if norm is not None:
+            tensors |= {f"norm.{key}": value for key, value in norm.state_dict().items()}
+        old, ours = self.config["classes"], model.state_dict()
+        if (old, classes) == (710, 400):
+            tensors |= {key: tensors[key][:400] for key in ("head.weight", "head.bias")}
+        elif old != classes:
+            tensors = {key: value for key, value in tensors.items() if not key.startswith("head.") and key in ours}
+        missing, unknown = model.load_state_dict(tensors, strict=False)
+        assert not unknown and all(key.startswith(("norm.", "head.")) for key in missing), (missing, unknown)
+        return model
 
     def recompute(self, on=True):
         """Save memory, spend time: keep no activations inside attention and MLP of the frames."""

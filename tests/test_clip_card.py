@@ -26,7 +26,7 @@ def run(*flags, out, steps=3, draw=False):
     with pytest.MonkeyPatch.context() as patch:
         if not draw:  # pictures take longer than all the rest
             patch.setattr(train.Clip, "pictures", lambda *_: [])
-            patch.setattr(train, "draw_curve", lambda *_: [])
+            patch.setattr(train.draw, "curve", lambda *_: [])
         return train.main(["clip", *SMALL, "--out", str(out), "--steps", str(steps), *flags])
 
 

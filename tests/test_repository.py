@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "caption_decoder": {"attention", "weights"},
     "clip_video": {"attention", "weights", "uniformerv2"},
     "fusion": {"attention", "weights"},
+    "draw": {"data"},
     "train": set(MODULES) - {"train"},
 }
 

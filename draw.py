@@ -1,0 +1,133 @@
+"""Pictures of what a run has learned, drawn from arrays: no model is known here.
+
+Every function takes numbers, writes one PNG and is called at the end of a stage by train.py. White
+backgrounds, so that they are legible on light and dark pages. The masked autoencoder's own picture,
+which needs the model to paint, is mae.draw.
+"""
+
+import json
+
+import numpy as np
+import torch
+
+import data
+
+
+def pyplot():
+    """matplotlib.pyplot that needs no screen; imported late, for it takes a second."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def new_figure(rows, columns, width, height):
+    """A white figure without axes, and its (rows, columns) array of places."""
+    plt = pyplot()
+    figure, places = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, facecolor="white",
+                                  layout="constrained")
+    for place in places.flat:
+        place.set(xticks=[], yticks=[])
+        for spine in place.spines.values():
+            spine.set_visible(False)
+    return figure, places
+
+
+def finish(figure, path):
+    plt = pyplot()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def strip(video, count=4):
+    """`count` frames of a clip (T, H, W, 3) side by side, with thin white gaps."""
+    chosen = data.segment_indices(len(video), min(count, len(video)))
+    return np.concatenate([np.pad(video[t], ((0, 0), (0, 2), (0, 0)), constant_values=255) for t in chosen], axis=1)
+
+
+def similarity(cosines, videos, captions, path):
+    """Cosines of all sentences (rows) and all clips (columns); the truth is the diagonal."""
+    figure, ((axis,),) = new_figure(1, 1, 8.6, 5)
+    picture = axis.imshow(cosines.numpy(), cmap="viridis")
+    axis.set_yticks(range(len(captions)), [text[:60] for text in captions], fontsize=7)
+    axis.set_xticks(range(len(captions)), range(1, len(captions) + 1), fontsize=7)
+    best = cosines.argmax(dim=1)
+    axis.scatter(best, range(len(best)), s=14, c=["white" if b == i else "red" for i, b in enumerate(best)])
+    axis.set_title("cosine of sentence and clip; dot: the best clip of each sentence, red where it is wrong", fontsize=8)
+    axis.set_xlabel("held-out clip, in the order of the sentences", fontsize=8)
+    figure.colorbar(picture, shrink=0.8)
+    finish(figure, path)
+
+
+def retrieval(cosines, videos, captions, path, rows=5, top=3):
+    """A sentence, and the clips that the model finds for it."""
+    rows, top = min(rows, len(captions)), min(top, len(captions))
+    figure, places = new_figure(rows, top, 3.3 * top, 1.25 * rows + 0.3)
+    for i in range(rows):
+        for place, found in zip(places[i], cosines[i].argsort(descending=True)[:top].tolist()):
+            place.imshow(strip(videos[found]))
+            right = captions[found] == captions[i]
+            place.set_xlabel(f"cosine {cosines[i, found]:.2f}" + (", its own clip" if right else ""), fontsize=8,
+                             color="green" if right else "black")
+        places[i][0].set_title(f'"{captions[i]}"', loc="left", fontsize=9)
+    finish(figure, path)
+
+
+def captions(videos, captions, written, path, rows=6):
+    """Frames of a clip, what the model writes and what it was told."""
+    rows = min(rows, len(captions))
+    figure, places = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
+    for place, video, told, text in zip(places.flat, videos, captions, written):
+        place.imshow(strip(video))
+        place.set_xlabel(f"model: {text}\ntruth: {told}", fontsize=8, loc="left")
+    finish(figure, path)
+
+
+def attention(video, looks, words, sentence, path, most=8):
+    """Rows: words; columns: the time steps of the tokens; bright where the decoder looked (L, t, h, w).
+    Each row is scaled by its own brightest place."""
+    words, steps = words[:most], looks.shape[1]
+    frames = video[[t * len(video) // steps for t in range(steps)]]
+    figure, places = new_figure(len(words), 1, 1.15 * steps + 1.2, 1.12 * len(words) + 0.4)
+    for place, word, look in zip(places[:, 0], words, looks):
+        light = torch.nn.functional.interpolate(look[:, None] / look.max(), frames.shape[1:3], mode="bilinear")
+        place.imshow(strip((frames * (0.25 + 0.75 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
+        place.set_ylabel(word, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    figure.suptitle(f'where the decoder looks as it writes "{sentence}"', fontsize=9)
+    finish(figure, path)
+
+
+def confusion(counts, names, path, title):
+    """counts (Y, Y): rows are the truth, columns what the model says; shares of each row in colour."""
+    figure, ((axis,),) = new_figure(1, 1, 6.4, 5.4)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 40:
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        for i, j in counts.nonzero().tolist():
+            axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6,
+                      color="white" if shares[i, j] > 0.5 else "black")
+    axis.set(xlabel="said", ylabel="true")
+    axis.set_title(f"{title}: {100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.0f} % right", fontsize=9)
+    finish(figure, path)
+
+
+def curve(out, name):
+    """loss.png: the training and held-out loss of log.jsonl; returns [its path]."""
+    plt = pyplot()
+
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    figure, axis = plt.subplots(figsize=(6, 3.4), facecolor="white")
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-"),
+                              ("val_trivial_loss", "trivial baseline", "k--")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axis.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
+    axis.set(xlabel="step", ylabel="loss", title=f"{name}: loss")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "loss.png", dpi=110)
+    plt.close(figure)
+    return [out / "loss.png"]
