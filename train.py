@@ -924,7 +924,7 @@ def optimisers_of(model, stage):
                          (others, lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True, betas=(0.9, stage.beta2)))):
         if groups:
             found.append(make([{"params": parameters, "weight_decay": decay, "scale": scale}
-                               for (decay, scale), parameters in groups.items()]))
+                               for (decay, scale), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)]))
     return found
 
 

@@ -1,0 +1,234 @@
+"""What is proved about the classify card of train.py:
+
+both encoders fine-tune from a run and from official names; the head of 710 classes starts one of 400; deep
+layers learn faster; a probe moves nothing but itself and equals the full network; mixed targets keep their
+sum; lists of labelled videos train; it resumes bit for bit; mistakes get one line.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import clip_video
+import data
+import mae
+import train
+import uniformerv2
+from conftest import official_fill
+from test_clip_video import clip_state
+from test_mae import block_shapes
+from test_train import write_video
+from test_uniformerv2 import official as uniformer
+
+FLAGS = ("--num-frames 4 --input-size 16 --batch-size 6 --eval-clips 10 --workers 0 --precision fp32 "
+         "--device cpu --probe-clips 20").split()
+TINY = mae.Size(24, 2, 2, 48, 8, 12, 1, 2, 24)
+
+
+def run(*flags, out, steps=3, stage="classify"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.draw, "curve", lambda *_: [])
+        return train.main([stage, *FLAGS, "--out", str(out), "--steps", str(steps), *flags])
+
+
+def save(folder, model):
+    train.weights.save(folder, model, model.config)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """A masked autoencoder and a video-text model, both untrained, as runs leave them."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoders")
+    masked = mae.VideoMAE(TINY, frames=4, image_size=16)
+    size = uniformerv2.Size(24, 2, 2, 48, 8, 16)
+    clip = clip_video.VideoCLIP(size, text_size=clip_video.TextSize(24, 1, 2), frames=4, vocabulary=520, context=8,
+                                end=515, local_units=1, temporal_downsample=True)
+    both = train.VideoText(clip, train.caption_decoder.CaptionDecoder(24, heads=2, depth=1, visual_width=24,
+                                                                      vocabulary=520, queries=2))
+    return {"masked": (save(folder / "mae", masked), masked), "multimodal": (save(folder / "clip", both), both)}
+
+
+@pytest.mark.parametrize("kind", ["masked", "multimodal"])
+def test_a_run_goes_on_as_a_classifier_with_the_same_encoder(encoders, kind, tmp_path):
+    path, pretrained = encoders[kind]
+    model = train.load_encoder(path, 30, frames=4, image_size=16)
+    if kind == "masked":
+        assert isinstance(model, mae.VideoClassifier) and model.mean == mae.IMAGENET_MEAN
+        assert all(torch.equal(value, pretrained.encoder.state_dict()[key])
+                   for key, value in model.encoder.state_dict().items())
+    else:
+        assert isinstance(model, uniformerv2.UniFormerV2) and model.mean == clip_video.CLIP_MEAN
+        video = torch.randn(2, 3, 4, 16, 16)
+        assert torch.equal(model.eval().features(video), pretrained.eval().clip.visual.features(video))
+        assert torch.equal(model.norm.weight, pretrained.clip.visual_norm.weight)
+    assert model.head.out_features == 30
+    assert run("--weights", path, out=tmp_path) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for prefix in ("val_", "unseen_"):
+        assert all(0 <= metrics[prefix + name] <= 100 for name in ("motion", "shape", "colour", "all_facts"))
+    assert (tmp_path / "confusion.png").stat().st_size > 0
+    again = train.load_encoder(tmp_path, 30, frames=4, image_size=16)  # as many classes: the head, too
+    assert torch.equal(again.head.weight, load_file(tmp_path / "model.safetensors")["head.weight"])
+
+
+@pytest.mark.parametrize("make", [
+    lambda classes: mae.VideoClassifier(TINY, classes=classes, frames=4, image_size=16),
+    lambda classes: uniformerv2.UniFormerV2(uniformerv2.Size(24, 2, 2, 48, 8, 16), classes=classes, frames=4)])
+def test_the_first_400_of_710_classes_are_those_of_kinetics_400(make):
+    big = make(710)
+    small, other, same = big.with_head(400), big.with_head(174), big.with_head(710)
+    assert torch.equal(small.head.weight, big.head.weight[:400]) and torch.equal(small.head.bias, big.head.bias[:400])
+    assert torch.equal(same.head.weight, big.head.weight)
+    assert other.head.weight.shape == (174, 24) and not torch.equal(other.head.weight, big.head.weight[:174])
+    video = torch.randn(2, 3, 4, 16, 16)
+    assert torch.equal(small.eval()(video), big.eval()(video)[:, :400])
+
+
+def test_each_layer_further_from_the_head_learns_more_slowly(encoders):
+    card = train.Classify(weights=encoders["masked"][0], num_frames=4, input_size=16, layer_decay=0.5)
+    model = card.build()
+    scales = {name: card.scale_of(name) for name, _ in model.named_parameters()}
+    assert scales["head.weight"] == scales["fc_norm.weight"] == 1
+    assert scales["encoder.blocks.1.mlp.fc1.weight"] == 0.5 and scales["encoder.blocks.0.norm1.bias"] == 0.25
+    assert scales["encoder.embed.weight"] == 0.125
+    found = {}
+    for optimiser in train.optimisers_of(model, card):
+        for group in optimiser.param_groups:
+            found |= {id(parameter): group["scale"] for parameter in group["params"]}
+    assert all(found[id(parameter)] == scales[name] for name, parameter in model.named_parameters())
+    card = train.Classify(weights=encoders["multimodal"][0], num_frames=4, input_size=16, layer_decay=0.5)
+    names = [name for name, _ in card.build().named_parameters()]
+    assert {name: card.scale_of(name) for name in names if not name.startswith("blocks.")} == {
+        name: 0.125 if name.startswith(("embed", "norm_pre", "class_token", "positions")) else 1.0
+        for name in names if not name.startswith("blocks.")}
+
+
+@pytest.mark.parametrize("kind", ["masked", "multimodal"])
+@pytest.mark.parametrize("mode", ["probe", "attentive"])
+def test_a_probe_moves_nothing_but_itself_and_reads_what_the_whole_network_would(encoders, kind, mode, tmp_path):
+    path, _ = encoders[kind]
+    assert run("--weights", path, "--mode", mode, out=tmp_path) == 0
+    before = train.load_encoder(path, 30, frames=4, image_size=16).state_dict()
+    after = load_file(tmp_path / "model.safetensors")
+    prefix = "encoder." if mode == "attentive" else ""
+    kept = [key for key in before if not key.startswith("head.") and prefix + key in after]
+    assert len(kept) > 20 and all(torch.equal(before[key], after[prefix + key]) for key in kept)
+    card = train.Classify(weights=path, mode=mode, num_frames=4, input_size=16, probe_clips=7, out=str(tmp_path),
+                          device="cpu", precision="fp32", workers=0)
+    model = card.build()
+    card.prepare(model)
+    batch = next(data.held_out(card.sets[0], 7, 7))
+    with torch.no_grad():
+        whole = model.eval()(data.normalise(batch["video"], model.mean, model.std))
+        stored, _ = card.logits(model, {"features": card.features[0].float()})
+    assert torch.allclose(whole, stored, atol=2e-2 * float(whole.abs().max()) + 1e-6)  # stored in bfloat16
+    assert torch.equal(card.features[1], card.target(batch))
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == (
+        {"head"} if mode == "probe" else {"query", "norm", "attn", "head"})
+
+
+def test_mixed_targets_still_sum_to_one_per_question_and_share_their_partner_with_the_pixels():
+    card = train.Classify(mixup=0.8, num_frames=4, input_size=16)
+    card.build()
+    video = torch.arange(4.0)[:, None, None, None, None].expand(4, 3, 2, 8, 8).contiguous()
+    target = torch.eye(30)[[0, 3, 5, 9]]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        mixed, soft = card.mix(video, target)
+        assert torch.allclose(soft.sum(dim=1), torch.ones(4)) and mixed.shape == video.shape
+        share = soft[torch.arange(4), [0, 3, 5, 9]]
+        assert torch.allclose(mixed[:, 0, 0, 0, 0], share * torch.arange(4.0) + (1 - share) * torch.arange(4.0).roll(1),
+                              atol=1e-5)
+    card.mixup, card.cutmix = 0.0, 1.0
+    torch.manual_seed(0)
+    mixed, soft = card.mix(video, target)
+    pasted = (mixed[1] != video[1])
+    assert torch.equal(pasted[:, 0], pasted[:, 1]), "the box is the same in all frames"
+    assert math.isclose(float(soft[1, 0]), float(pasted.float().mean()), abs_tol=1e-5)
+
+
+def test_accuracies_by_hand():
+    logits = {"motion": torch.tensor([[2.0, 1], [0, 1], [3, 1]]), "shape": torch.tensor([[0.0, 1], [0, 1], [0, 1]])}
+    answers = {"motion": torch.tensor([0, 1, 1]), "shape": torch.tensor([1, 0, 1])}
+    found = train.accuracies(logits, answers)
+    assert [round(found[name], 1) for name in ("motion", "shape", "all_facts")] == [66.7, 66.7, 33.3]
+    ranks = train.accuracies({"label": torch.arange(7.0).repeat(4, 1)}, {"label": torch.tensor([6, 2, 1, 0])})
+    assert ranks == {"top1": 25.0, "top5": 50.0}
+
+
+@pytest.mark.parametrize("flags", [(), ("--mode", "probe"), ("--mixup", "0.8", "--cutmix", "1", "--drop", "0.3",
+                                                           "--drop-path", "0.2", "--ema", "0.9")])
+def test_resuming_equals_never_stopping_bit_for_bit(tmp_path, flags, monkeypatch, encoders):
+    flags = ("--weights", encoders["multimodal"][0], *flags)
+    assert run(*flags, out=tmp_path / "whole", steps=5) == 0
+    calls, loss = [], train.Classify.loss
+
+    def power_cut(self, model, batch, rng):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 4:
+            raise KeyError("power cut")
+        return loss(self, model, batch, rng)
+
+    monkeypatch.setattr(train.Classify, "loss", power_cut)
+    with pytest.raises(KeyError):
+        run(*flags, "--save-every", "2", out=tmp_path / "cut", steps=5)
+    monkeypatch.undo()
+    assert run(*flags, "--resume", out=tmp_path / "cut", steps=5) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_folders_of_classes_train_and_name_top_1_and_top_5(tmp_path, encoders, capsys):
+    for name in ("wave", "jump"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        for i in range(4):
+            write_video(tmp_path / "videos" / name / f"{i}.mp4", frames=6)
+    assert run("--data", str(tmp_path / "videos"), "--val-data", str(tmp_path / "videos"), out=tmp_path / "run") == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val_clips"] == 8 and 0 <= metrics["val_top1"] <= metrics["val_top5"] == 100
+    assert run("--data", str(tmp_path / "videos"), "--mode", "probe", "--weights", encoders["masked"][0],
+               out=tmp_path / "probe") == 0
+    assert run("--data", str(tmp_path / "videos" / "wave"), out=tmp_path / "one") == 2
+    assert "needs a folder of class folders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (("--model", "b16"), "add --encoder multimodal"),
+    (("--encoder", "multimodal", "--model", "base"), "add --encoder masked"),
+    (("--num-frames", "3"), "a clip of 3 frames"),
+    (("--weights", "nowhere"), "no such file"),
+])
+def test_mistakes_get_one_line(tmp_path, capsys, flags, complaint):
+    assert run(*flags, out=tmp_path) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and complaint in err, err
+
+
+def test_official_files_of_both_encoders_load_for_fine_tuning(tmp_path):
+    width = 384  # as VideoMAE-S: for a published width, the file need not tell the heads
+    pretrained = official_fill(
+        {"mask_token": (1, 1, 192), "encoder.patch_embed.proj.weight": (width, 3, 2, 16, 16),
+         "encoder.patch_embed.proj.bias": (width,), "encoder.norm.weight": (width,), "encoder.norm.bias": (width,),
+         "encoder_to_decoder.weight": (192, width), "decoder.norm.weight": (192,), "decoder.norm.bias": (192,),
+         "decoder.head.weight": (1536, 192), "decoder.head.bias": (1536,)}
+        | block_shapes("encoder.blocks.", width, 1, 4 * width) | block_shapes("decoder.blocks.", 192, 1, 768))
+    fine_tuned = {key.removeprefix("encoder."): value for key, value in pretrained.items()
+                  if key.startswith(("encoder.blocks", "encoder.patch"))}
+    fine_tuned |= official_fill({"fc_norm.weight": (width,), "fc_norm.bias": (width,), "head.weight": (710, width),
+                                 "head.bias": (710,)})
+    for name, tensors, kind in (("pretrained", pretrained, mae.VideoClassifier),
+                                ("fine_tuned", fine_tuned, mae.VideoClassifier),
+                                ("uniformer", uniformer(D=64, reduced=42, classes=710), uniformerv2.UniFormerV2),
+                                ("clip", clip_state(), uniformerv2.UniFormerV2)):
+        torch.save({"model": tensors}, tmp_path / f"{name}.pth")
+        model = train.load_encoder(tmp_path / f"{name}.pth", 400, frames=4, image_size=32)
+        assert type(model) is kind and model.head.out_features == 400
+        assert model(torch.zeros(1, 3, 4, 32, 32)).shape == (1, 400)
+        if name in ("fine_tuned", "uniformer"):
+            head = tensors.get("head.weight", tensors.get("transformer.proj.2.weight"))
+            assert torch.equal(model.head.weight, head[:400])
