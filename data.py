@@ -89,7 +89,7 @@ COLOURS = {
     "purple": (135, 40, 175),
     "pink": (245, 150, 205),
 }
-RADII = {"small": 0.15, "large": 0.23}  # mean radius as a fraction of the short side
+RADII = {"small": 0.18, "large": 0.26}  # mean radius as a fraction of the short side
 # The compositional test: colour number c is never seen in training with shape number c modulo 6.
 HELD_OUT_PAIRS = tuple((SHAPES[c % len(SHAPES)], name) for c, name in enumerate(COLOURS))
 SPLITS = ("train", "val", "test", "unseen")
@@ -181,7 +181,8 @@ def parse_caption(sentence):
     A fact that is not mentioned, or mentioned with two different values, is absent. Words that no
     caption uses are ignored, so the output of an untrained caption model parses too.
     """
-    text = f" {' '.join(re.findall(r'[a-z]+(?:-[a-z]+)*', sentence.lower()))} "
+    joined = re.sub(r"\s*-\s*", "-", sentence.lower())  # CLIP's tokens decode to "counter - clockwise"
+    text = f" {' '.join(re.findall(r'[a-z]+(?:-[a-z]+)*', joined))} "
     facts = {}
     for fact, values in _VOCABULARY.items():
         said = [value for value, words in values.items() if any(f" {w} " in text for w in words)]
@@ -387,8 +388,8 @@ def _draw(video, shape, colour, hand, row, column, angle, radius, brightness, sh
     cover = np.clip(0.5 - r * _distance(shape, y, x), 0, 1)  # one pixel of smoothing at the edge
     tone = (f32(colour) * f32(brightness)[:, None])[:, None, None]  # (T, 1, 1, 3)
     if hand:
-        thick = np.maximum(f32(0.13), 0.75 / r)
-        off = np.hypot(x, y + np.clip(-y, 0, f32(0.88))) - thick
+        thick = np.maximum(f32(0.2), 1.2 / r)
+        off = np.hypot(x, y + np.clip(-y, 0, f32(1.0))) - thick
         dark = np.clip(0.5 - r * off, 0, 1)
         cover = np.maximum(cover, dark)  # the hand also spans the hole of a ring
         tone = tone + dark[..., None] * (f32(20) - tone)

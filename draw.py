@@ -34,6 +34,7 @@ def new_figure(rows, columns, width, height):
 
 
 def finish(figure, path):
+    """Write a figure as PNG and forget it."""
     plt = pyplot()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -94,6 +95,31 @@ def attention(video, looks, words, sentence, path, most=8):
         place.imshow(strip((frames * (0.25 + 0.75 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
         place.set_ylabel(word, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     figure.suptitle(f'where the decoder looks as it writes "{sentence}"', fontsize=9)
+    finish(figure, path)
+
+
+def looks(video, where, grid, shares, path):
+    """Where tokens of one model look in another: a row for each token, framed white in the clip, and the clip
+    once more with what it looked at bright.
+
+    video (T, H, W, 3) uint8; where [(t, row, column)] on grid (t, h, w); shares (rows, t, h, w) torch
+    """
+    T, H, W, _ = video.shape
+    figure, places = new_figure(len(where), 2, 9, 1.25 * len(where) + 0.5)
+    for (left, right), (t, row, column), look in zip(places, where, shares):
+        steps = look.shape[0]
+        frames = video[[i * T // steps for i in range(steps)]]
+        light = torch.nn.functional.interpolate(look[:, None] / look.max(), (H, W), mode="bilinear")
+        right.imshow(strip((frames * (0.2 + 0.8 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
+        frame = video[t * T // grid[0]].copy()
+        h, w = H // grid[1], W // grid[2]
+        top, side = row * h, column * w
+        frame[[top, top + h - 1], side:side + w] = 255
+        frame[top:top + h, [side, side + w - 1]] = 255
+        left.imshow(frame)
+        left.set_ylabel(f"step {t + 1} of {grid[0]}", fontsize=8)
+    places[0][0].set_title("this tubelet of the masked encoder asks ...", fontsize=9)
+    places[0][1].set_title("... and looks here in the multimodal encoder (each row by its brightest)", fontsize=9)
     finish(figure, path)
 
 

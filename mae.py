@@ -291,10 +291,13 @@ class Encoder(nn.Module):
 
     def forward(self, video, visible=None):
         """video (B, C, T, H, W), visible (B, Nv) int64 or None (all) -> tokens (B, Nv, D)."""
+        return self.norm(run_blocks(self.blocks, self.begin(video, visible), recompute=self.recompute))
+
+    def begin(self, video, visible=None):
+        """The tokens before the first block: embedded tubelets and position codes, (B, Nv, D)."""
         codes = self.codes(self.grid_of(*video.shape[2:]), video)
         tokens = self.embed(take_tubelets(video, visible, self.patch, self.tubelet).flatten(2))
-        tokens = tokens + (codes if visible is None else gather(codes, visible))
-        return self.norm(run_blocks(self.blocks, tokens, recompute=self.recompute))
+        return tokens + (codes if visible is None else gather(codes, visible))
 
 
 class Decoder(nn.Module):

@@ -447,20 +447,43 @@ class UniFormerV2(nn.Module):
     def encode(self, video):
         """video (B, C, T, H, W) float, normalised -> feature (B, D); tokens of the last block
         (B, t, 1+S, D), class token of each frame first, no final norm."""
-        x = self.embed_frames(video)
+        reader = self.readers()
         token = None if self.global_token is None else self.global_token.expand(len(video), -1, -1)
-        reader = dict(zip(self.global_layers, self.global_blocks)) if self.global_layers else {}
-        for i, block in enumerate(self.blocks):
-            x = block(x, self._recompute)
+        for i, x in enumerate(self.layers(video)):
             if i in reader:
                 token = reader[i](token, x, self.grid)
+        return self.combine(token, x), x
+
+    def layers(self, video):
+        """Yield the tokens (B, t, 1+S, D) after each layer: frames and local units, no global block."""
+        x = self.embed_frames(video)
+        for block in self.blocks:
+            x = block(x, self._recompute)
+            yield x
+
+    def read(self, outputs):
+        """The global token (B, 1, D) after all global blocks, given the outputs of all layers; None where there
+        are none. `encode` does the same on the way."""
+        if self.global_token is None:
+            return None
+        token = self.global_token.expand(len(outputs[0]), -1, -1)
+        for i, block in self.readers().items():
+            token = block(token, outputs[i], self.grid)
+        return token
+
+    def readers(self):
+        """{number of a layer: the global block that reads after it}, rising"""
+        return dict(zip(self.global_layers, self.global_blocks)) if self.global_layers else {}
+
+    def combine(self, token, x):
+        """Global token (B, 1, D) or None, last tokens (B, t, 1+S, D) -> feature (B, D)."""
         mean = x[:, :, 0].mean(dim=1)
         if token is None:
-            return mean, x
+            return mean
         if self.balance is None:
-            return token[:, 0], x
+            return token[:, 0]
         share = self.balance.sigmoid()
-        return (1 - share) * token[:, 0] + share * mean, x
+        return (1 - share) * token[:, 0] + share * mean
 
     def features(self, video):
         """video (B, C, T, H, W) -> (B, D), what the head's norm sees."""

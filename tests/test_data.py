@@ -226,6 +226,7 @@ def test_no_phrase_of_one_motion_contains_a_phrase_of_another():
 
 def test_facts_that_are_not_given_are_not_said():
     assert data.parse_caption("a shape moves to the left") == {"motion": "left"}
+    assert data.parse_caption("it spins counter - clockwise") == {"motion": "spin counter-clockwise"}
     assert "a shape moves to the left" in data.phrasings({"motion": "left"})
     for sentence in data.phrasings(dict(motion="up", colour="red")):
         assert data.parse_caption(sentence) == dict(motion="up", colour="red")

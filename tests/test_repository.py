@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "uniformerv2": {"attention", "weights"},
     "caption_decoder": {"attention", "weights"},
     "clip_video": {"attention", "weights", "uniformerv2"},
-    "fusion": {"attention", "weights"},
+    "fusion": {"attention", "weights", "mae", "uniformerv2"},
     "draw": {"data"},
     "train": set(MODULES) - {"train"},
 }

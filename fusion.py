@@ -1,0 +1,468 @@
+"""Two frozen experts and a bridge: cross-model attention, and a learned sum of two scores.
+
+    the same clip --+--> masked encoder (VideoMAE) -----[bridge]--- blocks ---[bridge]--- blocks --+--> mean -> score A
+                    |                                       ^                     ^                |
+                    |                                 keys, values           keys, values          |
+                    |                                       |                     |                v
+                    +--> multimodal encoder (UniFormerV2) --+---------------------+--> class token asks -> score M
+
+                    logits = (1 - u) * score A + u * score M,  u learned
+
+Why: masked modelling learns how things move, language what they are. InternVideo keeps both encoders
+as they are and lets them talk: tokens of the masked encoder ask the multimodal one at every stage, and
+at the end the multimodal class token asks the masked one (InternVideo, Sec. 3.2, Cross-Model
+Interaction). It scored 91.1 % on Kinetics-400; how much of that plain averaging would have given the
+paper does not say. `train.py fuse` measures it.
+
+The idea, in steps:
+1. `CrossModelAttention` is the bridge: attention to the other model's tokens, then an MLP, each behind
+   a gate tanh(g) that starts at 0. At the start nothing passes and every stream is what it was, bit
+   for bit; only the gates have a gradient. Once they open, the rest learns.
+2. `InternVideo` places bridges before chosen blocks of the masked encoder; each reads the multimodal
+   encoder after a chosen layer. The last bridge goes the other way, with the class token as its query.
+3. Both heads give scores. Their weights are a softmax of learned numbers that start equal: at the
+   start the whole is exactly late fusion with equal weights, of two working models.
+4. Trained are bridges, gates, score weights, the classification layers and the multimodal query token.
+   All else is frozen, stays in eval mode (BatchNorm, dropout), and runs without gradients where
+   nothing trained comes before it: the frames of the multimodal encoder, and the masked encoder up to
+   the first bridge.
+5. `late_fusion` and `best_weight` are the baseline that every bridge must beat.
+
+Nothing of this was released: no code, no weights, no list of layers. The paper's sentences and figure
+give steps 1 to 4; what they leave open is an argument here, with a default that we inferred:
+where the bridges stand (paper: "all stages"; ours: four, evenly, the last before the last block), which
+multimodal layers they read (as far up as they stand themselves), which tokens give keys (all, with the
+class tokens), heads (the masked encoder's), gates (one number each), how scores combine (convex, of
+logits). With two multimodal encoders it is InternVideo-T of the paper: two bridges at each place, three
+scores.
+
+Numbers: for VideoMAE-H and UniFormerV2-L a bridge has 18.7 M parameters, four of them and the last
+one 87 M beside 1 billion frozen.
+
+Try it: python fusion.py; python fusion.py VIDEO --weights runs/default/fuse
+
+>>> masked = VideoClassifier("tiny", classes=5, frames=8, image_size=64)
+>>> multimodal = UniFormerV2("tiny", classes=5, frames=8)
+>>> model = InternVideo(masked, multimodal).eval()
+>>> clip = torch.randint(256, (2, 8, 64, 64, 3), dtype=torch.uint8)
+>>> model(clip).shape, [tuple(score.shape) for score in model.scores(clip)]
+(torch.Size([2, 5]), [(2, 5), (2, 5)])
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import weights
+from attention import Attention, Mlp
+from mae import VideoClassifier
+from uniformerv2 import UniFormerV2
+from weights import WeightsError
+
+
+class CrossModelAttention(nn.Module):
+    """The bridge: tokens of one model ask tokens of another (InternVideo, Sec. 3.2, Cross-Model Interaction).
+
+        x = x + tanh(gate_attn) * attention(norm x; norm_context y)
+        x = x + tanh(gate_mlp) * mlp(norm_mlp x)
+
+    width, context_width   D of the asking tokens, D of those that are asked
+    heads                  of the attention, in the asking model's width
+    gates                  True: both start at 0 and nothing passes; False: no gates, for comparison
+
+    Ours: pre-norm, exact GELU, an MLP four times as wide, one number per gate.
+    """
+
+    def __init__(self, width, context_width, heads, gates=True):
+        super().__init__()
+        self.norm, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(context_width)
+        self.attn = Attention(width, heads, context_width=context_width)
+        self.norm_mlp, self.mlp = nn.LayerNorm(width), Mlp(width, 4 * width)
+        self.gate_attn = nn.Parameter(torch.zeros(())) if gates else None
+        self.gate_mlp = nn.Parameter(torch.zeros(())) if gates else None
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x, context):
+        """x (B, N, D), context (B, M, context_width) -> (B, N, D)"""
+        x = x + self.gated(self.gate_attn, self.attn(self.norm(x), self.norm_context(context)))
+        return x + self.gated(self.gate_mlp, self.mlp(self.norm_mlp(x)))
+
+    @staticmethod
+    def gated(gate, x):
+        return x if gate is None else gate.tanh().to(x.dtype) * x
+
+    @torch.no_grad()
+    def looks(self, x, context):
+        """Where each token looks: shares of attention, mean over heads, (B, N, M); rows sum to 1."""
+        q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2).float() for y in
+                self.attn.project(self.norm(x), self.norm_context(context), None)[:2])
+        return (q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)
+
+
+class InternVideo(nn.Module):
+    """The whole: a masked encoder, one or two multimodal encoders, bridges, and one answer.
+
+    masked       mae.VideoClassifier with a head for Y classes
+    multimodal   uniformerv2.UniFormerV2 with a head for the same classes, or a list of two (InternVideo-T)
+    before       numbers of the masked encoder's blocks, rising, before which a bridge stands;
+                 None: four, evenly spread, the last before the last block (`evenly`)
+    layers       for each of them, after which layer of the multimodal encoder it reads; None: the layer
+                 that is as far up its model as the block before the bridge is in its own
+    heads        of the bridges; None: the masked encoder's. The last bridge has the multimodal encoder's.
+    source       "all": keys and values from patch and class tokens; "patches": without class tokens
+    gates        False: bridges without gates (the start is then no longer late fusion)
+    bridges      False: none at all, only the learned sum of scores
+    drop         dropout before both heads, a probability (paper: 0.9)
+
+    A clip is uint8 (B, T, H, W, 3), as it comes out of data.py. Each encoder sees it in its own way
+    (`view`): as many frames as it was made for, its size, its normalisation.
+
+    `frozen` names the parameters that never train; they have requires_grad=False from the start.
+    """
+
+    def __init__(self, masked, multimodal, *, before=None, layers=None, heads=None, source="all", gates=True,
+                 bridges=True, drop=0.0):
+        super().__init__()
+        experts = list(multimodal) if isinstance(multimodal, (list, tuple)) else [multimodal]
+        self.check(masked, experts, source)
+        depth = masked.config["size"]["depth"]
+        before = list(evenly(min(4, depth), depth) if before is None else before) if bridges else []
+        if before != sorted(set(before) & set(range(depth))):
+            raise ValueError(f"before {before}: name blocks 0 to {depth - 1} of the masked encoder, rising")
+        if layers is None:  # block b has b blocks behind it: the layer after the same share of the other model
+            layers = [[max(0, round((place + 1) * expert.config["size"]["depth"] / depth) - 1) for place in before]
+                      for expert in experts]
+        elif len(experts) == 1 and not any(isinstance(layer, (list, tuple)) for layer in layers):
+            layers = [layers]
+        for expert, chosen in zip(experts, layers):
+            if len(chosen) != len(before) or not set(chosen) <= set(range(expert.config["size"]["depth"])):
+                raise ValueError(f"layers {list(chosen)}: name {len(before)} layers, one for each bridge, from 0 to "
+                                 f"{expert.config['size']['depth'] - 1} of the multimodal encoder")
+        self.config = {"model": "InternVideo", "masked": masked.config,
+                       "multimodal": [expert.config for expert in experts], "before": before,
+                       "layers": [list(chosen) for chosen in layers], "heads": heads, "source": source,
+                       "gates": gates, "bridges": bridges, "drop": drop}
+        self.before, self.layers, self.source = before, self.config["layers"], source
+        self.masked, self.multimodal = masked, nn.ModuleList(experts)
+        width, own_heads = (masked.config["size"][key] for key in ("width", "heads"))
+        widths = [(expert.config["size"]["width"], expert.config["size"]["heads"]) for expert in experts]
+        self.bridges = nn.ModuleList(
+            nn.ModuleList(CrossModelAttention(width, other, heads or own_heads, gates) for _ in before)
+            for other, _ in widths)
+        self.last = nn.ModuleList(CrossModelAttention(other, width, other_heads, gates)
+                                  for other, other_heads in widths if bridges)
+        self.balance = nn.Parameter(torch.zeros(len(experts)))  # of the multimodal scores, against 0 for A
+        self.drop = nn.Dropout(drop)
+        self.requires_grad_(False)
+        for part in self.learned():
+            part.requires_grad_(True)
+        self.frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        self.train(False)
+
+    @staticmethod
+    def check(masked, experts, source):
+        """ValueError where these cannot work together."""
+        if not 1 <= len(experts) <= 2:
+            raise ValueError(f"{len(experts)} multimodal encoders: give one, or two (InternVideo-T)")
+        classes = [model.config["classes"] for model in (masked, *experts)]
+        if len(set(classes)) > 1 or not classes[0]:
+            raise ValueError(f"the encoders' heads name {', '.join(map(str, classes))} classes: all need the same, "
+                             "at least one; see their with_head")
+        if source not in ("all", "patches"):
+            raise ValueError(f"source is {source!r}: choose all or patches")
+
+    def learned(self):
+        """The modules and parameters that train (InternVideo, Sec. 3.2: bridges, gates, score weights,
+        classification layers, and the multimodal encoder's query token)."""
+        yield from (self.bridges, self.last, self.balance, self.masked.fc_norm, self.masked.head)
+        for expert in self.multimodal:
+            yield from (expert.norm, expert.head)
+            if expert.global_token is not None:
+                yield expert.global_token
+
+    def train(self, mode=True):
+        """The experts stay in eval mode: no dropout, no batch statistics, whatever is trained."""
+        super().train(mode)
+        for expert in (self.masked, *self.multimodal):
+            expert.eval()
+        return self
+
+    # The forward pass, piece by piece
+
+    def scores(self, clip):
+        """uint8 (B, T, H, W, 3) -> [logits (B, Y) of the masked encoder, then of each multimodal one], after
+        they have talked."""
+        masked, features, _ = self.streams(clip)
+        found = [self.masked.head(self.drop(self.masked.fc_norm(masked.mean(dim=1))))]
+        return found + [expert.head(self.drop(expert.norm(feature)))
+                        for expert, feature in zip(self.multimodal, features)]
+
+    def weights(self):
+        """The share of each score, (1 + experts,): positive, sum 1; equal at the start."""
+        return torch.cat([self.balance.new_zeros(1), self.balance]).softmax(dim=0)
+
+    def combine(self, scores):
+        """The learned convex combination: list of (B, Y) -> (B, Y)."""
+        return sum(weight * score for weight, score in zip(self.weights(), scores))
+
+    def forward(self, clip):
+        """uint8 (B, T, H, W, 3) -> logits (B, Y)"""
+        return self.combine(self.scores(clip))
+
+    def features(self, clip):
+        """For other work: {"clip": (B, Da + Dm + ...), what the heads see, side by side; "masked": tokens
+        (B, N, Da); "multimodal": list of tokens (B, t, 1+S, Dm)}."""
+        masked, features, tokens = self.streams(clip)
+        seen = [self.masked.fc_norm(masked.mean(dim=1))]
+        seen += [expert.norm(feature) for expert, feature in zip(self.multimodal, features)]
+        return {"clip": torch.cat(seen, dim=1), "masked": masked, "multimodal": tokens}
+
+    def streams(self, clip):
+        """Tokens of the masked encoder (B, N, Da); of each multimodal one the feature (B, Dm) that its
+        norm sees, and its last tokens (B, t, 1+S, Dm)."""
+        read = [self.watch(expert, clip, chosen) for expert, chosen in zip(self.multimodal, self.layers)]
+        x = self.cross(clip, [told for _, _, told in read])
+        features = []
+        for i, (expert, (token, tokens, _)) in enumerate(zip(self.multimodal, read)):
+            if len(self.last):
+                asks = tokens[:, :, 0].mean(dim=1, keepdim=True) if token is None else token
+                told = self.last[i](asks, x)
+                if token is None:  # a plain image tower: its class token, the mean over frames, is all there is
+                    features.append(told[:, 0])
+                    continue
+                token = told
+            features.append(expert.combine(token, tokens))
+        return x, features, [tokens for _, tokens, _ in read]
+
+    def watch(self, expert, clip, chosen):
+        """A multimodal encoder: its global token (B, 1, D) or None, the last tokens (B, t, 1+S, D), and what it
+        has to say at the chosen layers. Its frames depend on nothing that trains; its global blocks do."""
+        with torch.no_grad():
+            outputs = list(expert.layers(view(clip, expert)))
+        told = [(outputs[layer] if self.source == "all" else outputs[layer][:, :, 1:]).flatten(1, 2)
+                for layer in chosen]
+        return expert.read(outputs), outputs[-1], told
+
+    def cross(self, clip, told):
+        """The masked encoder with its bridges, -> (B, N, D). told: for each expert, for each bridge, tokens
+        (B, M, Dm). Up to the first bridge nothing trains."""
+        encoder, first = self.masked.encoder, self.before[0] if self.before else len(self.masked.encoder.blocks)
+        with torch.no_grad():
+            x = encoder.begin(view(clip, self.masked))
+            for block in encoder.blocks[:first]:
+                x = block(x)
+        for i, block in enumerate(encoder.blocks[first:], first):
+            x = self.bridge(i, x, told)
+            x = block(x)
+        return encoder.norm(x)
+
+    def bridge(self, i, x, told):
+        """Tokens before block i, after the bridges that stand there, if any."""
+        if i in self.before:
+            place = self.before.index(i)
+            for bridges, words in zip(self.bridges, told):
+                x = bridges[place](x, words[place])
+        return x
+
+    @torch.no_grad()
+    def looks(self, clip, place=-1, expert=0):
+        """Where the masked encoder's tokens look in the other model, at one bridge: (B, N, t, 1+S or S), rows
+        sum to 1. place: which bridge; expert: which multimodal encoder."""
+        encoder, (_, tokens, told) = self.masked.encoder, self.watch(self.multimodal[expert], clip, self.layers[expert])
+        place = range(len(self.before))[place]
+        everything = [self.watch(other, clip, chosen)[2] for other, chosen in zip(self.multimodal, self.layers)]
+        x = encoder.begin(view(clip, self.masked))
+        for i, block in enumerate(encoder.blocks):
+            if i == self.before[place]:
+                break
+            x = block(self.bridge(i, x, everything))
+        found = self.bridges[expert][place].looks(x, told[place])
+        return found.unflatten(2, (tokens.shape[1], -1))
+
+    # Loading
+
+    @classmethod
+    def from_config(cls, config):
+        """Build from the configuration that a run saved (config.json)."""
+        masked = VideoClassifier.from_config(config["masked"])
+        experts = [UniFormerV2.from_config(part) for part in config["multimodal"]]
+        return cls(masked, experts, **{key: config[key] for key in (
+            "before", "layers", "heads", "source", "gates", "bridges", "drop")})
+
+    @classmethod
+    def from_run(cls, folder):
+        """Load a run of the fuse stage, experts included, in eval mode. WeightsError where it is none."""
+        tensors, config = weights.read(folder)
+        if config.get("model") != "InternVideo":
+            raise WeightsError(f"{folder}: holds a {config.get('model', 'file without a configuration')}, not an "
+                               "InternVideo; give the folder of a fuse run")
+        return weights.fill(cls.from_config(config), tensors, name=str(folder)).eval()
+
+
+def evenly(count, depth):
+    """`count` places among `depth` blocks, evenly, the last one before the last block.
+
+    >>> evenly(4, 32), evenly(4, 12), evenly(2, 3)
+    ([7, 15, 23, 31], [2, 5, 8, 11], [1, 2])
+    """
+    return sorted({round((i + 1) * depth / count) - 1 for i in range(count)})
+
+
+def view(clip, encoder):
+    """What one encoder sees of a clip: as many frames as it was made for, evenly chosen, its size (bilinear,
+    antialiased) and its normalisation.
+
+    clip     uint8 (B, T, H, W, 3)
+    encoder  with .config of "frames" and "image_size", .mean and .std
+    returns  float32 (B, 3, frames, *image_size)
+    raises   ValueError: fewer frames than it needs
+    """
+    frames, size = encoder.config["frames"], tuple(encoder.config["image_size"])
+    B, T, H, W, _ = clip.shape
+    if T < frames:
+        raise ValueError(f"a clip of {T} frames for an encoder of {frames}: sample more frames")
+    if T != frames:
+        clip = clip[:, ((torch.arange(frames, device=clip.device) + 0.5) * T / frames).long()]
+    video = clip.permute(0, 1, 4, 2, 3).float()                              # (B, t, 3, H, W)
+    if (H, W) != size:
+        video = F.interpolate(video.flatten(0, 1), size, mode="bilinear", antialias=True).unflatten(0, (B, frames))
+    mean, std = (torch.tensor(x, device=clip.device).view(3, 1, 1) for x in (encoder.mean, encoder.std))
+    return ((video / 255 - mean) / std).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# The baseline: late fusion
+
+
+def late_fusion(scores, shares=None):
+    """Average the probabilities of several models that never met.
+
+    scores   a list of logits, each (B, Y), or (B, V, Y) with V views of each video: those of one model are
+             averaged first, so that a model does not count more for having more views (the official script
+             averages all views of all models at once)
+    shares   one number per model, sum 1; None: equal
+    returns  probabilities (B, Y)
+    """
+    shares = [1 / len(scores)] * len(scores) if shares is None else shares
+    chances = [score.softmax(dim=-1) for score in scores]
+    return sum(share * (chance.mean(dim=1) if chance.ndim == 3 else chance) for share, chance in zip(shares, chances))
+
+
+def best_weight(quality, steps=100):
+    """The share w of the second model, among 0, 1/steps, ..., 1, for which quality(w) is highest on validation
+    data; of several, the one nearest to a half.
+
+    >>> best_weight(lambda w: -(w - 0.3)**2)
+    0.3
+    """
+    return max((i / steps for i in range(steps + 1)), key=lambda w: (quality(w), -abs(w - 0.5)))
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """`python fusion.py [VIDEO --weights RUN]`: what the experts say, and what they say together."""
+    import argparse
+    import json
+    import sys
+    from pathlib import Path
+
+    import data
+    import draw
+
+    parser = argparse.ArgumentParser(description="Two experts and a bridge: their answers to one clip.")
+    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
+    parser.add_argument("--weights", help="folder of a fuse run; default: untrained, to see the shapes")
+    parser.add_argument("--top", type=int, default=3, help="answers to print per question")
+    parser.add_argument("--seed", type=int, default=0, help="which generated clip")
+    parser.add_argument("--out", default="runs/fusion.png", help="where the masked encoder looks; PNG")
+    args = parser.parse_args(argv)
+    try:
+        torch.manual_seed(args.seed)
+        questions = None
+        if args.weights:
+            model = InternVideo.from_run(args.weights)
+            found = Path(args.weights) / "questions.json"
+            questions = json.loads(found.read_text()) if found.exists() else None
+        else:
+            model = InternVideo(VideoClassifier("tiny", classes=16, frames=8, image_size=64),
+                                UniFormerV2("tiny", classes=16, frames=8)).eval()
+        T = max(part.config["frames"] for part in (model.masked, *model.multimodal))
+        H, W = model.masked.config["image_size"]
+        if args.video:
+            clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), min(H, W))
+            top, left = (clip.shape[1] - H) // 2, (clip.shape[2] - W) // 2
+            clip = clip[:, top:top + H, left:left + W]
+        else:
+            item = data.MovingShapes("test", T, (H, W), args.seed)[args.seed]
+            clip = item["video"]
+            print(f"a generated clip: {item['caption']}")
+        explain(model, torch.as_tensor(clip)[None], questions, args.top)
+        if model.before:
+            path = Path(args.out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw.looks(clip, *places(model, torch.as_tensor(clip)[None]), path)
+            print(f"drawn: {path}")
+    except (WeightsError, data.DataError, ValueError) as error:
+        print(f"fusion.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def places(model, clip, count=4):
+    """For a picture: at the last bridge, the `count` tokens of the masked encoder whose looks are least even.
+
+    clip     uint8 (1, T, H, W, 3)
+    returns  [(token's time step, row, column), ...], its grid (t, h, w), and looks (count, t, h, w) over the
+             multimodal encoder's patches, each row's sum at most 1 (class tokens take the rest)
+    """
+    looks = model.looks(clip)[0]                                             # (N, t, 1+S or S)
+    if model.source == "all":
+        looks = looks[:, :, 1:]
+    looks = looks.unflatten(2, model.multimodal[0].grid)
+    T, (H, W) = model.masked.config["frames"], model.masked.config["image_size"]
+    grid = model.masked.encoder.grid_of(T, H, W)
+    chosen = looks.flatten(1).amax(dim=1).argsort(descending=True)[:count].tolist()
+    where = [(n // (grid[1] * grid[2]), n // grid[2] % grid[1], n % grid[2]) for n in chosen]
+    return where, grid, looks[chosen]
+
+
+@torch.no_grad()
+def explain(model, clip, questions=None, top=3):
+    """Print what happens to a clip uint8 (1, T, H, W, 3), and the best answers of experts and bridge.
+
+    questions  {question: [names of its answers]}, side by side in the logits; None: numbers
+    """
+    rows = [("the clip", "(B, T, H, W, 3)", clip.shape),
+            ("the masked encoder sees", "(B, C, T, H, W)", view(clip, model.masked).shape)]
+    for expert in model.multimodal:
+        rows.append(("a multimodal encoder sees", "(B, C, T, H, W)", view(clip, expert).shape))
+    masked, features, tokens = model.streams(clip)
+    for i, place in enumerate(model.before):
+        rows.append((f"before block {place}: {masked.shape[1]} tokens ask layer "
+                     + ", ".join(str(chosen[i]) for chosen in model.layers), "(B, N, D)", masked.shape))
+    rows += [("a class token asks the masked tokens, then", "(B, D)", feature.shape) for feature in features]
+    for name, letters, shape in rows:
+        print(f"{name:45s} {letters:16s} {tuple(shape)}")
+    for name, gate in model.named_parameters():
+        if "gate_" in name:
+            print(f"{name:45s} tanh = {float(gate.tanh()):+.3f}")
+    scores = model.scores(clip)
+    shares = model.weights().tolist()
+    print("shares of the scores: " + ", ".join(f"{share:.2f}" for share in shares))
+    questions = questions or {"class": [str(i) for i in range(scores[0].shape[1])]}
+    sizes = [len(names) for names in questions.values()]
+    for who, score in zip(["masked", *(["multimodal"] * len(features)), "together"],
+                          [*scores, model.combine(scores)]):
+        for (question, names), part in zip(questions.items(), score[0].split(sizes)):
+            best = part.softmax(dim=0).topk(min(top, len(names)))
+            print(f"{who:11s} {question:8s} " + ", ".join(
+                f"{names[i]} {share:.0%}" for share, i in zip(best.values.tolist(), best.indices.tolist())))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
