@@ -349,11 +349,11 @@ def _distance(shape, y, x):
     """Signed distance (negative inside) from points to the outline of a shape of radius 1,
     float32 like y and x. Exact along edges, a little short beyond corners: fine for smoothing."""
     if shape == "circle":
-        return np.hypot(y, x) - 1
+        return np.hypot(y, x) - 0.92
     if shape == "ring":
         return np.abs(np.hypot(y, x) - 0.76) - 0.26
     if shape == "square":
-        return np.maximum(np.abs(y), np.abs(x)) - 0.88
+        return np.maximum(np.abs(y), np.abs(x)) - 0.92
     if shape == "cross":
         long, short = np.maximum(np.abs(y), np.abs(x)), np.minimum(np.abs(y), np.abs(x))
         return np.maximum(long - 1.05, short - 0.36)
@@ -375,7 +375,7 @@ def _draw(video, shape, colour, hand, row, column, angle, radius, brightness, sh
     T, H, W, _ = video.shape
     row, column, angle, radius, brightness = (
         np.broadcast_to(value, T) for value in (row, column, angle, radius, brightness))
-    half = math.ceil(1.25 * radius.max()) + 1
+    half = math.ceil(1.32 * radius.max()) + 1
     top, left = np.rint(row).astype(int) - half, np.rint(column).astype(int) - half
     steps = np.arange(2 * half + 1)
     f32 = functools.partial(np.asarray, dtype=np.float32)

@@ -1,8 +1,21 @@
 """Pictures of what a run has learned, drawn from arrays: no model is known here.
 
-Every function takes numbers, writes one PNG and is called at the end of a stage by train.py. White
-backgrounds, so that they are legible on light and dark pages. The masked autoencoder's own picture,
-which needs the model to paint, is mae.draw.
+    curve        loss over steps, training and held out, with the trivial baseline
+    similarity   cosines of sentences and clips; the truth is the diagonal
+    retrieval    a sentence, and the clips that were found for it
+    captions     frames of a clip, what the model writes, what it was told
+    attention    where the caption decoder looks at each word
+    confusion    what was said for what
+    gates        the bridge opening: gates and score weights over training
+    looks        where tokens of one model look in another
+    table        the rows of the default run
+
+Why here: train.py says what to draw at the end of a stage, and should not be read for how. Every
+function takes numbers and writes one PNG, on white, so that it is legible on light and dark pages. The
+masked autoencoder's own picture, which needs the model to paint, is mae.draw.
+
+Clips are uint8 (T, H, W, 3); everything else is named in the docstrings. matplotlib is imported late:
+it takes a second, and a run that draws nothing never needs it.
 """
 
 import json
@@ -105,21 +118,20 @@ def looks(video, where, grid, shares, path):
     video (T, H, W, 3) uint8; where [(t, row, column)] on grid (t, h, w); shares (rows, t, h, w) torch
     """
     T, H, W, _ = video.shape
-    figure, places = new_figure(len(where), 2, 9, 1.25 * len(where) + 0.5)
-    for (left, right), (t, row, column), look in zip(places, where, shares):
+    figure, places = new_figure(len(where), 1, 1.15 * (shares.shape[1] + 1), 1.3 * len(where) + 0.4)
+    for place, (t, row, column), look in zip(places[:, 0], where, shares):
         steps = look.shape[0]
-        frames = video[[i * T // steps for i in range(steps)]]
         light = torch.nn.functional.interpolate(look[:, None] / look.max(), (H, W), mode="bilinear")
-        right.imshow(strip((frames * (0.2 + 0.8 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
-        frame = video[t * T // grid[0]].copy()
+        frames = video[[i * T // steps for i in range(steps)]] * (0.2 + 0.8 * light[:, 0, ..., None].numpy())
+        asks = video[t * T // grid[0]].copy()
         h, w = H // grid[1], W // grid[2]
         top, side = row * h, column * w
-        frame[[top, top + h - 1], side:side + w] = 255
-        frame[top:top + h, [side, side + w - 1]] = 255
-        left.imshow(frame)
-        left.set_ylabel(f"step {t + 1} of {grid[0]}", fontsize=8)
-    places[0][0].set_title("this tubelet of the masked encoder asks ...", fontsize=9)
-    places[0][1].set_title("... and looks here in the multimodal encoder (each row by its brightest)", fontsize=9)
+        asks[[top, top + h - 1], side:side + w] = 255
+        asks[top:top + h, [side, side + w - 1]] = 255
+        gap = np.full((H, W // 4, 3), 255, np.uint8)
+        place.imshow(np.concatenate([asks, gap, strip(frames.astype(np.uint8), steps)], axis=1))
+        place.set_ylabel(f"step {t + 1} of {grid[0]}", fontsize=8)
+    figure.suptitle("left: the tubelet that asks; right: where it looks in the other model, over time", fontsize=9)
     finish(figure, path)
 
 
@@ -136,6 +148,35 @@ def confusion(counts, names, path, title):
                       color="white" if shares[i, j] > 0.5 else "black")
     axis.set(xlabel="said", ylabel="true")
     axis.set_title(f"{title}: {100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.0f} % right", fontsize=9)
+    finish(figure, path)
+
+
+def gates(lines, path):
+    """Gates and score weights over training, from the lines of log.jsonl; keys with "gate" or "share"."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), facecolor="white", layout="constrained")
+    for axis, word, label in zip(axes, ("gate", "share"), ("tanh of each gate", "share of each score")):
+        for key in sorted({key for line in lines for key in line if key.startswith(word)}):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axis.plot(*zip(*points), label=key.removeprefix(word + "_"), linewidth=1)
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(frameon=False, fontsize=7)
+        axis.grid(alpha=0.3)
+    finish(figure, path)
+
+
+def table(rows, columns, path, title):
+    """rows {name: {column: number}}, a line of numbers each, as a picture."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(1.2 * len(columns) + 2.6, 0.3 * len(rows) + 0.8), facecolor="white",
+                                layout="constrained")
+    axis.axis("off")
+    cells = [[f"{row[key]:,.0f}" if row[key] >= 100 or float(row[key]).is_integer() else f"{row[key]:.1f}"
+              for key in columns] for row in rows.values()]
+    shown = axis.table(cells, rowLabels=list(rows), colLabels=list(columns), loc="center", edges="horizontal")
+    shown.auto_set_font_size(False)
+    shown.set_fontsize(8)
+    axis.set_title(title, fontsize=9)
     finish(figure, path)
 
 

@@ -520,6 +520,10 @@ class VideoClassifier(nn.Module):
         """video (B, C, T, H, W) float, ImageNet-normalised -> logits (B, Y)."""
         return self.head(self.drop(self.features(video)))
 
+    def recompute(self, on=True):
+        """Save memory, spend time: see attention.run_blocks."""
+        self.encoder.recompute = on
+
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""

@@ -56,6 +56,7 @@ import caption_decoder
 import clip_video
 import data
 import draw
+import fusion
 import mae
 import uniformerv2
 import weights
@@ -170,12 +171,12 @@ class MAE(Stage):
     beta2: float = flag(0.95, "AdamW second-moment decay (paper: 0.95)", low=0, high=1)
     model: str = flag("tiny", "size of the network (paper: base, large, huge)", choices=tuple(mae.SIZES))
     num_frames: int = flag(8, "frames per clip (paper: 16)", low=1)
-    input_size: int = flag(48, "height and width in pixels (paper: 224)", low=1)
+    input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1)
     sampling_rate: int = flag(4, "a clip takes every n-th frame of a video (paper: 4; 2 on Something-Something)",
                               low=1)
     sampling: str = flag("dense", "dense = neighbouring frames, segment = spread over the video",
                          choices=("dense", "segment"))
-    mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 9 of 36 places at 48 px (paper: "
+    mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places at 40 px (paper: "
                              "0.9, which leaves 20 of 196 at 224 px)", low=0, high=1)
     mask_type: str = flag("tube", "tube = same places in every frame (paper: tube)", choices=tuple(mae.MASKS))
     dual_mask: bool = flag(False, "decode half of the tokens only (VideoMAE V2, running cells)")
@@ -301,7 +302,7 @@ class Clip(Stage):
     More pairs in a batch are more negatives. --accum cannot give them, for micro-batches never meet;
     --cache-size can: it encodes in pieces, compares all, and encodes each piece again to go backward."""
 
-    steps: int = flag(2400, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
+    steps: int = flag(2300, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
     lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (paper: 8e-5, from CLIP's "
                            "weights)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 0.01)", low=0, high=1)
@@ -615,11 +616,12 @@ def feature_of(encoder, video):
     return feature if isinstance(encoder, mae.VideoClassifier) else encoder.norm(feature)
 
 
-def load_encoder(source, classes, *, frames=None, image_size=None, drop=0.0, drop_path=0.0):
+def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0):
     """Either encoder of InternVideo, with a head for Y classes, out of whatever holds it.
 
     source   a run of mae, clip or classify, or an official file: VideoMAE pretrained or fine-tuned, UniFormerV2,
              CLIP (which grows), InternVideo-MM. What the file is, its names tell
+    classes  Y; None: the head that it has, or where it has none a fresh one of one class, to be replaced
     returns  mae.VideoClassifier or uniformerv2.UniFormerV2; for heads see their `with_head`
     """
     tensors, config = weights.read(source)
@@ -630,12 +632,13 @@ def load_encoder(source, classes, *, frames=None, image_size=None, drop=0.0, dro
         pretrained = kind == "VideoMAE" or any(key.endswith("mask_token") for key in tensors) and not kind
         family = mae.VideoMAE if pretrained else mae.VideoClassifier
         found = family.from_official(source, frames=frames, image_size=image_size)
-        return found.with_head(classes, frames=frames or found.config["frames"], drop=drop, drop_path=drop_path,
-                               image_size=image_size or found.config["image_size"])
+        return found.with_head(classes or found.config.get("classes") or 1, frames=frames or found.config["frames"],
+                               image_size=image_size or found.config["image_size"], drop=drop, drop_path=drop_path)
     options = dict(head_dropout=drop, drop_path=drop_path)
-    if kind == "UniFormerV2" or not kind and any("transformer.balance" in key or "transformer.dec." in key
-                                                 for key in tensors) and not any("text_projection" in key for key in tensors):
-        return uniformerv2.UniFormerV2.from_official(source, frames=frames).with_head(classes, **options)
+    names = " ".join(tensors)
+    if kind == "UniFormerV2" or not kind and "transformer.dec." in names and "text_projection" not in names:
+        found = uniformerv2.UniFormerV2.from_official(source, frames=frames)
+        return found.with_head(classes or found.config["classes"] or 1, **options)
     if kind not in (None, "VideoCLIP", "VideoText"):
         raise weights.WeightsError(f"{source}: holds a {kind}, which is no encoder that `classify` knows")
     grow = not kind and clip_video.OfficialFile(source).layout in ("CLIP", "Hugging Face CLIP")
@@ -643,11 +646,94 @@ def load_encoder(source, classes, *, frames=None, image_size=None, drop=0.0, dro
     if clip.kind == "joint":
         raise weights.WeightsError(f"{source}: ViCLIP's joint tower has no classifier here; use UniFormerV2, "
                                    "InternVideo-MM or CLIP weights")
-    return clip.visual.with_head(classes, norm=clip.visual_norm, mean=clip.mean, std=clip.std, **options)
+    return clip.visual.with_head(classes or 1, norm=clip.visual_norm, mean=clip.mean, std=clip.std, **options)
 
 
 @dataclass
-class Classify(Stage):
+class Labels(Stage):
+    """What the cards with labels share: questions, their answers, accuracies.
+
+    On moving shapes three questions at once, motion, shape and colour, each with a softmax of its own; on your
+    videos one, the label. Targets and logits hold all answers side by side, (B, Y)."""
+
+    num_frames: int = flag(8, "frames per clip (paper: 16, UniFormerV2 8)", low=1)
+    input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1)
+    sampling_rate: int = flag(4, "with --sampling dense: a clip takes every n-th frame (paper: 4)", low=1)
+    sampling: str = flag("segment", "dense = neighbouring frames, segment = spread over the video (paper: dense on "
+                         "Kinetics for VideoMAE, else segment)", choices=("dense", "segment"))
+    flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
+
+    def ask(self):
+        """Open the data sets and set the questions; returns Y, the number of all answers."""
+        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip)
+        self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
+        if self.data and len(self.sets[0].classes) < 2:
+            raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
+                          "or a list of `path label` lines, with two or more")
+        return sum(map(len, self.questions.values()))
+
+    def datasets(self):
+        return self.sets
+
+    def target(self, batch):
+        """(B, Y): a one for the right answer to each question."""
+        if "target" in batch:
+            return batch["target"]
+        answers = [[names.index(facts[fact]) for facts in batch["facts"]] for fact, names in self.questions.items()] \
+            if "facts" in batch else [batch["label"].tolist()]
+        answers = torch.tensor(answers, device=batch["video"].device)
+        if answers.min() < 0:
+            raise data.DataError(f"{self.data}: a video without a label: {batch['path'][int(answers[0].argmin())]}")
+        return torch.cat([torch.nn.functional.one_hot(answer, len(names)).float()
+                          for answer, names in zip(answers, self.questions.values())], dim=1)
+
+    def split(self, x):
+        """(B, Y) -> the part of each question: {name: (B, classes)}."""
+        return dict(zip(self.questions, x.split(list(map(len, self.questions.values())), dim=1)))
+
+    def error(self, logits, target, smoothing=0.0):
+        """Sum over the questions of the mean cross entropies, in nats."""
+        return sum(torch.nn.functional.cross_entropy(a, b, label_smoothing=smoothing)
+                   for a, b in zip(self.split(logits).values(), self.split(target).values()))
+
+    def extras(self, folder):
+        text = json.dumps({question: list(names) for question, names in self.questions.items()}) + "\n"
+        weights.write_aside(Path(folder) / "questions.json", lambda path: Path(path).write_text(text))
+
+    def evaluate(self, model, batches):
+        """Losses and accuracies in percent: of each question, and of all together on moving shapes, there also
+        for pairs of shape and colour that were never shown."""
+        metrics = self.measure(model, batches, "val_", keep=True)
+        if not self.data:
+            world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
+            unseen = data.held_out(world, self.eval_clips, self.batch_size)
+            metrics |= self.measure(model, (to_device(batch, self.device) for batch in unseen), "unseen_")
+        return metrics
+
+    def measure(self, model, batches, prefix, keep=False):
+        logits, targets, losses = [], [], []
+        for batch in batches:
+            target = self.target(batch)
+            logits.append(self.logits(model, batch)[0])
+            targets.append(target)
+            losses.append(float(self.error(logits[-1], target)) * len(target))
+        logits, targets = self.split(torch.cat(logits)), self.split(torch.cat(targets))
+        metrics = accuracies(logits, {name: target.argmax(dim=1) for name, target in targets.items()})
+        if keep:
+            first = next(iter(self.questions))
+            self.confusion = torch.zeros(2 * [len(self.questions[first])], dtype=torch.int64).index_put_(
+                (targets[first].argmax(dim=1).cpu(), logits[first].argmax(dim=1).cpu()), torch.tensor(1), accumulate=True)
+        return {prefix + name: value for name, value in
+                ({"loss": sum(losses) / len(next(iter(targets.values())))} | metrics).items()}
+
+    def pictures(self, model, batch, folder):
+        first = next(iter(self.questions))
+        draw.confusion(self.confusion, self.questions[first], folder / "confusion.png", f"{first}, held-out clips")
+        return [folder / "confusion.png"]
+
+
+@dataclass
+class Classify(Labels):
     """Stage three: supervised post-pretraining of either encoder (InternVideo, Sec. 3.2).
 
     Fine-tune all of it, or leave it frozen and train a probe on its features, which are computed once. On moving
@@ -662,12 +748,6 @@ class Classify(Stage):
                         "multimodal = UniFormerV2", choices=("masked", "multimodal"))
     model: str = flag("small", "its size; small is ours: `tiny` of mae.py, the tower of the clip stage",
                       choices=("small", *mae.SIZES, *uniformerv2.SIZES))
-    num_frames: int = flag(8, "frames per clip (paper: 16, UniFormerV2 8)", low=1)
-    input_size: int = flag(48, "height and width in pixels (paper: 224)", low=1)
-    sampling_rate: int = flag(4, "with --sampling dense: a clip takes every n-th frame (paper: 4)", low=1)
-    sampling: str = flag("segment", "dense = neighbouring frames, segment = spread over the video (paper: dense on "
-                         "Kinetics for VideoMAE, else segment)", choices=("dense", "segment"))
-    flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
     layer_decay: float = flag(0.75, "each layer further from the head learns at this fraction of the rate (paper: "
                               "0.75)", low=0, high=1)
     drop_path: float = flag(0.0, "share of samples that skip the last block, fewer in earlier ones (paper: 0.1 or "
@@ -680,12 +760,7 @@ class Classify(Stage):
                             low=0)
 
     def build(self):
-        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip)
-        self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
-        if self.data and len(self.sets[0].classes) < 2:
-            raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
-                          "or a list of `path label` lines, with two or more")
-        classes = sum(map(len, self.questions.values()))
+        classes = self.ask()
         try:
             model = self.encoder_for(classes)
             self.check(model)
@@ -700,8 +775,8 @@ class Classify(Stage):
             for part in trained:
                 part.requires_grad_(True)
             model.train = lambda mode=True: torch.nn.Module.train(model, False)  # frozen: no dropout, no statistics
-        elif self.recompute:
-            (model.encoder if isinstance(model, mae.VideoClassifier) else model).recompute = True
+        else:
+            model.recompute(self.recompute)
         return model
 
     def encoder_for(self, classes):
@@ -727,9 +802,6 @@ class Classify(Stage):
         (model.encoder if isinstance(model, mae.VideoClassifier) else model).grid_of(
             self.num_frames, self.input_size, self.input_size)
 
-    def datasets(self):
-        return self.sets
-
     def scale_of(self, name):
         """Layer-wise decay: the embedding is layer 0, blocks are 1 to L, all behind them L + 1."""
         if self.mode != "finetune":
@@ -738,18 +810,6 @@ class Classify(Stage):
         early = re.match(r"(encoder\.)?(embed|norm_pre|class_token|positions)", name)
         layer = int(block[2]) + 1 if block else 0 if early else self.depth + 1
         return self.layer_decay ** (self.depth + 1 - layer)
-
-    def target(self, batch):
-        """(B, Y): a one for the right answer to each question."""
-        if "target" in batch:
-            return batch["target"]
-        answers = [[names.index(facts[fact]) for facts in batch["facts"]] for fact, names in self.questions.items()] \
-            if "facts" in batch else [batch["label"].tolist()]
-        answers = torch.tensor(answers, device=batch["video"].device)
-        if answers.min() < 0:
-            raise data.DataError(f"{self.data}: a video without a label: {batch['path'][int(answers[0].argmin())]}")
-        return torch.cat([torch.nn.functional.one_hot(answer, len(names)).float()
-                          for answer, names in zip(answers, self.questions.values())], dim=1)
 
     def look(self, model, video):
         """uint8 clips -> the frozen features that a probe reads."""
@@ -778,15 +838,9 @@ class Classify(Stage):
         mixed, target = form(tv_tensors.Video(video.transpose(1, 2)), target)
         return mixed.as_subclass(torch.Tensor).transpose(1, 2), target
 
-    def split(self, x):
-        """(B, Y) -> the part of each question: {name: (B, classes)}."""
-        return dict(zip(self.questions, x.split(list(map(len, self.questions.values())), dim=1)))
-
     def loss(self, model, batch, rng):
         logits, target = self.logits(model, batch, self.target(batch))
-        parts = [torch.nn.functional.cross_entropy(a, b, label_smoothing=self.smoothing if model.training else 0.0)
-                 for a, b in zip(self.split(logits).values(), self.split(target).values())]
-        loss = sum(parts)
+        loss = self.error(logits, target, self.smoothing if model.training else 0.0)
         return loss, {"loss": loss.detach()}
 
     def batches(self, train_set, first):
@@ -819,36 +873,106 @@ class Classify(Stage):
         self.features = torch.cat(found[0]).to(torch.bfloat16), torch.cat(found[1])
         weights.write_aside(path, lambda aside: torch.save(self.features, aside))
 
-    def evaluate(self, model, batches):
-        """Losses and accuracies in percent: of each question, and of all together on moving shapes, there also
-        for pairs of shape and colour that were never shown."""
-        metrics = self.measure(model, batches, "val_", keep=True)
-        if not self.data:
-            world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
-            unseen = data.held_out(world, self.eval_clips, self.batch_size)
-            metrics |= self.measure(model, (to_device(batch, self.device) for batch in unseen), "unseen_")
-        return metrics
 
-    def measure(self, model, batches, prefix, keep=False):
-        logits, targets, losses = [], [], []
-        for i, batch in enumerate(batches):
-            target = self.target(batch)
-            losses.append(float(self.loss(model, batch, None)[0]) * len(target))
-            logits.append(self.logits(model, batch)[0])
-            targets.append(target)
-        logits, targets = self.split(torch.cat(logits)), self.split(torch.cat(targets))
-        metrics = accuracies(logits, {name: target.argmax(dim=1) for name, target in targets.items()})
-        if keep:
-            first = next(iter(self.questions))
-            self.confusion = torch.zeros(2 * [len(self.questions[first])], dtype=torch.int64).index_put_(
-                (targets[first].argmax(dim=1).cpu(), logits[first].argmax(dim=1).cpu()), torch.tensor(1), accumulate=True)
-        return {prefix + name: value for name, value in
-                ({"loss": sum(losses) / len(next(iter(targets.values())))} | metrics).items()}
+@dataclass
+class Fuse(Labels):
+    """Stage four: a bridge between two frozen experts, and a learned sum of their scores (InternVideo, Sec. 3.2,
+    Cross-Model Interaction). Only bridges, gates, score weights, heads and query tokens train."""
+
+    num_frames: int = flag(0, "frames per clip; 0 = the most that an encoder looks at (paper: 16)", low=0)
+    input_size: int = flag(0, "height and width in pixels; 0 = the largest that an encoder looks at (paper: 224)", low=0)
+    masked: str = flag("", "the masked encoder: a run of classify, or an official file (paper: VideoMAE-H)")
+    multimodal: str = flag("", "the multimodal encoder: a run of classify, or an official file (paper: UniFormerV2-L)")
+    second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
+    steps: int = flag(300, "optimiser steps; 0 = evaluate only (paper: 5 epochs)", low=0)
+    batch_size: int = flag(32, "clips per process and step (paper: 64)", low=1)
+    lr: float = flag(1e-3, "learning rate as it is; overrides --blr when above 0 (paper: 5e-5, or 5e-6: it prints "
+                           "5 x 10^5)", low=0)
+    warmup: float = flag(0.2, "share of the steps that warm up linearly from 0 (paper: 1 of 5 epochs)", low=0, high=1)
+    weight_decay: float = flag(0.001, "weight decay, on matrices only (paper: 0.001)", low=0)
+    drop: float = flag(0.0, "dropout before both heads (paper: 0.9)", low=0, high=1)
+    ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; 0 = none (paper: 0.9999)",
+                      low=0, high=1)
+    before: str = flag("", "blocks of the masked encoder with a bridge before them, as 7,15,23,31; default: four, "
+                           "evenly (the paper names none)")
+    layers: str = flag("", "layer of the multimodal encoder that each bridge reads, as 5,11,17,23; default: as far up")
+    heads: int = flag(0, "heads of the bridges; 0 = as the masked encoder", low=0)
+    source: str = flag("all", "keys and values from all tokens, or from patches only", choices=("all", "patches"))
+    gates: bool = flag(True, "tanh gates that start at 0 (paper: yes)")
+    bridges: bool = flag(True, "cross-model attention; --no-bridges: only heads and the sum of scores train")
+
+    def build(self):
+        model = fusion.InternVideo.from_run(self.weights) if self.weights else None
+        experts = [model.masked, *model.multimodal] if model else self.experts()
+        frames = max(expert.config["frames"] for expert in experts)
+        if self.num_frames and self.num_frames < frames:
+            raise Mistake(f"--num-frames {self.num_frames}: the encoders look at up to {frames} frames")
+        self.num_frames = self.num_frames or frames
+        self.input_size = self.input_size or max(max(expert.config["image_size"]) for expert in experts)
+        classes = self.ask()
+        if model:
+            if model.masked.config["classes"] != classes:
+                raise Mistake(f"--weights {self.weights}: names {model.masked.config['classes']} classes, the data "
+                              f"has {classes}")
+            return model
+        experts = [expert if expert.config["classes"] == classes else expert.with_head(classes) for expert in experts]
+        try:
+            return fusion.InternVideo(
+                experts[0], experts[1:], before=numbers(self.before, "before"), layers=self.layers_for(len(experts) - 1),
+                heads=self.heads or None, source=self.source, gates=self.gates, bridges=self.bridges, drop=self.drop)
+        except ValueError as error:
+            raise Mistake(str(error)) from None
+
+    def experts(self):
+        """The two or three encoders, with the heads they have; Mistake where one is missing or of the wrong kind."""
+        for name in ("masked", "multimodal"):
+            if not getattr(self, name):
+                raise Mistake(f"--{name}: fuse needs both encoders; give a run of `classify` or an official file")
+        found = {name: load_encoder(getattr(self, name)) for name in ("masked", "multimodal", "second") if getattr(self, name)}
+        for name, expert in found.items():
+            if isinstance(expert, mae.VideoClassifier) != (name == "masked"):
+                kind = "VideoMAE; that is for --masked" if name != "masked" else "UniFormerV2; that is for --multimodal"
+                raise Mistake(f"--{name} {getattr(self, name)}: is a {kind}")
+        return list(found.values())
+
+    def layers_for(self, experts):
+        """--layers for every expert, or None."""
+        chosen = numbers(self.layers, "layers")
+        return chosen and [chosen] * experts
+
+    def logits(self, model, batch, target=None):
+        with self.autocast():
+            return model(batch["video"]).float(), target
+
+    def loss(self, model, batch, rng):
+        loss = self.error(self.logits(model, batch)[0], self.target(batch))
+        metrics = {"loss": loss.detach()} | {
+            "share_" + name: share for name, share in zip(("masked", "multimodal", "second"), model.weights().detach())}
+        for name, parameter in model.named_parameters():
+            if "gate_" in name:
+                metrics["gate_" + name.replace(".gate_", ".")] = parameter.detach().tanh()
+        return loss, metrics
+
+    def note(self):
+        return ("untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
+                "there on is what training the bridge, heads and weights adds")
 
     def pictures(self, model, batch, folder):
-        first = next(iter(self.questions))
-        draw.confusion(self.confusion, self.questions[first], folder / "confusion.png", f"{first}, held-out clips")
-        return [folder / "confusion.png"]
+        paths = super().pictures(model, batch, folder) + [folder / "gates.png"]
+        draw.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
+        if model.before:
+            paths.append(folder / "looks.png")
+            draw.looks(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
+        return paths
+
+
+def numbers(text, name):
+    """"2,5,8" -> [2, 5, 8], "" -> None; Mistake where it is neither."""
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise Mistake(f"--{name} {text}: give numbers with commas, as 2,5,8")
+    return [int(number) for number in text.split(",")]
 
 
 def accuracies(logits, answers):
@@ -862,8 +986,17 @@ def accuracies(logits, answers):
     return found | {"all_facts": 100 * float(torch.stack(list(right.values())).all(dim=0).float().mean())}
 
 
-STAGES = {"mae": MAE, "clip": Clip, "classify": Classify}
-DEFAULT_RUN = ("mae", "clip")
+STAGES = {"mae": MAE, "clip": Clip, "classify": Classify, "fuse": Fuse}
+
+# The default run: folder, card, what differs from the card ({} is the run's folder), seconds on two cores.
+DEFAULT_RUN = (
+    ("mae", MAE, {}, 100),
+    ("clip", Clip, {}, 320),
+    ("masked", Classify, dict(weights="{}/mae"), 30),
+    ("multimodal", Classify, dict(weights="{}/clip"), 30),
+    ("scratch", Classify, {}, 30),
+    ("fuse", Fuse, dict(masked="{}/masked", multimodal="{}/multimodal"), 40),
+)
 
 
 def clips(stage, frames, size, sampling="dense", rate=4, flip=True):
@@ -1093,6 +1226,7 @@ def fit(stage, name):
     del saved
 
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     global_batch = stage.batch_size * stage.accum
     print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {global_batch} clips, peak "
           f"lr {stage.lr or stage.blr * global_batch / 256:.2e}, {stage.device}, {stage.precision}, "
@@ -1213,7 +1347,7 @@ def fit(stage, name):
         with contextlib.suppress(ValueError):
             initial = {k: v for k, v in json.loads((out / "metrics.json").read_text()).items()
                        if k.startswith("initial_")}
-    report = dict(stage=name, step=step, **metrics, **initial, parameters=parameters,
+    report = dict(stage=name, step=step, **metrics, **initial, parameters=parameters, trained=trained,
                   seconds=round(seconds_before + time.monotonic() - started, 1),
                   bad_files=bad | dict(held_bad), settings=settings_of(stage))
     weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
@@ -1304,16 +1438,89 @@ def parse(card, name, argv):
     return stage
 
 
-def default_run():
-    """Every stage in turn, into runs/default. A stage that is done is not done again."""
-    started = time.monotonic()
-    for name in DEFAULT_RUN:
-        out = Path("runs/default") / name
-        if (out / "metrics.json").exists():
-            print(f"{name}: done already, see {out}/metrics.json")
+def default_run(argv):
+    """Every stage in turn, then the table. A stage that is done is not done again."""
+    parser = Parser(prog="train.py", allow_abbrev=False, description="The default run: every stage on generated clips.")
+    parser.add_argument("--out", default="runs/default", help="folder; a folder in it for each stage")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise Mistake(f"--seed {args.seed}: must be at least 0")
+    out, started = Path(args.out), time.monotonic()
+    waiting = [row for row in DEFAULT_RUN if not (out / row[0] / "metrics.json").exists()]
+    print(f"the default run, about {sum(row[3] for row in waiting) / 60:.0f} minutes on two cores: "
+          + ", ".join(f"{name} {seconds} s" for name, _, _, seconds in waiting))
+    for name, card, options, _ in DEFAULT_RUN:
+        if (name, card) not in [row[:2] for row in waiting]:
+            print(f"{name}: done already, see {out / name}/metrics.json")
             continue
-        fit(STAGES[name](out=str(out), resume=True), name)
-    print(f"the default run took {time.monotonic() - started:.0f} s; its pictures and weights are in runs/default")
+        options = {key: value.format(out) for key, value in options.items()}
+        fit(card(out=str(out / name), seed=args.seed, resume=True, **options), name)
+    compare(out, args.seed)
+    print(f"the default run took {time.monotonic() - started:.0f} s; pictures, table and weights are in {out}")
+
+
+@torch.no_grad()
+def compare(out, seed, clips=1000):
+    """The table of the default run: what each encoder knows alone, and what putting them together adds.
+
+    On the test split and on pairs of shape and colour never shown, `clips` of each; the weight of late fusion
+    is tuned on as many validation clips. Writes table.json and table.png, prints the same; returns the rows
+    {name: {column: number}}, accuracies in percent.
+    """
+    card = Fuse(seed=seed, device=choose_device("auto"), weights=str(out / "fuse"))
+    card.precision = choose_precision("auto", card.device)
+    bridge = card.build().to(card.device)
+    models = {name: load_encoder(out / name).to(card.device).eval() for name in ("scratch", "masked", "multimodal")}
+    found = {}
+    for split in ("val", "test", "unseen"):
+        world = data.MovingShapes(split, card.num_frames, card.input_size, seed)
+        said, answers = {name: [] for name in (*models, "bridge")}, []
+        for batch in data.held_out(world, clips, 100):
+            batch = to_device(batch, card.device)
+            answers.append(card.target(batch))
+            for name, model in models.items():
+                with card.autocast():
+                    said[name].append(model(fusion.view(batch["video"], model)).float())
+            said["bridge"].append(card.logits(bridge, batch)[0])
+        answers = {name: part.argmax(dim=1) for name, part in card.split(torch.cat(answers)).items()}
+        found[split] = {name: card.split(torch.cat(logits)) for name, logits in said.items()}, answers
+
+    def late(split, share):
+        said, answers = found[split]
+        return accuracies({name: fusion.late_fusion([said["masked"][name], said["multimodal"][name]], (1 - share, share))
+                           for name in answers}, answers)
+
+    def alone(name):
+        return lambda split: accuracies(found[split][0][name], found[split][1])
+
+    share = fusion.best_weight(lambda share: late("val", share)["all_facts"])
+    runs = {name: json.loads((out / name / "metrics.json").read_text()) for name, *_ in DEFAULT_RUN}
+    cost = {name: run["seconds"] for name, run in runs.items()}
+    experts = cost["mae"] + cost["masked"] + cost["clip"] + cost["multimodal"]
+    rows = {}
+    for name, score, trained, seconds in (
+            ("from scratch", alone("scratch"), runs["scratch"]["trained"], cost["scratch"]),
+            ("masked encoder", alone("masked"), runs["masked"]["trained"], cost["mae"] + cost["masked"]),
+            ("multimodal encoder", alone("multimodal"), runs["multimodal"]["trained"], cost["clip"] + cost["multimodal"]),
+            ("late fusion, equal", lambda split: late(split, 0.5), 0, experts),
+            (f"late fusion, tuned ({1 - share:.2f}, {share:.2f})", lambda split: late(split, share), 1, experts),
+            ("cross-model attention", alone("bridge"), runs["fuse"]["trained"], experts + cost["fuse"])):
+        rows[name] = {key.replace("_", " "): value for key, value in score("test").items()}
+        rows[name] |= {"unseen " + key.replace("_", " "): value for key, value in score("unseen").items()}
+        rows[name] |= {"trained": trained, "seconds": round(seconds)}
+    columns = list(rows["from scratch"])
+    title = (f"moving shapes, {clips} test clips and {clips} of pairs of shape and colour never shown; accuracy in "
+             "percent, one view")
+    print(title)
+    print(f"{'':32s}" + "".join(f"{column:>10s}" for column in (column.replace("unseen", "un.") for column in columns)))
+    for name, row in rows.items():
+        print(f"{name:32s}" + "".join(f"{row[column]:10,.0f}" if column in ("trained", "seconds") else
+                                      f"{row[column]:10.1f}" for column in columns))
+    weights.write_aside(out / "table.json", lambda path: Path(path).write_text(json.dumps(
+        {"protocol": title, "seed": seed, "rows": rows}, indent=1) + "\n"))
+    draw.table(rows, columns, out / "table.png", title)
+    return rows
 
 
 def main(argv=None):
@@ -1321,8 +1528,8 @@ def main(argv=None):
     that is not finite."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if not argv:
-            default_run()
+        if not argv or argv[0] in ("--out", "--seed") or argv[0].startswith(("--out=", "--seed=")):
+            default_run(argv)
         elif argv[0] in ("-h", "--help"):
             print(__doc__)
             print("stages: " + ", ".join(f"{name} ({card.__doc__.splitlines()[0]})" for name, card in STAGES.items()))
