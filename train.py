@@ -1454,7 +1454,7 @@ def default_run(argv):
         if (name, card) not in [row[:2] for row in waiting]:
             print(f"{name}: done already, see {out / name}/metrics.json")
             continue
-        options = {key: value.format(out) for key, value in options.items()}
+        options = {key: value.format(out) if isinstance(value, str) else value for key, value in options.items()}
         fit(card(out=str(out / name), seed=args.seed, resume=True, **options), name)
     compare(out, args.seed)
     print(f"the default run took {time.monotonic() - started:.0f} s; pictures, table and weights are in {out}")

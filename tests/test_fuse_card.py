@@ -1,0 +1,158 @@
+"""What is proved about the fuse card and the default run of train.py:
+
+two runs of classify become one whole that starts as late fusion and loads alone; what is frozen is the same
+file to file; it resumes bit for bit; official files of both encoders fuse on real videos; the default run
+does every stage once and ends in its table; mistakes get one line.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import fusion
+import train
+from conftest import official_fill
+from test_fusion import experts
+from test_mae import block_shapes
+from test_train import write_video
+from test_uniformerv2 import official as uniformer
+
+FLAGS = "--batch-size 6 --eval-clips 10 --workers 0 --precision fp32 --device cpu".split()
+
+
+def run(*flags, out, steps=3):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.draw, "curve", lambda *_: [])
+        return train.main(["fuse", *FLAGS, "--out", str(out), "--steps", str(steps), *flags])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The flags that name two experts with heads for the 30 answers about moving shapes."""
+    folder = tmp_path_factory.mktemp("experts")
+    masked, (multimodal,) = experts(classes=30)
+    for name, model in (("masked", masked), ("multimodal", multimodal)):
+        train.weights.save(folder / name, model, model.config)
+    return ["--masked", str(folder / "masked"), "--multimodal", str(folder / "multimodal")]
+
+
+def test_a_run_starts_as_late_fusion_keeps_what_is_frozen_and_loads_alone(pair, tmp_path):
+    assert run(*pair, "--lr", "1e-2", "--log-every", "1", out=tmp_path) == 0
+    for name in ("confusion.png", "gates.png", "looks.png", "questions.json", "model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0
+    whole = fusion.InternVideo.from_run(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for part, source in (("masked.", pair[1]), ("multimodal.0.", pair[3])):
+        kept = {key: value for key, value in train.weights.read(source)[0].items() if part + key in whole.frozen}
+        assert len(kept) > 20 and all(torch.equal(tensors[part + key], value) for key, value in kept.items())
+    assert any(p.abs() > 0 for name, p in whole.named_parameters() if "gate_" in name)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    world = data.MovingShapes("val", 4, 16, 0)
+    batch = next(data.held_out(world, 10, 10))
+    alone = [train.load_encoder(source).eval() for source in pair[1::2]]
+    with torch.no_grad():
+        equal = sum(model(fusion.view(batch["video"], model)) for model in alone) / 2
+    card = train.Fuse(num_frames=4, input_size=16)
+    card.ask()
+    answers = {name: part.argmax(dim=1) for name, part in card.split(card.target(batch)).items()}
+    for name, value in train.accuracies(card.split(equal), answers).items():
+        assert metrics[f"initial_val_{name}"] == pytest.approx(value)
+    told = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    told = [line for line in told if "lr" in line]
+    assert told[0]["share_masked"] == 0.5 and told[0]["gate_bridges.0.0.attn"] == 0
+    assert told[-1]["gate_bridges.0.0.attn"] != 0
+
+
+def test_resuming_equals_never_stopping_bit_for_bit(pair, tmp_path, monkeypatch):
+    flags = (*pair, "--drop", "0.5", "--ema", "0.9")
+    assert run(*flags, out=tmp_path / "whole", steps=5) == 0
+    calls, loss = [], train.Fuse.loss
+
+    def power_cut(self, model, batch, rng):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 4:
+            raise KeyError("power cut")
+        return loss(self, model, batch, rng)
+
+    monkeypatch.setattr(train.Fuse, "loss", power_cut)
+    with pytest.raises(KeyError):
+        run(*flags, "--save-every", "2", out=tmp_path / "cut", steps=5)
+    monkeypatch.undo()
+    assert run(*flags, "--resume", out=tmp_path / "cut", steps=5) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_official_files_of_both_encoders_fuse_on_real_videos(tmp_path):
+    width = 384
+    tensors = official_fill(
+        {"patch_embed.proj.weight": (width, 3, 2, 16, 16), "patch_embed.proj.bias": (width,),
+         "fc_norm.weight": (width,), "fc_norm.bias": (width,), "head.weight": (400, width), "head.bias": (400,)}
+        | block_shapes("blocks.", width, 2, 4 * width))
+    torch.save({"module": tensors}, tmp_path / "vit.pth")
+    torch.save({"model_state": uniformer(D=64, reduced=42, classes=400)}, tmp_path / "k400.pyth")
+    rows = []
+    for i in range(4):
+        write_video(tmp_path / f"{i}.mp4", frames=20)
+        rows.append(f"{i}.mp4 {('wave', 'jump')[i % 2]}")
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    assert run("--masked", str(tmp_path / "vit.pth"), "--multimodal", str(tmp_path / "k400.pyth"), "--data",
+               str(tmp_path / "list.txt"), "--val-data", str(tmp_path / "list.txt"), "--batch-size", "2",
+               out=tmp_path / "run", steps=2) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["masked"]["classes"] == config["multimodal"][0]["classes"] == 2
+    assert config["masked"]["frames"] == 16 and config["multimodal"][0]["frames"] == 8
+    assert fusion.main([str(tmp_path / "0.mp4"), "--weights", str(tmp_path / "run"), "--out",
+                        str(tmp_path / "looks.png")]) == 0
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (lambda a, b: ["--masked", a], "--multimodal: fuse needs both"),
+    (lambda a, b: ["--masked", b, "--multimodal", b], "is a UniFormerV2; that is for --multimodal"),
+    (lambda a, b: ["--masked", a, "--multimodal", a], "is a VideoMAE; that is for --masked"),
+    (lambda a, b: ["--masked", a, "--multimodal", b, "--before", "7"], "blocks 0 to 2"),
+    (lambda a, b: ["--masked", a, "--multimodal", b, "--before", "x"], "give numbers with commas"),
+    (lambda a, b: ["--masked", a, "--multimodal", b, "--num-frames", "2"], "up to 4 frames"),
+    (lambda a, b: ["--weights", a], "not an InternVideo"),
+])
+def test_mistakes_get_one_line(pair, tmp_path, capsys, flags, complaint):
+    assert run(*flags(*pair[1::2]), out=tmp_path) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and complaint in err, err
+
+
+def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monkeypatch, capsys):
+    small = dict(steps=2, batch_size=4, eval_clips=8, workers=0, num_frames=2, input_size=16, precision="fp32")
+    rows = [(name, card, (small if name != "fuse" else small | dict(num_frames=0, input_size=0)) | options, seconds)
+            for name, card, options, seconds in train.DEFAULT_RUN]
+    monkeypatch.setattr(train, "DEFAULT_RUN", tuple(rows))
+    monkeypatch.setattr(train.Clip, "pictures", lambda *_: [])
+    compare = train.compare
+    monkeypatch.setattr(train, "compare", lambda out, seed: compare(out, seed, clips=20))
+    out = tmp_path / "run"
+    assert train.main(["--out", str(out), "--seed", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "about" in told and "cross-model attention" in told
+    table = json.loads((out / "table.json").read_text())
+    assert len(table["rows"]) == 6 and table["seed"] == 3
+    for row in table["rows"].values():
+        assert all(0 <= row[name] <= 100 for name in ("motion", "shape", "colour", "all facts", "unseen motion",
+                                                      "unseen all facts")) and row["seconds"] >= 0
+    assert table["rows"]["cross-model attention"]["trained"] > table["rows"]["late fusion, equal"]["trained"] == 0
+    assert (out / "table.png").stat().st_size > 0
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
+    assert len(before) == 6
+    (out / "fuse" / "metrics.json").unlink()
+    assert train.main(["--out", str(out), "--seed", "3"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("done already") == 5
+    assert all((path.stat().st_mtime_ns == moment) == (path.parent.name != "fuse") for path, moment in before.items())
+
+
+def test_the_default_run_takes_no_other_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--seed", "0", "--steps", "3"])
+    assert stop.value.code == 2 and train.main(["--seed", "-1"]) == 2
