@@ -171,8 +171,8 @@ def table(rows, columns, path, title):
     figure, axis = plt.subplots(figsize=(1.2 * len(columns) + 2.6, 0.3 * len(rows) + 0.8), facecolor="white",
                                 layout="constrained")
     axis.axis("off")
-    cells = [[f"{row[key]:,.0f}" if row[key] >= 100 or float(row[key]).is_integer() else f"{row[key]:.1f}"
-              for key in columns] for row in rows.values()]
+    cells = [[f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.1f}" for key in columns]
+             for row in rows.values()]
     shown = axis.table(cells, rowLabels=list(rows), colLabels=list(columns), loc="center", edges="horizontal")
     shown.auto_set_font_size(False)
     shown.set_fontsize(8)
