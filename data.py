@@ -44,25 +44,23 @@ True
 array([12, 37, 62, 87])
 """
 
-import csv
 import dataclasses
 import functools
+import io
 import itertools
-import json
 import math
 import operator
-import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.transforms import v2
 
-
-class DataError(ValueError):
-    """The user's data or request is at fault: one line with what, which file, and what to do."""
+import annotations
+from annotations import DataError
 
 
 # ------------------------------------------------------------------ the generated world: words
@@ -527,13 +525,17 @@ def _height_width(size):
 
 # ------------------------------------------------------------------------------- one video file
 
+TIME_LIMIT = 60.0  # seconds for opening a file and getting what was asked of it
+MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more is a broken header, and would fill the memory
+WORTH_A_SEEK = 8  # frames that a jump to a later keyframe must spare; seeking costs about as many
+
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
     """What `probe` learns about the first video stream of a file."""
 
     path: str
-    width: int  # pixels, as shown: after the rotation
+    width: int  # pixels, as shown: square ones, after the rotation
     height: int
     frames: int  # that will be shown; edit lists may hide some
     duration: float  # seconds, from the first frame's start to the last one's end
@@ -542,78 +544,188 @@ class VideoInfo:
     rotation: int  # 0, 90, 180, 270: degrees counter-clockwise from the stored to the shown frame
     timestamps: tuple  # (frames,) float, seconds since the first shown frame
     pts: tuple  # (frames,) int, the same in the stream's own clock; empty if the file has none
-    keyframes: tuple  # int pts of frames at which decoding can start, ascending
+    keyframes: tuple  # int, numbers of the frames at which decoding can start, ascending
 
 
-class _Video:
-    """`with _Video(path) as (container, stream)`: opened by PyAV, always closed, and whatever goes
-    wrong inside becomes a DataError that names the file."""
+class Video:
+    """`with Video(path) as video:` one open file: video.info, and video.read(times_or_indices, size).
 
-    def __init__(self, path):
-        self.path = str(path)
+    path  of the file; or a `Bytes`, a file's content in memory
+
+    Both come from one opening, so this is the way to look before choosing frames; `probe` and
+    `read_clip` are for those who need only one of the two. Whatever goes wrong inside becomes a
+    DataError that names the file.
+    """
+
+    def __init__(self, path, info=None):
+        self.path = path if isinstance(path, Bytes) else str(path)
+        self._info = info
 
     def __enter__(self):
+        self.deadline = time.monotonic() + TIME_LIMIT
+        self._open()
+        return self
+
+    def _open(self):
         try:
             import av
+            from av.stream import Disposition
+            from av.video.reformatter import VideoReformatter
         except ImportError:
             raise DataError("reading video files needs PyAV: pip install av") from None
         self.error = av.FFmpegError
-        if not Path(self.path).is_file():
+        if not isinstance(self.path, Bytes) and not Path(self.path).is_file():
             raise DataError(f"{self.path}: no such file")
+        source = io.BytesIO(self.path.content) if isinstance(self.path, Bytes) else self.path
         try:
             # Titles may be in any encoding; PyAV minds until version 19.
             lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-            self.container = av.open(self.path, **lenient)
-        except av.FFmpegError as error:
-            raise DataError(f"{self.path}: not a readable video ({error.strerror})") from None
-        stream = next(iter(self.container.streams.video), None)
-        if stream is None or stream.codec_context is None:
+            self.container = av.open(source, timeout=TIME_LIMIT, **lenient)
+        except (av.FFmpegError, ValueError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(f"{self.path}: not a readable video ({reason})") from None
+        # A cover picture in a sound file is a video stream to FFmpeg, and none to anybody else.
+        pictures = [stream for stream in self.container.streams.video
+                    if not stream.disposition & Disposition.attached_pic]
+        self.stream = next(iter(pictures), None)
+        if self.stream is None or self.stream.codec_context is None:
             self.container.close()
-            what = "no video stream" if stream is None else "no decoder for its video stream"
+            what = "no video stream" if self.stream is None else "no decoder for its video stream"
             raise DataError(f"{self.path}: {what}")
+        context = self.context = self.stream.codec_context
+        if context.width * context.height > MOST_PIXELS:
+            self.container.close()
+            raise DataError(f"{self.path}: damaged, claims frames of {context.width} x {context.height} pixels")
         # One thread a file: clips are read in parallel, and FFmpeg's own threads cost 10-50 % CPU.
-        stream.codec_context.thread_count = 1
-        return self.container, stream
+        context.thread_count = 1
+        # A converter of our own with one thread: PyAV keeps one with a pool, which a worker process
+        # forked from here would inherit without its threads, and wait for them for ever.
+        self.converter = VideoReformatter()
 
     def __exit__(self, kind, error, trace):
         self.container.close()
-        if kind is not None and issubclass(kind, self.error):
-            raise DataError(f"{self.path}: damaged, cannot be decoded ({error.strerror})") from None
+        if kind is not None and issubclass(kind, (self.error, EOFError, MemoryError)):
+            reason = getattr(error, "strerror", None) or kind.__name__
+            raise DataError(f"{self.path}: damaged, cannot be decoded ({reason})") from None
 
+    def _packets(self):
+        for packet in self.container.demux(self.stream):
+            if time.monotonic() > self.deadline:
+                raise DataError(f"{self.path}: took more than {TIME_LIMIT:g} s to read; given up")
+            yield packet
 
-def probe(path):
-    """A `VideoInfo`, from the packets alone; only the first frame is decoded, for its rotation.
+    @property
+    def info(self):
+        """The file's `VideoInfo`, from the packets alone; only the first frame is decoded."""
+        if self._info is None:
+            self._info = self._probe()
+        return self._info
 
-    Raises DataError (no such file, not a video, no video stream, first frame broken).
-    """
-    pts, keyframes, first = set(), set(), None
-    with _Video(path) as (container, stream):
-        for packet in container.demux(stream):
-            if _is_shown(packet, stream.codec_context.codec.name):
+    def _probe(self):
+        pts, keyframes, first = set(), set(), None
+        codec = self.context.codec.name
+        for packet in self._packets():
+            if _is_shown(packet, codec):
                 pts.add(packet.pts)
                 if packet.is_keyframe:
                     keyframes.add(packet.pts)
             if first is None:
                 first = next(iter(packet.decode()), None)
         if first is None:
-            raise DataError(f"{path}: no frame in its video stream can be decoded")
-        clock, rate = stream.time_base, stream.average_rate or stream.guessed_rate or 25
-        codec = stream.codec_context.codec.name
-    if None in pts or not pts:  # a raw stream: nothing but counting the frames is left
-        with _Video(path) as (container, stream):
-            seconds = [float(i / rate) for i, _ in enumerate(container.decode(stream))]
-        pts, keyframes, tail = (), (), float(1 / rate)
-        if not seconds:
-            raise DataError(f"{path}: no frame in its video stream is to be shown")
-    else:
-        pts, keyframes = tuple(sorted(pts)), tuple(sorted(keyframes))
-        seconds = [float((p - pts[0]) * clock) for p in pts]
-        tail = seconds[-1] - seconds[-2] if len(seconds) > 1 else float(1 / rate)
-    duration = seconds[-1] + tail
-    quarter_turns = round(first.rotation / 90) % 4
-    height, width = (first.height, first.width)[:: -1 if quarter_turns % 2 else 1]
-    return VideoInfo(str(path), width, height, len(seconds), duration, len(seconds) / duration,
-                     codec, 90 * quarter_turns, tuple(seconds), pts, keyframes)
+            raise DataError(f"{self.path}: no frame in its video stream can be decoded")
+        clock, rate = self.stream.time_base, self.stream.average_rate or self.stream.guessed_rate or 25
+        if None in pts or not pts:  # a raw stream: nothing but counting the frames is left
+            self._rewind()
+            count = sum(len(packet.decode()) for packet in self._packets())
+            seconds, pts, keyframes, tail = [float(i / rate) for i in range(count)], (), (), float(1 / rate)
+            if not count:
+                raise DataError(f"{self.path}: no frame in its video stream is to be shown")
+        else:
+            # What was cut off before the first picture that needs no other is never shown.
+            pts = tuple(sorted(p for p in pts if first.pts is None or p >= first.pts))
+            number = {p: i for i, p in enumerate(pts)}
+            keyframes = tuple(sorted(number[p] for p in keyframes if p in number))
+            seconds = [float((p - pts[0]) * clock) for p in pts]
+            tail = seconds[-1] - seconds[-2] if len(seconds) > 1 else float(1 / rate)
+        duration = seconds[-1] + tail
+        quarter_turns = round(first.rotation / 90) % 4
+        # Pixels that are wider than high, as DVDs and phones have them, are shown wider.
+        aspect = self.stream.sample_aspect_ratio or 1
+        height, width = (first.height, max(1, round(first.width * aspect)))[:: -1 if quarter_turns % 2 else 1]
+        if height * width > MOST_PIXELS:
+            raise DataError(f"{self.path}: damaged, claims to be shown at {width} x {height} pixels")
+        return VideoInfo(str(self.path), width, height, len(seconds), duration, len(seconds) / duration,
+                         codec, 90 * quarter_turns, tuple(seconds), pts, keyframes)
+
+    def read(self, times_or_indices, size=None):
+        """Frames as shown, upright: uint8 (T, H, W, 3) RGB; arguments and errors as `read_clip`."""
+        info = self.info
+        numbers = _frame_numbers(info, times_or_indices).tolist()
+        found, wanted = {}, sorted(set(numbers))
+        for group in _groups(info, wanted):
+            start = next((key for key in reversed(info.keyframes) if key <= group[0]), None)
+            if start is not None:
+                self._seek(start)
+                found |= self._decode(group, size)
+            if not found.keys() >= set(group):  # no keyframe, or the seek came out too late
+                self._rewind()
+                found |= self._decode(group, size)
+            if not found.keys() >= set(group):
+                raise DataError(f"{self.path}: damaged, its frame {min(set(group) - set(found))} of "
+                                f"{info.frames} cannot be decoded")
+        return np.stack([found[number] for number in numbers])
+
+    def _seek(self, number):
+        self.container.seek(self.info.pts[number], stream=self.stream)
+
+    def _rewind(self):
+        # Opened anew: a format without an index may not find its way back to the beginning.
+        self.container.close()
+        self._open()
+
+    def _decode(self, numbers, size):
+        """{number: uint8 (H, W, 3)} for those of the frame numbers that are met from here on."""
+        info, found, count = self.info, {}, itertools.count()
+        place = {info.pts[number]: number for number in numbers} if info.pts else None
+        for packet in self._packets():
+            # Frames that no other needs are not decoded, unless they are wanted themselves.
+            needless = place and packet.size and packet.pts is not None and packet.pts not in place
+            self.context.skip_frame = "NONREF" if needless else "DEFAULT"
+            for frame in packet.decode():
+                number = place.get(frame.pts) if place else next(count)
+                if number in numbers and number not in found:
+                    found[number] = self._convert(frame, size)
+            if len(found) == len(numbers):
+                break
+        return found
+
+    def _convert(self, frame, size):
+        # Resized by swscale while it converts: one pass, and no full-size RGB frame. It also knows
+        # matrix and range of the colours, of any pixel format; untagged ones count as BT.601.
+        height, width = _shown_size(self.info, size)
+        turns = self.info.rotation // 90
+        stored = (width, height) if turns % 2 else (height, width)
+        picture = self.converter.reformat(frame, stored[1], stored[0], "rgb24", threads=1)
+        return np.rot90(picture.to_ndarray(), turns)
+
+
+class Bytes:
+    """The content of a video file in memory, and the name to call it by in messages."""
+
+    def __init__(self, name, content):
+        self.name, self.content = name, content
+
+    def __str__(self):
+        return self.name
+
+
+def probe(path):
+    """A `VideoInfo`, from the packets alone; only the first frame is decoded.
+
+    Raises DataError (no such file, not a video, no video stream, first frame broken, too slow).
+    """
+    with Video(path) as video:
+        return video.info
 
 
 def _is_shown(packet, codec):
@@ -636,27 +748,16 @@ def read_clip(path, times_or_indices, size=None, info=None):
 
     times_or_indices  (T,) integers: frame numbers in presentation order, or floats: seconds from the first
             frame, giving the frame on show at that time; repeats are allowed
-    size    None = as stored, int = short side in pixels with the aspect kept, (H, W) = exactly that
+    size    None = as shown, int = short side in pixels with the aspect kept, (H, W) = exactly that
     info    the file's `VideoInfo`, if at hand: saves a second pass over its packets
 
     The result equals picking from a full decode: we seek to the last keyframe before the first
-    wanted frame, then match frames by timestamp, never by counting from the seek. Raises DataError
+    wanted frame, then match frames by timestamp, never by counting from the seek. Wanted frames far
+    apart are reached by a seek each, and frames that nothing depends on are skipped. Raises DataError
     (as `probe`; a frame outside the video; damage on the way to a wanted frame).
     """
-    info = info or probe(path)
-    numbers = _frame_numbers(info, times_or_indices).tolist()
-    distinct, start = set(numbers), None
-    if info.pts:
-        start = max((key for key in info.keyframes if key <= info.pts[min(numbers)]), default=None)
-        if start in info.keyframes[:1]:
-            start = None  # where decoding begins anyway
-    found = _decode(info, distinct, size, start)
-    if start is not None and len(found) < len(distinct):
-        found = _decode(info, distinct, size, None)  # the seek came out too late
-    if len(found) < len(distinct):
-        raise DataError(f"{path}: damaged, its frame {min(distinct - set(found))} of {info.frames} "
-                        "cannot be decoded")
-    return np.stack([found[number] for number in numbers])
+    with Video(path, info) as video:
+        return video.read(times_or_indices, size)
 
 
 def _frame_numbers(info, wanted):
@@ -675,253 +776,357 @@ def _frame_numbers(info, wanted):
     return wanted
 
 
-def _decode(info, numbers, size, start):
-    """{number: uint8 (H, W, 3)} for those of the wanted frame numbers that are met."""
-    place = {pts: number for number, pts in enumerate(info.pts)}
-    turns = info.rotation // 90
+def _groups(info, wanted):
+    """Split ascending frame numbers where jumping to a later keyframe spares enough decoding."""
+    groups, keys = [wanted[:1]], np.asarray(info.keyframes, int)
+    for last, number in zip(wanted, wanted[1:]):
+        before = keys[:np.searchsorted(keys, number, side="right")]
+        if before.size and before[-1] - last > WORTH_A_SEEK:
+            groups.append([])
+        groups[-1].append(number)
+    return groups
+
+
+def _shown_size(info, size):
+    """(H, W) in pixels; size as in `read_clip`."""
     if size is None:
-        height, width = info.height, info.width
-    elif np.ndim(size) == 0:
-        scale = size / min(info.height, info.width)
-        height, width = (max(1, round(side * scale)) for side in (info.height, info.width))
-    else:
-        height, width = size
-    stored = (width, height) if turns % 2 else (height, width)
-    found = {}
-    with _Video(info.path) as (container, stream):
-        # A converter of our own with one thread: PyAV keeps one with a pool, which a worker process
-        # forked from here would inherit without its threads, and wait for them for ever.
-        from av.video.reformatter import VideoReformatter
-        converter = VideoReformatter()
-        if start is not None:
-            container.seek(start, stream=stream)
-        for count, frame in enumerate(container.decode(stream)):
-            number = place.get(frame.pts) if info.pts else count
-            if number in numbers and number not in found:
-                # Resized by swscale while it converts: one pass, and no full-size RGB frame.
-                picture = converter.reformat(frame, stored[1], stored[0], "rgb24", threads=1)
-                found[number] = np.rot90(picture.to_ndarray(), turns)
-                if len(found) == len(numbers):
-                    break
-    return found
+        return info.height, info.width
+    if np.ndim(size):
+        return tuple(size)
+    scale = size / min(info.height, info.width)
+    return tuple(max(1, round(side * scale)) for side in (info.height, info.width))
 
 
 # ------------------------------------------------------------------------------ choosing frames
 
 
-def dense_indices(n, frames, stride, rng=None):
+def dense_indices(n, frames, stride, rng=None, clip=0, clips=1):
     """(frames,) int: every stride-th of n frames, in a window of frames * stride (VideoMAE
-    Sec. 3.3, "Temporal downsampling"). Random start with rng, the centre without; a short video
-    repeats its last frame."""
+    Sec. 3.3, "Temporal downsampling"). Random start with rng; without, the centre, or window number
+    `clip` of `clips` from the first to the last. A short video repeats its last frame."""
     spare = max(n - frames * stride, 0)
-    start = spare // 2 if rng is None else int(rng.integers(spare + 1))
+    start = spare * clip // (clips - 1) if clips > 1 else spare // 2
+    start = start if rng is None else int(rng.integers(spare + 1))
     return np.minimum(start + stride * np.arange(frames), n - 1)
 
 
-def segment_indices(n, frames, rng=None):
+def segment_indices(n, frames, rng=None, clip=0, clips=1):
     """(frames,) int: one of n frames from each of `frames` equal segments (TSN Sec. 3.1,
-    "Temporal Segment Networks"): random within its segment with rng, the middle without."""
+    "Temporal Segment Networks"): random within its segment with rng; without, the middle, or place
+    `clip` of `clips` inside it."""
     edges = np.arange(frames + 1) * n // frames
     first, last = edges[:-1], np.maximum(edges[1:] - 1, edges[:-1])
-    return (first + last) // 2 if rng is None else rng.integers(first, last + 1)
+    return first + (last - first) * (clip + 1) // (clips + 1) if rng is None else rng.integers(first, last + 1)
+
+
+# The official samplers, for those who want the official numbers. All are called alike:
+# (n, frames, stride, rng, clip, clips, fps) -> (frames,) int; rng=None = test.
+
+
+def _mae_pretrain(n, frames, stride, rng, clip, clips, fps):
+    # As dense, but a short video repeats the last frame that the stride meets, not its last one.
+    dense = dense_indices(n, frames, stride, rng, clip, clips)
+    return dense if n >= frames * stride else np.minimum(dense, (n - 1) // stride * stride)
+
+
+def _mae_dense(n, frames, stride, rng, clip, clips, fps):
+    span = frames * stride
+    if rng is None and clips > 1:
+        every = np.arange(0, n, stride)
+        every = np.pad(every, (0, max(frames - len(every), 0)), mode="edge")
+        start = int(clip * (len(every) - frames) / (clips - 1))
+        return every[start:start + frames]
+    if n <= span:
+        return np.minimum(np.pad(np.linspace(0, n, n // stride), (0, frames))[:frames]
+                          + n * (np.arange(frames) >= n // stride), n - 1).astype(int)
+    end = (n + span) // 2 if rng is None else int(rng.integers(span, n))
+    return np.minimum(np.linspace(end - span, end, frames).astype(int), end - 1)  # spacing 64/15, not 4
+
+
+def _mae_segment(n, frames, stride, rng, clip, clips, fps):
+    if rng is None:
+        ticks = n / frames * (np.arange(clips)[:, None] / clips + np.arange(frames))
+        return np.sort(ticks.astype(int).ravel())[clip::clips]
+    length = n // frames
+    if length:
+        return length * np.arange(frames) + rng.integers(length, size=frames)
+    return np.zeros(frames, int)
+
+
+def _uniformer(n, frames, stride, rng, clip, clips, fps):
+    segment = (n - 1) / frames
+    edges = np.round(segment * np.arange(frames + 1)).astype(int)
+    if rng is None:
+        return edges[:-1] + int(segment / (clips + 1) * (clip + 1))
+    return rng.integers(edges[:-1], edges[1:] + 1)
+
+
+def _internvideo(n, frames, stride, rng, clip, clips, fps):
+    edges = np.linspace(0, n, frames + 1).astype(int)
+    if rng is None:
+        return np.clip((edges[:-1] + edges[1:] - 1) // 2, 0, n - 1)
+    # The last frame of an interval is never drawn, unless it is the only one: there the original stops.
+    first = np.minimum(edges[:-1], n - 1)
+    return rng.integers(first, np.maximum(edges[1:] - 1, first + 1))
+
+
+def _internvideo_demo(n, frames, stride, rng, clip, clips, fps):
+    return np.linspace(0, n - 1, frames).astype(int)
+
+
+def _retrieval(n, frames, stride, rng, clip, clips, fps):
+    # One frame a second. The original masks what a short video lacks; we repeat its last frame.
+    seconds = np.arange(0, n, max(1, round(fps)))
+    if len(seconds) > frames:
+        return seconds[np.linspace(0, len(seconds) - 1, frames).astype(int)]
+    return np.pad(seconds, (0, frames - len(seconds)), mode="edge")
+
+
+def _viclip(n, frames, stride, rng, clip, clips, fps):
+    return np.minimum(max(1, n // frames) * np.arange(frames), n - 1)
+
+
+SAMPLINGS = {  # name -> sampler; in brackets where the rule comes from
+    "dense": lambda n, frames, stride, rng, clip, clips, fps: dense_indices(n, frames, stride, rng, clip, clips),
+    "segment": lambda n, frames, stride, rng, clip, clips, fps: segment_indices(n, frames, rng, clip, clips),
+    "videomae-pretrain": _mae_pretrain,  # VideoMAE, masked pretraining
+    "videomae-dense": _mae_dense,  # VideoMAE fine-tuned on Kinetics
+    "videomae-segment": _mae_segment,  # VideoMAE fine-tuned on Something-Something V2
+    "uniformerv2": _uniformer,  # UniFormerV2, sparse
+    "internvideo": _internvideo,  # InternVideo-MM, downstream
+    "internvideo-demo": _internvideo_demo,  # InternVideo-MM, demo: no randomness
+    "retrieval": _retrieval,  # CLIP4Clip
+    "viclip": _viclip,  # ViCLIP, demo: no randomness
+}
+
+
+def choose_frames(name, n, frames, stride=4, rng=None, clip=0, clips=1, fps=25.0):
+    """(frames,) int in [0, n): which of a video's n frames a clip takes, by one of SAMPLINGS.
+
+    stride  frames from one to the next, where the sampler is dense
+    rng     numpy Generator for training; None for evaluation: view number `clip` of `clips` in time
+    fps     of the video, for samplers that count seconds
+    """
+    return np.asarray(SAMPLINGS[name](n, frames, stride, rng, clip, clips, fps))
+
+
+# ----------------------------------------------------------------------------- cropping frames
+
+
+def _as_planes(video):
+    return torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
+
+
+def _resize(video, size, how):
+    """uint8 (T, H, W, 3) resized to (h, w): "area" = bilinear over all pixels that a new one covers,
+    "bicubic" the same with Pillow's kernel, "bilinear" and "nearest" of single pixels, as OpenCV."""
+    if tuple(video.shape[1:3]) == tuple(size):
+        return video
+    planes = _as_planes(video)
+    if how in ("area", "bicubic"):
+        kernel = v2.InterpolationMode.BICUBIC if how == "bicubic" else v2.InterpolationMode.BILINEAR
+        planes = v2.functional.resize(planes, list(size), kernel, antialias=True)
+    else:
+        options = {} if how == "nearest" else {"align_corners": False}
+        planes = torch.nn.functional.interpolate(planes.float(), size=tuple(size), mode=how, **options)
+        planes = planes.round().clamp(0, 255).byte()
+    return planes.permute(0, 2, 3, 1).numpy()
+
+
+def _short_side(video, size, how, least=int):
+    """Resized so that the short side is `size` pixels; the long one rounded by `least`."""
+    H, W = video.shape[1:3]
+    long = least(max(H, W) * size / min(H, W))
+    return _resize(video, (size, long) if H <= W else (long, size), how)
+
+
+def _window(video, size, crop=0, crops=1, rounding=lambda x: int(x // 1)):
+    """The crop of (h, w): the centre, or number `crop` of `crops` from one end to the other."""
+    offsets = []
+    for side, wanted in zip(video.shape[1:3], size):
+        spare = side - wanted
+        offsets.append(round(spare * crop / (crops - 1)) if crops > 1 else rounding(spare / 2))
+    top, left = offsets
+    return video[:, top:top + size[0], left:left + size[1]]
+
+
+def _random_window(video, size, rng):
+    top, left = (int(rng.integers(side - wanted + 1)) for side, wanted in zip(video.shape[1:3], size))
+    return video[:, top:top + size[0], left:left + size[1]]
+
+
+def _random_area(video, size, rng, scale, flip, how="area"):
+    """A random crop of `scale` of the area and an aspect from 3/4 to 4/3, resized; mirrored by a fair coin
+    with flip. The same for all frames (Going Deeper with Convolutions, Sec. 6, "Training Methodology")."""
+    kernel = v2.InterpolationMode.BICUBIC if how == "bicubic" else v2.InterpolationMode.BILINEAR
+    augment = v2.Compose([v2.RandomResizedCrop(size, scale=scale, interpolation=kernel, antialias=True),
+                          v2.RandomHorizontalFlip(0.5 if flip else 0)])
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would reset the accelerator's generator as well.
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        return augment(_as_planes(video)).permute(0, 2, 3, 1).numpy()
+
+
+def _plain(video, size, rng, flip, crop, crops):
+    return _window(video, size, crop, crops) if rng is None else _random_area(video, size, rng, (0.5, 1), flip)
+
+
+def _multi_scale(video, size, rng, flip, crop, crops):
+    # TSN's crop, of which VideoMAE pretrains: sides from four fractions of the short one, not more than
+    # one step apart, at one of 13 places. Never mirrored, whatever the paper says of Kinetics.
+    if rng is None:
+        return _window(_short_side(video, min(size), "area"), size, crop, crops)
+    H, W = video.shape[1:3]
+    sides = [int(min(H, W) * scale) for scale in (1, 0.875, 0.75, 0.66)]
+    heights, widths = ([wanted if abs(side - wanted) < 3 else side for side in sides] for wanted in size)
+    pairs = [(h, w) for i, h in enumerate(heights) for j, w in enumerate(widths) if abs(i - j) <= 1]
+    h, w = pairs[rng.integers(len(pairs))]
+    down, right = (H - h) // 4, (W - w) // 4
+    places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+    row, column = places[rng.integers(len(places))]
+    top, left = row * down, column * right
+    return _resize(video[:, top:top + h, left:left + w], size, "area")
+
+
+def _fine_tuning(video, size, rng, flip, crop, crops):
+    if rng is None:
+        return _window(_short_side(video, min(size), "bilinear"), size, crop, crops, math.ceil)
+    return _random_area(video, size, rng, (0.08, 1), flip)
+
+
+def _squash(video, size, rng, flip, crop, crops):
+    wide = _resize(video, tuple(side * 8 // 7 for side in size), "bilinear")  # 256 for 224
+    return _window(wide, size, crop, crops) if rng is None else _random_window(wide, size, rng)
+
+
+def _demo(video, size, rng, flip, crop, crops):
+    return _window(_short_side(video, min(size) * 8 // 7, "nearest"), size, crop, crops, round)
+
+
+def _clip(video, size, rng, flip, crop, crops):
+    if rng is None:
+        return _window(_short_side(video, min(size), "bicubic"), size, crop, crops, round)
+    return _random_area(video, size, rng, (0.9, 1), False, "bicubic")
+
+
+def _square(video, size, rng, flip, crop, crops):
+    return _resize(video, size, "bilinear")
+
+
+TRANSFORMS = {  # name -> (video, size, rng, flip, crop, crops) -> video; rng=None = test
+    "plain": _plain,  # ours: resized while decoding; crops of 50-100 % of the area
+    "videomae-pretrain": _multi_scale,
+    "videomae": _fine_tuning,  # less RandAugment and erasing, which belong to the batch
+    "uniformerv2": _fine_tuning,
+    "internvideo": _squash,  # InternVideo-MM, downstream: the aspect is lost
+    "internvideo-demo": _demo,
+    "clip": _clip,  # CLIP's preprocessing; in training the image-text batches of InternVideo-MM
+    "viclip": _square,
+}
+
+
+def crop_frames(name, video, size, rng=None, flip=True, crop=0, crops=1):
+    """uint8 (T, H, W, 3) -> uint8 (T, h, w, 3): resized and cropped by one of TRANSFORMS.
+
+    size   (h, w) in pixels
+    rng    numpy Generator for training; None for evaluation: crop number `crop` of `crops`, from one
+           end of the longer side to the other
+    flip   in training, mirror half of the clips, where the recipe does
+    """
+    return TRANSFORMS[name](video, size, rng, flip, crop, crops)
 
 
 # ---------------------------------------------------------------------------- many video files
 
-VIDEO_SUFFIXES = frozenset(
-    ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
-_COLUMNS = {  # what a header line may call a column
-    "path": ("path", "video", "file", "filename", "video_path"),
-    "label": ("label", "class", "category"),
-    "caption": ("caption", "text", "sentence"),
-}
-
-
-_LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".list")
-
-
-def _is_video(name):
-    return Path(name.strip().strip('"')).suffix.lower() in VIDEO_SUFFIXES
-
-
-def _read_list(path):
-    """Rows (path, label or None, caption or None), all str, of a list; see VideoFiles."""
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if path.suffix.lower() in _LIST_SUFFIXES and b"\0" not in raw:
-            line = raw[:error.start].count(b"\n") + 1
-            raise DataError(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save "
-                            "the list with that encoding") from None
-        raise DataError(f"{path}: neither a video nor a text file; give a folder of videos, one "
-                        "video, or a list with 'path label' on each line") from None
-    lines = [(number, line) for number, line in enumerate(map(str.strip, text.splitlines()), 1)
-             if line]
-    if not lines:
-        raise DataError(f"{path}: the list is empty; write 'path label' on each line")
-    if path.suffix.lower() == ".jsonl":
-        return _read_json_lines(path, lines)
-    for delimiter in (",", "\t"):
-        names = [name.strip().lower() for name in lines[0][1].split(delimiter)]
-        if set(names) & set(_COLUMNS["path"]):
-            return _read_columns(path, names, csv.reader(text.splitlines(), delimiter=delimiter))
-    if all(_is_video(line) for _, line in lines):
-        return [(line.strip('"'), None, None) for _, line in lines]
-
-    def splits_off_a_video(separator):
-        return sum(separator in line and _is_video(line.rsplit(separator, 1)[0])
-                   for _, line in lines)
-    # Split at the last separator: a path may contain it too.
-    separator = max(("::", "\t", ",", " "), key=splits_off_a_video)
-    rows = [(number, *line.rpartition(separator)) for number, line in lines]
-    if rows[0][1].strip().lower() in _COLUMNS["path"]:
-        del rows[0]
-    for number, name, _, label in rows:
-        if not _is_video(name):
-            raise DataError(f"{path}, line {number}: expected 'path label', a video's name and "
-                            f"then a space, comma, tab or '::', got {(name or label)[:60]!r}")
-    return [(name.strip().strip('"'), label.strip(), None) for _, name, _, label in rows]
-
-
-def _read_columns(path, names, reader):
-    """Rows as `_read_list`, of a CSV file whose header names its columns."""
-    at = [next((names.index(name) for name in known if name in names), None)
-          for known in _COLUMNS.values()]
-    rows = []  # the header first
-    for row in filter(None, reader):
-        if len(row) != len(names):
-            raise DataError(f"{path}, line {reader.line_num}: {len(row)} columns, but the header "
-                            f"has {len(names)}; put quotes around text that contains the separator")
-        rows.append(tuple(None if place is None else row[place].strip() for place in at))
-    return rows[1:]
-
-
-def _read_json_lines(path, lines):
-    """Rows as `_read_list`, of a JSON object on each line, with the same names for the columns."""
-    rows = []
-    for number, line in lines:
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(item, dict):
-            raise DataError(f"{path}, line {number}: expected an object like "
-                            '{"path": "dog.mp4", "caption": "a dog runs"}, got ' + line[:40])
-        row = [next((item[name] for name in names if name in item), None) for names in _COLUMNS.values()]
-        row[1] = str(row[1]) if isinstance(row[1], int) else row[1]
-        if row[0] is None or not all(isinstance(value, str) for value in row if value is not None):
-            raise DataError(f"{path}, line {number}: needs a \"path\", and path, label and caption must "
-                            f"be text, got {line[:60]}")
-        rows.append(tuple(value if value is None else value.strip() for value in row))
-    captioned = [row[2] is not None for row in rows]
-    if any(captioned) and not all(captioned):
-        raise DataError(f"{path}, line {lines[captioned.index(False)][0]}: has no caption, other lines have")
-    return rows
-
-
-def _scan_folder(folder):
-    """Rows as `_read_list`, of every video below a folder, sorted by path."""
-    names = sorted(Path(place, name).relative_to(folder)
-                   for place, _, files in os.walk(folder, followlinks=True)  # datasets are linked
-                   for name in files if _is_video(name) and not name.startswith("."))
-    if not names:
-        raise DataError(f"{folder}: no video below this folder (looked for "
-                        f"{' '.join(sorted(VIDEO_SUFFIXES))})")
-    labelled = all(len(name.parts) > 1 for name in names)
-    split = next((name.parts[0] for name in names
-                  if name.parts[0].lower() in ("train", "val", "validation", "test")), None)
-    if labelled and split:
-        raise DataError(f"{folder}: its sub-folder '{split}' looks like a split, not a class; "
-                        f"give {folder / split} instead")
-    return [(str(name), name.parts[0] if labelled else None, None) for name in names]
-
 
 def split_files(items, fraction=0.1, seed=0):
-    """(training items, held-out items): a fixed random share of at least one is held out.
+    """(training items, held-out items): a fixed random share of at least one file is held out.
 
+    items   tuples that begin with a path; those of one path, its captions, stay together
     The seed is not the training seed, so that runs with different seeds share a validation set.
-    A single item lands in both parts, as there is nothing else to do with it.
+    A single file lands in both parts, as there is nothing else to do with it.
     """
-    if len(items) < 2:
+    paths = list(dict.fromkeys(item[0] for item in items))
+    if len(paths) < 2:
         return list(items), list(items)
-    count = min(max(1, round(fraction * len(items))), len(items) - 1)
-    held = set(np.random.default_rng(seed).permutation(len(items))[:count].tolist())
-    return ([item for i, item in enumerate(items) if i not in held],
-            [item for i, item in enumerate(items) if i in held])
+    count = min(max(1, round(fraction * len(paths))), len(paths) - 1)
+    held = {paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count].tolist()}
+    return [item for item in items if item[0] not in held], [item for item in items if item[0] in held]
 
 
 class VideoFiles:
-    """Clips from video files.
+    """Clips from video files, or from pictures, which are clips of one frame.
 
-    source    a folder, searched recursively: if all videos lie in sub-folders, the names of these
-              are the classes, else there are no labels; or one video file; or a list: a text or
-              CSV file of `path label` lines, paths relative to the list's folder, separated by
-              space (the last one), comma, tab or `::`; an optional header may name the columns
-              path, label, caption. Labels are class numbers or names. Lines of paths alone do too.
-              Or a .jsonl file: {"path": ..., "caption": ...} on each line, "label" if you like.
+    source    whatever `annotations.read` knows: a folder, a list, a benchmark's own files
     frames    T
     size      int or (H, W), pixels
-    stride    frames from one chosen frame to the next, for sampling="dense"
-    sampling  "dense" (`dense_indices`) or "segment" (`segment_indices`)
-    train     True: random window, crop of 50-100 % of the area and (with flip=True) mirroring,
-              alike for all frames, a function of (seed, index, epoch); False: the centre of each
-    part      "all", or "train" / "val": without / only the tenth that `split_files` holds out
+    stride    frames from one chosen frame to the next, where the sampling is dense
+    sampling  one of SAMPLINGS; "dense" and "segment" are ours, the others reproduce official numbers
+    transform  one of TRANSFORMS, likewise
+    train     True: random window and crop and (with flip=True) mirroring, alike for all frames, a
+              function of (seed, index, epoch); False: the centre of each, or `views`
+    views     (clips, crops) of every video in evaluation, as the test protocols have them
+    part      "all", or "train" / "val": without / only the tenth that `split_files` holds out. Where
+              the source brings a split of its own, that counts instead, and "all" means what it has
+              for `train`
     classes   class names in label order, to read a validation list with the training set's labels
 
     self[index] and self[index, epoch] return
-              {"video": uint8 (T, H, W, 3), "label": int, -1 = no label, "path": str,
-               "bad": [(path, reason), ...], and "caption": str if the list has a caption column}
+              {"video": uint8 (T, H, W, 3), or (V, T, H, W, 3) with views, V = clips * crops, "label":
+               int, -1 = no label, "path": str, "bad": [(path, reason), ...], and where the source has
+               them "caption", "question", "answer": str and "candidates": tuple of str}
               A file that cannot be read is named in "bad". With train=True the next readable file
               takes its place; with train=False nothing does and "video" is None: to count, not to
               replace, is what keeps an evaluation honest.
 
-    `items` lists (path, label or None), `captions` is None or parallel to it, `classes` the names.
+    `items` lists (path, label or None), `captions` is None or parallel to it, `classes` the names,
+    `kind` says what the source is, `rows` has all that it says.
     Raises DataError if source is none of these, a label is unknown, or no file can be read.
     """
 
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, seed=0,
-                 flip=True, part="all", classes=None):
-        if sampling not in ("dense", "segment"):
-            raise DataError(f"no sampling {sampling!r}: choose dense or segment")
-        if part not in ("all", "train", "val"):
-            raise DataError(f"no part {part!r}: choose all, train or val")
-        if frames < 1 or stride < 1 or seed < 0:
-            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, "
-                            f"got frames={frames}, stride={stride}, seed={seed}")
+                 flip=True, part="all", classes=None, transform="plain", views=None):
+        for what, name, known in (("sampling", sampling, SAMPLINGS), ("transform", transform, TRANSFORMS),
+                                  ("part", part, ("all", "train", "val"))):
+            if name not in known:
+                raise DataError(f"no {what} {name!r}: choose {', '.join(known)}")
+        if frames < 1 or stride < 1 or seed < 0 or views and (train or min(views) < 1):
+            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, views are of evaluation and >= 1: "
+                            f"got frames={frames}, stride={stride}, seed={seed}, views={views}")
         self.source, self.size = str(source), _height_width(size)
-        self.frames, self.stride, self.sampling = frames, stride, sampling
-        self.train, self.seed, self.flip = train, seed, flip
-        source, folder = Path(source), Path(source)
-        if source.is_dir():
-            rows = _scan_folder(source)
-        elif not source.is_file():
-            raise DataError(f"{source}: no such file or folder")
-        else:
-            folder = source.parent
-            rows = [(source.name, None, None)] if _is_video(source.name) else _read_list(source)
-        rows = [(str(folder / path), label, caption) for path, label, caption in rows]
-        self.classes, number = _number_labels(source, [label for _, label, _ in rows], classes)
-        if part != "all":
+        self.frames, self.stride, self.sampling, self.transform = frames, stride, sampling, transform
+        self.train, self.seed, self.flip, self.views = train, seed, flip, views
+        self.kind, rows, official = annotations.read(source)
+        labels = [row.label for row in rows]
+        self.classes, number = annotations.number_labels(source, labels, classes or official)
+        if len({row.split for row in rows}) > 1:
+            own = {"all": "train" if train else "val"}.get(part, part)
+            rows = [row for row in rows if row.split == own]
+            self.kind += f", its {own} split"
+        elif part != "all":
             rows = split_files(rows)[part == "val"]
-        self.items = [(path, number.get(label)) for path, label, _ in rows]
-        self.captions = [caption for _, _, caption in rows] if rows[0][2] is not None else None
-        self.missing = [path for path, _ in self.items if not Path(path).is_file()]
-        if len(self.missing) == len(self.items):
-            raise DataError(f"{source}: none of its {len(rows)} files exists, the first is "
+        self.rows = rows
+        self.items = [(row.path, number.get(row.label)) for row in rows]
+        self.captions = [row.caption for row in rows] if rows[0].caption is not None else None
+        self.missing = [path for path in dict.fromkeys(row.path for row in rows) if not Path(path).is_file()]
+        if len(self.missing) == len({row.path for row in rows}):
+            raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder")
 
     def __len__(self):
         return len(self.items)
 
     def summary(self):
-        """One line for the user: counts, classes, a sample, what is missing."""
-        path, label = self.items[0]
+        """One line for the user: kind, counts, classes, a sample, what is missing."""
+        row, (path, label) = self.rows[0], self.items[0]
+        videos = len({path for path, _ in self.items})
         kinds = (f"{len(self.classes)} classes ({', '.join(self.classes[:3])}"
                  f"{', ...' if len(self.classes) > 3 else ''})" if self.classes else "no labels")
-        first = f"first {path}" + ("" if label is None else f" = {self.classes[label]}")
+        said = f", {len(self):,} captions" if self.captions else f", {len(self):,} questions" if row.question else ""
+        first = f"first {path}" + ("" if label is None else f" = {self.classes[label]}") + (
+            f" = {row.caption!r}" if row.caption else "")
         missing = f"; {len(self.missing):,} MISSING, e.g. {self.missing[0]}" if self.missing else ""
-        return f"{self.source}: {len(self):,} videos, {kinds}, {first}{missing}"
+        return f"{self.source}: {self.kind}: {videos:,} videos{said}, {kinds}, {first}{missing}"
 
     def __getitem__(self, index):
         index, epoch = index if isinstance(index, tuple) else (index, 0)
@@ -931,10 +1136,10 @@ class VideoFiles:
             path, label = self.items[place]
             label = -1 if label is None else label
             item = {"video": None, "label": label, "path": path, "bad": bad}
-            if self.captions:
-                item["caption"] = self.captions[place]
+            item |= {key: getattr(self.rows[place], key) for key in ("caption", "question", "answer", "candidates")
+                     if getattr(self.rows[place], key) is not None}
             try:
-                item["video"] = self._clip(path, (self.seed, index, epoch) if self.train else None)
+                item["video"] = self.clip(path, (self.seed, index, epoch) if self.train else None)
                 return item
             except DataError as error:
                 bad.append((path, str(error)))
@@ -943,46 +1148,25 @@ class VideoFiles:
                             f"{bad[0][1]}")
         return item
 
-    def _clip(self, path, key):
+    def clip(self, path, key):
+        """The clip that training (key: numbers to seed it) or evaluation (None) takes of one file."""
         rng = None if key is None else np.random.default_rng(key)
-        info = probe(path)
-        choose = segment_indices if self.sampling == "segment" else functools.partial(
-            dense_indices, stride=self.stride)
-        numbers = choose(info.frames, self.frames, rng=rng)
-        # Just large enough to cover the crop; with room for a random one, as 256 is for 224.
-        scale = max(self.size[0] / info.height, self.size[1] / info.width) 
-        scale *= 1 if rng is None else 8 / 7
-        cover = tuple(max(round(side * scale), least) for side, least in
-                      zip((info.height, info.width), self.size))
-        video = read_clip(path, numbers, cover, info)
-        if rng is None:
-            top, left = (cover[0] - self.size[0]) // 2, (cover[1] - self.size[1]) // 2
-            return video[:, top:top + self.size[0], left:left + self.size[1]]
-        augment = v2.Compose([v2.RandomResizedCrop(self.size, scale=(0.5, 1), antialias=True),
-                              v2.RandomHorizontalFlip(0.5 if self.flip else 0)])
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would reset the accelerator's generator as well.
-            torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            return augment(torch.from_numpy(video).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
-
-
-def _number_labels(source, labels, classes):
-    """(class names, {label as written: number}); all-integer labels are numbers already."""
-    written = sorted({label for label in labels if label is not None})
-    if not written:
-        return list(classes or []), {}
-    if all(label.isdecimal() for label in written) and not set(written) <= set(classes or ()):
-        number = {label: int(label) for label in written}
-        classes = list(classes or map(str, range(max(number.values()) + 1)))
-        unknown = [label for label in written if number[label] >= len(classes)]
-    else:
-        classes = list(classes or written)
-        number = {name: place for place, name in enumerate(classes)}
-        unknown = [label for label in written if label not in number]
-    if unknown:
-        raise DataError(f"{source}: label {unknown[0]!r} is not among the {len(classes)} known "
-                        f"classes ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})")
-    return classes, number
+        clips, crops = self.views or (1, 1)
+        with Video(path) as file:
+            info = file.info
+            numbers = [choose_frames(self.sampling, info.frames, self.frames, self.stride, rng, clip, clips, info.fps)
+                       for clip in range(clips)]
+            size = None
+            if self.transform == "plain":
+                # Just large enough to cover the crop; with room for a random one, as 256 is for 224.
+                scale = max(self.size[0] / info.height, self.size[1] / info.width)
+                scale *= 1 if rng is None else 8 / 7
+                size = tuple(max(round(side * scale), least) for side, least in
+                             zip((info.height, info.width), self.size))
+            whole = file.read(np.concatenate(numbers), size)
+        found = [crop_frames(self.transform, part, self.size, rng, self.flip, crop, crops)
+                 for part in np.split(whole, clips) for crop in range(crops)]
+        return np.stack(found) if self.views else found[0]
 
 
 # ------------------------------------------------------------------------------------- batches
@@ -1006,7 +1190,7 @@ def _collate(items):
         if isinstance(item, DataError):
             return item
     good = [item for item in items if item["video"] is not None]
-    batch = {key: [item[key] for item in good] for key in ("caption", "path", "facts")
+    batch = {key: [item[key] for item in good] for key in ("caption", "path", "facts", "question", "answer", "candidates")
              if good and key in good[0]}
     batch["bad"] = [entry for item in items for entry in item.get("bad", ())]
     batch["label"] = torch.tensor([item["label"] for item in good], dtype=torch.int64)

@@ -19,7 +19,8 @@ MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 MAY_IMPORT = {
     "attention": set(),
     "weights": set(),
-    "data": set(),
+    "annotations": set(),
+    "data": {"annotations"},
     "mae": {"attention", "weights"},
     "uniformerv2": {"attention", "weights"},
     "caption_decoder": {"attention", "weights"},

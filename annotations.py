@@ -1,0 +1,506 @@
+"""Which files, and what is said of them: every annotation format as it is published.
+
+Why. Each benchmark writes "this video shows that" in its own way, and converting by hand is where labels
+shift by one, paths with spaces break and a test video slips into training. So files are read as their
+authors publish them, and what they are is seen from their content, never from a flag.
+
+    folder or file --> what is it? --> rows --> where are the videos? --> Found(kind, rows, classes)
+
+The idea in steps.
+1. `read` looks at the source: a folder, a text, a JSON. The first lines decide the kind, and one function
+   per kind turns it into rows: possible file names, label, caption, split, question.
+2. A row says how its file may be called, for many formats tell an id and no suffix. `_locate` looks in
+   the list's folder, beside and below it, and keeps the folder that holds most of a sample.
+3. A source with splits of its own keeps them: `data.VideoFiles` trains on "train" and evaluates on the rest.
+
+| kind | recognised by | label | caption |
+| --- | --- | --- | --- |
+| folder | videos, or else pictures, below it | sub-folder | x.txt beside every x.mp4 or x.jpg |
+| list | `path label`, separated by space, comma, tab or `::` | last field | |
+| table, JSON lines | a column or key `path` (or `video`, `image`, ...) | `label` | `caption` |
+| Kinetics | a column youtube_id | label | |
+| Something-Something V2 | JSON with id and template | template | label |
+| UCF101 | Class/v_Class_g01_c01.avi, with or without a number; or classInd.txt in a folder | folder | |
+| HMDB51 | CLASS_test_split1.txt, 1 = train, 2 = test | file name | |
+| MSR-VTT | JSON with videos and sentences; its 9k list; the 1k-A list | | each sentence |
+| WebVid | columns videoid, page_dir, name | | name |
+| VINDLU | JSON list of video (or image) and caption, one or several | | each |
+| question answering | question and answer | | |
+| multiple choice | candidates (or several captions) and the answer's place | | the right one |
+
+A video with several captions makes as many rows. UCF101 and HMDB51 have three splits: the first is read
+unless a file of another one is named, and the summary says which.
+
+Where we differ. The official loaders take one format each and expect the rest converted to `path label`;
+their separator is a space, so that paths with spaces break (VideoMAE, kinetics.py).
+
+Try it:
+
+>>> import tempfile
+>>> folder = Path(tempfile.mkdtemp())
+>>> _ = (folder / "run.mp4").write_bytes(b"")
+>>> _ = (folder / "train.json").write_text('[{"video": "run.mp4", "caption": ["a dog", "it runs"]}]')
+>>> found = read(folder / "train.json")
+>>> found.kind, [row.caption for row in found.rows]
+('captions in JSON, as VINDLU and UMT have them', ['a dog', 'it runs'])
+"""
+
+import csv
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+
+class DataError(ValueError):
+    """The user's data or request is at fault: one line with what, which file, and what to do."""
+
+
+class Row(NamedTuple):
+    """One thing that a source says about one file."""
+
+    path: str | tuple  # of the file; before `_locate` all its possible names, likeliest first
+    label: str | None = None  # as written
+    caption: str | None = None
+    split: str | None = None  # "train" or "val", where the source tells; "val" also means test
+    question: str | None = None
+    answer: str | None = None  # the right answer in words
+    candidates: tuple | None = None  # of answers in words, among them the right one
+
+
+class Found(NamedTuple):
+    """What `read` makes of a source."""
+
+    kind: str  # in words, for the user
+    rows: list  # of Row, each with one path
+    classes: list | None = None  # names in the official order, where the source fixes one
+
+
+VIDEO_SUFFIXES = frozenset(
+    ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+IMAGE_SUFFIXES = frozenset(".bmp .jpeg .jpg .png .tif .tiff .webp".split())
+LIKELY_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi")  # for sources that tell an id and no suffix
+_TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".list")
+_COLUMNS = {  # what a header line, or a key of JSON, may call a column
+    "path": ("path", "video", "image", "file", "filename", "video_path", "image_path", "video_id"),
+    "label": ("label", "class", "category"),
+    "caption": ("caption", "text", "sentence"),
+    "question": ("question",),
+    "answer": ("answer", "correct"),
+    "candidates": ("candidates", "options", "choices"),
+}
+_NUMBERED_ANSWER = re.compile(r"(?:a|option|candidate)_?\d+")  # a column of a table of multiple choice
+
+
+def is_media(name):
+    """True for the name of a video or picture, judged by its suffix."""
+    suffix = Path(str(name).strip().strip('"')).suffix.lower()
+    return suffix in VIDEO_SUFFIXES or suffix in IMAGE_SUFFIXES
+
+
+def is_shards(source):
+    """True for tar shards: one `.tar`, a pattern like `clips-{000000..000123}.tar`, or a folder of them."""
+    if Path(source).is_dir():
+        names = [name for name in os.listdir(source) if not name.startswith(".")]
+        return any(name.endswith(".tar") for name in names) and not any(map(is_media, names))
+    return str(source).endswith(".tar")
+
+
+def read(source):
+    """Read any source that the table above names.
+
+    source   path of a folder, a list or a single video or picture
+    returns  Found; every row's path begins with the folder in which most files are
+    raises   DataError: no such file, none of the known kinds, a line that breaks its format
+    """
+    source = Path(source)
+    if source.is_dir():
+        found = _read_folder(source)
+        return found._replace(rows=_locate(found.rows, source))
+    if not source.is_file():
+        raise DataError(f"{source}: no such file or folder")
+    if is_media(source.name):
+        return Found("one file", [Row(str(source))])
+    found = _read_text(source)
+    return found._replace(rows=_locate(found.rows, source.parent))
+
+
+# ------------------------------------------------------------------------------------------------
+# Where the files are
+
+
+def _locate(rows, folder):
+    """The rows with one path each. Files lie in the list's folder, below it or beside it."""
+    if all(isinstance(row.path, str) for row in rows) and (folder / rows[0].path).is_file():
+        return [row._replace(path=str(folder / row.path)) for row in rows]
+    rows = [row if isinstance(row.path, tuple) else row._replace(path=(row.path,)) for row in rows]
+    sample = rows[::max(1, len(rows) // 30)]
+
+    def below(place):
+        try:
+            return sorted(entry for entry in place.iterdir() if entry.is_dir() and entry.name[0] != ".")[:50]
+        except OSError:
+            return []
+
+    roots = [folder, *below(folder), folder.parent, *below(folder.parent)]
+    best = max(roots, key=lambda root: sum(any((root / name).is_file() for name in row.path) for row in sample))
+    return [row._replace(path=str(best / next((name for name in row.path if (best / name).is_file()), row.path[0])))
+            for row in rows]
+
+
+def _names(stem, *folders):
+    """How a file may be called of which its source tells the stem: as it is, with a usual suffix, in folders."""
+    stems = [*(f"{folder}/{stem}" for folder in folders if folder), stem]
+    return tuple(stems if is_media(stem) else
+                 [name + suffix for suffix in LIKELY_SUFFIXES for name in stems])
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders
+
+
+def _read_folder(folder):
+    names = os.listdir(folder)
+    splits = sorted(name for name in names if re.fullmatch(r".+_test_split1\.txt", name))
+    if splits:
+        return _read_hmdb51(folder / splits[0])
+    if "classInd.txt" in names:
+        return _read_ucf101(folder, 1)
+    files = sorted(Path(place, name).relative_to(folder)
+                   for place, _, files in os.walk(folder, followlinks=True)  # datasets are linked
+                   for name in files if is_media(name) and not name.startswith("."))
+    videos = [name for name in files if name.suffix.lower() in VIDEO_SUFFIXES]
+    names, what = (videos, "videos") if videos else (files, "pictures")
+    if not names:
+        raise DataError(f"{folder}: no video below this folder (looked for {' '.join(sorted(VIDEO_SUFFIXES))}, "
+                        f"then for {' '.join(sorted(IMAGE_SUFFIXES))})")
+    labelled = all(len(name.parts) > 1 for name in names)
+    split = next((name.parts[0] for name in names
+                  if name.parts[0].lower() in ("train", "val", "validation", "test")), None)
+    if labelled and split:
+        raise DataError(f"{folder}: its sub-folder '{split}' looks like a split, not a class; "
+                        f"give {folder / split} instead")
+    captions = [None] * len(names)
+    beside = [folder / name.with_suffix(".txt") for name in names]
+    if all(path.is_file() for path in beside):
+        captions = [_decode(path).strip() for path in beside]
+        labelled, what = False, f"{what} with a .txt beside each"
+    rows = [Row(str(name), name.parts[0] if labelled else None, caption) for name, caption in zip(names, captions)]
+    return Found(f"folder of {what}", rows)
+
+
+def _read_ucf101(folder, number):
+    """The train and test list of one split, from the folder that holds classInd.txt."""
+    rows = []
+    for split, name in (("train", f"trainlist{number:02d}.txt"), ("val", f"testlist{number:02d}.txt")):
+        if (folder / name).is_file():
+            rows += _read_text(folder / name).rows
+    if not rows:
+        raise DataError(f"{folder}: has classInd.txt but no trainlist{number:02d}.txt")
+    return Found(f"UCF101, split {number}", rows, _ucf101_classes(folder))
+
+
+def _ucf101_classes(folder):
+    path = folder / "classInd.txt"
+    if not path.is_file():
+        return None
+    pairs = [line.split(maxsplit=1) for line in _decode(path).splitlines() if line.strip()]
+    if any(len(pair) != 2 or not pair[0].isdecimal() for pair in pairs):
+        raise DataError(f"{path}: expected lines like '1 ApplyEyeMakeup'")
+    return [name.strip() for _, name in sorted(pairs, key=lambda pair: int(pair[0]))]
+
+
+def _read_hmdb51(path):
+    """All classes of the split that this file belongs to; 1 = train, 2 = test, 0 = in neither."""
+    number = re.search(r"_test_split(\d)\.txt$", path.name)[1]
+    ending, rows, classes = f"_test_split{number}.txt", [], []
+    for file in sorted(path.parent.glob("*" + ending)):
+        label = file.name[:-len(ending)]
+        classes.append(label)
+        for at, line in enumerate(_decode(file).splitlines(), 1):
+            name, _, flag = line.strip().rpartition(" ")
+            if line.strip() and (flag not in ("0", "1", "2") or not is_media(name)):
+                raise DataError(f"{file}, line {at}: expected a video's name and 0, 1 or 2, got {line[:60]!r}")
+            if line.strip() and flag != "0":
+                rows.append(Row(_names(name.strip(), label), label, split="train" if flag == "1" else "val"))
+    return Found(f"HMDB51, split {number}", rows, classes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Texts
+
+
+def _decode(path):
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if path.suffix.lower() in _TEXT_SUFFIXES and b"\0" not in raw:
+            line = raw[:error.start].count(b"\n") + 1
+            raise DataError(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save "
+                            "the list with that encoding") from None
+        raise DataError(f"{path}: neither a video nor a text file; give a folder of videos, one "
+                        "video, or a list with 'path label' on each line") from None
+
+
+def _read_text(path):
+    text = _decode(path)
+    lines = [(number, line) for number, line in enumerate(map(str.strip, text.splitlines()), 1) if line]
+    if not lines:
+        raise DataError(f"{path}: the list is empty; write 'path label' on each line")
+    if re.fullmatch(r".+_test_split\d\.txt", path.name) and lines[0][1][-1] in "012":
+        return _read_hmdb51(path)
+    if path.suffix.lower() == ".jsonl":
+        return _read_json_lines(path, lines)
+    if lines[0][1][0] in "[{":
+        return _read_json(path, text, lines)
+    for delimiter in (",", "\t"):
+        names = [name.strip().strip('"').lower() for name in lines[0][1].split(delimiter)]
+        if set(names) & {"youtube_id", "videoid", *_COLUMNS["path"]}:
+            return _read_table(path, names, csv.reader(text.splitlines(), delimiter=delimiter))
+    if all(re.match(r"(.+)/v_\w+_g\d\d_c\d\d\.\w+(?: \d+)?$", line) for _, line in lines):
+        stems = [line.split(" ")[0] for _, line in lines]
+        split = {"train": "train", "testl": "val"}.get(path.name[:5])
+        number = re.search(r"list0?(\d)", path.name)
+        rows = [Row((stem, stem.split("/")[-1]), stem.split("/")[-2], split=split) for stem in stems]
+        return Found("UCF101" + (f", split {number[1]}" if number else ""), rows, _ucf101_classes(path.parent))
+    return _read_list(path, lines)
+
+
+def _read_list(path, lines):
+    """`path label` lines. VideoMAE V2 writes `path 0 -1` and `path 0 -1 label`: from frame 0, to the end."""
+    if all(is_media(line) for _, line in lines):
+        return Found("list of paths", [Row(line.strip('"')) for _, line in lines])
+    whole = [re.fullmatch(r"(.+?)[ ,]+0[ ,]+-1(?:[ ,]+(\d+))?", line) for _, line in lines]
+    if all(match and is_media(match[1]) for match in whole):
+        return Found("VideoMAE V2's list of whole videos", [Row(match[1], match[2]) for match in whole])
+
+    def splits_off_a_video(separator):
+        return sum(separator in line and is_media(line.rsplit(separator, 1)[0]) for _, line in lines)
+    # Split at the last separator: a path may contain it too.
+    separator = max(("::", "\t", ",", " "), key=splits_off_a_video)
+    rows = [(number, *line.rpartition(separator)) for number, line in lines]
+    if rows[0][1].strip().lower() in _COLUMNS["path"]:
+        del rows[0]
+    for number, name, _, label in rows:
+        if not is_media(name):
+            raise DataError(f"{path}, line {number}: expected 'path label', a video's name and "
+                            f"then a space, comma, tab or '::', got {(name or label)[:60]!r}")
+    rows = [Row(name.strip().strip('"'), label.strip()) for _, name, _, label in rows]
+    return Found("list of `path label` lines", rows)
+
+
+def _read_table(path, names, reader):
+    """A CSV or tab-separated file whose header names its columns."""
+    next(filter(None, reader))
+    records = []
+    for row in filter(None, reader):
+        if len(row) != len(names):
+            raise DataError(f"{path}, line {reader.line_num}: {len(row)} columns, but the header "
+                            f"has {len(names)}; put quotes around text that contains the separator")
+        records.append((f"line {reader.line_num}", {name: text.strip() for name, text in zip(names, row)}))
+    if not records:
+        raise DataError(f"{path}: has a header and no line below it")
+    if "youtube_id" in names:
+        return _read_kinetics(path, names, records)
+    if {"videoid", "page_dir", "name"} <= set(names):
+        return Found("WebVid", [Row(_names(record["videoid"], record["page_dir"]), caption=record["name"])
+                                for _, record in records])
+    if names == ["video_id"]:
+        return _read_msrvtt_list(path, [record["video_id"] for _, record in records])
+    numbered = [name for name in names if _NUMBERED_ANSWER.fullmatch(name)]
+    if numbered and "answer" in names:
+        for _, record in records:
+            record["candidates"] = [record[name] for name in numbered]
+    kind = "MSR-VTT 1k-A" if {"vid_key", "sentence"} <= set(names) else "table with a header"
+    return _from_records(path, records, kind)
+
+
+def _read_kinetics(path, names, records):
+    """Kinetics' own CSV: label,youtube_id,time_start,time_end,split; files are id_start_end.mp4."""
+    rows = []
+    for line, record in records:
+        try:
+            stem = "{}_{:06d}_{:06d}".format(record["youtube_id"], int(float(record["time_start"])),
+                                             int(float(record["time_end"])))
+        except (KeyError, ValueError):
+            raise DataError(f"{path}, {line}: Kinetics needs time_start and time_end in seconds") from None
+        label, split = record.get("label") or None, record.get("split", "")
+        folders = [label, label and label.replace(" ", "_"), split, label and f"{split}/{label}"]
+        rows.append(Row(_names(stem, *folders) + _names(record["youtube_id"], label), label,
+                        split={"": None, "train": "train"}.get(split, "val")))
+    return Found("Kinetics", rows)
+
+
+def _read_msrvtt_list(path, ids):
+    """A list of MSR-VTT's video ids, like the 9k training list; the sentences are in the JSON beside it."""
+    for file in sorted(path.parent.glob("*.json")):
+        content = json.loads(_decode(file))
+        if isinstance(content, dict) and {"videos", "sentences"} <= content.keys():
+            rows = _msrvtt_rows(file, content, set(ids))
+            return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
+                         [row._replace(split=None) for row in rows])
+    raise DataError(f"{path}: lists video ids alone; put MSRVTT_data.json, which has the sentences, beside it")
+
+
+def _msrvtt_rows(path, content, wanted=None):
+    try:
+        splits = {video["video_id"]: video.get("split") for video in content["videos"]}
+        pairs = [(sentence["video_id"], sentence["caption"]) for sentence in content["sentences"]]
+    except (KeyError, TypeError):
+        raise DataError(f"{path}: MSR-VTT needs video_id in videos, video_id and caption in sentences") from None
+    return [Row(_names(name), caption=caption.strip(), split={None: None, "train": "train"}.get(splits.get(name), "val"))
+            for name, caption in pairs if wanted is None or name in wanted]
+
+
+# ------------------------------------------------------------------------------------------------
+# JSON
+
+
+def _read_json(path, text, lines):
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        if "Extra data" in str(error):
+            return _read_json_lines(path, lines)
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if isinstance(content, dict) and {"videos", "sentences"} <= content.keys():
+        return Found("MSR-VTT", _msrvtt_rows(path, content))
+    if isinstance(content, dict) and content and all(str(value).isdecimal() for value in content.values()):
+        raise DataError(f"{path}: this is the file of label names; give the list of videos that lies beside it")
+    if isinstance(content, dict) and set(content) & set(_COLUMNS["path"]):
+        content = [content]
+    if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
+        raise DataError(f"{path}: no known format: expected a list of objects like "
+                        '{"video": "dog.mp4", "caption": "a dog runs"}, or MSR-VTT\'s videos and sentences')
+    if "id" in content[0] and not set(content[0]) & set(_COLUMNS["path"]):
+        return _read_something(path, content)
+    return _from_records(path, [(f"entry {number}", item) for number, item in enumerate(content, 1)], None)
+
+
+def _read_something(path, content):
+    """Something-Something V2: the label is the template without its brackets, numbered by the labels file."""
+    classes = None
+    for file in sorted(path.parent.glob("*labels.json")):
+        numbers = json.loads(_decode(file))
+        classes = sorted(numbers, key=lambda name: int(numbers[name]))
+    rows = []
+    for number, item in enumerate(content, 1):
+        if not isinstance(item.get("id"), (str, int)):
+            raise DataError(f"{path}, entry {number}: needs an \"id\"")
+        template = item.get("template")
+        label = template and template.replace("[", "").replace("]", "")
+        if label and classes and label not in classes:
+            raise DataError(f"{path}, entry {number}: its template {label!r} is not in the labels file beside it")
+        rows.append(Row(_names(str(item["id"])), label, item.get("label")))
+    if classes is None and any(row.label for row in rows):
+        raise DataError(f"{path}: put something-something-v2-labels.json, which numbers the templates, beside it")
+    return Found("Something-Something V2", rows, classes)
+
+
+def _read_json_lines(path, lines):
+    """An object on each line, with the same names for the keys as columns have."""
+    records = []
+    for number, line in lines:
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(item, dict):
+            raise DataError(f"{path}, line {number}: expected an object like "
+                            '{"path": "dog.mp4", "caption": "a dog runs"}, got ' + line[:40])
+        records.append((f"line {number}", item))
+    return _from_records(path, records, "JSON lines")
+
+
+def _from_records(path, records, kind):
+    """Found, from dicts with the names of _COLUMNS; `kind` is the container's, where no content tells more."""
+    rows = []
+    for place, record in records:
+        field = {key: next((record[name] for name in names if record.get(name) not in (None, "")), None)
+                 for key, names in _COLUMNS.items()}
+        name, caption, answer, candidates = (field[key] for key in ("path", "caption", "answer", "candidates"))
+        label = str(field["label"]) if isinstance(field["label"], int) else field["label"]
+        if isinstance(caption, list) and isinstance(answer, int):  # UMT's multiple choice
+            caption, candidates = None, caption
+        texts = [name, label, field["question"], *(caption if isinstance(caption, list) else [caption]),
+                 *(candidates or [])]
+        if name is None or not all(isinstance(text, str) for text in texts if text is not None):
+            raise DataError(f"{path}, {place}: needs a \"path\", and path, label and caption must be text, "
+                            f"got {json.dumps(record)[:60]}")
+        names = name.strip() if is_media(name) else _names(name.strip())
+        if candidates:
+            if not str(answer).isdecimal() or int(answer) >= len(candidates):
+                raise DataError(f"{path}, {place}: the answer of a multiple choice is the place of the right one, "
+                                f"0 to {len(candidates) - 1}, got {answer!r}")
+            answer = caption = candidates[int(answer)]
+            candidates = tuple(candidates)
+        elif isinstance(answer, list):
+            answer = max(answer, key=answer.count)
+        captions = caption if isinstance(caption, list) else [caption]
+        rows += [Row(names, label and label.strip(), text and text.strip(), None, field["question"],
+                     None if answer is None else str(answer), candidates) for text in captions]
+    if rows[0].candidates:
+        kind = "multiple choice"
+    elif rows[0].question:
+        kind = "question answering"
+    elif kind is None:
+        kind = "captions in JSON, as VINDLU and UMT have them" if rows[0].caption else "JSON"
+    for what in ("caption", "question", "candidates"):
+        has = [getattr(row, what) is not None for row in rows]
+        if any(has) and not all(has):
+            first = rows[has.index(False)].path
+            place = records[has.index(False)][0] if len(rows) == len(records) else first
+            raise DataError(f"{path}, {place}: has no {what}, other lines have")
+    return Found(kind, rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# Labels and parts
+
+
+def number_labels(source, labels, classes):
+    """(class names, {label as written: number}); all-integer labels are numbers already.
+
+    labels   of all rows, as written, None where there is none
+    classes  names in the order of their numbers, or None: the labels themselves, sorted
+    raises   DataError where a label is not among the classes
+    """
+    written = sorted({label for label in labels if label is not None})
+    if not written:
+        return list(classes or []), {}
+    if all(label.isdecimal() for label in written) and not set(written) <= set(classes or ()):
+        number = {label: int(label) for label in written}
+        classes = list(classes or map(str, range(max(number.values()) + 1)))
+        unknown = [label for label in written if number[label] >= len(classes)]
+    else:
+        classes = list(classes or written)
+        number = {name: place for place, name in enumerate(classes)}
+        unknown = [label for label in written if label not in number]
+    if unknown:
+        raise DataError(f"{source}: label {unknown[0]!r} is not among the {len(classes)} known "
+                        f"classes ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})")
+    return classes, number
+
+
+def main(argv=None):
+    """Print what a source is, and its first rows: python annotations.py SOURCE"""
+    import sys
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if len(argv) != 1:
+            raise DataError("python annotations.py SOURCE: give one folder or file")
+        found = read(argv[0])
+    except DataError as error:
+        print(f"annotations.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{argv[0]}: {found.kind}, {len(found.rows):,} rows")
+    for row in itertools.islice(found.rows, 5):
+        print({key: value for key, value in row._asdict().items() if value is not None})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,239 @@
+"""What annotations.py promises: each published format is recognised by its content and read as its
+authors meant it; videos are found beside, below and around their list; and what breaks a format is
+one line that names the place."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import annotations
+import data
+import train
+from annotations import DataError, read
+from data import VideoFiles
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """The bytes of a video of six frames."""
+    av = pytest.importorskip("av")
+    path = tmp_path_factory.mktemp("clip") / "x.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(6):
+            picture = np.full((32, 48, 3), 30 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+def table(*lines):
+    return "\n".join(lines) + "\n"
+
+
+# kind -> (files of text, videos, source, [(video, label, caption, split)], classes)
+MSRVTT = json.dumps(dict(
+    info={}, videos=[dict(video_id="video0", category=9, split="train"), dict(video_id="video1", split="validate"),
+                     dict(video_id="video2", split="test")],
+    sentences=[dict(sen_id=0, video_id="video0", caption="a car"), dict(sen_id=1, video_id="video2", caption="a cat"),
+               dict(sen_id=2, video_id="video0", caption="it drives"), dict(sen_id=3, video_id="video1", caption="tea")]))
+TEMPLATES = json.dumps({"Putting something next to something": "1", "Dropping something": "0"})
+SSV2 = json.dumps([
+    dict(id="7", label="putting a cup next to a pen", template="Putting [something] next to [something]",
+         placeholders=["a cup", "a pen"]),
+    dict(id="8", label="dropping a pen", template="Dropping [something]", placeholders=["a pen"])])
+CASES = {
+    "Kinetics": (
+        {"lists/train.csv": table("label,youtube_id,time_start,time_end,split", "riding a bike,-ab_,5,15,train",
+                                  '"eating, fast",zzz,130,140,train')},
+        ["lists/train/riding a bike/-ab__000005_000015.mp4", "lists/train/eating, fast/zzz_000130_000140.mp4"],
+        "lists/train.csv",
+        [("-ab__000005_000015.mp4", "riding a bike", None, "train"), ("zzz_000130_000140.mp4", "eating, fast", None, "train")],
+        None),
+    "Something-Something V2": (
+        {"labels/something-something-v2-labels.json": TEMPLATES, "labels/something-something-v2-train.json": SSV2},
+        ["20bn-something-something-v2/7.webm", "20bn-something-something-v2/8.webm"],
+        "labels/something-something-v2-train.json",
+        [("7.webm", "Putting something next to something", "putting a cup next to a pen", None),
+         ("8.webm", "Dropping something", "dropping a pen", None)],
+        ["Dropping something", "Putting something next to something"]),
+    "UCF101, split 1": (
+        {"ucfTrainTestlist/classInd.txt": table("1 ApplyEyeMakeup", "2 YoYo"),
+         "ucfTrainTestlist/trainlist01.txt": table("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1"),
+         "ucfTrainTestlist/testlist01.txt": table("YoYo/v_YoYo_g01_c02.avi")},
+        ["UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "UCF-101/YoYo/v_YoYo_g01_c02.avi"],
+        "ucfTrainTestlist",
+        [("v_ApplyEyeMakeup_g08_c01.avi", "ApplyEyeMakeup", None, "train"), ("v_YoYo_g01_c02.avi", "YoYo", None, "val")],
+        ["ApplyEyeMakeup", "YoYo"]),
+    "UCF101, split 2": (
+        {"classInd.txt": table("1 ApplyEyeMakeup", "2 YoYo"), "testlist02.txt": table("YoYo/v_YoYo_g01_c02.avi")},
+        ["v_YoYo_g01_c02.avi"], "testlist02.txt", [("v_YoYo_g01_c02.avi", "YoYo", None, "val")],
+        ["ApplyEyeMakeup", "YoYo"]),
+    "HMDB51, split 1": (
+        {"splits/brush_hair_test_split1.txt": table("a b (1).avi 1 ", "b.avi 2 ", "c.avi 0 "),
+         "splits/wave_test_split1.txt": table("d.avi 2 ")},
+        ["brush_hair/a b (1).avi", "brush_hair/b.avi", "wave/d.avi"], "splits",
+        [("a b (1).avi", "brush_hair", None, "train"), ("b.avi", "brush_hair", None, "val"), ("d.avi", "wave", None, "val")],
+        ["brush_hair", "wave"]),
+    "MSR-VTT": (
+        {"MSRVTT_data.json": MSRVTT}, ["videos/all/video0.mp4", "videos/video0.mp4", "videos/video1.mp4", "videos/video2.mp4"],
+        "MSRVTT_data.json",
+        [("video0.mp4", None, "a car", "train"), ("video2.mp4", None, "a cat", "val"),
+         ("video0.mp4", None, "it drives", "train"), ("video1.mp4", None, "tea", "val")], None),
+    "MSR-VTT, the 2 videos of MSRVTT_train.9k.csv": (
+        {"MSRVTT_data.json": MSRVTT, "MSRVTT_train.9k.csv": table("video_id", "video0", "video1")},
+        ["videos/video0.mp4", "videos/video1.mp4"], "MSRVTT_train.9k.csv",
+        [("video0.mp4", None, "a car", None), ("video0.mp4", None, "it drives", None), ("video1.mp4", None, "tea", None)], None),
+    "MSR-VTT 1k-A": (
+        {"MSRVTT_JSFUSION_test.csv": table("key,vid_key,video_id,sentence", 'ret0,msr9,video9,"a cat, asleep"')},
+        ["video9.mp4"], "MSRVTT_JSFUSION_test.csv", [("video9.mp4", None, "a cat, asleep", None)], None),
+    "WebVid": (
+        {"results_2M_train.csv": table("videoid,contentUrl,duration,page_dir,name",
+                                       "12,https://x/12.mp4,PT00H00M09S,006001_006050,A wave breaks.")},
+        ["videos/006001_006050/12.mp4"], "results_2M_train.csv", [("12.mp4", None, "A wave breaks.", None)], None),
+    "captions in JSON, as VINDLU and UMT have them": (
+        {"anno/test.json": json.dumps([dict(video="p.mp4", caption=["one", "two"]), dict(video="q.mp4", caption="three")])},
+        ["p.mp4", "q.mp4"], "anno/test.json",
+        [("p.mp4", None, "one", None), ("p.mp4", None, "two", None), ("q.mp4", None, "three", None)], None),
+    "JSON lines": (
+        {"x.jsonl": table('{"path": "p.mp4", "caption": "one", "label": 3}')}, ["p.mp4"], "x.jsonl",
+        [("p.mp4", "3", "one", None)], None),
+    "table with a header": (
+        {"x.csv": table("caption,path", '"one, two",a b.mp4')}, ["a b.mp4"], "x.csv",
+        [("a b.mp4", None, "one, two", None)], None),
+    "list of `path label` lines": (
+        {"x.csv": table("a b.mp4 3", "c.mp4 1")}, ["a b.mp4", "c.mp4"], "x.csv",
+        [("a b.mp4", "3", None, None), ("c.mp4", "1", None, None)], None),
+    "VideoMAE V2's list of whole videos": (
+        {"x.csv": table("a b.mp4 0 -1", "c.mp4 0 -1")}, ["a b.mp4", "c.mp4"], "x.csv",
+        [("a b.mp4", None, None, None), ("c.mp4", None, None, None)], None),
+    "folder of videos": (
+        {}, ["all/run fast/a.mp4", "all/jump/b.mp4"], "all",
+        [("b.mp4", "jump", None, None), ("a.mp4", "run fast", None, None)], None),
+    "folder of videos with a .txt beside each": (
+        {"all/a.txt": "a dog\n", "all/b.txt": "a cat"}, ["all/a.mp4", "all/b.mp4"], "all",
+        [("a.mp4", None, "a dog", None), ("b.mp4", None, "a cat", None)], None),
+}
+
+
+def lay(folder, texts, videos, content):
+    for name, text in {**texts, **dict.fromkeys(videos)}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if text is None else text.encode())
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_every_format_is_recognised_and_its_videos_are_found(tmp_path, kind, clip):
+    texts, videos, source, expected, classes = CASES[kind]
+    lay(tmp_path, texts, videos, clip)
+    found = read(tmp_path / source)
+    assert found.kind == kind and found.classes == classes
+    assert [(row.path.split("/")[-1], *row[1:4]) for row in found.rows] == expected
+    files = VideoFiles(tmp_path / source, 2, 16)
+    assert not files.missing and files[0]["video"].shape == (2, 16, 16, 3) and kind in files.summary()
+    splits = {row.split for row in found.rows}
+    if splits == {"train", "val"}:
+        held = VideoFiles(tmp_path / source, 2, 16, train=False, classes=files.classes)
+        assert [row.split for row in files.rows] == ["train"] * len(files) and {row.split for row in held.rows} == {"val"}
+
+
+def test_labels_are_numbered_as_the_benchmark_numbers_them(tmp_path, clip):
+    texts, videos, source, *_ = CASES["Something-Something V2"]
+    lay(tmp_path, texts, videos, clip)
+    assert [label for _, label in VideoFiles(tmp_path / source, 2, 16).items] == [1, 0]
+    texts, videos, _, *_ = CASES["UCF101, split 1"]
+    lay(tmp_path, texts, videos, clip)
+    held = VideoFiles(tmp_path / "ucfTrainTestlist/testlist01.txt", 2, 16, train=False)
+    assert held.items[0][1] == 1 and held.classes == ["ApplyEyeMakeup", "YoYo"]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("mc.json", json.dumps([dict(video="p.mp4", caption=["no", "yes", "maybe"], answer=1)])),
+    ("mc.jsonl", json.dumps(dict(video="p.mp4", question="is it?", options=["no", "yes", "maybe"], answer=1))),
+    ("mc.csv", "video,question,answer,a0,a1,a2\np,is it?,1,no,yes,maybe\n")])
+def test_a_multiple_choice_is_its_candidates_and_the_right_one(tmp_path, clip, name, text):
+    lay(tmp_path, {name: text}, ["p.mp4"], clip)
+    files = VideoFiles(tmp_path / name, 2, 16)
+    item = files[0]
+    assert files.kind == "multiple choice" and files.captions == ["yes"]
+    assert item["candidates"] == ("no", "yes", "maybe") and item["answer"] == item["caption"] == "yes"
+    batch = next(data.batches(files, 2, 0, 1))
+    assert batch["candidates"] == [item["candidates"]] * 2
+
+
+def test_a_question_comes_with_its_answer(tmp_path, clip):
+    entries = [dict(video_id="video7", question="who runs?", answer="dog"),
+               dict(video="p.mp4", question="what colour?", answer=["red", "blue", "red"])]
+    lay(tmp_path, {"qa.json": json.dumps(entries)}, ["p.mp4", "video7.mp4"], clip)
+    files = VideoFiles(tmp_path / "qa.json", 2, 16)
+    assert files.kind == "question answering" and files.captions is None
+    assert [(files[i]["question"], files[i]["answer"]) for i in (0, 1)] == [("who runs?", "dog"), ("what colour?", "red")]
+
+
+def test_pictures_with_sentences_are_clips_of_one_frame(tmp_path):
+    av = pytest.importorskip("av")
+    for name, grey in (("a.png", 50), ("b.jpg", 200)):
+        picture = np.full((40, 60, 3), grey, np.uint8)
+        av.VideoFrame.from_ndarray(picture, format="rgb24").save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"grey {grey}")
+    files = VideoFiles(tmp_path, 1, 24, flip=False)
+    assert files.kind == "folder of pictures with a .txt beside each" and files.captions == ["grey 50", "grey 200"]
+    for item, grey in zip((files[0], files[1]), (50, 200)):
+        assert item["video"].shape == (1, 24, 24, 3) and abs(int(item["video"].mean()) - grey) <= 2
+
+
+def test_the_captions_of_one_video_stay_in_one_part(tmp_path, clip):
+    entries = [dict(video=f"{i}.mp4", caption=["a", "b", "c"]) for i in range(10)]
+    lay(tmp_path, {"x.json": json.dumps(entries)}, [f"{i}.mp4" for i in range(10)], clip)
+    parts = [{path for path, _ in VideoFiles(tmp_path / "x.json", 2, 16, part=part).items} for part in ("train", "val")]
+    assert not parts[0] & parts[1] and [len(part) for part in parts] == [9, 1]
+
+
+@pytest.mark.parametrize("name, text, reason", [
+    ("x.json", "{broken", "not JSON"), ("x.json", '{"a": [1]}', "no known format"), ("x.json", "[1, 2]", "no known format"),
+    ("x.json", TEMPLATES, "file of label names"), ("x.json", SSV2, "labels.json"),
+    ("x.json", json.dumps([dict(video="p.mp4", caption=["a", "b"], answer=7)]), "entry 1: the answer"),
+    ("x.json", json.dumps([dict(video="p.mp4", caption="a"), dict(video="p.mp4")]), "entry 2: has no caption"),
+    ("x.json", json.dumps([dict(video=3, caption="a")]), "entry 1: needs"),
+    ("x.csv", "video_id\nvideo0\n", "MSRVTT_data.json"), ("x.csv", "path,label\n", "no line below"),
+    ("x.csv", "label,youtube_id,time_start,time_end,split\nrun,abc,now,then,train\n", "line 2: Kinetics"),
+    ("a_test_split1.txt", "x.avi 1\nwrong 2\n", "line 2"), ("x.jsonl", '{"path": "a.mp4"}\n[]\n', "line 2")])
+def test_what_breaks_a_format_is_one_line_that_names_the_place(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError) as error:
+        read(tmp_path / name)
+    message = str(error.value)
+    assert name in message and reason in message and "\n" not in message
+
+
+def test_the_command_line_says_what_a_source_is(tmp_path, clip, capsys):
+    texts, videos, source, *_ = CASES["WebVid"]
+    lay(tmp_path, texts, videos, clip)
+    assert annotations.main([str(tmp_path / source)]) == 0 and "WebVid, 1 rows" in capsys.readouterr().out
+    assert annotations.main([str(tmp_path / "gone")]) == 2 and "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["Kinetics", "UCF101, split 1", "HMDB51, split 1", "Something-Something V2"])
+def test_the_classify_stage_takes_what_has_labels(tmp_path, kind, clip, capsys):
+    texts, videos, source, *_ = CASES[kind]
+    lay(tmp_path, texts, videos, clip)
+    tiny = ["--steps", "1", "--batch-size", "2", "--num-frames", "2", "--input-size", "32", "--workers", "0"]
+    assert train.main(["mae", *tiny, "--data", str(tmp_path / source), "--out", str(tmp_path / "mae")]) == 0
+    assert train.main(["classify", *tiny, "--data", str(tmp_path / source), "--weights", str(tmp_path / "mae"),
+                       "--out", str(tmp_path / "classify")]) == 0
+    assert kind in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["MSR-VTT", "WebVid", "captions in JSON, as VINDLU and UMT have them"])
+def test_the_clip_stage_takes_what_has_captions(tmp_path, kind, clip, capsys):
+    texts, videos, source, *_ = CASES[kind]
+    lay(tmp_path, texts, videos, clip)
+    assert train.main(["clip", "--steps", "1", "--batch-size", "2", "--image-batch", "2", "--num-frames", "2",
+                       "--input-size", "32", "--workers", "0", "--data", str(tmp_path / source),
+                       "--out", str(tmp_path / "clip")]) == 0
+    assert kind in capsys.readouterr().out
