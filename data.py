@@ -44,14 +44,18 @@ True
 array([12, 37, 62, 87])
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import itertools
+import json
 import math
 import operator
+import random
 import re
 import signal
+import tarfile
 import time
 from pathlib import Path
 
@@ -1086,16 +1090,10 @@ class VideoFiles:
 
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, seed=0,
                  flip=True, part="all", classes=None, transform="plain", views=None):
-        for what, name, known in (("sampling", sampling, SAMPLINGS), ("transform", transform, TRANSFORMS),
-                                  ("part", part, ("all", "train", "val"))):
-            if name not in known:
-                raise DataError(f"no {what} {name!r}: choose {', '.join(known)}")
-        if frames < 1 or stride < 1 or seed < 0 or views and (train or min(views) < 1):
-            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, views are of evaluation and >= 1: "
-                            f"got frames={frames}, stride={stride}, seed={seed}, views={views}")
-        self.source, self.size = str(source), _height_width(size)
-        self.frames, self.stride, self.sampling, self.transform = frames, stride, sampling, transform
-        self.train, self.seed, self.flip, self.views = train, seed, flip, views
+        if part not in ("all", "train", "val"):
+            raise DataError(f"no part {part!r}: choose all, train or val")
+        self.prepare(frames, size, stride, sampling, train, seed, flip, transform, views)
+        self.source = str(source)
         self.kind, rows, official = annotations.read(source)
         labels = [row.label for row in rows]
         self.classes, number = annotations.number_labels(source, labels, classes or official)
@@ -1112,6 +1110,17 @@ class VideoFiles:
         if len(self.missing) == len({row.path for row in rows}):
             raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder")
+
+    def prepare(self, frames, size, stride, sampling, train, seed, flip, transform, views):
+        """Keep what concerns each single file; DataError where it is impossible."""
+        for what, name, known in (("sampling", sampling, SAMPLINGS), ("transform", transform, TRANSFORMS)):
+            if name not in known:
+                raise DataError(f"no {what} {name!r}: choose {', '.join(known)}")
+        if frames < 1 or stride < 1 or seed < 0 or views and (train or min(views) < 1):
+            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, views are of evaluation and >= 1: "
+                            f"got frames={frames}, stride={stride}, seed={seed}, views={views}")
+        self.size, self.frames, self.stride, self.sampling = _height_width(size), frames, stride, sampling
+        self.transform, self.train, self.seed, self.flip, self.views = transform, train, seed, flip, views
 
     def __len__(self):
         return len(self.items)
@@ -1169,6 +1178,130 @@ class VideoFiles:
         return np.stack(found) if self.views else found[0]
 
 
+class VideoShards:
+    """Clips from tar shards in the WebDataset layout: k.mp4 with k.txt, k.json or k.cls beside it.
+
+    source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files; the pattern
+            may be a URL, as the `webdataset` package reads them (pip install webdataset)
+    The rest as `VideoFiles`; labels are the numbers of .cls. "val" is every tenth shard, "train" the rest.
+
+    Shards are for data too large to be listed, so training draws shards with replacement for ever, a
+    shuffle buffer of 200 samples mixes what comes out, and a run is as long as its steps say, however
+    the shards fall on processes and workers. A batch is a function of (seed, number of workers, step at
+    which the run began): a resumed run draws new shards, it does not repeat the old ones. Evaluation
+    reads its shards once, in order.
+
+    `items` and `captions` list what the first shard holds, the held-out part all of its own: enough for
+    a vocabulary and for `summary`. Raises DataError: no such shard, no video in it, package absent.
+    """
+
+    missing, classes = (), ()
+
+    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True,
+                 part="all", classes=None, transform="plain", views=None):
+        try:
+            import webdataset
+        except ImportError:
+            raise DataError(f"{source}: tar shards are read by the webdataset package: pip install webdataset") from None
+        shards = (sorted(map(str, Path(source).glob("*.tar"))) if Path(source).is_dir()
+                  else webdataset.shardlists.expand_urls(str(source)))
+        absent = [shard for shard in shards if ":" not in shard and not Path(shard).is_file()]
+        if absent or not shards:
+            raise DataError(f"{source}: no such shard{': ' + absent[0] if absent else ''}")
+        if part != "all":
+            shards = [shard for shard, in split_files([(shard,) for shard in shards])[part == "val"]]
+        self.source, self.shards, self.train, self.seed = str(source), shards, train, seed
+        # All that concerns one file is VideoFiles' own; only where files come from is different.
+        self.files = VideoFiles.__new__(VideoFiles)
+        self.files.prepare(frames, size, stride, sampling, train, seed, flip, transform, views)
+        known = [describe_sample(sample) for sample in self.samples(shards[:1] if train else shards)]
+        if not known:
+            raise DataError(f"{shards[0]}: no video in this shard")
+        self.items = [(item["path"], item["label"]) for item, _ in known]
+        captions = [item.get("caption") for item, _ in known]
+        self.captions = None if None in captions else captions
+
+    def __len__(self):
+        return len(self.items)
+
+    def summary(self):
+        """One line for the user: how many shards, and what is in the first."""
+        said = f" = {self.captions[0]!r}" if self.captions else ""
+        return (f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
+                f"{'the first' if self.train else 'them'}, first {self.items[0][0]}{said}")
+
+    def samples(self, shards, mix=None):
+        """The raw samples of an iterable of shards, one after another; mix: a random.Random to shuffle by."""
+        import webdataset
+        stages = [lambda: ({"url": shard} for shard in shards), webdataset.tarfile_to_samples()]
+        if mix is not None:
+            stages.append(webdataset.shuffle(200, rng=mix))
+        try:
+            for sample in webdataset.DataPipeline(*stages):
+                if describe_sample(sample):
+                    yield sample
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise DataError(f"{self.source}: a shard cannot be read ({error})") from None
+
+    def stream(self, *key):
+        """Items like those of VideoFiles: for ever and mixed by the numbers of `key`, or in evaluation once."""
+        if not self.train:
+            for item, content in map(describe_sample, self.samples(self.shards)):
+                yield self.item(item, content, None)
+            return
+        rng = np.random.default_rng((self.seed, *key))
+        endless = (self.shards[rng.integers(len(self.shards))] for _ in itertools.count())
+        bad = []
+        for count, sample in enumerate(self.samples(endless, random.Random(int(rng.integers(2**63))))):
+            item = self.item(*describe_sample(sample), (self.seed, *key, count))
+            bad += item["bad"]
+            if len(bad) > 1000:
+                raise DataError(f"{self.source}: a thousand samples in a row cannot be read; {bad[0][1]}")
+            if item["video"] is not None:
+                item["bad"], bad = bad, []
+                yield item
+
+    def item(self, item, content, key):
+        item |= {"video": None, "bad": []}
+        try:
+            item["video"] = self.files.clip(Bytes(item["path"], content), key)
+        except DataError as error:
+            item["bad"].append((item["path"], str(error)))
+        return item
+
+
+def describe_sample(sample):
+    """({"path", "label" and "caption" if there}, content of its video) of a WebDataset sample, or None."""
+    video = next((key for key in sample if annotations.is_media(f"x.{key}")), None)
+    if video is None:
+        return None
+    said = sample.get("txt", b"").decode("utf-8", "replace").strip()
+    with contextlib.suppress(ValueError, AttributeError):
+        said = said or json.loads(sample.get("json", b"null")).get("caption", "")
+    label = sample.get("cls", b"-1").strip()
+    item = {"path": f"{sample['__url__']}/{sample['__key__']}.{video}", "label": int(label) if label.isdigit() else -1}
+    return item | ({"caption": said} if said else {}), sample[video]
+
+
+def open_clips(source, *args, **options):
+    """VideoFiles, or VideoShards where the source is tar shards; arguments as theirs."""
+    return (VideoShards if annotations.is_shards(source) else VideoFiles)(source, *args, **options)
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    """The endless items of VideoShards, each worker's its own."""
+
+    def __init__(self, shards, *key):
+        self.shards, self.key = shards, key
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        try:
+            yield from self.shards.stream(*self.key, worker.id if worker else 0)
+        except DataError as error:
+            yield error
+
+
 # ------------------------------------------------------------------------------------- batches
 
 
@@ -1203,12 +1336,14 @@ def _start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _load(dataset, plan, workers):
+def _load(dataset, plan, workers, **options):
     # The workers run one torch thread each and end with the parent: DataLoader sees to both. Its
     # own generator, so that starting a loader does not move the global one.
+    if plan is not None:
+        dataset, options = _Carry(dataset), {"batch_sampler": plan}
     loader = torch.utils.data.DataLoader(
-        _Carry(dataset), batch_sampler=plan, collate_fn=_collate, num_workers=workers,
-        worker_init_fn=_start_worker, generator=torch.Generator())
+        dataset, collate_fn=_collate, num_workers=workers, worker_init_fn=_start_worker,
+        generator=torch.Generator(), **options)
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
@@ -1262,8 +1397,12 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
              (path, reason), and the lists "caption", "path", "facts" where the dataset has them
     Raises DataError where the dataset does, or if a batch has nothing but unreadable files.
     """
-    plan = _Plan(dataset, batch_size, seed, steps, start, shuffle, rank, world)
-    for batch in _load(dataset, plan, workers):
+    if isinstance(dataset, VideoShards):
+        stream = _Stream(dataset, seed, start, rank)
+        found = itertools.islice(_load(stream, None, workers, batch_size=batch_size), max(steps - start, 0))
+    else:
+        found = _load(dataset, _Plan(dataset, batch_size, seed, steps, start, shuffle, rank, world), workers)
+    for batch in found:
         if batch["video"] is None:
             raise DataError(f"a whole batch of unreadable files; {batch['bad'][0][1]}")
         yield batch
@@ -1280,8 +1419,12 @@ def held_out(dataset, count, batch_size, workers=0):
         count = len(dataset) if count is None else min(count, len(dataset))
     plan = [list(range(first, min(first + batch_size, count)))
             for first in range(0, count, batch_size)]
+    found = _load(dataset, plan, workers)
+    if isinstance(dataset, VideoShards):
+        items = itertools.islice(dataset.stream(), count)
+        found = map(_collate, iter(lambda: list(itertools.islice(items, batch_size)), []))
     waiting, bad = None, []  # one batch is held back: the last one also reports what follows it
-    for batch in _load(dataset, plan, workers):
+    for batch in found:
         bad += batch["bad"]
         if batch["video"] is None:
             continue

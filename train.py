@@ -409,7 +409,7 @@ class Clip(Stage):
     def check_captions(self):
         """All training captions, for the vocabulary; Mistake where a list has none, or an empty one."""
         for source in (*self.sets, self.stills):
-            if not isinstance(source, data.VideoFiles):
+            if not isinstance(source, (data.VideoFiles, data.VideoShards)):
                 continue
             if source.captions is None:
                 raise Mistake(f"{source.source}: has no captions; give a CSV file with a header 'path,caption', or "
@@ -429,7 +429,7 @@ class Clip(Stage):
         if not self.data and not self.image_data:
             return data.StillShapes("train", self.num_frames, self.input_size, self.seed)
         part = "all" if self.image_data or self.val_data else "train"
-        return data.VideoFiles(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
+        return data.open_clips(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
                                flip=False, part=part)
 
     def datasets(self):
@@ -1008,8 +1008,8 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True):
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed,
                    flip=flip)
     part = "all" if stage.val_data else "train"
-    train = data.VideoFiles(stage.data, train=True, part=part, **options)
-    held_out = data.VideoFiles(stage.val_data or stage.data, train=False, classes=train.classes,
+    train = data.open_clips(stage.data, train=True, part=part, **options)
+    held_out = data.open_clips(stage.val_data or stage.data, train=False, classes=train.classes,
                                part="all" if stage.val_data else "val", **options)
     print(f"--data {train.summary()}")
     print(f"held out: {len(held_out)} files")

@@ -2,7 +2,10 @@
 authors meant it; videos are found beside, below and around their list; and what breaks a format is
 one line that names the place."""
 
+import io
 import json
+import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -237,3 +240,74 @@ def test_the_clip_stage_takes_what_has_captions(tmp_path, kind, clip, capsys):
                        "--input-size", "32", "--workers", "0", "--data", str(tmp_path / source),
                        "--out", str(tmp_path / "clip")]) == 0
     assert kind in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------- tar shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, clip):
+    """Three shards of four videos each, one of them no video; captions and labels beside."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(3):
+        with tarfile.open(folder / f"clips-{number:03d}.tar", "w") as tar:
+            for i in range(4):
+                key = f"{number}{i}"
+                broken = key == "12"
+                for suffix, content in (("mp4", b"broken" if broken else clip), ("txt", f"clip {key}".encode()),
+                                        ("cls", str(i).encode())):
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def test_shards_need_a_package_and_say_so(shards, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    with pytest.raises(DataError, match="pip install webdataset"):
+        data.open_clips(shards, 2, 16)
+
+
+@pytest.mark.parametrize("source", ["", "clips-{000..002}.tar"])
+def test_shards_give_endless_mixed_clips_and_skip_what_is_broken(shards, source):
+    pytest.importorskip("webdataset")
+    files = data.open_clips(shards / source if source else shards, 2, 16)
+    assert "3 tar shards, 4 videos in the first" in files.summary() and files.captions[1] == "clip 01"
+    found = list(data.batches(files, 4, 0, steps=10))
+    assert len(found) == 10 and found[0]["video"].shape == (4, 2, 16, 16, 3)
+    said = [caption for batch in found for caption in batch["caption"]]
+    assert len(set(said)) == 11 and "clip 12" not in said
+    assert any("12.mp4" in path for batch in found for path, _ in batch["bad"])
+    for batch in found:
+        assert [caption[-1] for caption in batch["caption"]] == [str(int(label)) for label in batch["label"]]
+    again = list(data.batches(files, 4, 0, steps=10))
+    assert said == [caption for batch in again for caption in batch["caption"]]
+    assert torch.equal(found[3]["video"], again[3]["video"])
+    other = [caption for batch in data.batches(files, 4, 1, steps=10) for caption in batch["caption"]]
+    assert other != said
+
+
+def test_workers_and_ranks_draw_their_own_shards_and_all_take_the_same_steps(shards):
+    pytest.importorskip("webdataset")
+    files = data.open_clips(shards, 2, 16)
+    streams = [[caption for batch in data.batches(files, 4, 0, 8, rank=rank, world=2, workers=2)
+                for caption in batch["caption"]] for rank in (0, 1)]
+    assert len(streams[0]) == len(streams[1]) == 32 and streams[0] != streams[1]
+
+
+def test_held_out_shards_are_read_once_in_order(shards):
+    pytest.importorskip("webdataset")
+    files = data.open_clips(shards, 2, 16, train=False)
+    found = list(data.held_out(files, None, 5))
+    assert sum((batch["caption"] for batch in found), []) == [
+        f"clip {number}{i}" for number in range(3) for i in range(4) if (number, i) != (1, 2)]
+    assert sum(len(batch["bad"]) for batch in found) == 1 and len(files) == 12
+    parts = [set(data.open_clips(shards, 2, 16, part=part).shards) for part in ("train", "val")]
+    assert [len(part) for part in parts] == [2, 1] and not parts[0] & parts[1]
+
+
+def test_the_clip_stage_takes_shards(shards, tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    assert train.main(["clip", "--steps", "1", "--batch-size", "2", "--image-batch", "2", "--num-frames", "2",
+                       "--input-size", "32", "--workers", "0", "--data", str(shards), "--out", str(tmp_path)]) == 0
+    assert "tar shards" in capsys.readouterr().out
