@@ -531,6 +531,7 @@ def _height_width(size):
 
 TIME_LIMIT = 60.0  # seconds for opening a file and getting what was asked of it
 MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more is a broken header, and would fill the memory
+CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video")  # decoders that leave out one frame and are none the worse
 WORTH_A_SEEK = 8  # frames that a jump to a later keyframe must spare; seeking costs about as many
 
 
@@ -693,8 +694,9 @@ class Video:
         place = {info.pts[number]: number for number in numbers} if info.pts else None
         for packet in self._packets():
             # Frames that no other needs are not decoded, unless they are wanted themselves.
-            needless = place and packet.size and packet.pts is not None and packet.pts not in place
-            self.context.skip_frame = "NONREF" if needless else "DEFAULT"
+            if place and info.codec in CAN_SKIP:
+                needless = packet.size and packet.pts is not None and packet.pts not in place
+                self.context.skip_frame = "NONREF" if needless else "DEFAULT"
             for frame in packet.decode():
                 number = place.get(frame.pts) if place else next(count)
                 if number in numbers and number not in found:
@@ -944,13 +946,10 @@ def _short_side(video, size, how, least=int):
     return _resize(video, (size, long) if H <= W else (long, size), how)
 
 
-def _window(video, size, crop=0, crops=1, rounding=lambda x: int(x // 1)):
+def _window(video, size, crop=0, crops=1, rounding=int):
     """The crop of (h, w): the centre, or number `crop` of `crops` from one end to the other."""
-    offsets = []
-    for side, wanted in zip(video.shape[1:3], size):
-        spare = side - wanted
-        offsets.append(round(spare * crop / (crops - 1)) if crops > 1 else rounding(spare / 2))
-    top, left = offsets
+    share = crop / (crops - 1) if crops > 1 else 0.5
+    top, left = (rounding(share * (side - wanted)) for side, wanted in zip(video.shape[1:3], size))
     return video[:, top:top + size[0], left:left + size[1]]
 
 
@@ -992,15 +991,15 @@ def _multi_scale(video, size, rng, flip, crop, crops):
     return _resize(video[:, top:top + h, left:left + w], size, "area")
 
 
-def _fine_tuning(video, size, rng, flip, crop, crops):
+def _fine_tuning(video, size, rng, flip, crop, crops, rounding=int):
     if rng is None:
-        return _window(_short_side(video, min(size), "bilinear"), size, crop, crops, math.ceil)
+        return _window(_short_side(video, min(size), "bilinear"), size, crop, crops, rounding)
     return _random_area(video, size, rng, (0.08, 1), flip)
 
 
 def _squash(video, size, rng, flip, crop, crops):
     wide = _resize(video, tuple(side * 8 // 7 for side in size), "bilinear")  # 256 for 224
-    return _window(wide, size, crop, crops) if rng is None else _random_window(wide, size, rng)
+    return _window(wide, size, crop, crops, round) if rng is None else _random_window(wide, size, rng)
 
 
 def _demo(video, size, rng, flip, crop, crops):
@@ -1021,7 +1020,7 @@ TRANSFORMS = {  # name -> (video, size, rng, flip, crop, crops) -> video; rng=No
     "plain": _plain,  # ours: resized while decoding; crops of 50-100 % of the area
     "videomae-pretrain": _multi_scale,
     "videomae": _fine_tuning,  # less RandAugment and erasing, which belong to the batch
-    "uniformerv2": _fine_tuning,
+    "uniformerv2": functools.partial(_fine_tuning, rounding=math.ceil),
     "internvideo": _squash,  # InternVideo-MM, downstream: the aspect is lost
     "internvideo-demo": _demo,
     "clip": _clip,  # CLIP's preprocessing; in training the image-text batches of InternVideo-MM

@@ -8,8 +8,15 @@
 6. A batch is a function of (seed, step), whatever the workers and wherever the run began.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -437,6 +444,103 @@ def test_segment_sampling_takes_one_frame_from_each_segment(n, frames):
         assert all(a <= i < max(b, a + 1) and i < n for a, b, i in zip(edges, edges[1:], indices))
 
 
+def views_in_time(name, n, frames, stride=4, clips=1, **options):
+    """The chosen frames of each view in time, as lists."""
+    return [data.choose_frames(name, n, frames, stride, clip=clip, clips=clips, **options).tolist() for clip in range(clips)]
+
+
+@pytest.mark.parametrize("name, n, frames, stride, clips, expected", [
+    ("dense", 100, 4, 4, 3, [[0, 4, 8, 12], [42, 46, 50, 54], [84, 88, 92, 96]]),
+    ("videomae-dense", 20, 4, 4, 2, [[0, 4, 8, 12], [4, 8, 12, 16]]),  # windows of the list 0, 4, 8, 12, 16
+    ("videomae-dense", 9, 4, 4, 2, [[0, 4, 8, 8], [0, 4, 8, 8]]),
+    ("videomae-dense", 100, 4, 4, 1, [[42, 47, 52, 57]]),  # spacing 16/3: the 4 frames span all 16
+    ("videomae-segment", 32, 4, 4, 2, [[0, 8, 16, 24], [4, 12, 20, 28]]),  # ticks of 8, halves of a tick
+    ("videomae-pretrain", 6, 4, 4, 1, [[0, 4, 4, 4]]),
+    ("uniformerv2", 33, 4, 4, 1, [[4, 12, 20, 28]]),
+    ("uniformerv2", 33, 4, 4, 3, [[2, 10, 18, 26], [4, 12, 20, 28], [6, 14, 22, 30]]),
+    ("internvideo", 32, 4, 4, 1, [[3, 11, 19, 27]]),
+    ("internvideo-demo", 33, 5, 4, 1, [[0, 8, 16, 24, 32]]),
+    ("viclip", 33, 4, 4, 1, [[0, 8, 16, 24]]),
+    ("segment", 32, 4, 4, 1, [[3, 11, 19, 27]])])
+def test_official_samplers_choose_the_frames_that_their_rules_give(name, n, frames, stride, clips, expected):
+    """Worked out by hand from the published rules."""
+    assert views_in_time(name, n, frames, stride, clips) == expected
+
+
+def test_retrieval_takes_a_frame_a_second_and_at_most_so_many():
+    assert views_in_time("retrieval", 100, 12, fps=29.97) == [[0, 30, 60, 90] + 8 * [90]]
+    assert views_in_time("retrieval", 100, 3, fps=10.0) == [[0, 40, 90]]
+
+
+@pytest.mark.parametrize("name", data.SAMPLINGS)
+@pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 64, 65, 300])
+def test_every_sampler_stays_inside_the_video_and_goes_forward(name, n):
+    views = [data.choose_frames(name, n, 16, rng=np.random.default_rng(i)) for i in range(20)]
+    views += [data.choose_frames(name, n, 16, clip=clip, clips=clips) for clips in (1, 2, 5) for clip in range(clips)]
+    for numbers in views:
+        assert numbers.shape == (16,) and numbers.dtype.kind == "i"
+        assert 0 <= numbers.min() and numbers.max() < n and (np.diff(numbers) >= 0).all()
+
+
+@pytest.mark.parametrize("name", data.TRANSFORMS)
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (64, 64)])
+def test_every_transform_gives_the_size_asked_for(name, shape):
+    video = np.random.default_rng(0).integers(256, size=(3, *shape, 3), dtype=np.uint8)
+    state = torch.get_rng_state()
+    for rng in (None, np.random.default_rng(0)):
+        found = data.crop_frames(name, video, (56, 56), rng)
+        assert found.shape == (3, 56, 56, 3) and found.dtype == np.uint8
+    again = data.crop_frames(name, video, (56, 56), np.random.default_rng(0))
+    assert np.array_equal(found, again) and torch.equal(torch.get_rng_state(), state)
+
+
+def gradient(height, width):
+    """Columns count from 0: where a pixel came from can be read off its value."""
+    columns = np.broadcast_to(np.arange(width)[:, None], (2, height, width, 3))
+    return columns.astype(np.uint8)
+
+
+@pytest.mark.parametrize("name, first, last", [
+    # 56 x 56 of 56 x 200: what is left of the columns
+    ("videomae", 72, 127), ("uniformerv2", 72, 127), ("clip", 72, 127),
+    ("internvideo", 14, 185),  # squashed to 64 x 64 first: columns 4 to 59 of 64, each 200 / 64 wide
+    ("viclip", 1, 198),  # all of it, squashed to 56
+    ("internvideo-demo", 75, 123)])  # short side 64 by nearest pixel, columns 86 to 141 of 228
+def test_transforms_cut_what_their_recipes_cut(name, first, last):
+    found = data.crop_frames(name, gradient(56, 200), (56, 56))[0, 28, :, 0].astype(int)
+    assert abs(found[0] - first) <= 1 and abs(found[-1] - last) <= 1 and (np.diff(found) >= 0).all()
+
+
+def test_three_crops_are_the_ends_and_the_centre_of_the_longer_side():
+    wide = gradient(56, 200)
+    starts = [int(data.crop_frames("videomae", wide, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
+    assert starts == [0, 72, 144]
+    high = wide.transpose(0, 2, 1, 3)
+    starts = [int(data.crop_frames("uniformerv2", high, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
+    assert starts == [0, 72, 144]
+    odd = gradient(56, 201)  # 145 columns to spare: VideoMAE rounds the centre down, UniFormerV2 up
+    assert [int(data.crop_frames(name, odd, (56, 56))[0, 0, 0, 0]) for name in ("videomae", "uniformerv2")] == [72, 73]
+
+
+def test_views_of_a_video_come_stacked(folder):
+    files = VideoFiles(folder / "a.mp4", 4, 32, stride=2, train=False, views=(2, 3))
+    video = files[0]["video"]
+    assert video.shape == (6, 4, 32, 32, 3)
+    one = VideoFiles(folder / "a.mp4", 4, 32, stride=2, train=False)
+    assert np.array_equal(files.clip(str(folder / "a.mp4"), None)[1].shape, one[0]["video"].shape)
+    assert video[0].mean() != video[3].mean()  # another time, another grey
+    with pytest.raises(DataError, match="views"):
+        VideoFiles(folder / "a.mp4", 4, 32, views=(2, 3))
+
+
+@pytest.mark.parametrize("sampling", data.SAMPLINGS)
+def test_files_are_read_with_every_sampler_and_transform(folder, sampling):
+    for transform in data.TRANSFORMS:
+        for train in (True, False):
+            files = VideoFiles(folder / "b.mkv", 4, 32, sampling=sampling, transform=transform, train=train)
+            assert files[0]["video"].shape == (4, 32, 32, 3)
+
+
 # ---------------------------------------------------------------------------- many video files
 
 
@@ -615,6 +719,33 @@ def test_loading_does_not_touch_the_global_random_state():
     state = torch.get_rng_state()
     next(batches(MovingShapes("train", 1, 16), 2, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_worker_processes_end_with_the_run_also_after_an_interruption(folder):
+    """Ctrl-C reaches every process of a terminal, so the signal goes to the whole group."""
+    (folder / "two.txt").write_text("a.mp4 0\nb.mkv 1\n")
+    script = ("import data, sys\nfiles = data.VideoFiles(sys.argv[1], 4, 32)\n"
+              "for batch in data.batches(files, 2, 0, 10**6, workers=2): print('ready', flush=True)")
+    run = subprocess.Popen([sys.executable, "-c", script, str(folder / "two.txt")], cwd=Path(data.__file__).parent,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    assert run.stdout.readline() == b"ready\n"
+
+    def alive():
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                found += [stat.parent.name] * (int(group) == run.pid and state != "Z")
+        return found
+
+    assert len(alive()) >= 3
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(timeout=20) != 0
+    deadline = time.monotonic() + 10
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive()
 
 
 def test_held_out_items_come_in_order_once():
