@@ -90,6 +90,7 @@ _COLUMNS = {  # what a header line, or a key of JSON, may call a column
     "question": ("question",),
     "answer": ("answer", "correct"),
     "candidates": ("candidates", "options", "choices"),
+    "split": ("split",),
 }
 _NUMBERED_ANSWER = re.compile(r"(?:a|option|candidate)_?\d+")  # a column of a table of multiple choice
 
@@ -440,7 +441,8 @@ def _from_records(path, records, kind):
         elif isinstance(answer, list):
             answer = max(answer, key=answer.count)
         captions = caption if isinstance(caption, list) else [caption]
-        rows += [Row(names, label and label.strip(), text and text.strip(), None, field["question"],
+        split = field["split"] and ("train" if field["split"] == "train" else "val")
+        rows += [Row(names, label and label.strip(), text and text.strip(), split, field["question"],
                      None if answer is None else str(answer), candidates) for text in captions]
     if rows[0].candidates:
         kind = "multiple choice"

@@ -44,6 +44,7 @@ True
 array([12, 37, 62, 87])
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -52,9 +53,11 @@ import itertools
 import json
 import math
 import operator
+import os
 import random
 import re
 import signal
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -628,7 +631,7 @@ class Video:
 
     def _probe(self):
         pts, keyframes, first = set(), set(), None
-        codec = self.context.codec.name
+        codec = self.context.codec.canonical_name
         for packet in self._packets():
             if _is_shown(packet, codec):
                 pts.add(packet.pts)
@@ -679,6 +682,12 @@ class Video:
                 raise DataError(f"{self.path}: damaged, its frame {min(set(group) - set(found))} of "
                                 f"{info.frames} cannot be decoded")
         return np.stack([found[number] for number in numbers])
+
+    def count(self):
+        """Decode everything; the number of frames. Raises DataError at the first that is damaged."""
+        self.info
+        self._rewind()
+        return sum(len(packet.decode()) for packet in self._packets())
 
     def _seek(self, number):
         self.container.seek(self.info.pts[number], stream=self.stream)
@@ -1436,26 +1445,148 @@ def held_out(dataset, count, batch_size, workers=0):
     yield waiting
 
 
-def main():
-    """Print one generated clip's facts and draw all 16 motions to runs/moving_shapes.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+# -------------------------------------------------------------------------- checking a data set
 
-    world = MovingShapes("train", frames=8)
-    item = world[0]
-    print(item["caption"], item["facts"], f"label {item['label']}", item["video"].shape, sep="\n")
-    labels = [MOTIONS.index(world.scene(i).motion) for i in range(500)]
-    figure, axes = plt.subplots(16, 1, figsize=(8, 20), layout="constrained")
-    for label, ax in enumerate(axes):
-        item = world[labels.index(label)]
-        ax.imshow(np.concatenate([np.pad(f, ((0, 0), (0, 2), (0, 0))) for f in item["video"]], 1))
-        ax.set_title(f"{MOTIONS[label]}: {item['caption']}", loc="left", fontsize=8)
-        ax.axis("off")
-    Path("runs").mkdir(exist_ok=True)
-    figure.savefig("runs/moving_shapes.png", dpi=100)
-    print("wrote runs/moving_shapes.png")
+
+class _Check(torch.utils.data.Dataset):
+    """What is in each file: {"path", "bad": reason or None, "info", "picture"}."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        found = {"path": self.paths[index], "bad": None, "info": None, "picture": None}
+        try:
+            with Video(self.paths[index]) as video:
+                found["info"] = video.info
+                count = video.count()
+                if count != video.info.frames:
+                    raise DataError(f"{self.paths[index]}: has {video.info.frames} frames, of which {count} can be "
+                                    "decoded")
+                found["picture"] = video.read([count // 2], 96)[0]
+        except DataError as error:
+            found["bad"] = str(error)
+        return found
+
+
+def _as_it_is(item):
+    return item
+
+
+def check(source, workers=0):
+    """Decode every frame of every file that a source names.
+
+    workers  processes; 0 = this one
+    yields   in order, a dict of "path": str, "bad": reason or None, "info": `VideoInfo` or None where no
+             frame could be read, "picture": uint8 (h, w, 3) of its middle, short side 96 pixels, or None
+    """
+    paths = list(dict.fromkeys(row.path for row in annotations.read(source).rows))
+    yield from torch.utils.data.DataLoader(
+        _Check(paths), batch_size=None, collate_fn=_as_it_is, num_workers=workers, worker_init_fn=_start_worker,
+        generator=torch.Generator())
+
+
+def statistics(infos):
+    """Lines of text about many `VideoInfo`s: durations, frames, rates, sizes, codecs."""
+    def spread(values, unit):
+        values = np.array(values)
+        return f"{values.min():.4g} to {values.max():.4g} {unit}, half of them below {np.median(values):.4g}"
+
+    def most(values):
+        counts = collections.Counter(values).most_common()
+        more = f", {len(counts) - 6} more" if len(counts) > 6 else ""
+        return ", ".join(f"{value} ({count:,})" for value, count in counts[:6]) + more
+
+    hours = sum(info.duration for info in infos) / 3600
+    turned, still = sum(info.rotation != 0 for info in infos), sum(info.frames == 1 for info in infos)
+    return [f"duration   {spread([info.duration for info in infos], 's')}; {hours:.2f} hours in all",
+            f"frames     {spread([info.frames for info in infos], 'frames')}; {still:,} files of one frame",
+            f"rate       {spread([info.fps for info in infos], 'frames/s')}",
+            f"size       {most([f'{info.width} x {info.height}' for info in infos])}; {turned:,} turned upright",
+            f"codec      {most([info.codec for info in infos])}"]
+
+
+def write_list(source, bad, path):
+    """Write what a source says of its readable files as JSON lines, which every stage reads.
+
+    bad   paths to leave out
+    path  of the new list; its entries are relative to its folder. Labels that the source numbers in an
+          order of its own are written as numbers
+    """
+    found, folder = annotations.read(source), Path(path).resolve().parent
+    number = {name: place for place, name in enumerate(found.classes or ())}
+    with open(path, "w", encoding="utf-8") as file:
+        for row in found.rows:
+            if row.path not in bad:
+                said = {key: value for key, value in row._asdict().items() if value is not None}
+                said["path"] = os.path.relpath(Path(row.path).resolve(), folder)
+                if row.label in number:
+                    said["label"] = number[row.label]
+                if row.candidates:
+                    said["answer"] = row.candidates.index(row.answer)
+                file.write(json.dumps(said, ensure_ascii=False) + "\n")
+
+
+def main(argv=None):
+    """Without a path, draw the generated world; with one, check that data set. Returns the exit code:
+    0, 1 where files are bad, 2 for a user's mistake."""
+    import argparse
+
+    from tqdm import tqdm
+
+    import draw
+
+    parser = argparse.ArgumentParser(description="Check a data set, or without a path draw the generated world.")
+    parser.add_argument("path", nargs="?", help="folder or list, as --data of train.py")
+    parser.add_argument("--out", default="runs/check", help="folder for the contact sheet (default: runs/check)")
+    parser.add_argument("--fix-list", default="", help="write a list without the bad files here, a .jsonl")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    args = parser.parse_args(argv)
+    try:
+        if args.path is None:
+            world = MovingShapes("train", frames=8)
+            item = world[0]
+            print(item["caption"], item["facts"], f"label {item['label']}", item["video"].shape, sep="\n")
+            labels = [MOTIONS.index(world.scene(i).motion) for i in range(500)]
+            items = [world[labels.index(label)] for label in range(len(MOTIONS))]
+            Path("runs").mkdir(exist_ok=True)
+            draw.sheet([draw.strip(item["video"], 8) for item in items], "runs/moving_shapes.png",
+                       [f"{motion}: {item['caption']}" for motion, item in zip(MOTIONS, items)], columns=1)
+            print("wrote runs/moving_shapes.png")
+            return 0
+        if args.workers < 0 or args.fix_list and Path(args.fix_list).suffix != ".jsonl":
+            raise DataError("--workers must be at least 0, and the name of --fix-list must end in .jsonl")
+        if annotations.is_shards(args.path):
+            raise DataError(f"{args.path}: tar shards are not checked; unpack one to look into it")
+        files = VideoFiles(args.path, 1, 32, train=False)
+        print(files.summary())
+        count = len({row.path for row in annotations.read(args.path).rows})
+        results = []
+        for result in tqdm(check(args.path, args.workers), total=count, unit="file", dynamic_ncols=True):
+            results.append(result)
+            if result["bad"]:
+                tqdm.write(f"bad: {result['bad']}")
+        bad = {result["path"] for result in results if result["bad"]}
+        print(f"{count - len(bad):,} of {count:,} files are good")
+        good = [result for result in results if not result["bad"]]
+        if good:
+            print("\n".join(statistics([result["info"] for result in good])))
+            chosen = good[::math.ceil(len(good) / 60)]
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            draw.sheet([result["picture"] for result in chosen], Path(args.out) / "sheet.png",
+                       [Path(result["path"]).name[:24] for result in chosen], columns=10)
+            print(f"wrote {args.out}/sheet.png")
+        if args.fix_list:
+            write_list(args.path, bad, args.fix_list)
+            print(f"wrote {args.fix_list}")
+        return int(bool(bad))
+    except (DataError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -9,6 +9,7 @@
     gates        the bridge opening: gates and score weights over training
     looks        where tokens of one model look in another
     table        the rows of the default run
+    sheet        many pictures with their names
 
 Why here: train.py says what to draw at the end of a stage, and should not be read for how. Every
 function takes numbers and writes one PNG, on white, so that it is legible on light and dark pages. The
@@ -51,6 +52,16 @@ def finish(figure, path):
     plt = pyplot()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def sheet(pictures, path, titles, columns):
+    """Pictures, each uint8 (h, w, 3) of its own size, in a grid under their titles."""
+    rows = -(-len(pictures) // columns)
+    figure, places = new_figure(rows, columns, 8 if columns == 1 else 1.6 * columns, 1.25 * rows + 0.1)
+    for place, picture, title in zip(places.flat, pictures, titles):
+        place.imshow(picture)
+        place.set_title(title, fontsize=6, loc="left")
+    finish(figure, path)
 
 
 def strip(video, count=4):

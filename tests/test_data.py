@@ -753,3 +753,36 @@ def test_held_out_items_come_in_order_once():
     seen = list(held_out(world, 7, 3, workers=2))
     assert [len(batch["label"]) for batch in seen] == [3, 3, 1]
     assert sum([batch["caption"] for batch in seen], []) == [world[i]["caption"] for i in range(7)]
+
+
+# --------------------------------------------------------------------------- checking a data set
+
+
+def test_a_check_names_bad_files_counts_the_rest_and_writes_a_list_without_them(folder, tmp_path, capsys):
+    (folder / "check.csv").write_text("path,label,caption\na.mp4,run,\"one, two\"\ntext.mp4,run,x\nb.mkv,jump,y\n"
+                                      "truncated.mp4,run,z\na.mp4,run,again\n")
+    arguments = [str(folder / "check.csv"), "--out", str(tmp_path), "--workers", "0"]
+    assert data.main([*arguments, "--fix-list", str(tmp_path / "good.jsonl")]) == 1
+    said = capsys.readouterr().out
+    assert "2 of 4 files are good" in said and "h264 (2)" in said and "64 x 48 (2)" in said
+    assert "text.mp4: not a readable video" in said and (tmp_path / "sheet.png").stat().st_size > 1000
+    fixed = VideoFiles(tmp_path / "good.jsonl", 2, 16)
+    assert fixed.classes == ["jump", "run"] and fixed.captions == ["one, two", "y", "again"]
+    assert data.main([str(tmp_path / "good.jsonl"), "--out", str(tmp_path), "--workers", "1"]) == 0
+    assert data.main([str(folder / "nothing")]) == 2 and "no such file" in capsys.readouterr().err
+
+
+def test_a_check_decodes_to_the_end(tmp_path):
+    path = write_video(tmp_path / "x.mkv", 24)
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) * 3 // 4])
+    assert read_clip(path, [0]).shape == (1, 48, 64, 3)  # its beginning is good
+    whole = write_video(tmp_path / "y.mp4", 30, gop=10, bf="0")
+    av = pytest.importorskip("av")
+    with av.open(str(whole)) as container:
+        packet = next(itertools.islice(container.demux(video=0), 25, None))
+    content = bytearray(whole.read_bytes())
+    content[packet.pos:packet.pos + packet.size] = b"\xff" * packet.size
+    whole.write_bytes(content)
+    result, = data.check(whole)
+    assert "damaged" in result["bad"] and result["info"].frames == 30
