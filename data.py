@@ -1574,7 +1574,7 @@ def main(argv=None):
         good = [result for result in results if not result["bad"]]
         if good:
             print("\n".join(statistics([result["info"] for result in good])))
-            chosen = good[::math.ceil(len(good) / 60)]
+            chosen = [good[i] for i in segment_indices(len(good), min(60, len(good)))]
             Path(args.out).mkdir(parents=True, exist_ok=True)
             draw.sheet([result["picture"] for result in chosen], Path(args.out) / "sheet.png",
                        [Path(result["path"]).name[:24] for result in chosen], columns=10)

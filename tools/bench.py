@@ -12,9 +12,11 @@ is a test; what came out, and on which machine, belongs into LOG.md.
 
 import argparse
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
+import data  # noqa: E402
 import mae  # noqa: E402
 import uniformerv2  # noqa: E402
 
@@ -210,8 +213,119 @@ def bench_mae():
     report("masked autoencoder, small, batch 1", times(forms, 3), "plain", "mae.py")
 
 
+def sample_videos(folder):
+    """Paths of real files, from the folder VIDEOS or shared/videos; otherwise of one that is made here."""
+    found = Path(os.environ.get("VIDEOS", Path(__file__).resolve().parent.parent.parent / "shared" / "videos"))
+    names = ("dog.mp4", "coffee.mp4", "bottles.mp4", "chaplin.mp4", "his_girl_friday.mp4", "insect.mp4", "flower.webm",
+             "nasa_13013_hdr.mp4", "man_av1.mp4", "asl/again.mkv", "seabirds.avi")
+    if all((found / name).is_file() for name in names):
+        return [found / name for name in names]
+    return [made_video(Path(folder) / "made.mp4", 640, 360, 150)]
+
+
+def made_video(path, width, height, frames):
+    """Write coloured tiles that change every third frame; returns the path."""
+    import av
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(frames):
+            picture = torch.randint(256, (12, 16, 3), generator=torch.Generator().manual_seed(i // 3), dtype=torch.uint8)
+            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+            container.mux(stream.encode(frame.reformat(width, height, "yuv420p")))
+        container.mux(stream.encode())
+    return path
+
+
+def decoders(example):
+    """{name: function of (path, frame numbers, (H, W)) that opens the file and returns its frames}; torchcodec and
+    decord2 where they are installed and read the example."""
+    import av
+    import numpy as np
+
+    def ours(path, numbers, size):
+        with data.Video(path) as video:
+            video.info  # as in training: what it holds is not known beforehand
+            return video.read(numbers, size)
+
+    def plain(path, numbers, size):
+        wanted, found = set(numbers.tolist()), {}
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_count = 1
+            for i, frame in enumerate(container.decode(stream)):
+                if i in wanted:
+                    found[i] = frame.reformat(size[1], size[0], "rgb24").to_ndarray()
+                if i == numbers.max():
+                    break
+        return np.stack([found[i] for i in numbers.tolist()])
+
+    forms = {"data.py": ours, "plain loop": plain}
+    try:
+        from torchcodec.decoders import VideoDecoder
+
+        def torchcodec(path, numbers, size):
+            frames = VideoDecoder(str(path), num_ffmpeg_threads=1).get_frames_at(numbers.tolist()).data
+            resized = torch.nn.functional.interpolate(frames, size=size, mode="bilinear", antialias=True)
+            return resized.permute(0, 2, 3, 1).numpy()
+        torchcodec(example, np.arange(1), (8, 8))  # its FFmpeg is looked for late
+        forms["torchcodec"] = torchcodec
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"decode: no torchcodec ({str(error).splitlines()[0]})")
+    try:
+        import decord
+
+        def decord2(path, numbers, size):
+            return decord.VideoReader(str(path), height=size[0], width=size[1], num_threads=1).get_batch(numbers).asnumpy()
+        forms["decord2"] = decord2
+    except (ImportError, OSError) as error:
+        print(f"decode: no decord2 ({str(error).splitlines()[0]})")
+    return forms
+
+
+def bench_decode():
+    """Sixteen frames of a file at short side 256: data.py, a plain PyAV loop, torchcodec and decord2.
+
+    Every form opens the file anew and gets the same frame numbers, so the others are spared the look at the
+    file that chooses them. Frames are compared: those of another time would differ by more than resizing."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        videos = sample_videos(folder)
+        forms = decoders(videos[0])
+        for what, choose in (("stride 4, centre", lambda n: data.dense_indices(n, 16, 4)),
+                             ("spread over the video", lambda n: data.segment_indices(n, 16))):
+            total = dict.fromkeys(forms, 0.0)
+            for path in videos:
+                info = data.probe(path)
+                numbers, size = choose(info.frames), data._shown_size(info, 256)
+                reference = forms["data.py"](path, numbers, size).astype(float)
+                other = [name for name, form in forms.items()
+                         if abs(form(path, numbers, size).astype(float) - reference).mean() > 6]
+                seconds = times({name: (lambda form=form: form(path, numbers, size)) for name, form in forms.items()}, 5)
+                print(f"decode, {what}: {path.name} {info.codec} {info.width}x{info.height}, "
+                      + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
+                      + (f"; other frames: {', '.join(other)}" if other else ""), flush=True)
+                for name, value in seconds.items():
+                    total[name] += value
+            print(f"decode, {what}, {len(videos)} files: "
+                  + ", ".join(f"{name} {len(videos) / value:.2f} clips/s" for name, value in total.items()), flush=True)
+
+
+def bench_memory():
+    """Resident memory over 10,000 decodes of a small file: flat, or something is never freed."""
+    page = resource.getpagesize() / 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        path = made_video(Path(folder) / "small.mp4", 160, 120, 30)
+        for i in range(1, 10_001):
+            data.read_clip(path, [0, 20], 64)
+            if i in (500, 2_000, 5_000, 10_000):
+                resident = page * int(Path("/proc/self/statm").read_text().split()[1])  # Linux
+                print(f"memory: after {i:,} decodes {resident:.1f} MiB", flush=True)
+
+
 CASES = {"cache": bench_cache, "loss": bench_loss, "contrastive": bench_contrastive, "conv": bench_conv,
-         "mae": bench_mae}
+         "mae": bench_mae, "decode": bench_decode,
+         "memory": bench_memory}
 
 
 def main():
