@@ -96,9 +96,9 @@ def test_pooling_all_of_a_tower_is_what_its_head_sees(videos, runs):
         assert torch.allclose(model.fc_norm(tokens.flatten(1, 2).mean(dim=1)), model.features(ready), atol=1e-5)
 
 
-def test_places_of_viclip_are_ordered_by_time(runs):
-    """Its tokens come place by place. With all matrices inside blocks at zero nothing is mixed, and a change in
-    the last frame moves the last time alone."""
+def test_the_tokens_of_viclip_are_told_apart_by_time(runs):
+    """With everything inside its blocks at zero nothing is mixed, and a change in the last frame moves the
+    last time alone."""
     model = extract.load(runs / "ViCLIP")
     for block in model.visual.blocks:
         for parameter in block.parameters():

@@ -73,11 +73,11 @@ def features(model, clips, pool):
         if pool == "all":
             return model.features(video).float()
         tokens = model.encoder(video).unflatten(1, (model.encoder.grid_of(*video.shape[2:])[0], -1))
-    elif isinstance(model, clip_video.VideoCLIP):  # ViCLIP: class token, then place by place all its times
+    elif isinstance(model, clip_video.VideoCLIP):  # ViCLIP: its class token, then frame by frame
         feature, tokens = model.encode_video_tokens(video)
         if pool == "all":
             return feature.float()
-        tokens = tokens[:, 0, 1:].unflatten(1, (-1, video.shape[2])).transpose(1, 2)
+        tokens = tokens[:, 0, 1:].unflatten(1, (video.shape[2], -1))
     else:
         feature, tokens = model.encode(video)
         if pool == "all":
