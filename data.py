@@ -11,15 +11,20 @@ from the same facts as the pixels, so retrieval and captioning can be checked as
                                  |
                                  +-> facts -> describe -> "a small red ring orbits clockwise"
 
-    file -> probe -> indices -> read_clip -> crop -> (T, H, W, 3) uint8  `VideoFiles[index]`
+    file -> Video.info -> choose_frames -> Video.read -> crop_frames -> (T, H, W, 3) uint8
+                                                                         `VideoFiles[index]`
 
 The idea in steps.
 1. `draw_scene` draws every quantity of a clip once, as numbers and per-frame arrays.
 2. `Scene.reversed` flips the arrays: the twin. `render` is pure and treats each frame alone, so
    render(scene.reversed()) == render(scene)[::-1], bit for bit.
 3. `describe` turns facts into a sentence and `parse_caption` turns any sentence back into facts.
-4. `dense_indices` and `segment_indices` choose frames; `probe` and `read_clip` fetch them.
-5. `batches` and `held_out` collate either source. Step k holds the same clips for any number of
+4. A `Video` finds out when each frame is shown, then seeks to the last keyframe before a wanted one
+   and decodes from there. Frames are known by their time, never by counting: headers lie, rates
+   vary, edit lists hide frames. Rotation, the shape of pixels and the matrix of colours are applied.
+5. `choose_frames` and `crop_frames` are ours or, by name, the official ones of each family.
+   annotations.py knows which files there are, and what is said of them.
+6. `batches` and `held_out` collate either source. Step k holds the same clips for any number of
    workers and after any resume, because each draw is a function of (seed, index). `normalise`
    makes of the bytes what a model takes.
 
@@ -27,10 +32,14 @@ Where we differ. The official loaders put *another random video* in place of a c
 evaluation (VideoMAE kinetics.py:118); here training names what it skipped, and evaluation never
 substitutes. VideoMAE fine-tuning spreads 16 frames over 64 with spacing 64/15; we use the exact
 stride of its pretraining. InternVideo's segment sampling never draws the last frame of a segment;
-ours can. The test protocol of many views and RandAugment are left to the caller.
+ours can. RandAugment and erasing are left to the caller.
 
 Numbers, one core: a generated clip of 16x64x64 takes about 1.2 ms (850 clips/s), of
-16x224x224 about 7 ms. Sixteen frames at stride 4 of a 640x360 h264 file take 70 to 100 ms.
+16x224x224 about 7 ms. Sixteen frames at stride 4 of a 640x360 h264 file take 70 to 125 ms; over
+eleven files of all kinds, 1.2 times the speed of torchcodec and 1.3 times that of decord2
+(tools/bench.py decode, where both are installed; ours skips frames that nothing depends on).
+
+    python data.py PATH     checks a data set: bad files and why, statistics, a sheet of pictures
 
 Try it:
 
@@ -44,6 +53,7 @@ True
 array([12, 37, 62, 87])
 """
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -532,7 +542,7 @@ def _height_width(size):
 
 # ------------------------------------------------------------------------------- one video file
 
-TIME_LIMIT = 60.0  # seconds for opening a file and getting what was asked of it
+TIME_LIMIT = 60.0  # seconds for opening a file, and again for each thing that is asked of it
 MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more is a broken header, and would fill the memory
 CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video")  # decoders that leave out one frame and are none the worse
 WORTH_A_SEEK = 8  # frames that a jump to a later keyframe must spare; seeking costs about as many
@@ -570,9 +580,12 @@ class Video:
         self._info = info
 
     def __enter__(self):
-        self.deadline = time.monotonic() + TIME_LIMIT
+        self._start_clock()
         self._open()
         return self
+
+    def _start_clock(self, extra=0):
+        self.deadline = time.monotonic() + TIME_LIMIT + extra
 
     def _open(self):
         try:
@@ -619,7 +632,7 @@ class Video:
     def _packets(self):
         for packet in self.container.demux(self.stream):
             if time.monotonic() > self.deadline:
-                raise DataError(f"{self.path}: took more than {TIME_LIMIT:g} s to read; given up")
+                raise DataError(f"{self.path}: took too long to read; given up after {TIME_LIMIT:g} s")
             yield packet
 
     @property
@@ -653,7 +666,7 @@ class Video:
             pts = tuple(sorted(p for p in pts if first.pts is None or p >= first.pts))
             number = {p: i for i, p in enumerate(pts)}
             keyframes = tuple(sorted(number[p] for p in keyframes if p in number))
-            seconds = [float((p - pts[0]) * clock) for p in pts]
+            seconds = [(p - pts[0]) * clock.numerator / clock.denominator for p in pts]
             tail = seconds[-1] - seconds[-2] if len(seconds) > 1 else float(1 / rate)
         duration = seconds[-1] + tail
         quarter_turns = round(first.rotation / 90) % 4
@@ -668,12 +681,13 @@ class Video:
     def read(self, times_or_indices, size=None):
         """Frames as shown, upright: uint8 (T, H, W, 3) RGB; arguments and errors as `read_clip`."""
         info = self.info
+        self._start_clock()
         numbers = _frame_numbers(info, times_or_indices).tolist()
         found, wanted = {}, sorted(set(numbers))
         for group in _groups(info, wanted):
-            start = next((key for key in reversed(info.keyframes) if key <= group[0]), None)
-            if start is not None:
-                self._seek(start)
+            before = bisect.bisect_right(info.keyframes, group[0])
+            if before:
+                self._seek(info.keyframes[before - 1])
                 found |= self._decode(group, size)
             if not found.keys() >= set(group):  # no keyframe, or the seek came out too late
                 self._rewind()
@@ -685,7 +699,7 @@ class Video:
 
     def count(self):
         """Decode everything; the number of frames. Raises DataError at the first that is damaged."""
-        self.info
+        self._start_clock(extra=self.info.duration)  # slower than it plays is too slow
         self._rewind()
         return sum(len(packet.decode()) for packet in self._packets())
 
@@ -793,10 +807,10 @@ def _frame_numbers(info, wanted):
 
 def _groups(info, wanted):
     """Split ascending frame numbers where jumping to a later keyframe spares enough decoding."""
-    groups, keys = [wanted[:1]], np.asarray(info.keyframes, int)
+    groups, keys = [wanted[:1]], info.keyframes
     for last, number in zip(wanted, wanted[1:]):
-        before = keys[:np.searchsorted(keys, number, side="right")]
-        if before.size and before[-1] - last > WORTH_A_SEEK:
+        before = bisect.bisect_right(keys, number)
+        if before and keys[before - 1] - last > WORTH_A_SEEK:
             groups.append([])
         groups[-1].append(number)
     return groups
@@ -1066,7 +1080,42 @@ def split_files(items, fraction=0.1, seed=0):
     return [item for item in items if item[0] not in held], [item for item in items if item[0] in held]
 
 
-class VideoFiles:
+class _Clips:
+    """What to take of each file; where files come from is for VideoFiles and VideoShards to say."""
+
+    def prepare(self, frames, size, stride, sampling, train, seed, flip, transform, views):
+        """Keep what concerns each single file; DataError where it is impossible."""
+        for what, name, known in (("sampling", sampling, SAMPLINGS), ("transform", transform, TRANSFORMS)):
+            if name not in known:
+                raise DataError(f"no {what} {name!r}: choose {', '.join(known)}")
+        if frames < 1 or stride < 1 or seed < 0 or views and (train or min(views) < 1):
+            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, views are of evaluation and >= 1: "
+                            f"got frames={frames}, stride={stride}, seed={seed}, views={views}")
+        self.size, self.frames, self.stride, self.sampling = _height_width(size), frames, stride, sampling
+        self.transform, self.train, self.seed, self.flip, self.views = transform, train, seed, flip, views
+
+    def clip(self, path, key):
+        """The clip that training (key: numbers to seed it) or evaluation (None) takes of one file."""
+        rng = None if key is None else np.random.default_rng(key)
+        clips, crops = self.views or (1, 1)
+        with Video(path) as file:
+            info = file.info
+            numbers = [choose_frames(self.sampling, info.frames, self.frames, self.stride, rng, clip, clips, info.fps)
+                       for clip in range(clips)]
+            size = None
+            if self.transform == "plain":
+                # Just large enough to cover the crop; with room for a random one, as 256 is for 224.
+                scale = max(self.size[0] / info.height, self.size[1] / info.width)
+                scale *= 1 if rng is None else 8 / 7
+                size = tuple(max(round(side * scale), least) for side, least in
+                             zip((info.height, info.width), self.size))
+            whole = file.read(np.concatenate(numbers), size)
+        found = [crop_frames(self.transform, part, self.size, rng, self.flip, crop, crops)
+                 for part in np.split(whole, clips) for crop in range(crops)]
+        return np.stack(found) if self.views else found[0]
+
+
+class VideoFiles(_Clips):
     """Clips from video files, or from pictures, which are clips of one frame.
 
     source    whatever `annotations.read` knows: a folder, a list, a benchmark's own files
@@ -1119,17 +1168,6 @@ class VideoFiles:
             raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder")
 
-    def prepare(self, frames, size, stride, sampling, train, seed, flip, transform, views):
-        """Keep what concerns each single file; DataError where it is impossible."""
-        for what, name, known in (("sampling", sampling, SAMPLINGS), ("transform", transform, TRANSFORMS)):
-            if name not in known:
-                raise DataError(f"no {what} {name!r}: choose {', '.join(known)}")
-        if frames < 1 or stride < 1 or seed < 0 or views and (train or min(views) < 1):
-            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, views are of evaluation and >= 1: "
-                            f"got frames={frames}, stride={stride}, seed={seed}, views={views}")
-        self.size, self.frames, self.stride, self.sampling = _height_width(size), frames, stride, sampling
-        self.transform, self.train, self.seed, self.flip, self.views = transform, train, seed, flip, views
-
     def __len__(self):
         return len(self.items)
 
@@ -1165,28 +1203,8 @@ class VideoFiles:
                             f"{bad[0][1]}")
         return item
 
-    def clip(self, path, key):
-        """The clip that training (key: numbers to seed it) or evaluation (None) takes of one file."""
-        rng = None if key is None else np.random.default_rng(key)
-        clips, crops = self.views or (1, 1)
-        with Video(path) as file:
-            info = file.info
-            numbers = [choose_frames(self.sampling, info.frames, self.frames, self.stride, rng, clip, clips, info.fps)
-                       for clip in range(clips)]
-            size = None
-            if self.transform == "plain":
-                # Just large enough to cover the crop; with room for a random one, as 256 is for 224.
-                scale = max(self.size[0] / info.height, self.size[1] / info.width)
-                scale *= 1 if rng is None else 8 / 7
-                size = tuple(max(round(side * scale), least) for side, least in
-                             zip((info.height, info.width), self.size))
-            whole = file.read(np.concatenate(numbers), size)
-        found = [crop_frames(self.transform, part, self.size, rng, self.flip, crop, crops)
-                 for part in np.split(whole, clips) for crop in range(crops)]
-        return np.stack(found) if self.views else found[0]
 
-
-class VideoShards:
+class VideoShards(_Clips):
     """Clips from tar shards in the WebDataset layout: k.mp4 with k.txt, k.json or k.cls beside it.
 
     source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files; the pattern
@@ -1218,10 +1236,8 @@ class VideoShards:
             raise DataError(f"{source}: no such shard{': ' + absent[0] if absent else ''}")
         if part != "all":
             shards = [shard for shard, in split_files([(shard,) for shard in shards])[part == "val"]]
-        self.source, self.shards, self.train, self.seed = str(source), shards, train, seed
-        # All that concerns one file is VideoFiles' own; only where files come from is different.
-        self.files = VideoFiles.__new__(VideoFiles)
-        self.files.prepare(frames, size, stride, sampling, train, seed, flip, transform, views)
+        self.prepare(frames, size, stride, sampling, train, seed, flip, transform, views)
+        self.source, self.shards = str(source), shards
         known = [describe_sample(sample) for sample in self.samples(shards[:1] if train else shards)]
         if not known:
             raise DataError(f"{shards[0]}: no video in this shard")
@@ -1272,7 +1288,7 @@ class VideoShards:
     def item(self, item, content, key):
         item |= {"video": None, "bad": []}
         try:
-            item["video"] = self.files.clip(Bytes(item["path"], content), key)
+            item["video"] = self.clip(Bytes(item["path"], content), key)
         except DataError as error:
             item["bad"].append((item["path"], str(error)))
         return item
