@@ -182,7 +182,7 @@ def test_pictures_with_sentences_are_clips_of_one_frame(tmp_path):
     av = pytest.importorskip("av")
     for name, grey in (("a.png", 50), ("b.jpg", 200)):
         picture = np.full((40, 60, 3), grey, np.uint8)
-        av.VideoFrame.from_ndarray(picture, format="rgb24").save(tmp_path / name)
+        av.VideoFrame.from_ndarray(picture, format="rgb24").save(str(tmp_path / name))
         (tmp_path / name).with_suffix(".txt").write_text(f"grey {grey}")
     files = VideoFiles(tmp_path, 1, 24, flip=False)
     assert files.kind == "folder of pictures with a .txt beside each" and files.captions == ["grey 50", "grey 200"]

@@ -187,7 +187,7 @@ def test_the_first_video_stream_counts_and_a_cover_picture_is_none(tmp_path):
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
         sound, cover = container.add_stream("aac", rate=8000), container.add_stream("png", rate=1)
         cover.width, cover.height, cover.pix_fmt = 16, 16, "rgb24"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         silence.sample_rate = 8000
         container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
@@ -198,7 +198,7 @@ def test_the_first_video_stream_counts_and_a_cover_picture_is_none(tmp_path):
 
 
 def test_a_picture_named_mp4_is_a_video_of_one_frame(tmp_path):
-    av.VideoFrame.from_ndarray(np.full((16, 24, 3), 70, np.uint8), format="rgb24").save(tmp_path / "x.png")
+    av.VideoFrame.from_ndarray(np.full((16, 24, 3), 70, np.uint8), format="rgb24").save(str(tmp_path / "x.png"))
     (tmp_path / "x.png").rename(tmp_path / "x.mp4")
     assert probe(tmp_path / "x.mp4").frames == 1 and np.all(read_clip(tmp_path / "x.mp4", [0]) == 70)
 
