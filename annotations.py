@@ -420,7 +420,7 @@ def _from_records(path, records, kind):
     """Found, from dicts with the names of _COLUMNS; `kind` is the container's, where no content tells more."""
     rows = []
     for place, record in records:
-        field = {key: next((record[name] for name in names if record.get(name) not in (None, "")), None)
+        field = {key: next((record[name] for name in names if record.get(name) is not None), None)
                  for key, names in _COLUMNS.items()}
         name, caption, answer, candidates = (field[key] for key in ("path", "caption", "answer", "candidates"))
         label = str(field["label"]) if isinstance(field["label"], int) else field["label"]
@@ -428,7 +428,7 @@ def _from_records(path, records, kind):
             caption, candidates = None, caption
         texts = [name, label, field["question"], *(caption if isinstance(caption, list) else [caption]),
                  *(candidates or [])]
-        if name is None or not all(isinstance(text, str) for text in texts if text is not None):
+        if not name or not all(isinstance(text, str) for text in texts if text is not None):
             raise DataError(f"{path}, {place}: needs a \"path\", and path, label and caption must be text, "
                             f"got {json.dumps(record)[:60]}")
         names = name.strip() if is_media(name) else _names(name.strip())
