@@ -709,21 +709,26 @@ def _decode(info, numbers, size, start):
 # ------------------------------------------------------------------------------ choosing frames
 
 
-def dense_indices(n, frames, stride, rng=None):
+def dense_indices(n, frames, stride, rng=None, view=(0, 1)):
     """(frames,) int: every stride-th of n frames, in a window of frames * stride (VideoMAE
     Sec. 3.3, "Temporal downsampling"). Random start with rng, the centre without; a short video
-    repeats its last frame."""
+    repeats its last frame. view=(c, C) is clip c of C spread evenly from the first frame to the last
+    (VideoMAE, multi-view test); of one, the centre."""
     spare = max(n - frames * stride, 0)
-    start = spare // 2 if rng is None else int(rng.integers(spare + 1))
+    clip, clips = view
+    start = spare // 2 if clips == 1 else spare * clip // (clips - 1)
+    start = start if rng is None else int(rng.integers(spare + 1))
     return np.minimum(start + stride * np.arange(frames), n - 1)
 
 
-def segment_indices(n, frames, rng=None):
+def segment_indices(n, frames, rng=None, view=(0, 1)):
     """(frames,) int: one of n frames from each of `frames` equal segments (TSN Sec. 3.1,
-    "Temporal Segment Networks"): random within its segment with rng, the middle without."""
+    "Temporal Segment Networks"): random within its segment with rng, the middle without.
+    view=(c, C) is clip c of C: at (c + 1) / (C + 1) of each segment (UniFormerV2's test)."""
     edges = np.arange(frames + 1) * n // frames
     first, last = edges[:-1], np.maximum(edges[1:] - 1, edges[:-1])
-    return (first + last) // 2 if rng is None else rng.integers(first, last + 1)
+    clip, clips = view
+    return first + (last - first) * (clip + 1) // (clips + 1) if rng is None else rng.integers(first, last + 1)
 
 
 # ---------------------------------------------------------------------------- many video files
@@ -837,6 +842,9 @@ def _scan_folder(folder):
     return [(str(name), name.parts[0] if labelled else None, None) for name in names]
 
 
+_GREY = [124, 116, 104]  # the mean colour of ImageNet
+
+
 def split_files(items, fraction=0.1, seed=0):
     """(training items, held-out items): a fixed random share of at least one is held out.
 
@@ -866,6 +874,13 @@ class VideoFiles:
     sampling  "dense" (`dense_indices`) or "segment" (`segment_indices`)
     train     True: random window, crop of 50-100 % of the area and (with flip=True) mirroring,
               alike for all frames, a function of (seed, index, epoch); False: the centre of each
+    area      with train=True: the smallest share of a frame's area that a random crop keeps
+    operations, magnitude   with train=True: RandAugment (arXiv 1909.13719), so many of its operations of a
+              strength of 0 to 30, drawn once for a clip; 0 = none
+    erasing   with train=True: probability that a box of the clip, the same in all frames, turns grey
+    views     (clips, crops) with train=False: that many clips along time, and of each that many crops from
+              end to end of the longer side. "video" is then uint8 (1 + clips * crops, T, H, W, 3), the one
+              view in the centre of both first
     part      "all", or "train" / "val": without / only the tenth that `split_files` holds out
     classes   class names in label order, to read a validation list with the training set's labels
 
@@ -881,7 +896,7 @@ class VideoFiles:
     """
 
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, seed=0,
-                 flip=True, part="all", classes=None):
+                 flip=True, part="all", classes=None, area=0.5, operations=0, magnitude=7, erasing=0.0, views=None):
         if sampling not in ("dense", "segment"):
             raise DataError(f"no sampling {sampling!r}: choose dense or segment")
         if part not in ("all", "train", "val"):
@@ -891,7 +906,12 @@ class VideoFiles:
                             f"got frames={frames}, stride={stride}, seed={seed}")
         self.source, self.size = str(source), _height_width(size)
         self.frames, self.stride, self.sampling = frames, stride, sampling
-        self.train, self.seed, self.flip = train, seed, flip
+        self.train, self.seed, self.views = train, seed, views
+        self.augment = v2.Compose(
+            ([v2.RandAugment(operations, magnitude)] if operations else [])
+            + [v2.RandomResizedCrop(self.size, scale=(area, 1), antialias=True),
+               v2.RandomHorizontalFlip(0.5 if flip else 0),
+               v2.RandomErasing(erasing, value=_GREY)])
         source, folder = Path(source), Path(source)
         if source.is_dir():
             rows = _scan_folder(source)
@@ -948,22 +968,31 @@ class VideoFiles:
         info = probe(path)
         choose = segment_indices if self.sampling == "segment" else functools.partial(
             dense_indices, stride=self.stride)
-        numbers = choose(info.frames, self.frames, rng=rng)
         # Just large enough to cover the crop; with room for a random one, as 256 is for 224.
-        scale = max(self.size[0] / info.height, self.size[1] / info.width) 
+        scale = max(self.size[0] / info.height, self.size[1] / info.width)
         scale *= 1 if rng is None else 8 / 7
         cover = tuple(max(round(side * scale), least) for side, least in
                       zip((info.height, info.width), self.size))
-        video = read_clip(path, numbers, cover, info)
+        if rng is None and self.views:
+            clips, crops = self.views
+            numbers = [choose(info.frames, self.frames)] + [
+                choose(info.frames, self.frames, view=(clip, clips)) for clip in range(clips)]
+            video = read_clip(path, np.concatenate(numbers), cover, info)
+            centre, *others = video.reshape(1 + clips, self.frames, *video.shape[1:])
+            return np.stack([self._crop(centre, 0.5)] + [
+                self._crop(clip, 0.5 if crops == 1 else crop / (crops - 1)) for clip in others for crop in range(crops)])
+        video = read_clip(path, choose(info.frames, self.frames, rng=rng), cover, info)
         if rng is None:
-            top, left = (cover[0] - self.size[0]) // 2, (cover[1] - self.size[1]) // 2
-            return video[:, top:top + self.size[0], left:left + self.size[1]]
-        augment = v2.Compose([v2.RandomResizedCrop(self.size, scale=(0.5, 1), antialias=True),
-                              v2.RandomHorizontalFlip(0.5 if self.flip else 0)])
+            return self._crop(video, 0.5)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reset the accelerator's generator as well.
             torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            return augment(torch.from_numpy(video).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+            return self.augment(torch.from_numpy(video).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+
+    def _crop(self, video, place):
+        """The crop at this share of the way, 0 = start, 1 = end of the side that has room."""
+        top, left = (int((side - kept) * place) for side, kept in zip(video.shape[1:3], self.size))
+        return video[:, top:top + self.size[0], left:left + self.size[1]]
 
 
 def _number_labels(source, labels, classes):
@@ -1034,10 +1063,10 @@ def _load(dataset, plan, workers):
 class _Plan:
     """The indices of each step, computed as they are needed."""
 
-    def __init__(self, dataset, batch_size, seed, steps, start, shuffle, rank, world):
+    def __init__(self, dataset, batch_size, seed, steps, start, shuffle, rank, world, repeats):
         self.length = len(dataset) if hasattr(dataset, "__len__") else None
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
-        self.shuffle, self.rank, self.world = shuffle, rank, world
+        self.shuffle, self.rank, self.world, self.repeats = shuffle, rank, world, repeats
 
     def __len__(self):
         return max(self.steps - self.start, 0)
@@ -1051,8 +1080,9 @@ class _Plan:
             if self.length is None:
                 yield list(places)
             else:
-                turns = [divmod(place, self.length) for place in places]
-                yield [(int(order(epoch)[i]) if self.shuffle else i, epoch) for epoch, i in turns]
+                turns = [(*divmod(place // self.repeats, self.length), place % self.repeats) for place in places]
+                yield [(int(order(epoch)[i]) if self.shuffle else i, epoch * self.repeats + again)
+                       for epoch, i, again in turns]
 
 
 def normalise(video, mean, std):
@@ -1065,7 +1095,7 @@ def normalise(video, mean, std):
     return video.float().div_(255).sub_(mean).div_(std).permute(0, 4, 1, 2, 3)
 
 
-def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, rank=0, world=1):
+def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, rank=0, world=1, repeats=1):
     """Iterate over the batches of steps start .. steps - 1; batch k is a function of (seed, k).
 
     An endless dataset is read in order: step k holds indices k B to k B + B - 1. A finite one is
@@ -1074,11 +1104,15 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
     batches of all ranks at step k are together the batch of one process with batch size B * world.
 
     workers  processes that load ahead; 0 = load in this one
+    repeats  clips of each file side by side, each cut out anew (repeated augmentation, arXiv 1901.09335, as
+             VideoMAE uses it); finite datasets only
     yields   dict: "video" uint8 (B, T, H, W, 3), "label" int64 (B,), -1 = none, "bad" list of
              (path, reason), and the lists "caption", "path", "facts" where the dataset has them
     Raises DataError where the dataset does, or if a batch has nothing but unreadable files.
     """
-    plan = _Plan(dataset, batch_size, seed, steps, start, shuffle, rank, world)
+    if repeats > 1 and not hasattr(dataset, "__len__"):
+        raise DataError(f"repeats={repeats}: an endless dataset has no need of the same clip twice")
+    plan = _Plan(dataset, batch_size, seed, steps, start, shuffle, rank, world, repeats)
     for batch in _load(dataset, plan, workers):
         if batch["video"] is None:
             raise DataError(f"a whole batch of unreadable files; {batch['bad'][0][1]}")

@@ -517,6 +517,61 @@ def test_training_crops_are_random_by_index_and_epoch_and_leave_the_global_state
     assert not np.array_equal(one["video"], later["video"])
 
 
+def test_the_views_of_a_test_are_the_centre_then_clips_by_crops_from_end_to_end(tmp_path):
+    path = write_video(tmp_path / "wide.mp4", frames=30, width=96, height=48)
+    one = VideoFiles(path, 4, 48, stride=2, train=False)[0]["video"]
+    many = VideoFiles(path, 4, 48, stride=2, train=False, views=(3, 3))[0]["video"]
+    assert many.shape == (10, 4, 48, 48, 3) and (many[0] == one).all()
+    assert (many[5] == one).all(), "the middle clip's middle crop is the centre"
+    info = probe(path)
+    for clip, start in enumerate((0, 11, 22)):
+        whole = read_clip(path, start + 2 * np.arange(4), (48, 96), info)
+        for crop, left in enumerate((0, 24, 48)):
+            assert (many[1 + 3 * clip + crop] == whole[:, :, left:left + 48]).all()
+
+
+def test_clips_of_a_test_lie_between_the_ends_of_each_segment():
+    assert data.segment_indices(40, 4, view=(0, 1)).tolist() == data.segment_indices(40, 4).tolist()
+    views = [data.segment_indices(40, 4, view=(clip, 3)).tolist() for clip in range(3)]
+    assert views == [[2, 12, 22, 32], [4, 14, 24, 34], [6, 16, 26, 36]]
+    assert data.dense_indices(100, 4, 5, view=(0, 2)).tolist() == [0, 5, 10, 15]
+    assert data.dense_indices(100, 4, 5, view=(1, 2)).tolist() == [80, 85, 90, 95]
+    assert data.dense_indices(10, 4, 5, view=(1, 2)).tolist() == data.dense_indices(10, 4, 5).tolist()
+
+
+def test_augmentation_treats_all_frames_of_a_clip_alike(tmp_path):
+    import av
+    path = tmp_path / "still.avi"
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "bgr0"
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    still = VideoFiles(path, 6, 32, stride=1, operations=4, magnitude=9, erasing=1.0, area=0.08)
+    clips = [still[0, epoch]["video"] for epoch in range(12)]
+    for video in clips:
+        assert (video == video[:1]).all()
+    assert len({video.tobytes() for video in clips}) == 12
+    assert all((video == data._GREY).all(axis=-1)[0].sum() > 8 for video in clips), "a grey box in each"
+    assert (still[0, 3]["video"] == clips[3]).all()
+
+
+def test_repeated_augmentation_puts_clips_of_one_video_side_by_side(folder):
+    files = VideoFiles(folder, 2, 24, stride=1)
+    plain = list(batches(files, 4, 0, 3))
+    twice = list(batches(files, 4, 0, 3, repeats=2))
+    for batch in twice:
+        assert batch["path"][0::2] == batch["path"][1::2]
+        assert not torch.equal(batch["video"][0], batch["video"][1])
+    assert [p for batch in twice for p in batch["path"][0::2]] == [p for batch in plain for p in batch["path"]][:6]
+    assert torch.equal(next(iter(batches(files, 4, 0, 3, start=1, repeats=2)))["video"], twice[1]["video"])
+    with pytest.raises(DataError, match="endless"):
+        next(batches(MovingShapes("train", 2, 24), 4, 0, 3, repeats=2))
+
+
 def test_evaluation_takes_the_centre(folder):
     files = VideoFiles(folder / "a.mp4", 4, 48, stride=2, train=False)
     centre = read_clip(folder / "a.mp4", [16, 18, 20, 22])[:, :, 8:56]
