@@ -468,6 +468,8 @@ class MovingShapes:
     frames   T >= 1; the motion always spans the whole clip
     size     int or (H, W) in pixels, 16 or more
     seed     int >= 0
+    told     share of the captions that name the motion; the others say what one frame shows, as most
+             captions of the web do
 
     self[i]  {"video": uint8 (T, H, W, 3), "label": int motion in [0, 16), "facts": dict of str with
              motion, shape, colour, size, "caption": str}, for any i >= 0; a function of (seed,
@@ -477,11 +479,11 @@ class MovingShapes:
     Raises DataError for another split name or an impossible size.
     """
 
-    def __init__(self, split, frames=16, size=64, seed=0):
+    def __init__(self, split, frames=16, size=64, seed=0, told=1.0):
         if split not in SPLITS:
             raise DataError(f"no split {split!r} in the generated world: choose one of "
                             f"{', '.join(SPLITS)}")
-        self.split, self.frames, self.size, self.seed = split, frames, _height_width(size), seed
+        self.split, self.frames, self.size, self.seed, self.told = split, frames, _height_width(size), seed, told
         if frames < 1 or min(self.size) < 16 or seed < 0:
             raise DataError(f"generated clips need frames >= 1, size >= 16 and seed >= 0, "
                             f"got frames={frames}, size={size}, seed={seed}")
@@ -503,8 +505,10 @@ class MovingShapes:
 
     def __getitem__(self, index):
         scene, rng = self._draw(index)
+        silent = self.told < 1 and rng.random() >= self.told
+        caption = still(scene.facts, self.frames, rng)[1] if silent else describe(scene.facts, rng)
         return {"video": render(scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
-                "caption": describe(scene.facts, rng)}
+                "caption": caption}
 
 
 class StillShapes(MovingShapes):

@@ -341,6 +341,8 @@ class Clip(Stage):
     image_batch: int = flag(64, "pairs in a batch of images, per process (paper: 86,016 in all, 6 times the videos)",
                             low=1)
     image_data: str = flag("", "pictures and sentences, a list like that of --data; default: frames of the videos")
+    motion_words: float = flag(1.0, "moving shapes: share of captions that name the motion; the others say what one "
+                               "frame shows, as most captions of the web do", low=0, high=1)
     freeze_text: bool = flag(False, "do not train the text tower")
     freeze_visual: bool = flag(False, "do not train the visual tower")
 
@@ -353,6 +355,9 @@ class Clip(Stage):
         if self.kind != "video" and not self.weights:  # these two belong to UniFormerV2 alone
             self.local_units, self.temporal_downsample = 0, False
         self.sets = clips(self, self.num_frames, self.input_size, "segment", flip=False)
+        if not self.data:
+            for world in self.sets:
+                world.told = self.motion_words
         if self.image_data and not self.image_every:
             raise Mistake("--image-data: --image-every 0 asks for no images; leave out one of the two")
         self.stills = self.images() if self.image_every else None

@@ -252,6 +252,15 @@ def test_the_caption_of_a_clip_agrees_with_its_facts_and_label():
 # ------------------------------------------------------------------------------- one video file
 
 
+def test_captions_may_keep_silent_about_the_motion():
+    silent, half, full = (MovingShapes("train", 4, 32, told=told) for told in (0.0, 0.5, 1.0))
+    captions = [data.parse_caption(silent[i]["caption"]) for i in range(60)]
+    assert all("motion" not in facts and {"shape", "colour"} <= set(facts) for facts in captions)
+    named = sum("motion" in data.parse_caption(half[i]["caption"]) for i in range(200))
+    assert 70 < named < 130
+    assert all((silent[i]["video"] == full[i]["video"]).all() for i in range(5))
+
+
 def write_video(path, frames=40, width=64, height=48, fps=10, gop=12, codec="libx264", **options):
     """A video whose grey level encodes the frame number, with B-frames and several keyframes; the
     upper left corner is red, to tell which way is up."""
