@@ -461,12 +461,8 @@ class Clip(Stage):
             with self.autocast():
                 return model.encode(video, ids)
 
-        if self.cache_size and torch.is_grad_enabled():  # clip_video.cached_contrastive_step, as autograd does it
-            pieces = [torch.utils.checkpoint.checkpoint(encode, *piece, use_reentrant=False)
-                      for piece in zip(video.split(self.cache_size), ids.split(self.cache_size))]
-            seen, read, hidden = map(torch.cat, zip(*pieces))
-        else:
-            seen, read, hidden = encode(video, ids)
+        cached = self.cache_size and torch.is_grad_enabled()
+        seen, read, hidden = clip_video.in_pieces(encode, self.cache_size, video, ids) if cached else encode(video, ids)
         number = {}  # clips with the same caption are not each other's negatives
         same = torch.tensor([number.setdefault(text, len(number)) for text in captions], device=video.device)
         contrastive = clip_video.contrastive_loss(seen, read, model.clip.logit_scale, targets=same)
