@@ -1,9 +1,12 @@
 """Every stage of InternVideo, side by side, driven by one loop.
 
     python train.py                       the default run: every stage, on built-in clips, on a CPU
+    python train.py --seed 1 --out DIR    ... again, with other random numbers
     python train.py mae                   one stage; `python train.py mae --help` lists its flags
     python train.py mae --data DIR        ... on your videos
     python train.py clip --data LIST      videos and sentences: CSV with a header `path,caption`, or JSONL
+    python train.py classify --weights RUN --data DIR       fine-tune or probe either encoder
+    python train.py fuse --masked RUN --multimodal RUN      the bridge between two of them
     python train.py mae --steps 0 --weights RUN    evaluate only
     python train.py mae --resume          go on where the last run stopped
 
@@ -299,9 +302,9 @@ class VideoText(torch.nn.Module):
 
 @dataclass
 class Clip(Stage):
-    """Stage one, second half: which sentence belongs to which video, and write one (InternVideo, Sec. 3.2).
+    """Stage two: which sentence belongs to which video, and write one (InternVideo, Sec. 3.2).
 
-    Contrastive and captioning loss from one pass; videos, and now and then single pictures.
+    Contrastive and captioning loss from one pass; batches of videos and of single pictures in turn.
 
     More pairs in a batch are more negatives. --accum cannot give them, for micro-batches never meet;
     --cache-size can: it encodes in pieces, compares all, and encodes each piece again to go backward."""
@@ -1192,10 +1195,6 @@ def clips_in(batch):
     return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
-def settings_of(stage):
-    return dataclasses.asdict(stage)
-
-
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "steps", "eval_every", "save_every", "log_every",
                   "eval_clips", "dry_run", "weights"}
 
@@ -1273,7 +1272,7 @@ def fit(stage, name):
     print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {global_batch} clips, peak "
           f"lr {stage.lr or stage.blr * global_batch / 256:.2e}, {stage.device}, {stage.precision}, "
           f"{torch.get_num_threads()} threads -> {out}")
-    print("settings: " + json.dumps(settings_of(stage)))
+    print("settings: " + json.dumps(dataclasses.asdict(stage)))
     if stage.note():
         print("note: " + stage.note())
     log = Log(out / "log.jsonl", first)
@@ -1281,7 +1280,7 @@ def fit(stage, name):
 
     def save(step):
         state = dict(step=step, model=model.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers],
-                     average=average.state if average else None, settings=settings_of(stage),
+                     average=average.state if average else None, settings=dataclasses.asdict(stage),
                      seconds=seconds_before + time.monotonic() - started)
         weights.write_aside(out / "last.pt", lambda path: torch.save(state, path))
 
@@ -1394,7 +1393,7 @@ def fit(stage, name):
                        if k.startswith("initial_")}
     report = dict(stage=name, step=step, **metrics, **initial, parameters=parameters, trained=trained,
                   seconds=round(seconds_before + time.monotonic() - started, 1),
-                  bad_files=bad | dict(held_bad), settings=settings_of(stage))
+                  bad_files=bad | dict(held_bad), settings=dataclasses.asdict(stage))
     weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
     with average.in_place(model) if average else contextlib.nullcontext():
         weights.save(out, model, model.config)
@@ -1497,6 +1496,9 @@ def default_run(argv):
           + ", ".join(f"{name} {seconds} s" for name, _, _, seconds in waiting))
     for name, card, options, _ in DEFAULT_RUN:
         if (name, card) not in [row[:2] for row in waiting]:
+            seed = json.loads((out / name / "metrics.json").read_text())["settings"]["seed"]
+            if seed != args.seed:
+                raise Mistake(f"--seed {args.seed}: {out / name} was made with seed {seed}; use another --out")
             print(f"{name}: done already, see {out / name}/metrics.json")
             continue
         options = {key: value.format(out) if isinstance(value, str) else value for key, value in options.items()}
