@@ -24,7 +24,7 @@ The idea, in steps:
    all tokens of all frames see each other ("joint": ViCLIP, arXiv 2307.06942, Sec. 4).
 4. `contrastive_loss` is the question above. Large batches make it hard and the embedding good:
    `BlockedLoss` never holds all B*B numbers, `gather_with_gradient` joins the batches of several
-   processes, and `cached_contrastive_step` takes a batch that does not fit into memory in pieces.
+   processes, and `in_pieces` takes a batch that does not fit into memory bit by bit.
 5. `zero_shot` classifies with sentences in place of labels; `retrieval_metrics` counts how often
    the right one comes first, with and without the dual softmax, ties never in our favour.
 
@@ -60,6 +60,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
@@ -707,47 +708,29 @@ def gather_with_gradient(x):
     return Gather.apply(x)
 
 
-def cached_contrastive_step(encode, video, ids, loss, size, generators=()):
-    """The gradient of a large batch with the memory of a small one (GradCache, arXiv 2101.06983,
-    Sec. 3.2, Gradient Cache Technique).
+def in_pieces(encode, size, *inputs):
+    """A large batch with the memory of a small one: gradient caching (GradCache, arXiv 2101.06983, Sec. 3.2,
+    Gradient Cache Technique).
 
-    1. Encode all pieces without a graph and keep the embeddings. 2. The loss of all of them, and its
-    gradient at the embeddings: the cache. 3. Encode each piece again, with a graph, and send its part
-    of the cache backward. Costs one more forward pass; each piece sees the same random numbers twice.
+    A contrastive loss needs all embeddings at once, but not the activations behind them. So each piece is
+    encoded and its activations are dropped; when the gradient of its embeddings comes back, it is encoded
+    again, with the same random numbers, and the gradient goes on into the weights. In autograd's words:
+    checkpoint every piece (arXiv 1604.06174). Equal to the large batch within rounding, for one more
+    forward pass; only layers that look at the whole batch, as BatchNorm does, are not.
 
-    encode      function of (video, ids) of a piece -> video and text embedding (b, E)
-    video, ids  (B, ...) each, B pairs
-    loss        function of both embeddings (B, E) -> (); what else it learns, as logit_scale, too
-    size        pairs in a piece
-    generators  torch.Generators that `encode` draws from, besides the global ones
-    returns     the loss, detached. Gradients are added to .grad, once per piece: average them over
-                processes yourself, not by the hooks of DistributedDataParallel
+    encode   function of a piece of each input -> a tuple of tensors (b, ...), each row for itself; random
+             numbers come from torch's global generators
+    size     rows in a piece
+    inputs   tensors (B, ...)
+    returns  a tuple of tensors (B, ...)
+
+    >>> layer = nn.Linear(3, 2)
+    >>> [x.shape for x in in_pieces(lambda v, t: (layer(v), t), 2, torch.zeros(5, 3), torch.zeros(5, 1))]
+    [torch.Size([5, 2]), torch.Size([5, 1])]
     """
-    def state():
-        cuda = torch.cuda.get_rng_state(video.device) if video.is_cuda else None
-        return torch.get_rng_state(), cuda, [generator.get_state() for generator in generators]
-
-    def replay(cpu, cuda, others):
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, video.device)
-        for generator, other in zip(generators, others):
-            generator.set_state(other)
-
-    pieces, states, found = list(zip(video.split(size), ids.split(size))), [], []
-    with torch.no_grad():
-        for piece in pieces:
-            states.append(state())
-            found.append(encode(*piece))
-    torch.clear_autocast_cache()  # older torch reuses copies of weights made without a graph
-    cache = [torch.cat(part).requires_grad_() for part in zip(*found)]       # two of (B, E)
-    value = loss(*cache)
-    value.backward()
-    for piece, before, *grads in zip(pieces, states, *(x.grad.split(size) for x in cache)):
-        replay(*before)
-        learning = [(x, grad) for x, grad in zip(encode(*piece), grads) if x.requires_grad]
-        torch.autograd.backward(*zip(*learning))
-    return value.detach()
+    pieces = [torch.utils.checkpoint.checkpoint(encode, *piece, use_reentrant=False)
+              for piece in zip(*(x.split(size) for x in inputs))]
+    return tuple(map(torch.cat, zip(*pieces)))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -483,6 +483,8 @@ class MovingShapes:
     frames   T >= 1; the motion always spans the whole clip
     size     int or (H, W) in pixels, 16 or more
     seed     int >= 0
+    told     share of the captions that name the motion; the others say what one frame shows, as most
+             captions of the web do
 
     self[i]  {"video": uint8 (T, H, W, 3), "label": int motion in [0, 16), "facts": dict of str with
              motion, shape, colour, size, "caption": str}, for any i >= 0; a function of (seed,
@@ -492,11 +494,11 @@ class MovingShapes:
     Raises DataError for another split name or an impossible size.
     """
 
-    def __init__(self, split, frames=16, size=64, seed=0):
+    def __init__(self, split, frames=16, size=64, seed=0, told=1.0):
         if split not in SPLITS:
             raise DataError(f"no split {split!r} in the generated world: choose one of "
                             f"{', '.join(SPLITS)}")
-        self.split, self.frames, self.size, self.seed = split, frames, _height_width(size), seed
+        self.split, self.frames, self.size, self.seed, self.told = split, frames, _height_width(size), seed, told
         if frames < 1 or min(self.size) < 16 or seed < 0:
             raise DataError(f"generated clips need frames >= 1, size >= 16 and seed >= 0, "
                             f"got frames={frames}, size={size}, seed={seed}")
@@ -518,8 +520,10 @@ class MovingShapes:
 
     def __getitem__(self, index):
         scene, rng = self._draw(index)
+        silent = self.told < 1 and rng.random() >= self.told
+        caption = still(scene.facts, self.frames, rng)[1] if silent else describe(scene.facts, rng)
         return {"video": render(scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
-                "caption": describe(scene.facts, rng)}
+                "caption": caption}
 
 
 class StillShapes(MovingShapes):
@@ -829,36 +833,40 @@ def _shown_size(info, size):
 # ------------------------------------------------------------------------------ choosing frames
 
 
-def dense_indices(n, frames, stride, rng=None, clip=0, clips=1):
+def dense_indices(n, frames, stride, rng=None, view=(0, 1)):
     """(frames,) int: every stride-th of n frames, in a window of frames * stride (VideoMAE
-    Sec. 3.3, "Temporal downsampling"). Random start with rng; without, the centre, or window number
-    `clip` of `clips` from the first to the last. A short video repeats its last frame."""
+    Sec. 3.3, "Temporal downsampling"). Random start with rng, the centre without; a short video
+    repeats its last frame. view=(c, C) is clip c of C spread evenly from the first frame to the last
+    (VideoMAE, multi-view test); of one, the centre."""
     spare = max(n - frames * stride, 0)
-    start = spare * clip // (clips - 1) if clips > 1 else spare // 2
+    clip, clips = view
+    start = spare // 2 if clips == 1 else spare * clip // (clips - 1)
     start = start if rng is None else int(rng.integers(spare + 1))
     return np.minimum(start + stride * np.arange(frames), n - 1)
 
 
-def segment_indices(n, frames, rng=None, clip=0, clips=1):
+def segment_indices(n, frames, rng=None, view=(0, 1)):
     """(frames,) int: one of n frames from each of `frames` equal segments (TSN Sec. 3.1,
-    "Temporal Segment Networks"): random within its segment with rng; without, the middle, or place
-    `clip` of `clips` inside it."""
+    "Temporal Segment Networks"): random within its segment with rng, the middle without.
+    view=(c, C) is clip c of C: at (c + 1) / (C + 1) of each segment (UniFormerV2's test)."""
+    clip, clips = view
     edges = np.arange(frames + 1) * n // frames
     first, last = edges[:-1], np.maximum(edges[1:] - 1, edges[:-1])
     return first + (last - first) * (clip + 1) // (clips + 1) if rng is None else rng.integers(first, last + 1)
 
 
 # The official samplers, for those who want the official numbers. All are called alike:
-# (n, frames, stride, rng, clip, clips, fps) -> (frames,) int; rng=None = test.
+# (n, frames, stride, rng, view, fps) -> (frames,) int; rng=None = test.
 
 
-def _mae_pretrain(n, frames, stride, rng, clip, clips, fps):
+def _mae_pretrain(n, frames, stride, rng, view, fps):
     # As dense, but a short video repeats the last frame that the stride meets, not its last one.
-    dense = dense_indices(n, frames, stride, rng, clip, clips)
+    dense = dense_indices(n, frames, stride, rng, view)
     return dense if n >= frames * stride else np.minimum(dense, (n - 1) // stride * stride)
 
 
-def _mae_dense(n, frames, stride, rng, clip, clips, fps):
+def _mae_dense(n, frames, stride, rng, view, fps):
+    clip, clips = view
     span = frames * stride
     if rng is None and clips > 1:
         every = np.arange(0, n, stride)
@@ -872,7 +880,8 @@ def _mae_dense(n, frames, stride, rng, clip, clips, fps):
     return np.minimum(np.linspace(end - span, end, frames).astype(int), end - 1)  # spacing 64/15, not 4
 
 
-def _mae_segment(n, frames, stride, rng, clip, clips, fps):
+def _mae_segment(n, frames, stride, rng, view, fps):
+    clip, clips = view
     if rng is None:
         ticks = n / frames * (np.arange(clips)[:, None] / clips + np.arange(frames))
         return np.sort(ticks.astype(int).ravel())[clip::clips]
@@ -882,7 +891,8 @@ def _mae_segment(n, frames, stride, rng, clip, clips, fps):
     return np.zeros(frames, int)
 
 
-def _uniformer(n, frames, stride, rng, clip, clips, fps):
+def _uniformer(n, frames, stride, rng, view, fps):
+    clip, clips = view
     segment = (n - 1) / frames
     edges = np.round(segment * np.arange(frames + 1)).astype(int)
     if rng is None:
@@ -890,7 +900,7 @@ def _uniformer(n, frames, stride, rng, clip, clips, fps):
     return rng.integers(edges[:-1], edges[1:] + 1)
 
 
-def _internvideo(n, frames, stride, rng, clip, clips, fps):
+def _internvideo(n, frames, stride, rng, view, fps):
     edges = np.linspace(0, n, frames + 1).astype(int)
     if rng is None:
         return np.clip((edges[:-1] + edges[1:] - 1) // 2, 0, n - 1)
@@ -899,11 +909,11 @@ def _internvideo(n, frames, stride, rng, clip, clips, fps):
     return rng.integers(first, np.maximum(edges[1:] - 1, first + 1))
 
 
-def _internvideo_demo(n, frames, stride, rng, clip, clips, fps):
+def _internvideo_demo(n, frames, stride, rng, view, fps):
     return np.linspace(0, n - 1, frames).astype(int)
 
 
-def _retrieval(n, frames, stride, rng, clip, clips, fps):
+def _retrieval(n, frames, stride, rng, view, fps):
     # One frame a second. The original masks what a short video lacks; we repeat its last frame.
     seconds = np.arange(0, n, max(1, round(fps)))
     if len(seconds) > frames:
@@ -911,13 +921,13 @@ def _retrieval(n, frames, stride, rng, clip, clips, fps):
     return np.pad(seconds, (0, frames - len(seconds)), mode="edge")
 
 
-def _viclip(n, frames, stride, rng, clip, clips, fps):
+def _viclip(n, frames, stride, rng, view, fps):
     return np.minimum(max(1, n // frames) * np.arange(frames), n - 1)
 
 
 SAMPLINGS = {  # name -> sampler; in brackets where the rule comes from
-    "dense": lambda n, frames, stride, rng, clip, clips, fps: dense_indices(n, frames, stride, rng, clip, clips),
-    "segment": lambda n, frames, stride, rng, clip, clips, fps: segment_indices(n, frames, rng, clip, clips),
+    "dense": lambda n, frames, stride, rng, view, fps: dense_indices(n, frames, stride, rng, view),
+    "segment": lambda n, frames, stride, rng, view, fps: segment_indices(n, frames, rng, view),
     "videomae-pretrain": _mae_pretrain,  # VideoMAE, masked pretraining
     "videomae-dense": _mae_dense,  # VideoMAE fine-tuned on Kinetics
     "videomae-segment": _mae_segment,  # VideoMAE fine-tuned on Something-Something V2
@@ -929,14 +939,15 @@ SAMPLINGS = {  # name -> sampler; in brackets where the rule comes from
 }
 
 
-def choose_frames(name, n, frames, stride=4, rng=None, clip=0, clips=1, fps=25.0):
+def choose_frames(name, n, frames, stride=4, rng=None, view=(0, 1), fps=25.0):
     """(frames,) int in [0, n): which of a video's n frames a clip takes, by one of SAMPLINGS.
 
     stride  frames from one to the next, where the sampler is dense
-    rng     numpy Generator for training; None for evaluation: view number `clip` of `clips` in time
+    rng     numpy Generator for training; None for evaluation
+    view    (c, C) in evaluation: clip c of C
     fps     of the video, for samplers that count seconds
     """
-    return np.asarray(SAMPLINGS[name](n, frames, stride, rng, clip, clips, fps))
+    return np.asarray(SAMPLINGS[name](n, frames, stride, rng, view, fps))
 
 
 # ----------------------------------------------------------------------------- cropping frames
@@ -981,23 +992,27 @@ def _random_window(video, size, rng):
     return video[:, top:top + size[0], left:left + size[1]]
 
 
-def _random_area(video, size, rng, scale, flip, how="area"):
-    """A random crop of `scale` of the area and an aspect from 3/4 to 4/3, resized; mirrored by a fair coin
-    with flip. The same for all frames (Going Deeper with Convolutions, Sec. 6, "Training Methodology")."""
+def _random_area(video, size, rng, area, flip, how="area"):
+    """A random crop of `area` to all of the area and an aspect from 3/4 to 4/3, resized; mirrored by a fair
+    coin with flip. The same for all frames (Going Deeper with Convolutions, Sec. 6, "Training Methodology")."""
     kernel = v2.InterpolationMode.BICUBIC if how == "bicubic" else v2.InterpolationMode.BILINEAR
-    augment = v2.Compose([v2.RandomResizedCrop(size, scale=scale, interpolation=kernel, antialias=True),
-                          v2.RandomHorizontalFlip(0.5 if flip else 0)])
+    return _draw_with(rng, video, v2.RandomResizedCrop(size, scale=(area, 1), interpolation=kernel, antialias=True),
+                      v2.RandomHorizontalFlip(0.5 if flip else 0))
+
+
+def _draw_with(rng, video, *transforms):
+    """uint8 (T, H, W, 3) through torchvision's random transforms, drawn by a numpy Generator, once for all frames."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would reset the accelerator's generator as well.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
-        return augment(_as_planes(video)).permute(0, 2, 3, 1).numpy()
+        return v2.Compose(transforms)(_as_planes(video)).permute(0, 2, 3, 1).numpy()
 
 
-def _plain(video, size, rng, flip, crop, crops):
-    return _window(video, size, crop, crops) if rng is None else _random_area(video, size, rng, (0.5, 1), flip)
+def _plain(video, size, rng, flip, area, crop, crops):
+    return _window(video, size, crop, crops) if rng is None else _random_area(video, size, rng, area or 0.5, flip)
 
 
-def _multi_scale(video, size, rng, flip, crop, crops):
+def _multi_scale(video, size, rng, flip, area, crop, crops):
     # TSN's crop, of which VideoMAE pretrains: sides from four fractions of the short one, not more than
     # one step apart, at one of 13 places. Never mirrored, whatever the paper says of Kinetics.
     if rng is None:
@@ -1014,35 +1029,35 @@ def _multi_scale(video, size, rng, flip, crop, crops):
     return _resize(video[:, top:top + h, left:left + w], size, "area")
 
 
-def _fine_tuning(video, size, rng, flip, crop, crops, rounding=int):
+def _fine_tuning(video, size, rng, flip, area, crop, crops, rounding=int):
     if rng is None:
         return _window(_short_side(video, min(size), "bilinear"), size, crop, crops, rounding)
-    return _random_area(video, size, rng, (0.08, 1), flip)
+    return _random_area(video, size, rng, area or 0.08, flip)
 
 
-def _squash(video, size, rng, flip, crop, crops):
+def _squash(video, size, rng, flip, area, crop, crops):
     wide = _resize(video, tuple(side * 8 // 7 for side in size), "bilinear")  # 256 for 224
     return _window(wide, size, crop, crops, round) if rng is None else _random_window(wide, size, rng)
 
 
-def _demo(video, size, rng, flip, crop, crops):
+def _demo(video, size, rng, flip, area, crop, crops):
     return _window(_short_side(video, min(size) * 8 // 7, "nearest"), size, crop, crops, round)
 
 
-def _clip(video, size, rng, flip, crop, crops):
+def _clip(video, size, rng, flip, area, crop, crops):
     if rng is None:
         return _window(_short_side(video, min(size), "bicubic"), size, crop, crops, round)
-    return _random_area(video, size, rng, (0.9, 1), False, "bicubic")
+    return _random_area(video, size, rng, area or 0.9, False, "bicubic")
 
 
-def _square(video, size, rng, flip, crop, crops):
+def _square(video, size, rng, flip, area, crop, crops):
     return _resize(video, size, "bilinear")
 
 
-TRANSFORMS = {  # name -> (video, size, rng, flip, crop, crops) -> video; rng=None = test
+TRANSFORMS = {  # name -> (video, size, rng, flip, area, crop, crops) -> video; rng=None = test
     "plain": _plain,  # ours: resized while decoding; crops of 50-100 % of the area
     "videomae-pretrain": _multi_scale,
-    "videomae": _fine_tuning,  # less RandAugment and erasing, which belong to the batch
+    "videomae": _fine_tuning,  # RandAugment and erasing: see VideoFiles
     "uniformerv2": functools.partial(_fine_tuning, rounding=math.ceil),
     "internvideo": _squash,  # InternVideo-MM, downstream: the aspect is lost
     "internvideo-demo": _demo,
@@ -1051,18 +1066,22 @@ TRANSFORMS = {  # name -> (video, size, rng, flip, crop, crops) -> video; rng=No
 }
 
 
-def crop_frames(name, video, size, rng=None, flip=True, crop=0, crops=1):
+def crop_frames(name, video, size, rng=None, flip=True, area=None, crop=0, crops=1):
     """uint8 (T, H, W, 3) -> uint8 (T, h, w, 3): resized and cropped by one of TRANSFORMS.
 
     size   (h, w) in pixels
     rng    numpy Generator for training; None for evaluation: crop number `crop` of `crops`, from one
            end of the longer side to the other
     flip   in training, mirror half of the clips, where the recipe does
+    area   in training, the smallest share of a frame that a random crop keeps; None = the recipe's
     """
-    return TRANSFORMS[name](video, size, rng, flip, crop, crops)
+    return TRANSFORMS[name](video, size, rng, flip, area, crop, crops)
 
 
 # ---------------------------------------------------------------------------- many video files
+
+
+_GREY = [124, 116, 104]  # the mean colour of ImageNet
 
 
 def split_files(items, fraction=0.1, seed=0):
@@ -1083,25 +1102,28 @@ def split_files(items, fraction=0.1, seed=0):
 class _Clips:
     """What to take of each file; where files come from is for VideoFiles and VideoShards to say."""
 
-    def prepare(self, frames, size, stride, sampling, train, seed, flip, transform, views):
-        """Keep what concerns each single file; DataError where it is impossible."""
+    def prepare(self, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True, transform="plain",
+                area=None, operations=0, magnitude=7, erasing=0.0, views=None):
+        """Keep the recipe; DataError where it is impossible. Arguments as VideoFiles."""
         for what, name, known in (("sampling", sampling, SAMPLINGS), ("transform", transform, TRANSFORMS)):
             if name not in known:
                 raise DataError(f"no {what} {name!r}: choose {', '.join(known)}")
-        if frames < 1 or stride < 1 or seed < 0 or views and (train or min(views) < 1):
-            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, views are of evaluation and >= 1: "
-                            f"got frames={frames}, stride={stride}, seed={seed}, views={views}")
+        if frames < 1 or stride < 1 or seed < 0:
+            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, "
+                            f"got frames={frames}, stride={stride}, seed={seed}")
         self.size, self.frames, self.stride, self.sampling = _height_width(size), frames, stride, sampling
         self.transform, self.train, self.seed, self.flip, self.views = transform, train, seed, flip, views
+        self.area, self.before = area, v2.RandAugment(operations, magnitude) if operations else None
+        self.after = v2.RandomErasing(erasing, value=_GREY) if erasing else None
 
     def clip(self, path, key):
         """The clip that training (key: numbers to seed it) or evaluation (None) takes of one file."""
         rng = None if key is None else np.random.default_rng(key)
-        clips, crops = self.views or (1, 1)
+        clips, crops = self.views if self.views and rng is None else (0, 0)
         with Video(path) as file:
             info = file.info
-            numbers = [choose_frames(self.sampling, info.frames, self.frames, self.stride, rng, clip, clips, info.fps)
-                       for clip in range(clips)]
+            choose = functools.partial(choose_frames, self.sampling, info.frames, self.frames, self.stride, fps=info.fps)
+            numbers = [choose(rng=rng)] + [choose(view=(clip, clips)) for clip in range(clips)]
             size = None
             if self.transform == "plain":
                 # Just large enough to cover the crop; with room for a random one, as 256 is for 224.
@@ -1109,10 +1131,15 @@ class _Clips:
                 scale *= 1 if rng is None else 8 / 7
                 size = tuple(max(round(side * scale), least) for side, least in
                              zip((info.height, info.width), self.size))
-            whole = file.read(np.concatenate(numbers), size)
-        found = [crop_frames(self.transform, part, self.size, rng, self.flip, crop, crops)
-                 for part in np.split(whole, clips) for crop in range(crops)]
-        return np.stack(found) if self.views else found[0]
+            first, *others = np.split(file.read(np.concatenate(numbers), size), 1 + clips)
+        if self.before and rng:
+            first = _draw_with(rng, first, self.before)
+        first = crop_frames(self.transform, first, self.size, rng, self.flip, self.area)
+        if self.after and rng:
+            first = _draw_with(rng, first, self.after)
+        return first if not clips else np.stack([first] + [
+            crop_frames(self.transform, part, self.size, crop=crop, crops=crops)
+            for part in others for crop in range(crops)])
 
 
 class VideoFiles(_Clips):
@@ -1126,14 +1153,21 @@ class VideoFiles(_Clips):
     transform  one of TRANSFORMS, likewise
     train     True: random window and crop and (with flip=True) mirroring, alike for all frames, a
               function of (seed, index, epoch); False: the centre of each, or `views`
-    views     (clips, crops) of every video in evaluation, as the test protocols have them
+    area      with train=True: the smallest share of a frame's area that a random crop keeps; None: the
+              transform's own
+    operations, magnitude   with train=True: RandAugment (arXiv 1909.13719), so many of its operations of a
+              strength of 0 to 30, drawn once for a clip; 0 = none
+    erasing   with train=True: probability that a box of the clip, the same in all frames, turns grey
+    views     (clips, crops) with train=False: that many clips along time, and of each that many crops from
+              end to end of the longer side. "video" is then uint8 (1 + clips * crops, T, H, W, 3), the one
+              view in the centre of both first
     part      "all", or "train" / "val": without / only the tenth that `split_files` holds out. Where
               the source brings a split of its own, that counts instead, and "all" means what it has
               for `train`
     classes   class names in label order, to read a validation list with the training set's labels
 
     self[index] and self[index, epoch] return
-              {"video": uint8 (T, H, W, 3), or (V, T, H, W, 3) with views, V = clips * crops, "label":
+              {"video": uint8 (T, H, W, 3), or more with views, "label":
                int, -1 = no label, "path": str, "bad": [(path, reason), ...], and where the source has
                them "caption", "question", "answer": str and "candidates": tuple of str}
               A file that cannot be read is named in "bad". With train=True the next readable file
@@ -1145,11 +1179,11 @@ class VideoFiles(_Clips):
     Raises DataError if source is none of these, a label is unknown, or no file can be read.
     """
 
-    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, seed=0,
-                 flip=True, part="all", classes=None, transform="plain", views=None):
+    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all", classes=None,
+                 **recipe):
         if part not in ("all", "train", "val"):
             raise DataError(f"no part {part!r}: choose all, train or val")
-        self.prepare(frames, size, stride, sampling, train, seed, flip, transform, views)
+        self.prepare(frames, size, stride, sampling, train, **recipe)
         self.source = str(source)
         self.kind, rows, official = annotations.read(source)
         labels = [row.label for row in rows]
@@ -1223,8 +1257,8 @@ class VideoShards(_Clips):
 
     missing, classes = (), ()
 
-    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True,
-                 part="all", classes=None, transform="plain", views=None):
+    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all", classes=None,
+                 **recipe):
         try:
             import webdataset
         except ImportError:
@@ -1236,7 +1270,7 @@ class VideoShards(_Clips):
             raise DataError(f"{source}: no such shard{': ' + absent[0] if absent else ''}")
         if part != "all":
             shards = [shard for shard, in split_files([(shard,) for shard in shards])[part == "val"]]
-        self.prepare(frames, size, stride, sampling, train, seed, flip, transform, views)
+        self.prepare(frames, size, stride, sampling, train, **recipe)
         self.source, self.shards = str(source), shards
         known = [describe_sample(sample) for sample in self.samples(shards[:1] if train else shards)]
         if not known:
@@ -1377,10 +1411,10 @@ def _load(dataset, plan, workers, **options):
 class _Plan:
     """The indices of each step, computed as they are needed."""
 
-    def __init__(self, dataset, batch_size, seed, steps, start, shuffle, rank, world):
+    def __init__(self, dataset, batch_size, seed, steps, start, shuffle, rank, world, repeats):
         self.length = len(dataset) if hasattr(dataset, "__len__") else None
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
-        self.shuffle, self.rank, self.world = shuffle, rank, world
+        self.shuffle, self.rank, self.world, self.repeats = shuffle, rank, world, repeats
 
     def __len__(self):
         return max(self.steps - self.start, 0)
@@ -1394,8 +1428,9 @@ class _Plan:
             if self.length is None:
                 yield list(places)
             else:
-                turns = [divmod(place, self.length) for place in places]
-                yield [(int(order(epoch)[i]) if self.shuffle else i, epoch) for epoch, i in turns]
+                turns = [(*divmod(place // self.repeats, self.length), place % self.repeats) for place in places]
+                yield [(int(order(epoch)[i]) if self.shuffle else i, epoch * self.repeats + again)
+                       for epoch, i, again in turns]
 
 
 def normalise(video, mean, std):
@@ -1408,7 +1443,7 @@ def normalise(video, mean, std):
     return video.float().div_(255).sub_(mean).div_(std).permute(0, 4, 1, 2, 3)
 
 
-def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, rank=0, world=1):
+def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, rank=0, world=1, repeats=1):
     """Iterate over the batches of steps start .. steps - 1; batch k is a function of (seed, k).
 
     An endless dataset is read in order: step k holds indices k B to k B + B - 1. A finite one is
@@ -1417,15 +1452,21 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
     batches of all ranks at step k are together the batch of one process with batch size B * world.
 
     workers  processes that load ahead; 0 = load in this one
+    repeats  clips of each file side by side, each cut out anew (repeated augmentation, arXiv 1901.09335, as
+             VideoMAE uses it); finite datasets only
     yields   dict: "video" uint8 (B, T, H, W, 3), "label" int64 (B,), -1 = none, "bad" list of
              (path, reason), and the lists "caption", "path", "facts" where the dataset has them
     Raises DataError where the dataset does, or if a batch has nothing but unreadable files.
     """
-    if isinstance(dataset, VideoShards):
+    shards = isinstance(dataset, VideoShards)
+    if repeats > 1 and (shards or not hasattr(dataset, "__len__")):
+        raise DataError(f"repeats={repeats}: an endless dataset has no need of the same clip twice")
+    if shards:
         stream = _Stream(dataset, seed, start, rank)
         found = itertools.islice(_load(stream, None, workers, batch_size=batch_size), max(steps - start, 0))
     else:
-        found = _load(dataset, _Plan(dataset, batch_size, seed, steps, start, shuffle, rank, world), workers)
+        plan = _Plan(dataset, batch_size, seed, steps, start, shuffle, rank, world, repeats)
+        found = _load(dataset, plan, workers)
     for batch in found:
         if batch["video"] is None:
             raise DataError(f"a whole batch of unreadable files; {batch['bad'][0][1]}")

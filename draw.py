@@ -64,6 +64,11 @@ def sheet(pictures, path, titles, columns):
     finish(figure, path)
 
 
+def plain(text):
+    """Text that a font can show: what an untrained model writes may hold control characters."""
+    return "".join(letter if letter.isprintable() else "." for letter in text)
+
+
 def strip(video, count=4):
     """`count` frames of a clip (T, H, W, 3) side by side, with thin white gaps."""
     chosen = data.segment_indices(len(video), min(count, len(video)))
@@ -104,7 +109,7 @@ def captions(videos, captions, written, path, rows=6):
     figure, places = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
     for place, video, told, text in zip(places.flat, videos, captions, written):
         place.imshow(strip(video))
-        place.set_xlabel(f"model: {text}\ntruth: {told}", fontsize=8, loc="left")
+        place.set_xlabel(f"model: {plain(text)}\ntruth: {plain(told)}", fontsize=8, loc="left")
     finish(figure, path)
 
 
@@ -117,8 +122,8 @@ def attention(video, looks, words, sentence, path, most=8):
     for place, word, look in zip(places[:, 0], words, looks):
         light = torch.nn.functional.interpolate(look[:, None] / look.max(), frames.shape[1:3], mode="bilinear")
         place.imshow(strip((frames * (0.25 + 0.75 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
-        place.set_ylabel(word, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
-    figure.suptitle(f'where the decoder looks as it writes "{sentence}"', fontsize=9)
+        place.set_ylabel(plain(word), fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    figure.suptitle(f'where the decoder looks as it writes "{plain(sentence)}"', fontsize=9)
     finish(figure, path)
 
 

@@ -1,9 +1,12 @@
 """Every stage of InternVideo, side by side, driven by one loop.
 
     python train.py                       the default run: every stage, on built-in clips, on a CPU
+    python train.py --seed 1 --out DIR    ... again, with other random numbers
     python train.py mae                   one stage; `python train.py mae --help` lists its flags
     python train.py mae --data DIR        ... on your videos
     python train.py clip --data LIST      videos and sentences: CSV with a header `path,caption`, or JSONL
+    python train.py classify --weights RUN --data DIR       fine-tune or probe either encoder
+    python train.py fuse --masked RUN --multimodal RUN      the bridge between two of them
     python train.py mae --steps 0 --weights RUN    evaluate only
     python train.py mae --resume          go on where the last run stopped
 
@@ -107,7 +110,7 @@ class Stage:
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     workers: int = flag(1, "processes that prepare clips; 0 = in the training process", low=0)
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
-    eval_every: int = flag(0, "steps between evaluations; 0 = ten times in the run", low=0)
+    eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
     log_every: int = flag(10, "steps between lines of log.jsonl", low=1)
     dry_run: bool = flag(False, "print parameters, FLOPs per clip and memory, then stop")
@@ -144,6 +147,10 @@ class Stage:
         """What a reader must know to judge the curve, printed at the start."""
         return ""
 
+    def finish(self, model):
+        """What is measured once, after the last step -> {name: float}."""
+        return {}
+
     def pictures(self, model, batch, folder):
         """Draw what the stage learned on one held-out batch; returns the paths."""
         return []
@@ -162,7 +169,7 @@ class MAE(Stage):
 
     Hide most of each clip in tubes, paint it back, keep the encoder."""
 
-    steps: int = flag(2000, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
+    steps: int = flag(1500, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
                       low=0)
     blr: float = flag(8e-2, "learning rate at 256 clips a step; scaled by clips/256 (paper: 1.5e-4, AdamW)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 40 of 800 epochs)",
@@ -295,14 +302,14 @@ class VideoText(torch.nn.Module):
 
 @dataclass
 class Clip(Stage):
-    """Stage one, second half: which sentence belongs to which video, and write one (InternVideo, Sec. 3.2).
+    """Stage two: which sentence belongs to which video, and write one (InternVideo, Sec. 3.2).
 
-    Contrastive and captioning loss from one pass; videos, and now and then single pictures.
+    Contrastive and captioning loss from one pass; batches of videos and of single pictures in turn.
 
     More pairs in a batch are more negatives. --accum cannot give them, for micro-batches never meet;
     --cache-size can: it encodes in pieces, compares all, and encodes each piece again to go backward."""
 
-    steps: int = flag(2300, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
+    steps: int = flag(2000, "optimiser steps; 0 = evaluate only (paper: 400,000)", low=0)
     lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (paper: 8e-5, from CLIP's "
                            "weights)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 0.01)", low=0, high=1)
@@ -315,7 +322,7 @@ class Clip(Stage):
     cache_size: int = flag(0, "gradient caching: pairs in memory at a time, equal to the large batch; 0 = all",
                            low=0)
     eval_clips: int = flag(200, "held-out clips per evaluation; the first 100 for retrieval", low=1)
-    eval_every: int = flag(1150, "steps between evaluations; 0 = ten times in the run", low=0)
+    eval_every: int = flag(1000, "steps between evaluations; 0 = five times in the run", low=0)
     model: str = flag("small", "size of both towers (paper: b16, l14; small is ours)",
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2 (paper), frames = frame-wise CLIP, joint = ViCLIP",
@@ -337,6 +344,8 @@ class Clip(Stage):
     image_batch: int = flag(64, "pairs in a batch of images, per process (paper: 86,016 in all, 6 times the videos)",
                             low=1)
     image_data: str = flag("", "pictures and sentences, a list like that of --data; default: frames of the videos")
+    motion_words: float = flag(1.0, "moving shapes: share of captions that name the motion; the others say what one "
+                               "frame shows, as most captions of the web do", low=0, high=1)
     freeze_text: bool = flag(False, "do not train the text tower")
     freeze_visual: bool = flag(False, "do not train the visual tower")
 
@@ -349,6 +358,9 @@ class Clip(Stage):
         if self.kind != "video" and not self.weights:  # these two belong to UniFormerV2 alone
             self.local_units, self.temporal_downsample = 0, False
         self.sets = clips(self, self.num_frames, self.input_size, "segment", flip=False)
+        if not self.data:
+            for world in self.sets:
+                world.told = self.motion_words
         if self.image_data and not self.image_every:
             raise Mistake("--image-data: --image-every 0 asks for no images; leave out one of the two")
         self.stills = self.images() if self.image_every else None
@@ -452,12 +464,8 @@ class Clip(Stage):
             with self.autocast():
                 return model.encode(video, ids)
 
-        if self.cache_size and torch.is_grad_enabled():  # clip_video.cached_contrastive_step, as autograd does it
-            pieces = [torch.utils.checkpoint.checkpoint(encode, *piece, use_reentrant=False)
-                      for piece in zip(video.split(self.cache_size), ids.split(self.cache_size))]
-            seen, read, hidden = map(torch.cat, zip(*pieces))
-        else:
-            seen, read, hidden = encode(video, ids)
+        cached = self.cache_size and torch.is_grad_enabled()
+        seen, read, hidden = clip_video.in_pieces(encode, self.cache_size, video, ids) if cached else encode(video, ids)
         number = {}  # clips with the same caption are not each other's negatives
         same = torch.tensor([number.setdefault(text, len(number)) for text in captions], device=video.device)
         contrastive = clip_video.contrastive_loss(seen, read, model.clip.logit_scale, targets=same)
@@ -662,10 +670,24 @@ class Labels(Stage):
     sampling: str = flag("segment", "dense = neighbouring frames, segment = spread over the video (paper: dense on "
                          "Kinetics for VideoMAE, else segment)", choices=("dense", "segment"))
     flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
+    area: float = flag(0.5, "files: smallest share of a frame that a random crop keeps (paper: 0.08)", low=0.01, high=1)
+    rand_augment: int = flag(0, "files: RandAugment operations per clip; 0 = none (paper: 4)", low=0)
+    magnitude: int = flag(7, "files: their strength, of 30 (paper: 7)", low=0, high=30)
+    erasing: float = flag(0.0, "files: probability that a box of the clip turns grey (paper: 0.25, with noise)",
+                          low=0, high=1)
+    repeats: int = flag(1, "files: clips of each video in a batch, cut out anew each time (paper: 2)", low=1)
+    test_clips: int = flag(1, "files: clips along time in the last evaluation (papers: 4 to 7; 2 on Something-Something)",
+                           low=1)
+    test_crops: int = flag(1, "files: crops along the longer side of each (papers: 3)", low=1)
 
     def ask(self):
         """Open the data sets and set the questions; returns Y, the number of all answers."""
-        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip)
+        if not self.data and (self.test_clips > 1 or self.test_crops > 1 or self.repeats > 1):
+            raise Mistake("--test-clips, --test-crops, --repeats: for video files; a clip of moving shapes is all there is")
+        if self.batch_size % self.repeats:
+            raise Mistake(f"--batch-size {self.batch_size}: must be a multiple of --repeats {self.repeats}")
+        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip,
+                          area=self.area, operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
         self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
         if self.data and len(self.sets[0].classes) < 2:
             raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
@@ -699,6 +721,29 @@ class Labels(Stage):
     def extras(self, folder):
         text = json.dumps({question: list(names) for question, names in self.questions.items()}) + "\n"
         weights.write_aside(Path(folder) / "questions.json", lambda path: Path(path).write_text(text))
+
+    def batches(self, train_set, first):
+        return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum, start=first * self.accum,
+                            workers=self.workers, repeats=self.repeats)
+
+    def finish(self, model):
+        """Accuracies over several views of each held-out video: softmax per view, averaged in memory."""
+        if self.test_clips * self.test_crops == 1:
+            return {}
+        views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,
+                                self.sampling, train=False, classes=self.sets[1].classes,
+                                part="all" if self.val_data else "val", views=(self.test_clips, self.test_crops))
+        chances, answers = [], []
+        for batch in data.held_out(views, None, 1, self.workers):
+            video = to_device(batch, self.device)["video"][0]                # (1 + views, T, H, W, 3)
+            logits = [self.logits(model, {"video": part})[0] for part in video.split(max(1, self.batch_size))]
+            chances.append(torch.cat(logits).softmax(dim=1))
+            answers.append(batch["label"])
+        answers = {"label": torch.cat(answers).to(self.device)}
+        named = {"1 clip": [chance[0] for chance in chances],
+                 f"{self.test_clips} x {self.test_crops} views": [chance[1:].mean(dim=0) for chance in chances]}
+        return {f"val_{name} ({kind})": value for kind, found in named.items()
+                for name, value in accuracies({"label": torch.stack(found)}, answers).items()}
 
     def evaluate(self, model, batches):
         """Losses and accuracies in percent: of each question, and of all together on moving shapes, there also
@@ -739,7 +784,7 @@ class Classify(Labels):
     Fine-tune all of it, or leave it frozen and train a probe on its features, which are computed once. On moving
     shapes three questions at once, motion, shape and colour, each with a softmax of its own; else the label."""
 
-    steps: int = flag(600, "optimiser steps; 0 = evaluate only (paper: 35 to 100 epochs of Kinetics-400)", low=0)
+    steps: int = flag(500, "optimiser steps; 0 = evaluate only (paper: 35 to 100 epochs of Kinetics-400)", low=0)
     lr: float = flag(6e-3, "learning rate as it is; overrides --blr when above 0 (papers: 5e-4 to 2e-3 per 256 clips "
                            "for VideoMAE, 1e-5 for UniFormerV2)", low=0)
     mode: str = flag("finetune", "finetune = train everything; probe = a linear layer, attentive = a query that asks "
@@ -884,7 +929,7 @@ class Fuse(Labels):
     masked: str = flag("", "the masked encoder: a run of classify, or an official file (paper: VideoMAE-H)")
     multimodal: str = flag("", "the multimodal encoder: a run of classify, or an official file (paper: UniFormerV2-L)")
     second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
-    steps: int = flag(300, "optimiser steps; 0 = evaluate only (paper: 5 epochs)", low=0)
+    steps: int = flag(200, "optimiser steps; 0 = evaluate only (paper: 5 epochs)", low=0)
     batch_size: int = flag(32, "clips per process and step (paper: 64)", low=1)
     lr: float = flag(1e-3, "learning rate as it is; overrides --blr when above 0 (paper: 5e-5, or 5e-6: it prints "
                            "5 x 10^5)", low=0)
@@ -990,25 +1035,25 @@ STAGES = {"mae": MAE, "clip": Clip, "classify": Classify, "fuse": Fuse}
 
 # The default run: folder, card, what differs from the card ({} is the run's folder), seconds on two cores.
 DEFAULT_RUN = (
-    ("mae", MAE, {}, 100),
-    ("clip", Clip, {}, 320),
-    ("masked", Classify, dict(weights="{}/mae"), 50),
-    ("multimodal", Classify, dict(weights="{}/clip", lr=2e-3, layer_decay=0.75, steps=250), 20),
-    ("scratch", Classify, {}, 50),
-    ("fuse", Fuse, dict(masked="{}/masked", multimodal="{}/multimodal"), 40),
+    ("mae", MAE, {}, 120),
+    ("clip", Clip, {}, 260),
+    ("masked", Classify, dict(weights="{}/mae"), 45),
+    ("multimodal", Classify, dict(weights="{}/clip", lr=2e-3, layer_decay=0.75, steps=200), 25),
+    ("scratch", Classify, {}, 45),
+    ("fuse", Fuse, dict(masked="{}/masked", multimodal="{}/multimodal"), 45),
 )
 
 
-def clips(stage, frames, size, sampling="dense", rate=4, flip=True):
+def clips(stage, frames, size, sampling="dense", rate=4, flip=True, **augment):
     """(training set, held-out set) of what --data names, or of moving shapes. flip: mirrored clips in
-    training, too; not where a caption may say left."""
+    training, too; not where a caption may say left. augment: more for the training set, see VideoFiles."""
     if not stage.data:
         return (data.MovingShapes("train", frames, size, stage.seed),
                 data.MovingShapes("val", frames, size, stage.seed))
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed,
                    flip=flip)
     part = "all" if stage.val_data else "train"
-    train = data.open_clips(stage.data, train=True, part=part, **options)
+    train = data.open_clips(stage.data, train=True, part=part, **options, **augment)
     held_out = data.open_clips(stage.val_data or stage.data, train=False, classes=train.classes,
                                part="all" if stage.val_data else "val", **options)
     print(f"--data {train.summary()}")
@@ -1150,10 +1195,6 @@ def clips_in(batch):
     return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
-def settings_of(stage):
-    return dataclasses.asdict(stage)
-
-
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "steps", "eval_every", "save_every", "log_every",
                   "eval_clips", "dry_run", "weights"}
 
@@ -1231,7 +1272,7 @@ def fit(stage, name):
     print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {global_batch} clips, peak "
           f"lr {stage.lr or stage.blr * global_batch / 256:.2e}, {stage.device}, {stage.precision}, "
           f"{torch.get_num_threads()} threads -> {out}")
-    print("settings: " + json.dumps(settings_of(stage)))
+    print("settings: " + json.dumps(dataclasses.asdict(stage)))
     if stage.note():
         print("note: " + stage.note())
     log = Log(out / "log.jsonl", first)
@@ -1239,7 +1280,7 @@ def fit(stage, name):
 
     def save(step):
         state = dict(step=step, model=model.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers],
-                     average=average.state if average else None, settings=settings_of(stage),
+                     average=average.state if average else None, settings=dataclasses.asdict(stage),
                      seconds=seconds_before + time.monotonic() - started)
         weights.write_aside(out / "last.pt", lambda path: torch.save(state, path))
 
@@ -1267,7 +1308,7 @@ def fit(stage, name):
                 for number in (signal.SIGINT, signal.SIGTERM)]
     bar = tqdm(total=stage.steps, initial=first, desc=name, unit="step", dynamic_ncols=True,
                disable=stage.steps == 0, mininterval=0.5 if sys.stderr.isatty() else 15)
-    eval_every = stage.eval_every or max(1, stage.steps // 10)
+    eval_every = stage.eval_every or max(1, stage.steps // 5)
     batches = iter(stage.batches(train_set, first))
     window = time.monotonic()
     waited = seen = 0.0
@@ -1336,6 +1377,9 @@ def fit(stage, name):
               "and the same flags")
         raise SystemExit(130)
 
+    model.eval()
+    with torch.no_grad(), average.in_place(model) if average else contextlib.nullcontext():
+        metrics |= stage.finish(model)
     held_bad = [pair for batch in held_out for pair in batch.get("bad", ())]
     asked = metrics["val_clips"] + len(held_bad)
     if held_bad:
@@ -1349,7 +1393,7 @@ def fit(stage, name):
                        if k.startswith("initial_")}
     report = dict(stage=name, step=step, **metrics, **initial, parameters=parameters, trained=trained,
                   seconds=round(seconds_before + time.monotonic() - started, 1),
-                  bad_files=bad | dict(held_bad), settings=settings_of(stage))
+                  bad_files=bad | dict(held_bad), settings=dataclasses.asdict(stage))
     weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
     with average.in_place(model) if average else contextlib.nullcontext():
         weights.save(out, model, model.config)
@@ -1452,6 +1496,9 @@ def default_run(argv):
           + ", ".join(f"{name} {seconds} s" for name, _, _, seconds in waiting))
     for name, card, options, _ in DEFAULT_RUN:
         if (name, card) not in [row[:2] for row in waiting]:
+            seed = json.loads((out / name / "metrics.json").read_text())["settings"]["seed"]
+            if seed != args.seed:
+                raise Mistake(f"--seed {args.seed}: {out / name} was made with seed {seed}; use another --out")
             print(f"{name}: done already, see {out / name}/metrics.json")
             continue
         options = {key: value.format(out) if isinstance(value, str) else value for key, value in options.items()}

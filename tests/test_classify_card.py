@@ -197,6 +197,32 @@ def test_folders_of_classes_train_and_name_top_1_and_top_5(tmp_path, encoders, c
     assert "needs a folder of class folders" in capsys.readouterr().err
 
 
+def test_several_views_are_averaged_as_probabilities_and_stand_beside_one_clip(tmp_path):
+    for name in ("wave", "jump"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        for i in range(3):
+            write_video(tmp_path / "videos" / name / f"{i}.mp4", frames=20)
+    assert run("--data", str(tmp_path / "videos"), "--val-data", str(tmp_path / "videos"), "--test-clips", "2",
+               "--test-crops", "3", "--rand-augment", "2", "--erasing", "0.5", "--repeats", "2", "--area", "0.3",
+               "--flip", out=tmp_path / "run") == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val_top1 (1 clip)"] == pytest.approx(metrics["val_top1"])
+    model = train.load_encoder(tmp_path / "run").eval()
+    views = data.VideoFiles(tmp_path / "videos", 4, 16, sampling="segment", train=False, views=(2, 3))
+    right = []
+    with torch.no_grad():
+        for item in (views[i] for i in range(6)):
+            video = data.normalise(torch.as_tensor(item["video"][1:]), model.mean, model.std)
+            right.append(int(model(video).softmax(dim=1).mean(dim=0).argmax()) == item["label"])
+    assert metrics["val_top1 (2 x 3 views)"] == pytest.approx(100 * sum(right) / 6)
+
+
+def test_views_and_repeats_are_for_files(tmp_path, capsys):
+    assert run("--test-crops", "3", out=tmp_path) == 2
+    assert run("--repeats", "4", "--data", str(tmp_path), out=tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
 @pytest.mark.parametrize("flags, complaint", [
     (("--model", "b16"), "add --encoder multimodal"),
     (("--encoder", "multimodal", "--model", "base"), "add --encoder masked"),

@@ -16,7 +16,7 @@ from conftest import assert_summary, official_fill, values
 import clip_video
 import uniformerv2
 import weights
-from clip_video import (TextSize, TextTower, VideoCLIP, cached_contrastive_step, contrastive_loss,
+from clip_video import (TextSize, TextTower, VideoCLIP, contrastive_loss, in_pieces,
                         gather_with_gradient, load_tokenizer, protocol, retrieval_metrics,
                         train_tokenizer, zero_shot)
 from weights import WeightsError
@@ -488,7 +488,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
 
 
 def steps_of(model):
-    """The two functions that cached_contrastive_step asks for."""
+    """Both encoders, and the question."""
     return lambda v, t: model(v, t)[:2], lambda v, t: contrastive_loss(v, t, model.logit_scale)
 
 
@@ -499,11 +499,8 @@ def test_a_batch_in_cached_pieces_has_the_gradients_of_the_whole():
         model = load_internvideo().double()
         video, ids = clip(5).double(), (torch.arange(50).view(5, 10) * 7) % 48
         encode, question = steps_of(model)
-        if size is None:
-            loss = question(*encode(video, ids))
-            loss.backward()
-        else:
-            loss = cached_contrastive_step(encode, video, ids, question, size)
+        loss = question(*(encode(video, ids) if size is None else in_pieces(encode, size, video, ids)))
+        loss.backward()
         found.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
     for other in found[1:]:
         assert len(other) == len(found[0]) > 40
@@ -512,46 +509,63 @@ def test_a_batch_in_cached_pieces_has_the_gradients_of_the_whole():
 
 
 def test_cached_pieces_see_the_same_random_numbers_both_times():
-    """Else the cached gradients would belong to other masks. Also with a generator of one's own."""
-    for own in (None, torch.Generator()):
-        found = []
-        for cached in (False, True):
-            model = VideoCLIP.from_official(viclip_state()).train()
-            drop = torch.nn.Dropout(0.5)
-            torch.manual_seed(5)
-            if own is not None:
-                own.manual_seed(6)
-            video, ids, loss = clip(4), IDS.repeat(2, 1), steps_of(model)[1]
+    """Else the gradients would belong to other masks."""
+    found = []
+    for cached in (False, True):
+        model = VideoCLIP.from_official(viclip_state()).train()
+        drop = torch.nn.Dropout(0.5)
+        torch.manual_seed(5)
+        video, ids, loss = clip(4), IDS.repeat(2, 1), steps_of(model)[1]
 
-            def encode(v, t):
-                return model.encode_video(v, 0.5, own), drop(model.encode_text(t))  # noqa: B023
+        def encode(v, t):
+            return model.encode_video(v, 0.5), drop(model.encode_text(t))  # noqa: B023
 
-            if cached:
-                value = cached_contrastive_step(encode, video, ids, loss, 2, [own] if own else [])
-            else:
-                parts = [encode(video[:2], ids[:2]), encode(video[2:], ids[2:])]
-                value = loss(*map(torch.cat, zip(*parts)))
-                value.backward()
-            found.append((value.detach(), model.visual.times.grad, model.text.embed.weight.grad,
-                          torch.rand(2)))
-        for a, b in zip(*found):
-            close(a, b, atol=1e-5)
+        if cached:
+            seen = in_pieces(encode, 2, video, ids)
+        else:
+            seen = map(torch.cat, zip(encode(video[:2], ids[:2]), encode(video[2:], ids[2:])))
+        value = loss(*seen)
+        value.backward()
+        found.append((value.detach(), model.visual.times.grad, model.text.embed.weight.grad, torch.rand(2)))
+    for a, b in zip(*found):
+        close(a, b, atol=1e-5)
+
+
+def test_cached_pieces_keep_no_activations():
+    model = load_internvideo()
+    encode, _ = steps_of(model)
+    kept = []
+
+    def bytes_kept(run):
+        kept.append(0)
+
+        def pack(x):
+            kept[-1] += x.nbytes
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            return run()
+
+    video, ids = clip(4), IDS.repeat(2, 1)
+    bytes_kept(lambda: encode(video, ids))
+    bytes_kept(lambda: in_pieces(encode, 1, video, ids))
+    assert kept[1] < kept[0] / 5
 
 
 def test_a_frozen_text_tower_is_no_obstacle_to_cached_pieces():
     model = VideoCLIP.from_official(viclip_state())
     model.text.requires_grad_(False)
     encode, question = steps_of(model)
-    cached_contrastive_step(encode, clip(2), IDS, question, 1)
+    question(*in_pieces(encode, 1, clip(2), IDS)).backward()
     assert model.visual.times.grad is not None and model.text.positions.grad is None
 
 
 def test_under_autocast_cached_pieces_still_teach_every_weight():
-    """Autocast keeps its bfloat16 copies of weights; those of the pass without a graph have no way back."""
+    """Autocast keeps its bfloat16 copies of weights; those of a pass without a graph have no way back."""
     model = VideoCLIP.from_official(viclip_state())
     encode, question = steps_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cached_contrastive_step(encode, clip(2), IDS, question, 1)
+        loss = question(*in_pieces(encode, 1, clip(2), IDS))
+    loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 

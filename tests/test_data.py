@@ -259,6 +259,15 @@ def test_the_caption_of_a_clip_agrees_with_its_facts_and_label():
 # ------------------------------------------------------------------------------- one video file
 
 
+def test_captions_may_keep_silent_about_the_motion():
+    silent, half, full = (MovingShapes("train", 4, 32, told=told) for told in (0.0, 0.5, 1.0))
+    captions = [data.parse_caption(silent[i]["caption"]) for i in range(60)]
+    assert all("motion" not in facts and {"shape", "colour"} <= set(facts) for facts in captions)
+    named = sum("motion" in data.parse_caption(half[i]["caption"]) for i in range(200))
+    assert 70 < named < 130
+    assert all((silent[i]["video"] == full[i]["video"]).all() for i in range(5))
+
+
 def write_video(path, frames=40, width=64, height=48, fps=10, gop=12, codec="libx264", **options):
     """A video whose grey level encodes the frame number, with B-frames and several keyframes; the
     upper left corner is red, to tell which way is up."""
@@ -446,7 +455,7 @@ def test_segment_sampling_takes_one_frame_from_each_segment(n, frames):
 
 def views_in_time(name, n, frames, stride=4, clips=1, **options):
     """The chosen frames of each view in time, as lists."""
-    return [data.choose_frames(name, n, frames, stride, clip=clip, clips=clips, **options).tolist() for clip in range(clips)]
+    return [data.choose_frames(name, n, frames, stride, view=(clip, clips), **options).tolist() for clip in range(clips)]
 
 
 @pytest.mark.parametrize("name, n, frames, stride, clips, expected", [
@@ -476,7 +485,7 @@ def test_retrieval_takes_a_frame_a_second_and_at_most_so_many():
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 64, 65, 300])
 def test_every_sampler_stays_inside_the_video_and_goes_forward(name, n):
     views = [data.choose_frames(name, n, 16, rng=np.random.default_rng(i)) for i in range(20)]
-    views += [data.choose_frames(name, n, 16, clip=clip, clips=clips) for clips in (1, 2, 5) for clip in range(clips)]
+    views += [data.choose_frames(name, n, 16, view=(clip, clips)) for clips in (1, 2, 5) for clip in range(clips)]
     for numbers in views:
         assert numbers.shape == (16,) and numbers.dtype.kind == "i"
         assert 0 <= numbers.min() and numbers.max() < n and (np.diff(numbers) >= 0).all()
@@ -520,17 +529,6 @@ def test_three_crops_are_the_ends_and_the_centre_of_the_longer_side():
     assert starts == [0, 72, 144]
     odd = gradient(56, 201)  # 145 columns to spare: VideoMAE rounds the centre down, UniFormerV2 up
     assert [int(data.crop_frames(name, odd, (56, 56))[0, 0, 0, 0]) for name in ("videomae", "uniformerv2")] == [72, 73]
-
-
-def test_views_of_a_video_come_stacked(folder):
-    files = VideoFiles(folder / "a.mp4", 4, 32, stride=2, train=False, views=(2, 3))
-    video = files[0]["video"]
-    assert video.shape == (6, 4, 32, 32, 3)
-    one = VideoFiles(folder / "a.mp4", 4, 32, stride=2, train=False)
-    assert np.array_equal(files.clip(str(folder / "a.mp4"), None)[1].shape, one[0]["video"].shape)
-    assert video[0].mean() != video[3].mean()  # another time, another grey
-    with pytest.raises(DataError, match="views"):
-        VideoFiles(folder / "a.mp4", 4, 32, views=(2, 3))
 
 
 @pytest.mark.parametrize("sampling", data.SAMPLINGS)
@@ -620,6 +618,61 @@ def test_training_crops_are_random_by_index_and_epoch_and_leave_the_global_state
     assert one["video"].shape == (4, 32, 40, 3) and one["label"] == -1
     assert np.array_equal(one["video"], again["video"])
     assert not np.array_equal(one["video"], later["video"])
+
+
+def test_the_views_of_a_test_are_the_centre_then_clips_by_crops_from_end_to_end(tmp_path):
+    path = write_video(tmp_path / "wide.mp4", frames=30, width=96, height=48)
+    one = VideoFiles(path, 4, 48, stride=2, train=False)[0]["video"]
+    many = VideoFiles(path, 4, 48, stride=2, train=False, views=(3, 3))[0]["video"]
+    assert many.shape == (10, 4, 48, 48, 3) and (many[0] == one).all()
+    assert (many[5] == one).all(), "the middle clip's middle crop is the centre"
+    info = probe(path)
+    for clip, start in enumerate((0, 11, 22)):
+        whole = read_clip(path, start + 2 * np.arange(4), (48, 96), info)
+        for crop, left in enumerate((0, 24, 48)):
+            assert (many[1 + 3 * clip + crop] == whole[:, :, left:left + 48]).all()
+
+
+def test_clips_of_a_test_lie_between_the_ends_of_each_segment():
+    assert data.segment_indices(40, 4, view=(0, 1)).tolist() == data.segment_indices(40, 4).tolist()
+    views = [data.segment_indices(40, 4, view=(clip, 3)).tolist() for clip in range(3)]
+    assert views == [[2, 12, 22, 32], [4, 14, 24, 34], [6, 16, 26, 36]]
+    assert data.dense_indices(100, 4, 5, view=(0, 2)).tolist() == [0, 5, 10, 15]
+    assert data.dense_indices(100, 4, 5, view=(1, 2)).tolist() == [80, 85, 90, 95]
+    assert data.dense_indices(10, 4, 5, view=(1, 2)).tolist() == data.dense_indices(10, 4, 5).tolist()
+
+
+def test_augmentation_treats_all_frames_of_a_clip_alike(tmp_path):
+    import av
+    path = tmp_path / "still.avi"
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "bgr0"
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    still = VideoFiles(path, 6, 32, stride=1, operations=4, magnitude=9, erasing=1.0, area=0.08)
+    clips = [still[0, epoch]["video"] for epoch in range(12)]
+    for video in clips:
+        assert (video == video[:1]).all()
+    assert len({video.tobytes() for video in clips}) == 12
+    assert all((video == data._GREY).all(axis=-1)[0].sum() > 8 for video in clips), "a grey box in each"
+    assert (still[0, 3]["video"] == clips[3]).all()
+
+
+def test_repeated_augmentation_puts_clips_of_one_video_side_by_side(folder):
+    files = VideoFiles(folder, 2, 24, stride=1)
+    plain = list(batches(files, 4, 0, 3))
+    twice = list(batches(files, 4, 0, 3, repeats=2))
+    for batch in twice:
+        assert batch["path"][0::2] == batch["path"][1::2]
+        assert not torch.equal(batch["video"][0], batch["video"][1])
+    assert [p for batch in twice for p in batch["path"][0::2]] == [p for batch in plain for p in batch["path"]][:6]
+    assert torch.equal(next(iter(batches(files, 4, 0, 3, start=1, repeats=2)))["video"], twice[1]["video"])
+    with pytest.raises(DataError, match="endless"):
+        next(batches(MovingShapes("train", 2, 24), 4, 0, 3, repeats=2))
 
 
 def test_evaluation_takes_the_centre(folder):

@@ -145,6 +145,8 @@ def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monk
     assert (out / "table.png").stat().st_size > 0
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
     assert len(before) == 6
+    assert train.main(["--out", str(out), "--seed", "4"]) == 2
+    assert "was made with seed 3" in capsys.readouterr().err
     (out / "fuse" / "metrics.json").unlink()
     assert train.main(["--out", str(out), "--seed", "3"]) == 0
     told = capsys.readouterr().out

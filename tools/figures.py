@@ -3,6 +3,9 @@
     figures/moving_shapes.png   the generated world, a clip of each of eight motions
     figures/reconstruction.png  what the masked autoencoder paints on a held-out clip
     figures/loss.png            its loss, the held-out loss and the trivial baseline
+    figures/captions.png        what the caption decoder writes about held-out clips
+    figures/gates.png           the bridge between the two encoders opening
+    figures/table.png           what each encoder knows alone, and both together
 
 Every figure comes from the weights and logs of a run, never by hand. Refuses to run without one.
 """
@@ -55,7 +58,8 @@ def reconstruction(run, path):
 
 def main():
     """Draw all figures; exit code 2 with one line where the run is missing."""
-    run, out = ROOT / "runs" / "default" / "mae", ROOT / "figures"
+    default, out = ROOT / "runs" / "default", ROOT / "figures"
+    run = default / "mae"
     out.mkdir(exist_ok=True)
     try:
         reconstruction(run, out / "reconstruction.png")
@@ -64,7 +68,12 @@ def main():
         return 2
     (out / "reconstruction.gif").unlink()  # the README shows the strip
     moving_shapes(out / "moving_shapes.png")
-    shutil.copy(run / "loss.png", out / "loss.png")
+    for path in (run / "loss.png", default / "clip" / "captions.png", default / "fuse" / "gates.png",
+                 default / "table.png"):
+        if not path.exists():
+            print(f"figures.py: {path} is missing; run `make train` to its end first", file=sys.stderr)
+            return 2
+        shutil.copy(path, out / path.name)
     for path in sorted(out.iterdir()):
         print(f"{path.relative_to(ROOT)}  {path.stat().st_size // 1024} KiB")
     return 0
