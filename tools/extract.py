@@ -25,6 +25,7 @@ a folder begun with another model or stride is refused. Unreadable videos are na
 """
 
 import argparse
+import collections
 import hashlib
 import json
 import os
@@ -110,8 +111,8 @@ def places(paths, out, suffix):
     """{path of a video: path of its features}: sub-folders are kept, and suffixes where two would meet."""
     common = os.path.commonpath([Path(path).parent for path in paths])
     below = {path: Path(os.path.relpath(path, common)) for path in paths}
-    stems = [name.with_suffix("") for name in below.values()]
-    return {path: Path(out) / ((name if stems.count(name.with_suffix("")) > 1 else name.with_suffix("")).as_posix() + suffix)
+    met = collections.Counter(name.with_suffix("") for name in below.values())
+    return {path: Path(out) / f"{name if met[name.with_suffix('')] > 1 else name.with_suffix('')}{suffix}"
             for path, name in below.items()}
 
 
