@@ -11,11 +11,13 @@ is a test; what came out, and on which machine, belongs into LOG.md.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import resource
 import statistics
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
+import fusion  # noqa: E402
 import mae  # noqa: E402
 import uniformerv2  # noqa: E402
 
@@ -70,10 +73,19 @@ def peak_of(case, form):
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_mib()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    return high_water_mib() - before
+
+
+def high_water_mib():
+    """The most memory this process ever held. Linux's getrusage would not do: a new process starts with the
+    mark of the one that made it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,8 +222,60 @@ def bench_mae():
     report("masked autoencoder, small, batch 1", times(forms, 3), "plain", "mae.py")
 
 
+# What fuses: masked encoder, multimodal encoder, frames, pixels, clips. The default run's, and a larger one.
+PAIRS = {"tiny": (mae.SIZES["tiny"], uniformerv2.SIZES["tiny"], 8, 64, 8),
+         "small": (mae.SIZES["small"], uniformerv2.Size(384, 12, 6, 1536, 16, 224), 8, 224, 1)}
+
+
+def fuse_case(form):
+    """form: a pair, a way of training it, and the first block with a bridge (default: four, evenly)."""
+    pair, way, *late = form
+    torch.manual_seed(0)
+    masked, multimodal, frames, pixels, batch = PAIRS[pair]
+    model = fusion.InternVideo(
+        mae.VideoClassifier(masked, classes=16, frames=frames, image_size=pixels, head_scale=1.0),
+        uniformerv2.UniFormerV2(multimodal, classes=16, frames=frames), before=list(*late) or None).to(DEVICE).train()
+    for name, p in model.named_parameters():
+        if "gate_" in name:
+            torch.nn.init.constant_(p, 0.5)
+    clip = torch.randint(256, (batch, frames, pixels, pixels, 3), dtype=torch.uint8, device=DEVICE)
+    answers = torch.arange(batch, device=DEVICE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if way == "all":
+        model.requires_grad_(True)
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        allowed = contextlib.nullcontext() if way == "fusion.py" else \
+            unittest.mock.patch.object(torch, "no_grad", contextlib.nullcontext)
+        with allowed:
+            loss = torch.nn.functional.cross_entropy(model(clip), answers)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in trained])
+    return run
+
+
+def bench_fuse():
+    """A training step of the bridge: gradients for all parameters (only some of which an optimiser would get),
+    frozen parameters alone, and what fusion.py does; then with bridges in the last quarter only."""
+    for pair in PAIRS:
+        ways = {way: (pair, way) for way in ("all", "frozen", "fusion.py")}
+        forms = {way: fuse_case(form) for way, form in ways.items()}
+        for way in ("all", "frozen"):
+            close(forms["fusion.py"](), forms[way]())
+        depth = PAIRS[pair][0].depth
+        ways["late"] = (pair, "fusion.py", range(depth - max(1, depth // 4), depth))
+        forms["late"] = fuse_case(ways["late"])
+        seconds = times(forms, 5)
+        peaks = {way: peak_mib(fuse_case, form) for way, form in ways.items()}
+        for way in ("frozen", "fusion.py", "late"):
+            report(f"fuse, {pair}", seconds, "all", way)
+        print(f"fuse, {pair}: peak memory " + ", ".join(
+            f"{way} {peak:.0f} MiB ({peak / peaks['all']:.2f} of all)" for way, peak in peaks.items()))
+
+
 CASES = {"cache": bench_cache, "loss": bench_loss, "contrastive": bench_contrastive, "conv": bench_conv,
-         "mae": bench_mae}
+         "mae": bench_mae, "fuse": bench_fuse}
 
 
 def main():
