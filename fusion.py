@@ -17,15 +17,15 @@ paper does not say. `train.py fuse` measures it.
 The idea, in steps:
 1. `CrossModelAttention` is the bridge: attention to the other model's tokens, then an MLP, each behind
    a gate tanh(g) that starts at 0. At the start nothing passes and every stream is what it was, bit
-   for bit; only the gates have a gradient. Once they open, the rest learns.
+   for bit; of the bridge only the gates have a gradient. Once they open, the rest learns.
 2. `InternVideo` places bridges before chosen blocks of the masked encoder; each reads the multimodal
    encoder after a chosen layer. The last bridge goes the other way, with the class token as its query.
 3. Both heads give scores. Their weights are a softmax of learned numbers that start equal: at the
    start the whole is exactly late fusion with equal weights, of two working models.
-4. Trained are bridges, gates, score weights, the classification layers and the multimodal query token.
-   All else is frozen, stays in eval mode (BatchNorm, dropout), and runs without gradients where
-   nothing trained comes before it: the frames of the multimodal encoder, and the masked encoder up to
-   the first bridge.
+4. `InternVideo.freeze`: trained are bridges, gates, score weights, the classification layers and the
+   multimodal query token. All else is frozen, stays in eval mode (BatchNorm, dropout), and runs without
+   gradients where nothing trained comes before it: the frames of the multimodal encoder, and the masked
+   encoder up to the first bridge.
 5. `late_fusion` and `best_weight` are the baseline that every bridge must beat.
 
 Nothing of this was released: no code, no weights, no list of layers. The paper's sentences and figure
@@ -36,8 +36,8 @@ class tokens), heads (the masked encoder's), gates (one number each), how scores
 logits). With two multimodal encoders it is InternVideo-T of the paper: two bridges at each place, three
 scores.
 
-Numbers: for VideoMAE-H and UniFormerV2-L a bridge has 18.7 M parameters, four of them and the last
-one 87 M beside 1 billion frozen.
+Numbers: for VideoMAE-H and UniFormerV2-L a bridge has 19.0 M parameters and the last one 13.1 M; with
+heads 90.2 M train, beside 985 M frozen. InternVideo-T: 179.8 M beside 1339 M.
 
 Try it: python fusion.py; python fusion.py VIDEO --weights runs/default/fuse
 
@@ -49,12 +49,14 @@ Try it: python fusion.py; python fusion.py VIDEO --weights runs/default/fuse
 (torch.Size([2, 5]), [(2, 5), (2, 5)])
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Attention, Mlp
+from attention import Attention, Mlp, run_blocks
 from mae import VideoClassifier
 from uniformerv2 import UniFormerV2
 from weights import WeightsError
@@ -110,26 +112,30 @@ class InternVideo(nn.Module):
     before       numbers of the masked encoder's blocks, rising, before which a bridge stands;
                  None: four, evenly spread, the last before the last block (`evenly`)
     layers       for each of them, after which layer of the multimodal encoder it reads; None: the layer
-                 that is as far up its model as the block before the bridge is in its own
+                 that is as far up its model as the block before the bridge is in its own. With two encoders
+                 a list for each
+    last         False: no bridge back, so that the multimodal class token asks nothing; and with before=[]
+                 it alone asks. One direction at a time, for comparison
     heads        of the bridges; None: the masked encoder's. The last bridge has the multimodal encoder's.
     source       "all": keys and values from patch and class tokens; "patches": without class tokens
     gates        False: bridges without gates (the start is then no longer late fusion)
-    bridges      False: none at all, only the learned sum of scores
+    bridges      False: none at all, before=[] and last=False: only heads and the learned sum of scores
     drop         dropout before both heads, a probability (paper: 0.9)
 
     A clip is uint8 (B, T, H, W, 3), as it comes out of data.py. Each encoder sees it in its own way
     (`view`): as many frames as it was made for, its size, its normalisation.
 
-    `frozen` names the parameters that never train; they have requires_grad=False from the start.
+    `frozen` names the parameters that never train (`freeze`). ValueError where the parts do not fit.
     """
 
-    def __init__(self, masked, multimodal, *, before=None, layers=None, heads=None, source="all", gates=True,
-                 bridges=True, drop=0.0):
+    def __init__(self, masked, multimodal, *, before=None, layers=None, last=True, heads=None, source="all",
+                 gates=True, bridges=True, drop=0.0):
         super().__init__()
         experts = list(multimodal) if isinstance(multimodal, (list, tuple)) else [multimodal]
         self.check(masked, experts, source)
         depth = masked.config["size"]["depth"]
         before = list(evenly(min(4, depth), depth) if before is None else before) if bridges else []
+        last = last and bridges
         if before != sorted(set(before) & set(range(depth))):
             raise ValueError(f"before {before}: name blocks 0 to {depth - 1} of the masked encoder, rising")
         if layers is None:  # block b has b blocks behind it: the layer after the same share of the other model
@@ -137,14 +143,16 @@ class InternVideo(nn.Module):
                       for expert in experts]
         elif len(experts) == 1 and not any(isinstance(layer, (list, tuple)) for layer in layers):
             layers = [layers]
+        if len(layers) != len(experts) or not all(isinstance(chosen, (list, tuple)) for chosen in layers):
+            raise ValueError(f"layers {layers}: give a list for each of the {len(experts)} multimodal encoders")
         for expert, chosen in zip(experts, layers):
             if len(chosen) != len(before) or not set(chosen) <= set(range(expert.config["size"]["depth"])):
                 raise ValueError(f"layers {list(chosen)}: name {len(before)} layers, one for each bridge, from 0 to "
                                  f"{expert.config['size']['depth'] - 1} of the multimodal encoder")
         self.config = {"model": "InternVideo", "masked": masked.config,
                        "multimodal": [expert.config for expert in experts], "before": before,
-                       "layers": [list(chosen) for chosen in layers], "heads": heads, "source": source,
-                       "gates": gates, "bridges": bridges, "drop": drop}
+                       "layers": [list(chosen) for chosen in layers], "last": last, "heads": heads,
+                       "source": source, "gates": gates, "bridges": bridges, "drop": drop}
         self.before, self.layers, self.source = before, self.config["layers"], source
         self.masked, self.multimodal = masked, nn.ModuleList(experts)
         width, own_heads = (masked.config["size"][key] for key in ("width", "heads"))
@@ -153,18 +161,21 @@ class InternVideo(nn.Module):
             nn.ModuleList(CrossModelAttention(width, other, heads or own_heads, gates) for _ in before)
             for other, _ in widths)
         self.last = nn.ModuleList(CrossModelAttention(other, width, other_heads, gates)
-                                  for other, other_heads in widths if bridges)
+                                  for other, other_heads in widths if last)
         self.balance = nn.Parameter(torch.zeros(len(experts)))  # of the multimodal scores, against 0 for A
         self.drop = nn.Dropout(drop)
-        self.requires_grad_(False)
-        for part in self.learned():
-            part.requires_grad_(True)
-        self.frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        self.freeze()
         self.train(False)
 
     @staticmethod
     def check(masked, experts, source):
         """ValueError where these cannot work together."""
+        for model, kind in ((masked, VideoClassifier), *((expert, UniFormerV2) for expert in experts)):
+            if not isinstance(model, kind):
+                raise ValueError(f"the {'masked' if kind is VideoClassifier else 'multimodal'} encoder is a "
+                                 f"{type(model).__name__}: give a {kind.__name__}")
+            if model.config["channels"] != 3:
+                raise ValueError(f"a {kind.__name__} for {model.config['channels']} colour channels: clips have 3")
         if not 1 <= len(experts) <= 2:
             raise ValueError(f"{len(experts)} multimodal encoders: give one, or two (InternVideo-T)")
         classes = [model.config["classes"] for model in (masked, *experts)]
@@ -174,17 +185,26 @@ class InternVideo(nn.Module):
         if source not in ("all", "patches"):
             raise ValueError(f"source is {source!r}: choose all or patches")
 
+    def freeze(self):
+        """Let only `learned` train; done at the start. `self.frozen` then names the other parameters."""
+        self.requires_grad_(False)
+        for part in self.learned():
+            part.requires_grad_(True)
+        self.frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+
     def learned(self):
         """The modules and parameters that train (InternVideo, Sec. 3.2: bridges, gates, score weights,
-        classification layers, and the multimodal encoder's query token)."""
-        yield from (self.bridges, self.last, self.balance, self.masked.fc_norm, self.masked.head)
+        classification layers, and the multimodal encoder's query token). Of the masked encoder's two norms
+        one is the classifier's, the other an Identity: see `pool` of mae.VideoClassifier."""
+        yield from (self.bridges, self.last, self.balance, self.masked.encoder.norm, self.masked.fc_norm,
+                    self.masked.head)
         for expert in self.multimodal:
             yield from (expert.norm, expert.head)
             if expert.global_token is not None:
                 yield expert.global_token
 
     def train(self, mode=True):
-        """The experts stay in eval mode: no dropout, no batch statistics, whatever is trained."""
+        """The experts stay in eval mode: no dropout of theirs, no new batch statistics, whatever is trained."""
         super().train(mode)
         for expert in (self.masked, *self.multimodal):
             expert.eval()
@@ -196,7 +216,7 @@ class InternVideo(nn.Module):
         """uint8 (B, T, H, W, 3) -> [logits (B, Y) of the masked encoder, then of each multimodal one], after
         they have talked."""
         masked, features, _ = self.streams(clip)
-        found = [self.masked.head(self.drop(self.masked.fc_norm(masked.mean(dim=1))))]
+        found = [self.masked.head(self.drop(self.masked.pooled(masked)))]
         return found + [expert.head(self.drop(expert.norm(feature)))
                         for expert, feature in zip(self.multimodal, features)]
 
@@ -213,10 +233,11 @@ class InternVideo(nn.Module):
         return self.combine(self.scores(clip))
 
     def features(self, clip):
-        """For other work: {"clip": (B, Da + Dm + ...), what the heads see, side by side; "masked": tokens
-        (B, N, Da); "multimodal": list of tokens (B, t, 1+S, Dm)}."""
+        """For other work, as localisation or retrieval: {"clip": (B, Da + Dm + ...), what the heads see, side by
+        side; "masked": tokens (B, N, Da), t*h*w of them, after the bridges; "multimodal": for each encoder its
+        last tokens (B, t, 1+S, Dm), class token of each frame first, which no bridge touches}."""
         masked, features, tokens = self.streams(clip)
-        seen = [self.masked.fc_norm(masked.mean(dim=1))]
+        seen = [self.masked.pooled(masked)]
         seen += [expert.norm(feature) for expert, feature in zip(self.multimodal, features)]
         return {"clip": torch.cat(seen, dim=1), "masked": masked, "multimodal": tokens}
 
@@ -240,47 +261,43 @@ class InternVideo(nn.Module):
     def watch(self, expert, clip, chosen):
         """A multimodal encoder: its global token (B, 1, D) or None, the last tokens (B, t, 1+S, D), and what it
         has to say at the chosen layers. Its frames depend on nothing that trains; its global blocks do."""
+        final = len(expert.blocks) - 1
+        wanted = {*chosen, *expert.readers(), final}  # the other layers' tokens need not be kept
         with torch.no_grad():
-            outputs = list(expert.layers(view(clip, expert)))
+            outputs = {i: x for i, x in enumerate(expert.layers(view(clip, expert))) if i in wanted}
         told = [(outputs[layer] if self.source == "all" else outputs[layer][:, :, 1:]).flatten(1, 2)
                 for layer in chosen]
-        return expert.read(outputs), outputs[-1], told
+        return expert.read(outputs), outputs[final], told
 
-    def cross(self, clip, told):
+    def cross(self, clip, told, until=None):
         """The masked encoder with its bridges, -> (B, N, D). told: for each expert, for each bridge, tokens
-        (B, M, Dm). Up to the first bridge nothing trains."""
-        encoder, first = self.masked.encoder, self.before[0] if self.before else len(self.masked.encoder.blocks)
+        (B, M, Dm). Up to the first bridge nothing trains. until: a bridge, (place, expert); stop before it."""
+        encoder, edges = self.masked.encoder, [*self.before, len(self.masked.encoder.blocks)]
         with torch.no_grad():
-            x = encoder.begin(view(clip, self.masked))
-            for block in encoder.blocks[:first]:
-                x = block(x)
-        for i, block in enumerate(encoder.blocks[first:], first):
-            x = self.bridge(i, x, told)
-            x = block(x)
-        return encoder.norm(x)
-
-    def bridge(self, i, x, told):
-        """Tokens before block i, after the bridges that stand there, if any."""
-        if i in self.before:
-            place = self.before.index(i)
-            for bridges, words in zip(self.bridges, told):
+            x = run_blocks(encoder.blocks[:edges[0]], encoder.begin(view(clip, self.masked)))
+        for place, (start, stop) in enumerate(zip(edges, edges[1:])):
+            for expert, (bridges, words) in enumerate(zip(self.bridges, told)):
+                if (place, expert) == until:
+                    return x
                 x = bridges[place](x, words[place])
-        return x
+            x = run_blocks(encoder.blocks[start:stop], x, recompute=encoder.recompute)
+        return encoder.norm(x)
 
     @torch.no_grad()
     def looks(self, clip, place=-1, expert=0):
-        """Where the masked encoder's tokens look in the other model, at one bridge: (B, N, t, 1+S or S), rows
-        sum to 1. place: which bridge; expert: which multimodal encoder."""
-        encoder, (_, tokens, told) = self.masked.encoder, self.watch(self.multimodal[expert], clip, self.layers[expert])
+        """Where the masked encoder's tokens look in the other model, at one bridge: (B, N, t, 1+S or S), mean over
+        heads, rows sum to 1. place: which bridge, as a list counts; expert: which multimodal encoder."""
         place = range(len(self.before))[place]
-        everything = [self.watch(other, clip, chosen)[2] for other, chosen in zip(self.multimodal, self.layers)]
-        x = encoder.begin(view(clip, self.masked))
-        for i, block in enumerate(encoder.blocks):
-            if i == self.before[place]:
-                break
-            x = block(self.bridge(i, x, everything))
-        found = self.bridges[expert][place].looks(x, told[place])
-        return found.unflatten(2, (tokens.shape[1], -1))
+        told = [self.watch(other, clip, chosen)[2] for other, chosen in zip(self.multimodal, self.layers)]
+        x = self.cross(clip, told, until=(place, expert))
+        found = self.bridges[expert][place].looks(x, told[expert][place])
+        per_frame = math.prod(self.multimodal[expert].grid) + (self.source == "all")
+        return found.unflatten(2, (-1, per_frame))
+
+    def recompute(self, on=True):
+        """Save memory, spend time, in the blocks behind the first bridge: see attention.run_blocks. All other
+        frozen blocks keep nothing as it is."""
+        self.masked.recompute(on)
 
     # Loading
 
@@ -289,8 +306,8 @@ class InternVideo(nn.Module):
         """Build from the configuration that a run saved (config.json)."""
         masked = VideoClassifier.from_config(config["masked"])
         experts = [UniFormerV2.from_config(part) for part in config["multimodal"]]
-        return cls(masked, experts, **{key: config[key] for key in (
-            "before", "layers", "heads", "source", "gates", "bridges", "drop")})
+        return cls(masked, experts, **{key: value for key, value in config.items()
+                                       if key not in ("model", "masked", "multimodal")})
 
     @classmethod
     def from_run(cls, folder):
@@ -312,15 +329,18 @@ def evenly(count, depth):
 
 
 def view(clip, encoder):
-    """What one encoder sees of a clip: as many frames as it was made for, evenly chosen, its size (bilinear,
-    antialiased) and its normalisation.
+    """What one encoder sees of a clip: as many frames as it was made for, the middle ones of as many equal parts,
+    its size (bilinear, antialiased; another shape of frame is squeezed) and its normalisation.
 
     clip     uint8 (B, T, H, W, 3)
     encoder  with .config of "frames" and "image_size", .mean and .std
     returns  float32 (B, 3, frames, *image_size)
-    raises   ValueError: fewer frames than it needs
+    raises   ValueError: not such a clip, or fewer frames than it needs
     """
     frames, size = encoder.config["frames"], tuple(encoder.config["image_size"])
+    if clip.dtype != torch.uint8 or clip.ndim != 5 or clip.shape[-1] != 3:
+        raise ValueError(f"a clip is uint8 (B, T, H, W, 3), not {str(clip.dtype)[6:]} {tuple(clip.shape)}; each "
+                         "encoder normalises it for itself")
     B, T, H, W, _ = clip.shape
     if T < frames:
         raise ValueError(f"a clip of {T} frames for an encoder of {frames}: sample more frames")
@@ -345,8 +365,12 @@ def late_fusion(scores, shares=None):
              averages all views of all models at once)
     shares   one number per model, sum 1; None: equal
     returns  probabilities (B, Y)
+    raises   ValueError: models that disagree about B or Y, or another number of shares
     """
-    shares = [1 / len(scores)] * len(scores) if shares is None else shares
+    shares = [1 / max(1, len(scores))] * len(scores) if shares is None else shares
+    if len(shares) != len(scores) or len({(len(score), score.shape[-1]) for score in scores}) != 1:
+        raise ValueError(f"{len(shares)} shares for scores of {', '.join(str(tuple(score.shape)) for score in scores)}: "
+                         "one for each model, and all models score the same videos and classes")
     chances = [score.softmax(dim=-1) for score in scores]
     return sum(share * (chance.mean(dim=1) if chance.ndim == 3 else chance) for share, chance in zip(shares, chances))
 
@@ -382,6 +406,8 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/fusion.png", help="where the masked encoder looks; PNG")
     args = parser.parse_args(argv)
     try:
+        if args.top < 1:
+            raise ValueError(f"--top {args.top}: must be at least 1")
         torch.manual_seed(args.seed)
         questions = None
         if args.weights:
@@ -392,9 +418,9 @@ def main(argv=None):
             model = InternVideo(VideoClassifier("tiny", classes=16, frames=8, image_size=64),
                                 UniFormerV2("tiny", classes=16, frames=8)).eval()
         T = max(part.config["frames"] for part in (model.masked, *model.multimodal))
-        H, W = model.masked.config["image_size"]
+        H, W = (max(sides) for sides in zip(*(part.config["image_size"] for part in (model.masked, *model.multimodal))))
         if args.video:
-            clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), min(H, W))
+            clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), max(H, W))
             top, left = (clip.shape[1] - H) // 2, (clip.shape[2] - W) // 2
             clip = clip[:, top:top + H, left:left + W]
         else:
@@ -407,7 +433,7 @@ def main(argv=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             draw.looks(clip, *places(model, torch.as_tensor(clip)[None]), path)
             print(f"drawn: {path}")
-    except (WeightsError, data.DataError, ValueError) as error:
+    except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"fusion.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -513,7 +513,10 @@ class VideoClassifier(nn.Module):
 
     def features(self, video):
         """video (B, C, T, H, W) -> (B, D), what the head sees."""
-        tokens = self.encoder(video)
+        return self.pooled(self.encoder(video))
+
+    def pooled(self, tokens):
+        """What the encoder gave, (B, N, D) -> (B, D), what the head sees."""
         return self.fc_norm(tokens.mean(dim=1)) if self.pool == "mean" else tokens[:, 0]
 
     def forward(self, video):

@@ -462,11 +462,11 @@ class UniFormerV2(nn.Module):
             yield x
 
     def read(self, outputs):
-        """The global token (B, 1, D) after all global blocks, given the outputs of all layers; None where there
-        are none. `encode` does the same on the way."""
+        """The global token (B, 1, D) after all global blocks; None where there are none. `encode` does the same
+        on the way. outputs: tokens by number of layer, at least of those that a global block reads."""
         if self.global_token is None:
             return None
-        token = self.global_token.expand(len(outputs[0]), -1, -1)
+        token = self.global_token.expand(len(outputs[self.global_layers[0]]), -1, -1)
         for i, block in self.readers().items():
             token = block(token, outputs[i], self.grid)
         return token

@@ -3,9 +3,10 @@
 at the start every stream is what it was, bit for bit, and the sum is late fusion with equal weights; only
 gates have a gradient then, and the rest later; frozen tensors never move and stay in eval mode; running them
 without gradients changes no gradient; the experts listen to each other once gates open; a saved whole loads
-alone; each option does what it says; late fusion by hand.
+alone; each option does what it says; what cannot work is refused in one line; late fusion by hand.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -55,15 +56,15 @@ def open_gates(model, amount=0.5):
 
 
 @pytest.mark.parametrize("second", [False, True])
-@pytest.mark.parametrize("options", [{}, dict(source="patches"), dict(before=[0, 2], heads=4), dict(bridges=False)])
+@pytest.mark.parametrize("options", [{}, dict(source="patches"), dict(before=[0, 2], heads=4), dict(bridges=False),
+                                     dict(before=[]), dict(last=False)])
 def test_at_the_start_the_experts_are_themselves_bit_for_bit_and_the_sum_is_equal_late_fusion(second, options):
     masked, others = experts(second=second)
     x = clip()
     with torch.no_grad():
         alone = [model(fusion.view(x, model)) for model in (masked, *others)]
     model = InternVideo(masked, others, **options).train()
-    learning = model.scores(x)  # with gradients, attention may take another kernel: the same up to rounding
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(learning, alone))
+    assert all(torch.equal(a, b) for a, b in zip(model.scores(x), alone)), "in training too"
     with torch.no_grad():
         scores = model.scores(x)
         assert len(scores) == len(alone) and all(torch.equal(a, b) for a, b in zip(scores, alone))
@@ -130,27 +131,48 @@ def test_frozen_parts_stay_in_eval_mode_while_the_rest_trains():
     assert torch.equal(model.eval()(clip()), model.eval()(clip()))
 
 
-def test_no_gradient_is_lost_where_frozen_parts_run_without(monkeypatch):
-    x, answers = clip(3), torch.tensor([0, 3, 1])
-    found = []
-    for saving in (True, False):
-        model = open_gates(whole(before=[1, 2]).double())
-        if not saving:
-            class Nothing:
-                def __enter__(self):
-                    pass
-
-                def __exit__(self, *_):
-                    pass
-            monkeypatch.setattr(fusion.torch, "no_grad", Nothing)
-        view = fusion.view
-        monkeypatch.setattr(fusion, "view", lambda *a, view=view: view(*a).double())
+def gradients(model, x, answers):
+    view = fusion.view
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusion, "view", lambda *a: view(*a).double())
         torch.nn.functional.cross_entropy(model(x), answers).backward()
-        monkeypatch.undo()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert found[0].keys() == found[1].keys()
-    for name, grad in found[0].items():
-        assert torch.allclose(grad, found[1][name], rtol=1e-10, atol=1e-12), name
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_no_gradient_is_lost_where_frozen_parts_run_without(monkeypatch, second):
+    """Against the plain way: every parameter of all models has a gradient, and nothing runs without."""
+    x, answers = clip(3), torch.tensor([0, 3, 1])
+    model = open_gates(whole(second=second, before=[1, 2]).double())
+    found = gradients(model, x, answers)
+    assert found.keys() == {name for name, _ in model.named_parameters()} - model.frozen
+    plain = open_gates(whole(second=second, before=[1, 2]).double()).requires_grad_(True)
+    plain.load_state_dict(model.state_dict())
+    monkeypatch.setattr(fusion.torch, "no_grad", contextlib.nullcontext)
+    everything = gradients(plain, x, answers)
+    assert "multimodal.0.blocks.0.attn.qkv.weight" in everything and "masked.encoder.embed.weight" in everything
+    for name, grad in found.items():
+        assert torch.allclose(grad, everything[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_recomputing_saves_activations_and_changes_no_gradient(monkeypatch):
+    x, answers = clip(3), torch.tensor([0, 3, 1])
+    models = [open_gates(whole(before=[1]).double()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].recompute()
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(a[0]) or checkpoint(*a, **k))
+    plain, again = (gradients(model, x, answers) for model in models)
+    assert calls == list(models[1].masked.encoder.blocks[1:]), "block 0 keeps nothing anyway"
+    assert all(torch.allclose(plain[name], again[name], rtol=1e-9, atol=1e-12) for name in plain)
+
+
+def test_freezing_again_undoes_thawing():
+    model = whole()
+    frozen = set(model.frozen)
+    model.requires_grad_(True)
+    model.freeze()
+    assert model.frozen == frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def test_with_open_gates_each_expert_hears_the_other():
@@ -186,6 +208,17 @@ def test_bridges_stand_evenly_and_read_as_far_up_as_they_stand():
     bridge = sum(p.numel() for p in big.bridges[0][0].parameters())
     assert 18e6 < bridge < 20e6 and 85e6 < trained < 95e6
     assert sum(p.numel() for p in big.parameters()) - trained > 0.9e9
+    assert big(torch.empty(1, 16, 224, 224, 3, dtype=torch.uint8, device="meta")).shape == (1, 400)
+
+
+def test_each_direction_alone():
+    """before=[]: only the multimodal class token asks. last=False: only the masked tokens do."""
+    x, alone = clip(), whole().scores(clip())
+    for options, hears in ((dict(before=[]), [False, True]), (dict(last=False), [True, False])):
+        model = open_gates(whole(**options))
+        said = model.scores(x)
+        assert [not torch.equal(a, b) for a, b in zip(said, alone)] == hears
+        assert model.from_config(model.config).config == model.config
 
 
 def test_the_three_encoder_form_learns_three_shares_that_sum_to_one():
@@ -215,6 +248,13 @@ def test_each_expert_sees_the_clip_in_its_own_way():
     assert InternVideo(masked, others)(x).shape == (2, 5)
 
 
+@pytest.mark.parametrize("spoil", [lambda x: x.float() / 255, lambda x: x.permute(0, 4, 1, 2, 3), lambda x: x[0],
+                                   lambda x: x[..., :1]])
+def test_what_is_no_clip_is_refused_rather_than_normalised_twice(spoil):
+    with pytest.raises(ValueError, match=r"a clip is uint8 \(B, T, H, W, 3\), not"):
+        whole()(spoil(clip()))
+
+
 def test_looks_are_shares_and_nothing_is_seen_of_class_tokens_where_only_patches_speak():
     for source, places in (("all", 5), ("patches", 4)):
         model = open_gates(whole(source=source))
@@ -224,6 +264,19 @@ def test_looks_are_shares_and_nothing_is_seen_of_class_tokens_where_only_patches
             assert torch.allclose(looks.flatten(2).sum(dim=2), torch.ones(2, 8), atol=1e-5)
     where, grid, shares = fusion.places(model, clip(1))
     assert grid == (2, 2, 2) and shares.shape == (4, 2, 2, 2) and len(set(where)) == 4
+
+
+def test_looks_are_those_of_the_forward_pass():
+    """With two experts the second one's bridge is asked by tokens that the first one's has changed."""
+    model, seen = open_gates(whole(second=True)), {}
+    for expert in (0, 1):
+        for place in range(3):
+            model.bridges[expert][place].register_forward_hook(
+                lambda bridge, given, _, key=(expert, place): seen.update({key: bridge.looks(*given)}))
+    x = clip()
+    model(x)
+    for (expert, place), shares in seen.items():
+        assert torch.equal(model.looks(x, place, expert).flatten(2), shares)
 
 
 def test_features_for_other_work():
@@ -243,6 +296,8 @@ def test_a_saved_whole_loads_alone_and_says_the_same(tmp_path, second):
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
     masked, _ = experts()
     weights.save(tmp_path / "other", masked, masked.config)
+    old = {key: value for key, value in model.config.items() if key != "last"}  # runs before there was `last`
+    assert InternVideo.from_config(old).config == model.config
     with pytest.raises(weights.WeightsError, match="not an InternVideo"):
         InternVideo.from_run(tmp_path / "other")
 
@@ -255,10 +310,25 @@ def test_a_plain_image_tower_is_an_expert_too():
     assert torch.equal(model.scores(x)[1], tower(fusion.view(x, tower)))
 
 
+def test_a_masked_encoder_that_reads_its_first_token_is_itself_too():
+    """VideoMAE's other classifier norms all tokens and takes the first; the norm is then the head's and trains."""
+    _, others = experts()
+    masked = VideoClassifier(MASKED, classes=5, frames=4, image_size=16, head_scale=1.0, pool="first").eval()
+    x = clip()
+    alone = masked(fusion.view(x, masked))
+    model = InternVideo(masked, others)
+    assert torch.equal(model.scores(x)[0], alone)
+    assert torch.equal(model.features(x)["clip"][:, :24], masked.features(fusion.view(x, masked)))
+    trained = {name for name, p in masked.named_parameters() if p.requires_grad}
+    assert trained == {"encoder.norm.weight", "encoder.norm.bias", "head.weight", "head.bias"}
+
+
 @pytest.mark.parametrize("options, complaint", [
     (dict(before=[2, 1]), "rising"), (dict(before=[3]), "blocks 0 to 2"), (dict(layers=[0, 1]), "name 3 layers"),
     (dict(before=[0], layers=[9]), "from 0 to 3"), (dict(source="class"), "choose all or patches"),
-    (dict(heads=5), "not a multiple of 5 heads")])
+    (dict(heads=5), "not a multiple of 5 heads"), (dict(before=[0], layers=[[0], [1]]), "a list for each of the 1"),
+    (dict(second=True, before=[0], layers=[[0]]), "a list for each of the 2"),
+    (dict(second=True, before=[0, 1], layers=[0, 1]), "a list for each of the 2")])
 def test_impossible_bridges_are_refused(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         whole(**options)
@@ -267,6 +337,18 @@ def test_impossible_bridges_are_refused(options, complaint):
 def test_heads_for_different_classes_are_refused():
     with pytest.raises(ValueError, match="heads name 5, 7 classes"):
         InternVideo(experts(5)[0], experts(7)[1])
+
+
+def test_what_is_no_such_encoder_is_refused():
+    masked, others = experts()
+    with pytest.raises(ValueError, match="the masked encoder is a UniFormerV2: give a VideoClassifier"):
+        InternVideo(others[0], masked)
+    with pytest.raises(ValueError, match="the multimodal encoder is a Linear: give a UniFormerV2"):
+        InternVideo(masked, torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="0 multimodal encoders"):
+        InternVideo(masked, [])
+    with pytest.raises(ValueError, match="for 1 colour channels: clips have 3"):
+        InternVideo(VideoClassifier(MASKED, classes=5, frames=4, image_size=16, channels=1), others)
 
 
 def test_a_bridge_is_gated_attention_and_a_gated_mlp_written_out():
@@ -290,6 +372,9 @@ def test_late_fusion_by_hand():
     assert torch.allclose(fusion.late_fusion([a, b]), torch.tensor([[0.475, 0.525]]))
     assert torch.allclose(fusion.late_fusion([a, b], [0.2, 0.8]), torch.tensor([[0.61, 0.39]]))
     assert fusion.best_weight(lambda w: 1.0) == 0.5 and fusion.best_weight(lambda w: w > 0.7) == 0.71
+    for scores, shares in (([a, a[:, :1]], None), ([a, b], [1.0]), ([a, b.repeat(2, 1, 1)], None), ([], None)):
+        with pytest.raises(ValueError, match="one for each model"):
+            fusion.late_fusion(scores, shares)
 
 
 def test_the_command_names_both_experts_and_the_whole(tmp_path, capsys):
@@ -303,4 +388,6 @@ def test_the_command_names_both_experts_and_the_whole(tmp_path, capsys):
     assert (tmp_path / "looks.png").stat().st_size > 0
     assert fusion.main(["nowhere.mp4", "--weights", str(tmp_path)]) == 2
     assert fusion.main(["--weights", str(tmp_path / "gone")]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    assert fusion.main(["--weights", str(tmp_path), "--top", "0"]) == 2
+    assert fusion.main(["--weights", str(tmp_path), "--out", str(tmp_path / "looks.png" / "x.png")]) == 2
+    assert capsys.readouterr().err.count("\n") == 4

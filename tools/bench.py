@@ -11,6 +11,7 @@ is a test; what came out, and on which machine, belongs into LOG.md.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -18,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
 import data  # noqa: E402
+import fusion  # noqa: E402
 import mae  # noqa: E402
 import uniformerv2  # noqa: E402
 
@@ -73,23 +76,21 @@ def peak_of(case, form):
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if Path("/proc/self/clear_refs").exists():  # Linux: forget the peak of starting up, then read the new one
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: forget the peak of starting up, which may be higher, then read the new one
         Path("/proc/self/clear_refs").write_text("5")
-        before = status_kib("VmRSS")
+        before = kib(status, "VmRSS")
         run()
-        return (status_kib("VmHWM") - before) / 2**10
+        return (kib(status, "VmHWM") - before) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
 
 
-def status_kib(name):
-    """A line of Linux's account of this process: VmRSS now, VmHWM at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise SystemExit(f"bench.py: no {name} in /proc/self/status")
+def kib(status, name):
+    """A number of Linux's account of this process: VmRSS = memory now, VmHWM = the most so far."""
+    return int(status.read_text().split(name + ":")[1].split()[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -336,9 +337,60 @@ def bench_memory():
                 print(f"memory: after {i:,} decodes {resident:.1f} MiB", flush=True)
 
 
+# What fuses: masked encoder, multimodal encoder, frames, pixels, clips. The default run's, and a larger one.
+PAIRS = {"tiny": (mae.SIZES["tiny"], uniformerv2.SIZES["tiny"], 8, 64, 8),
+         "small": (mae.SIZES["small"], uniformerv2.Size(384, 12, 6, 1536, 16, 224), 8, 224, 1)}
+
+
+def fuse_case(form):
+    """form: a pair, a way of training it, and the first block with a bridge (default: four, evenly)."""
+    pair, way, *late = form
+    torch.manual_seed(0)
+    masked, multimodal, frames, pixels, batch = PAIRS[pair]
+    model = fusion.InternVideo(
+        mae.VideoClassifier(masked, classes=16, frames=frames, image_size=pixels, head_scale=1.0),
+        uniformerv2.UniFormerV2(multimodal, classes=16, frames=frames), before=list(*late) or None).to(DEVICE).train()
+    for name, p in model.named_parameters():
+        if "gate_" in name:
+            torch.nn.init.constant_(p, 0.5)
+    clip = torch.randint(256, (batch, frames, pixels, pixels, 3), dtype=torch.uint8, device=DEVICE)
+    answers = torch.arange(batch, device=DEVICE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if way == "all":
+        model.requires_grad_(True)
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        allowed = contextlib.nullcontext() if way == "fusion.py" else \
+            unittest.mock.patch.object(torch, "no_grad", contextlib.nullcontext)
+        with allowed:
+            loss = torch.nn.functional.cross_entropy(model(clip), answers)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in trained])
+    return run
+
+
+def bench_fuse():
+    """A training step of the bridge: gradients for all parameters (only some of which an optimiser would get),
+    frozen parameters alone, and what fusion.py does; then with bridges in the last quarter only."""
+    for pair in PAIRS:
+        ways = {way: (pair, way) for way in ("all", "frozen", "fusion.py")}
+        forms = {way: fuse_case(form) for way, form in ways.items()}
+        for way in ("all", "frozen"):
+            close(forms["fusion.py"](), forms[way]())
+        depth = PAIRS[pair][0].depth
+        ways["late"] = (pair, "fusion.py", range(depth - max(1, depth // 4), depth))
+        forms["late"] = fuse_case(ways["late"])
+        seconds = times(forms, 5)
+        peaks = {way: peak_mib(fuse_case, form) for way, form in ways.items()}
+        for way in ("frozen", "fusion.py", "late"):
+            report(f"fuse, {pair}", seconds, "all", way)
+        print(f"fuse, {pair}: peak memory " + ", ".join(
+            f"{way} {peak:.0f} MiB ({peak / peaks['all']:.2f} of all)" for way, peak in peaks.items()))
+
+
 CASES = {"cache": bench_cache, "loss": bench_loss, "contrastive": bench_contrastive, "conv": bench_conv,
-         "mae": bench_mae, "decode": bench_decode,
-         "memory": bench_memory}
+         "mae": bench_mae, "fuse": bench_fuse, "decode": bench_decode, "memory": bench_memory}
 
 
 def main():
