@@ -181,8 +181,10 @@ class MAE(Stage):
     input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1)
     sampling_rate: int = flag(4, "a clip takes every n-th frame of a video (paper: 4; 2 on Something-Something)",
                               low=1)
-    sampling: str = flag("dense", "dense = neighbouring frames, segment = spread over the video",
-                         choices=("dense", "segment"))
+    sampling: str = flag("dense", "dense = neighbouring frames, segment = spread over the video; the others are those "
+                         "of the published models (paper: videomae-pretrain)", choices=tuple(data.SAMPLINGS))
+    transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
+                          "the published models (paper: videomae-pretrain)", choices=tuple(data.TRANSFORMS))
     mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places at 40 px (paper: "
                              "0.9, which leaves 20 of 196 at 224 px)", low=0, high=1)
     mask_type: str = flag("tube", "tube = same places in every frame (paper: tube)", choices=tuple(mae.MASKS))
@@ -218,7 +220,7 @@ class MAE(Stage):
         return model
 
     def datasets(self):
-        return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate)
+        return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, transform=self.transform)
 
     def loss(self, model, batch, rng):
         video = data.normalise(batch["video"], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
@@ -329,6 +331,10 @@ class Clip(Stage):
                      choices=tuple(clip_video.KINDS))
     num_frames: int = flag(8, "frames per clip (paper: 8)", low=1)
     input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1)
+    sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
+                         "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
+    transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
+                          "the published models (paper: internvideo; clip for images)", choices=tuple(data.TRANSFORMS))
     local_units: int = flag(1, "0, 1 or 2 per block, to compare neighbouring frames (paper: 0; UniFormerV2 "
                                "for motion: 2)", low=0, high=2)
     temporal_downsample: bool = flag(True, "embed three frames at a time, at every second one (UniFormerV2 "
@@ -357,7 +363,7 @@ class Clip(Stage):
                           "the same memory")
         if self.kind != "video" and not self.weights:  # these two belong to UniFormerV2 alone
             self.local_units, self.temporal_downsample = 0, False
-        self.sets = clips(self, self.num_frames, self.input_size, "segment", flip=False)
+        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, flip=False, transform=self.transform)
         if not self.data:
             for world in self.sets:
                 world.told = self.motion_words
@@ -442,7 +448,7 @@ class Clip(Stage):
             return data.StillShapes("train", self.num_frames, self.input_size, self.seed)
         part = "all" if self.image_data or self.val_data else "train"
         return data.open_clips(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
-                               flip=False, part=part)
+                               flip=False, part=part, transform=self.transform)
 
     def datasets(self):
         return self.sets
@@ -667,10 +673,14 @@ class Labels(Stage):
     num_frames: int = flag(8, "frames per clip (paper: 16, UniFormerV2 8)", low=1)
     input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1)
     sampling_rate: int = flag(4, "with --sampling dense: a clip takes every n-th frame (paper: 4)", low=1)
-    sampling: str = flag("segment", "dense = neighbouring frames, segment = spread over the video (paper: dense on "
-                         "Kinetics for VideoMAE, else segment)", choices=("dense", "segment"))
+    sampling: str = flag("segment", "files: dense = neighbouring frames, segment = spread over the video; the others are "
+                         "those of the published models (paper: videomae-dense, uniformerv2)",
+                         choices=tuple(data.SAMPLINGS))
+    transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
+                          "the published models (paper: videomae, uniformerv2)", choices=tuple(data.TRANSFORMS))
     flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
-    area: float = flag(0.5, "files: smallest share of a frame that a random crop keeps (paper: 0.08)", low=0.01, high=1)
+    area: float = flag(0.0, "files: smallest share of a frame that a random crop keeps; 0 = as --transform has it (paper: 0.08)",
+                       low=0, high=1)
     rand_augment: int = flag(0, "files: RandAugment operations per clip; 0 = none (paper: 4)", low=0)
     magnitude: int = flag(7, "files: their strength, of 30 (paper: 7)", low=0, high=30)
     erasing: float = flag(0.0, "files: probability that a box of the clip turns grey (paper: 0.25, with noise)",
@@ -686,8 +696,8 @@ class Labels(Stage):
             raise Mistake("--test-clips, --test-crops, --repeats: for video files; a clip of moving shapes is all there is")
         if self.batch_size % self.repeats:
             raise Mistake(f"--batch-size {self.batch_size}: must be a multiple of --repeats {self.repeats}")
-        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip,
-                          area=self.area, operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
+        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip, self.transform,
+                          area=self.area or None, operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
         self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
         if self.data and len(self.sets[0].classes) < 2:
             raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
@@ -732,7 +742,8 @@ class Labels(Stage):
             return {}
         views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,
                                 self.sampling, train=False, classes=self.sets[1].classes,
-                                part="all" if self.val_data else "val", views=(self.test_clips, self.test_crops))
+                                part="all" if self.val_data else "val", transform=self.transform,
+                                views=(self.test_clips, self.test_crops))
         chances, answers = [], []
         for batch in data.held_out(views, None, 1, self.workers):
             video = to_device(batch, self.device)["video"][0]                # (1 + views, T, H, W, 3)
@@ -1044,14 +1055,14 @@ DEFAULT_RUN = (
 )
 
 
-def clips(stage, frames, size, sampling="dense", rate=4, flip=True, **augment):
+def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="plain", **augment):
     """(training set, held-out set) of what --data names, or of moving shapes. flip: mirrored clips in
     training, too; not where a caption may say left. augment: more for the training set, see VideoFiles."""
     if not stage.data:
         return (data.MovingShapes("train", frames, size, stage.seed),
                 data.MovingShapes("val", frames, size, stage.seed))
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed,
-                   flip=flip)
+                   flip=flip, transform=transform)
     part = "all" if stage.val_data else "train"
     train = data.open_clips(stage.data, train=True, part=part, **options, **augment)
     held_out = data.open_clips(stage.val_data or stage.data, train=False, classes=train.classes,
