@@ -73,19 +73,23 @@ def peak_of(case, form):
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = high_water_mib()
-    run()
-    return high_water_mib() - before
-
-
-def high_water_mib():
-    """The most memory this process ever held. Linux's getrusage would not do: a new process starts with the
-    mark of the one that made it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    if Path("/proc/self/clear_refs").exists():  # Linux: forget the peak of starting up, then read the new one
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_kib("VmRSS")
+        run()
+        return (status_kib("VmHWM") - before) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+
+
+def status_kib(name):
+    """A line of Linux's account of this process: VmRSS now, VmHWM at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise SystemExit(f"bench.py: no {name} in /proc/self/status")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,7 +158,7 @@ def contrastive_case(form):
 
     def run():
         video.grad = text.grad = None
-        loss = clip_video.contrastive_loss(video, text, scale, rows=None if form == "whole" else 512)
+        loss = clip_video.contrastive_loss(video, text, scale, rows=4096 if form == "whole" else 512)
         loss.backward()
         return loss.detach()
     return run
