@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import clip_video
+import data
 import fusion
 import mae
 import uniformerv2
@@ -308,6 +310,19 @@ def test_a_plain_image_tower_is_an_expert_too():
     x = clip()
     model = InternVideo(masked, tower)
     assert torch.equal(model.scores(x)[1], tower(fusion.view(x, tower)))
+
+
+def test_the_tower_of_a_video_text_model_is_an_expert_that_sees_as_it_was_trained():
+    """InternVideo-MM's tower takes CLIP's normalisation along; its head is new."""
+    clip_model = clip_video.VideoCLIP(MULTIMODAL, text_size=clip_video.TextSize(16, 1, 2), frames=4, vocabulary=50, context=8)
+    tower = clip_model.visual.with_head(5, norm=clip_model.visual_norm, mean=clip_model.mean, std=clip_model.std).eval()
+    masked, _ = experts()
+    x = clip()
+    model = InternVideo(masked, tower)
+    normalised = data.normalise(x, clip_video.CLIP_MEAN, clip_video.CLIP_STD)
+    assert torch.allclose(model.scores(x)[1], tower(normalised), atol=1e-5)
+    again = InternVideo.from_config(json.loads(json.dumps(model.config)))
+    assert again.multimodal[0].mean == clip_video.CLIP_MEAN
 
 
 def test_a_masked_encoder_that_reads_its_first_token_is_itself_too():

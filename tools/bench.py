@@ -337,13 +337,13 @@ def bench_memory():
                 print(f"memory: after {i:,} decodes {resident:.1f} MiB", flush=True)
 
 
-# What fuses: masked encoder, multimodal encoder, frames, pixels, clips. The default run's, and a larger one.
+# What fuses: masked encoder, multimodal encoder, frames, pixels, clips.
 PAIRS = {"tiny": (mae.SIZES["tiny"], uniformerv2.SIZES["tiny"], 8, 64, 8),
          "small": (mae.SIZES["small"], uniformerv2.Size(384, 12, 6, 1536, 16, 224), 8, 224, 1)}
 
 
 def fuse_case(form):
-    """form: a pair, a way of training it, and the first block with a bridge (default: four, evenly)."""
+    """form: a pair, a way of training it, and the blocks with a bridge (default: four, evenly)."""
     pair, way, *late = form
     torch.manual_seed(0)
     masked, multimodal, frames, pixels, batch = PAIRS[pair]
@@ -381,7 +381,7 @@ def bench_fuse():
         depth = PAIRS[pair][0].depth
         ways["late"] = (pair, "fusion.py", range(depth - max(1, depth // 4), depth))
         forms["late"] = fuse_case(ways["late"])
-        seconds = times(forms, 5)
+        seconds = times(forms, 3)
         peaks = {way: peak_mib(fuse_case, form) for way, form in ways.items()}
         for way in ("frozen", "fusion.py", "late"):
             report(f"fuse, {pair}", seconds, "all", way)
