@@ -1092,14 +1092,50 @@ def learning_rate(stage, step):
     return peak * (stage.min_lr + (1 - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024): a matrix moves by an orthogonal matrix, so that all directions of the gradient
+    count alike, also the faint ones, such as "look at the neighbour", that AdamW needs thousands of steps to
+    find (LOG.md). The library's optimiser, but for taking all matrices of a shape in one stack: the same
+    numbers within rounding, and small matrices are handed out once, not one by one."""
+
+    @torch.no_grad()
+    def step(self):
+        stacks = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                moment = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(moment, group["momentum"])
+                wide = update if update.shape[0] <= update.shape[1] else update.T
+                stacks.setdefault(wide.shape, []).append((parameter, wide, group))
+        for members in stacks.values():
+            stack = self.orthogonal(torch.stack([wide for _, wide, _ in members]), *members[0][2]["ns_coefficients"])
+            for (parameter, _, group), update in zip(members, stack):
+                rate = 0.2 * max(parameter.shape) ** 0.5 * group["lr"]  # the size of a step of AdamW
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update if update.shape == parameter.shape else update.T, alpha=-rate)
+
+    @staticmethod
+    def orthogonal(stack, a, b, c, steps=5):
+        """(n, rows, columns), rows <= columns -> the same in bfloat16, every singular value pushed towards 1 by
+        `steps` rounds of x -> a x + b x x'x + c x x'x x'x, which need no singular vectors (Newton and Schulz)."""
+        x = stack.bfloat16()
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(steps):
+            square = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        return x
+
+
 def optimisers_of(model, stage):
     """The optimisers of a recipe, as a list; their learning rates are set before each step.
 
-    AdamW decays matrices only: not biases, norms, nor learned tokens, whose size means something. Muon
-    (Jordan et al. 2024, torch.optim.Muon) moves the matrices inside a stack of blocks by an orthogonal
-    matrix: all directions of the gradient count alike, also the faint ones, such as "look at the
-    neighbour", that AdamW needs thousands of steps to find (LOG.md). Scaled to the step size of AdamW,
-    one learning rate serves both.
+    AdamW decays matrices only: not biases, norms, nor learned tokens, whose size means something. `Muon`
+    moves the matrices inside a stack of blocks; scaled to the step size of AdamW, one learning rate serves
+    both.
     """
     hidden, others = {}, {}
     for name, parameter in model.named_parameters():
@@ -1110,7 +1146,7 @@ def optimisers_of(model, stage):
         groups = hidden if stage.optimizer == "muon" and matrix else others
         groups.setdefault((decay, stage.scale_of(name)), []).append(parameter)
     found = []
-    for groups, make in ((hidden, lambda groups: torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")),
+    for groups, make in ((hidden, lambda groups: Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")),
                          (others, lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True, betas=(0.9, stage.beta2)))):
         if groups:
             found.append(make([{"params": parameters, "weight_decay": decay, "scale": scale}

@@ -77,6 +77,23 @@ def test_muon_moves_the_matrices_of_blocks_and_adamw_everything_with_the_papers_
     assert [type(o).__name__ for o in train.optimisers_of(model, train.MAE(optimizer="adamw"))] == ["AdamW"]
 
 
+def test_stacked_muon_is_the_librarys_muon():
+    torch.manual_seed(0)
+    shapes = (8, 12), (12, 8), (8, 8), (8, 12), (8, 8), (3, 5)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
+    optimisers = [make([{"params": found[:4], "weight_decay": 0.1}, {"params": found[4:], "lr": 0.5}], lr=0.1,
+                       adjust_lr_fn="match_rms_adamw")
+                  for make, found in ((train.Muon, ours), (torch.optim.Muon, theirs))]
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    for a, b in zip(ours, theirs):
+        assert a.norm() > 0.1 and torch.allclose(a, b, atol=0.01 * float(b.abs().max()))
+
+
 def test_the_loop_names_no_stage():
     source = inspect.getsource(train.fit) + inspect.getsource(train.dry_run)
     assert not any(f'"{name}"' in source or card.__name__ in source for name, card in train.STAGES.items())
