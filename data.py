@@ -32,14 +32,17 @@ Where we differ. The official loaders put *another random video* in place of a c
 evaluation (VideoMAE kinetics.py:118); here training names what it skipped, and evaluation never
 substitutes. VideoMAE fine-tuning spreads 16 frames over 64 with spacing 64/15; we use the exact
 stride of its pretraining. InternVideo's segment sampling never draws the last frame of a segment;
-ours can. RandAugment and erasing are left to the caller.
+ours can. The official rules are there by name.
 
 Numbers, one core: a generated clip of 16x64x64 takes about 1.2 ms (850 clips/s), of
 16x224x224 about 7 ms. Sixteen frames at stride 4 of a 640x360 h264 file take 70 to 125 ms; over
 eleven files of all kinds, 1.2 times the speed of torchcodec and 1.3 times that of decord2
-(tools/bench.py decode, where both are installed; ours skips frames that nothing depends on).
+(tools/bench.py decode, where both are installed; ours skips frames that nothing depends on). So
+torchcodec, an option, pays only for files whose frames all depend on each other (short h264 without
+B-frames), and it needs FFmpeg's libraries.
 
-    python data.py PATH     checks a data set: bad files and why, statistics, a sheet of pictures
+    python data.py PATH                 checks a data set: bad files and why, statistics, a sheet of pictures
+    python data.py PATH --cache DIR     writes small copies, for epochs that cost a fraction
 
 Try it:
 
@@ -57,6 +60,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import fractions
 import functools
 import io
 import itertools
@@ -70,6 +74,7 @@ import signal
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -549,6 +554,7 @@ def _height_width(size):
 TIME_LIMIT = 60.0  # seconds for opening a file, and again for each thing that is asked of it
 MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more is a broken header, and would fill the memory
 CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video")  # decoders that leave out one frame and are none the worse
+DECODERS = ("pyav", "torchcodec")
 WORTH_A_SEEK = 8  # frames that a jump to a later keyframe must spare; seeking costs about as many
 
 
@@ -572,16 +578,18 @@ class VideoInfo:
 class Video:
     """`with Video(path) as video:` one open file: video.info, and video.read(times_or_indices, size).
 
-    path  of the file; or a `Bytes`, a file's content in memory
+    path     of the file; or a `Bytes`, a file's content in memory
+    decoder  one of DECODERS, for `read`. torchcodec's frames are checked to be those of the right time; what it
+             would show otherwise (pixels that are not square, hidden frames) is refused
 
     Both come from one opening, so this is the way to look before choosing frames; `probe` and
     `read_clip` are for those who need only one of the two. Whatever goes wrong inside becomes a
     DataError that names the file.
     """
 
-    def __init__(self, path, info=None):
+    def __init__(self, path, info=None, decoder="pyav"):
         self.path = path if isinstance(path, Bytes) else str(path)
-        self._info = info
+        self._info, self.decoder = info, decoder
 
     def __enter__(self):
         self._start_clock()
@@ -687,6 +695,8 @@ class Video:
         info = self.info
         self._start_clock()
         numbers = _frame_numbers(info, times_or_indices).tolist()
+        if self.decoder == "torchcodec":
+            return self._read_with_torchcodec(numbers, size)
         found, wanted = {}, sorted(set(numbers))
         for group in _groups(info, wanted):
             before = bisect.bisect_right(info.keyframes, group[0])
@@ -701,11 +711,41 @@ class Video:
                                 f"{info.frames} cannot be decoded")
         return np.stack([found[number] for number in numbers])
 
+    def _read_with_torchcodec(self, numbers, size):
+        try:
+            from torchcodec.decoders import VideoDecoder
+        except (ImportError, RuntimeError, OSError) as error:
+            raise DataError("the decoder torchcodec needs its package (pip install torchcodec) and FFmpeg's "
+                            f"libraries: {str(error).strip().splitlines()[0]}") from None
+        source = self.path.content if isinstance(self.path, Bytes) else self.path
+        try:
+            batch = VideoDecoder(source, stream_index=self.stream.index,
+                                 num_ffmpeg_threads=1).get_frames_at(numbers)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise DataError(f"{self.path}: torchcodec cannot decode it ({str(error).strip().splitlines()[-1][:100]}); "
+                            "leave --decoder away") from None
+        info, clock = self.info, self.stream.time_base
+        moments = torch.tensor([float(info.pts[n] * clock) for n in numbers] if info.pts else batch.pts_seconds)
+        if batch.data.shape[2:] != (info.height, info.width) or (batch.pts_seconds - moments).abs().max() > 1e-3:
+            raise DataError(f"{self.path}: torchcodec shows other frames, or another shape of them, than a player; "
+                            "leave --decoder away")
+        return _resize(batch.data.permute(0, 2, 3, 1).numpy(), _shown_size(info, size), "area")
+
     def count(self):
         """Decode everything; the number of frames. Raises DataError at the first that is damaged."""
         self._start_clock(extra=self.info.duration)  # slower than it plays is too slow
         self._rewind()
         return sum(len(packet.decode()) for packet in self._packets())
+
+    def frames(self, size=None):
+        """All frames in order, one in memory at a time: yields uint8 (H, W, 3), size as in `read_clip`."""
+        self._start_clock(extra=10 * self.info.duration)  # whoever looks at them may take time for it
+        self._rewind()
+        shown = set(self.info.pts)
+        for packet in self._packets():
+            for frame in packet.decode():
+                if not shown or frame.pts in shown:
+                    yield self._convert(frame, size)
 
     def _seek(self, number):
         self.container.seek(self.info.pts[number], stream=self.stream)
@@ -1103,9 +1143,10 @@ class _Clips:
     """What to take of each file; where files come from is for VideoFiles and VideoShards to say."""
 
     def prepare(self, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True, transform="plain",
-                area=None, operations=0, magnitude=7, erasing=0.0, views=None):
+                area=None, operations=0, magnitude=7, erasing=0.0, views=None, decoder="pyav"):
         """Keep the recipe; DataError where it is impossible. Arguments as VideoFiles."""
-        for what, name, known in (("sampling", sampling, SAMPLINGS), ("transform", transform, TRANSFORMS)):
+        for what, name, known in (("sampling", sampling, SAMPLINGS), ("transform", transform, TRANSFORMS),
+                                  ("decoder", decoder, DECODERS)):
             if name not in known:
                 raise DataError(f"no {what} {name!r}: choose {', '.join(known)}")
         if frames < 1 or stride < 1 or seed < 0:
@@ -1113,14 +1154,14 @@ class _Clips:
                             f"got frames={frames}, stride={stride}, seed={seed}")
         self.size, self.frames, self.stride, self.sampling = _height_width(size), frames, stride, sampling
         self.transform, self.train, self.seed, self.flip, self.views = transform, train, seed, flip, views
-        self.area, self.before = area, v2.RandAugment(operations, magnitude) if operations else None
+        self.decoder, self.area, self.before = decoder, area, v2.RandAugment(operations, magnitude) if operations else None
         self.after = v2.RandomErasing(erasing, value=_GREY) if erasing else None
 
     def clip(self, path, key):
         """The clip that training (key: numbers to seed it) or evaluation (None) takes of one file."""
         rng = None if key is None else np.random.default_rng(key)
         clips, crops = self.views if self.views and rng is None else (0, 0)
-        with Video(path) as file:
+        with Video(path, decoder=self.decoder) as file:
             info = file.info
             choose = functools.partial(choose_frames, self.sampling, info.frames, self.frames, self.stride, fps=info.fps)
             numbers = [choose(rng=rng)] + [choose(view=(clip, clips)) for clip in range(clips)]
@@ -1161,6 +1202,7 @@ class VideoFiles(_Clips):
     views     (clips, crops) with train=False: that many clips along time, and of each that many crops from
               end to end of the longer side. "video" is then uint8 (1 + clips * crops, T, H, W, 3), the one
               view in the centre of both first
+    decoder   one of DECODERS, see `Video`
     part      "all", or "train" / "val": without / only the tenth that `split_files` holds out. Where
               the source brings a split of its own, that counts instead, and "all" means what it has
               for `train`
@@ -1502,14 +1544,47 @@ def held_out(dataset, count, batch_size, workers=0):
     yield waiting
 
 
-# -------------------------------------------------------------------------- checking a data set
+# ------------------------------------------------------------- checking a data set, small copies
+
+
+def shrink(path, target, side=256):
+    """Write a small copy of a video: H.264 in mp4, upright, of square pixels, its short side `side` pixels or
+    the video's own if that is less. Frame n of the copy is frame n of the original, shown at the same time, and
+    a keyframe comes every 12 frames, so that no clip is far from one. Written aside, then renamed; a copy that
+    is there already stays. Raises DataError as `read_clip`."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    if Path(target).exists():
+        return
+    aside, ticks = f"{target}.{os.getpid()}.part", 90000  # a second, as in MPEG
+    with Video(path) as video:
+        info = video.info
+        # Colours are stored for squares of two by two pixels.
+        height, width = (2 * max(1, round(x / 2)) for x in _shown_size(info, min(side, info.height, info.width)))
+        try:
+            with av.open(aside, "w", format="mp4") as copy:
+                stream = copy.add_stream("libx264", rate=max(1, round(info.fps)), options={"crf": "20", "g": "12"})
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.codec_context.thread_count = 1  # files are copied in parallel
+                stream.codec_context.time_base = fractions.Fraction(1, ticks)
+                converter = VideoReformatter()
+                for seconds, picture in zip(info.timestamps, video.frames((height, width))):
+                    frame = converter.reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
+                                               format="yuv420p", threads=1)
+                    frame.pts, frame.time_base = round(seconds * ticks), fractions.Fraction(1, ticks)
+                    copy.mux(stream.encode(frame))
+                copy.mux(stream.encode())
+            os.replace(aside, target)
+        finally:
+            Path(aside).unlink(missing_ok=True)
 
 
 class _Check(torch.utils.data.Dataset):
-    """What is in each file: {"path", "bad": reason or None, "info", "picture"}."""
+    """What is in each file: {"path", "bad": reason or None, "info", "picture"}; copies of the good ones."""
 
-    def __init__(self, paths):
-        self.paths = paths
+    def __init__(self, paths, copies=None, side=256):
+        self.paths, self.copies, self.side = paths, copies, side
 
     def __len__(self):
         return len(self.paths)
@@ -1524,6 +1599,8 @@ class _Check(torch.utils.data.Dataset):
                     raise DataError(f"{self.paths[index]}: has {video.info.frames} frames, of which {count} can be "
                                     "decoded")
                 found["picture"] = video.read([count // 2], 96)[0]
+            if self.copies:
+                shrink(self.paths[index], self.copies[self.paths[index]], self.side)
         except DataError as error:
             found["bad"] = str(error)
         return found
@@ -1533,16 +1610,25 @@ def _as_it_is(item):
     return item
 
 
-def check(source, workers=0):
+def copies_of(source, folder):
+    """{path of each file that a source names: path of its copy in a folder}; names tell files of one name apart."""
+    paths = dict.fromkeys(row.path for row in annotations.read(source).rows)
+    return {path: str(Path(folder) / f"{Path(path).stem}-{zlib.crc32(os.path.abspath(path).encode()):08x}.mp4")
+            for path in paths}
+
+
+def check(source, workers=0, copies=None, side=256):
     """Decode every frame of every file that a source names.
 
     workers  processes; 0 = this one
+    copies   None or, as `copies_of` gives them, where a small copy of each good file goes; see `shrink`
+    side     of the copies, pixels
     yields   in order, a dict of "path": str, "bad": reason or None, "info": `VideoInfo` or None where no
              frame could be read, "picture": uint8 (h, w, 3) of its middle, short side 96 pixels, or None
     """
     paths = list(dict.fromkeys(row.path for row in annotations.read(source).rows))
     yield from torch.utils.data.DataLoader(
-        _Check(paths), batch_size=None, collate_fn=_as_it_is, num_workers=workers, worker_init_fn=_start_worker,
+        _Check(paths, copies, side), batch_size=None, collate_fn=_as_it_is, num_workers=workers, worker_init_fn=_start_worker,
         generator=torch.Generator())
 
 
@@ -1566,12 +1652,13 @@ def statistics(infos):
             f"codec      {most([info.codec for info in infos])}"]
 
 
-def write_list(source, bad, path):
+def write_list(source, bad, path, copies=None):
     """Write what a source says of its readable files as JSON lines, which every stage reads.
 
     bad   paths to leave out
     path  of the new list; its entries are relative to its folder. Labels that the source numbers in an
           order of its own are written as numbers
+    copies  None or {path: the path to write in its place}
     """
     found, folder = annotations.read(source), Path(path).resolve().parent
     number = {name: place for place, name in enumerate(found.classes or ())}
@@ -1579,7 +1666,7 @@ def write_list(source, bad, path):
         for row in found.rows:
             if row.path not in bad:
                 said = {key: value for key, value in row._asdict().items() if value is not None}
-                said["path"] = os.path.relpath(Path(row.path).resolve(), folder)
+                said["path"] = os.path.relpath(Path(copies[row.path] if copies else row.path).resolve(), folder)
                 if row.label in number:
                     said["label"] = number[row.label]
                 if row.candidates:
@@ -1600,6 +1687,9 @@ def main(argv=None):
     parser.add_argument("path", nargs="?", help="folder or list, as --data of train.py")
     parser.add_argument("--out", default="runs/check", help="folder for the contact sheet (default: runs/check)")
     parser.add_argument("--fix-list", default="", help="write a list without the bad files here, a .jsonl")
+    parser.add_argument("--cache", default="", help="write small copies of the good files into this folder, and beside "
+                        "them list.jsonl for --data; what is there already stays")
+    parser.add_argument("--short-side", type=int, default=256, help="of the copies, pixels (default: 256)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     args = parser.parse_args(argv)
     try:
@@ -1616,13 +1706,18 @@ def main(argv=None):
             return 0
         if args.workers < 0 or args.fix_list and Path(args.fix_list).suffix != ".jsonl":
             raise DataError("--workers must be at least 0, and the name of --fix-list must end in .jsonl")
+        if args.short_side < 16:
+            raise DataError(f"--short-side {args.short_side}: give at least 16 pixels")
         if annotations.is_shards(args.path):
             raise DataError(f"{args.path}: tar shards are not checked; unpack one to look into it")
         files = VideoFiles(args.path, 1, 32, train=False)
         print(files.summary())
         count = len({row.path for row in annotations.read(args.path).rows})
-        results = []
-        for result in tqdm(check(args.path, args.workers), total=count, unit="file", dynamic_ncols=True):
+        results, copies = [], None
+        if args.cache:
+            Path(args.cache).mkdir(parents=True, exist_ok=True)
+            copies = copies_of(args.path, args.cache)
+        for result in tqdm(check(args.path, args.workers, copies, args.short_side), total=count, unit="file", dynamic_ncols=True):
             results.append(result)
             if result["bad"]:
                 tqdm.write(f"bad: {result['bad']}")
@@ -1636,6 +1731,11 @@ def main(argv=None):
             draw.sheet([result["picture"] for result in chosen], Path(args.out) / "sheet.png",
                        [Path(result["path"]).name[:24] for result in chosen], columns=10)
             print(f"wrote {args.out}/sheet.png")
+        if args.cache and good:
+            write_list(args.path, bad, Path(args.cache) / "list.jsonl", copies)
+            sizes = [sum(os.path.getsize(path) for path in paths) / 2**20 for paths in zip(
+                *((result["path"], copies[result["path"]]) for result in good))]
+            print(f"wrote {args.cache}/list.jsonl: {sizes[0]:,.0f} MiB became {sizes[1]:,.0f} MiB")
         if args.fix_list:
             write_list(args.path, bad, args.fix_list)
             print(f"wrote {args.fix_list}")

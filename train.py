@@ -109,6 +109,8 @@ class Stage:
                           choices=("auto", "bf16", "fp32"))
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     workers: int = flag(1, "processes that prepare clips; 0 = in the training process", low=0)
+    decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
+                        choices=data.DECODERS)
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
     eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
@@ -448,7 +450,7 @@ class Clip(Stage):
             return data.StillShapes("train", self.num_frames, self.input_size, self.seed)
         part = "all" if self.image_data or self.val_data else "train"
         return data.open_clips(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
-                               flip=False, part=part, transform=self.transform)
+                               flip=False, part=part, transform=self.transform, decoder=self.decoder)
 
     def datasets(self):
         return self.sets
@@ -742,7 +744,7 @@ class Labels(Stage):
             return {}
         views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,
                                 self.sampling, train=False, classes=self.sets[1].classes,
-                                part="all" if self.val_data else "val", transform=self.transform,
+                                part="all" if self.val_data else "val", transform=self.transform, decoder=self.decoder,
                                 views=(self.test_clips, self.test_crops))
         chances, answers = [], []
         for batch in data.held_out(views, None, 1, self.workers):
@@ -942,8 +944,10 @@ class Fuse(Labels):
     second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
     steps: int = flag(200, "optimiser steps; 0 = evaluate only (paper: 5 epochs)", low=0)
     batch_size: int = flag(32, "clips per process and step (paper: 64)", low=1)
-    lr: float = flag(1e-3, "learning rate as it is; overrides --blr when above 0 (paper: 5e-5, or 5e-6: it prints "
+    lr: float = flag(3e-3, "learning rate as it is; overrides --blr when above 0 (paper: 5e-5, or 5e-6: it prints "
                            "5 x 10^5)", low=0)
+    scalar_scale: float = flag(30.0, "factor on the learning rate of gates and score weights: a step of AdamW moves each "
+                                     "number alike, and these few have far to go (paper: none named)", low=0)
     warmup: float = flag(0.2, "share of the steps that warm up linearly from 0 (paper: 1 of 5 epochs)", low=0, high=1)
     weight_decay: float = flag(0.001, "weight decay, on matrices only (paper: 0.001)", low=0)
     drop: float = flag(0.0, "dropout before both heads (paper: 0.9)", low=0, high=1)
@@ -978,6 +982,9 @@ class Fuse(Labels):
                 heads=self.heads or None, source=self.source, gates=self.gates, bridges=self.bridges, drop=self.drop)
         except ValueError as error:
             raise Mistake(str(error)) from None
+
+    def scale_of(self, name):
+        return self.scalar_scale if ".gate_" in name or name == "balance" else 1.0
 
     def experts(self):
         """The two or three encoders, with the heads they have; Mistake where one is missing or of the wrong kind."""
@@ -1062,7 +1069,7 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="p
         return (data.MovingShapes("train", frames, size, stage.seed),
                 data.MovingShapes("val", frames, size, stage.seed))
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed,
-                   flip=flip, transform=transform)
+                   flip=flip, transform=transform, decoder=stage.decoder)
     part = "all" if stage.val_data else "train"
     train = data.open_clips(stage.data, train=True, part=part, **options, **augment)
     held_out = data.open_clips(stage.val_data or stage.data, train=False, classes=train.classes,

@@ -353,3 +353,44 @@ def test_the_sample_videos_are_a_data_set():
     files = data.VideoFiles(VIDEOS / "captions.csv", 4, 32, sampling="segment", train=False)
     bad = [entry for i in range(0, len(files), 3) for entry in files[i]["bad"]]
     assert len(files.captions) == len(files) and not files.missing and len(bad) <= 3
+
+
+def test_a_small_copy_shows_the_same_frames_at_the_same_times(tmp_path):
+    """Upright, square pixels, even sides; variable frame rate kept."""
+    times = np.cumsum([0, *np.random.default_rng(0).integers(20, 200, 39)])
+    source = write(tmp_path / "wide.mp4", frames=40, width=96, height=54, times=times, aspect=Fraction(2, 1))
+    before = probe(source)
+    data.shrink(source, tmp_path / "copy.mp4", side=32)
+    copy = probe(tmp_path / "copy.mp4")
+    assert (copy.height, copy.width, copy.frames) == (32, 114, 40) and copy.codec == "h264"
+    assert np.allclose(copy.timestamps, before.timestamps, atol=1e-3)
+    assert max(np.diff(copy.keyframes)) <= 12
+    theirs, ours = (read_clip(path, np.arange(40), (32, 114)).astype(float) for path in (source, tmp_path / "copy.mp4"))
+    assert np.abs(theirs - ours).mean() < 6 < np.abs(theirs - ours[::-1]).mean()
+
+
+def test_a_checked_data_set_is_copied_and_trains_from_the_copies(tmp_path, capsys):
+    for name in ("left", "right"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        write(tmp_path / "set" / name / "same_name.mp4", width=96, height=64)
+    (tmp_path / "set" / "left" / "broken.mp4").write_bytes(b"not a video")
+    arguments = [str(tmp_path / "set"), "--workers", "0", "--out", str(tmp_path), "--cache", str(tmp_path / "small"),
+                 "--short-side", "32"]
+    assert data.main(arguments) == 1 and "became" in capsys.readouterr().out
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").glob("*.mp4")}
+    assert len(made) == 2 and not list((tmp_path / "small").glob("*.part"))
+    found = data.VideoFiles(tmp_path / "small" / "list.jsonl", 2, 32, train=False)
+    assert found.classes == ["left", "right"] and found[0]["video"].shape == (2, 32, 32, 3)
+    assert data.main(arguments) == 1 and {path: path.stat().st_mtime_ns for path in made} == made
+    assert data.main([*arguments[:-1], "4"]) == 2 and "--short-side" in capsys.readouterr().err
+
+
+def test_torchcodec_gives_the_same_frames_or_says_no(tmp_path):
+    torchcodec = pytest.importorskip("torchcodec", exc_type=(ImportError, RuntimeError))
+    assert torchcodec
+    plain = write(tmp_path / "plain.mp4")
+    with data.Video(plain, decoder="torchcodec") as video:
+        assert np.abs(video.read([0, 29, 7]).astype(int) - read_clip(plain, [0, 29, 7])).mean() < 3
+    with data.Video(write(tmp_path / "wide.mp4", aspect=Fraction(2, 1)), decoder="torchcodec") as video:
+        with pytest.raises(DataError, match="leave --decoder away"):
+            video.read([0])
