@@ -59,6 +59,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from processes import joined
+
 # On a CPU the written-out form keeps all scores for the backward pass. Above this many bytes the
 # fused kernel, which never stores them, is used instead.
 SCORES_LIMIT = 256 * 2**20
@@ -207,11 +209,25 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        rows, mine = joined(x.shape[0])  # several processes: of one draw, each takes its rows
+        keep = x.new_empty((rows,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)[mine]
         return x * keep / (1 - self.rate)
 
     def extra_repr(self):
         return f"rate={self.rate:.3f}"
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose draw is that of the joined batch of all processes: see processes.py. x (B, ...)."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        rows, mine = joined(x.shape[0])
+        if rows == len(x):
+            return super().forward(x)
+        keep = x.new_ones((rows,) + x.shape[1:])
+        return x * F.dropout(keep, self.p)[mine]
 
 
 class Attention(nn.Module):
@@ -278,7 +294,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.activation = activation
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
 
     def forward(self, x):
         return self.drop(self.fc2(self.activation(self.fc1(x))))

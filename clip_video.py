@@ -67,6 +67,7 @@ from torch import nn
 import uniformerv2
 import weights
 from attention import Block, Mask, attention, quick_gelu, run_blocks
+from processes import gather_with_gradient
 from uniformerv2 import UniFormerV2, as_matrix, block_rules, official_rules, pairs
 from weights import Rule, WeightsError, commonest
 
@@ -677,35 +678,6 @@ class BlockedLoss(torch.autograd.Function):
                 dt.addmm_(d.T, v[start:start + rows])
                 dscale += (d * S).sum()
         return dv, factor * dt, grad * dscale, None, None
-
-
-class Gather(torch.autograd.Function):
-    """See `gather_with_gradient`."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.rank = torch.distributed.get_rank()
-        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        torch.distributed.all_reduce(grad)
-        return grad.chunk(torch.distributed.get_world_size())[ctx.rank]
-
-
-def gather_with_gradient(x):
-    """x (B, ...) of every process, joined in order of rank: (world*B, ...). Alone: x itself.
-
-    Backward, what any process's loss says about our part is added up. Each process then has `world`
-    times the gradient of one process with the joined batch, and the mean over processes that data
-    parallel training takes afterwards is exactly that gradient. B must be equal everywhere.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return x
-    return Gather.apply(x)
 
 
 def in_pieces(encode, size, *inputs):

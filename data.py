@@ -74,6 +74,7 @@ import signal
 import sys
 import tarfile
 import time
+import weakref
 import zlib
 from pathlib import Path
 
@@ -1161,7 +1162,7 @@ class _Clips:
         """The clip that training (key: numbers to seed it) or evaluation (None) takes of one file."""
         rng = None if key is None else np.random.default_rng(key)
         clips, crops = self.views if self.views and rng is None else (0, 0)
-        with Video(path, decoder=self.decoder) as file:
+        with _in_hand(path), Video(path, decoder=self.decoder) as file:
             info = file.info
             choose = functools.partial(choose_frames, self.sampling, info.frames, self.frames, self.stride, fps=info.fps)
             numbers = [choose(rng=rng)] + [choose(view=(clip, clips)) for clip in range(clips)]
@@ -1431,9 +1432,49 @@ def _collate(items):
     return batch
 
 
-def _start_worker(_):
+_desks = weakref.WeakSet()  # the desks of our workers: shared bytes (workers, 512), what each has in hand
+_desk = None  # in a worker: its own
+
+
+def _start_worker(number, desks=None):
     # Ctrl-C reaches every process of the terminal; only the parent should answer, by stopping us.
+    global _desk
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if desks is not None:
+        _desk = desks[number]
+        _note("")
+
+
+def _note(path):
+    if _desk is not None:
+        text = f"{os.getpid()} {path}".encode()[:_desk.numel()]
+        _desk.copy_(torch.frombuffer(bytearray(text.ljust(_desk.numel(), b"\0")), dtype=torch.uint8))
+
+
+@contextlib.contextmanager
+def _in_hand(path):
+    """While a worker reads a file: should it die, `dead_worker` knows which file that was."""
+    _note(path)
+    try:
+        yield
+    finally:
+        _note("")
+
+
+def dead_worker(error):
+    """What a DataLoader says of a worker that died -> one line that names the file it had in hand, or None where
+    the error is another one."""
+    found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: \w+|exited unexpectedly)",
+                      str(error))
+    if not found:
+        return None
+    dead = found[1].split(", ")
+    notes = [bytes(desk.tolist()).rstrip(b"\0").decode("utf-8", "replace").partition(" ")
+             for desks in list(_desks) for desk in desks]
+    files = [path for number, _, path in notes if number in dead and path]
+    return (f"a process that prepares clips (pid {found[1]}) {found[2]}, with {', '.join(files) or 'no file'} in "
+            "hand. Killed by nobody you know: out of memory, lower --workers; anything else: that file crashes the "
+            "decoder, take it out")
 
 
 def _load(dataset, plan, workers, **options):
@@ -1441,9 +1482,12 @@ def _load(dataset, plan, workers, **options):
     # own generator, so that starting a loader does not move the global one.
     if plan is not None:
         dataset, options = _Carry(dataset), {"batch_sampler": plan}
+    desks = torch.zeros(workers, 512, dtype=torch.uint8).share_memory_() if workers else None
+    if workers:
+        _desks.add(desks)
     loader = torch.utils.data.DataLoader(
-        dataset, collate_fn=_collate, num_workers=workers, worker_init_fn=_start_worker,
-        generator=torch.Generator(), **options)
+        dataset, collate_fn=_collate, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=functools.partial(_start_worker, desks=desks), **options)
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
@@ -1515,33 +1559,42 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
         yield batch
 
 
-def held_out(dataset, count, batch_size, workers=0):
+def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
     """Iterate over the first `count` items in order, once, as dicts like those of `batches`.
+
+    "number" counts the batches. Of several processes each gets every world-th of the same batches, so
+    that together they see every item once, however many there are.
 
     The last batch may be smaller, and so may one with unreadable files: these are in "bad", so
     that evaluated + bad = count. No batch is empty. count=None means all of a finite dataset.
-    Raises DataError if no item can be read.
+    Raises DataError if no item can be read; one of several processes then yields a last batch whose
+    "video" is None, for others may have more luck.
     """
     if hasattr(dataset, "__len__"):
         count = len(dataset) if count is None else min(count, len(dataset))
     plan = [list(range(first, min(first + batch_size, count)))
             for first in range(0, count, batch_size)]
-    found = _load(dataset, plan, workers)
+    found = _load(dataset, plan[rank::world], workers)
     if isinstance(dataset, VideoShards):
-        items = itertools.islice(dataset.stream(), count)
-        found = map(_collate, iter(lambda: list(itertools.islice(items, batch_size)), []))
+        samples = itertools.islice(map(describe_sample, dataset.samples(dataset.shards)), count)
+        parts = iter(lambda: list(itertools.islice(samples, batch_size)), [])
+        found = (_collate([dataset.item(*sample, None) for sample in part])
+                 for part in itertools.islice(parts, rank, None, world))
     waiting, bad = None, []  # one batch is held back: the last one also reports what follows it
-    for batch in found:
+    for number, batch in zip(itertools.count(rank, world), found):
         bad += batch["bad"]
         if batch["video"] is None:
             continue
         if waiting is not None:
             yield waiting
-        waiting, bad, batch["bad"] = batch, [], bad
-    if waiting is None:
+        waiting, bad, batch["bad"], batch["number"] = batch, [], bad, number
+    if waiting is not None:
+        waiting["bad"] += bad
+        yield waiting
+    elif world == 1:
         raise DataError(f"none of the {count} held-out clips can be read; {bad[0][1]}")
-    waiting["bad"] += bad
-    yield waiting
+    elif bad:
+        yield {"video": None, "bad": bad, "number": rank}
 
 
 # ------------------------------------------------------------- checking a data set, small copies

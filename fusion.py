@@ -59,7 +59,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Attention, Mlp, run_blocks
+from attention import Attention, Dropout, Mlp, run_blocks
 from mae import VideoClassifier
 from uniformerv2 import UniFormerV2
 from weights import WeightsError
@@ -166,7 +166,7 @@ class InternVideo(nn.Module):
         self.last = nn.ModuleList(CrossModelAttention(other, width, other_heads, gates)
                                   for other, other_heads in widths if last)
         self.balance = nn.Parameter(torch.zeros(len(experts)))  # of the multimodal scores, against 0 for A
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.freeze()
         self.train(False)
 

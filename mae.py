@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Block, run_blocks, sinusoid_table
+from attention import Block, Dropout, run_blocks, sinusoid_table
 from weights import Rule, WeightsError
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
@@ -477,7 +477,7 @@ class VideoClassifier(nn.Module):
                                tubelet=tubelet, positions=positions, drop_path=drop_path, bias=bias,
                                cosine=cosine, layer_scale=layer_scale, eps=eps, norm=pool == "first")
         self.fc_norm = nn.LayerNorm(size.width, eps=head_eps) if pool == "mean" else nn.Identity()
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.head = nn.Linear(size.width, classes) if classes else nn.Identity()
         self.pool = pool
         for module in self.encoder.blocks.modules():
@@ -606,19 +606,21 @@ def tubelet_statistics(tubelets):
     return mean, var.sqrt() + 1e-6
 
 
-def reconstruction_loss(prediction, target, weight=None):
+def reconstruction_loss(prediction, target, weight=None, *, count=None):
     """Mean squared error over all numbers of the hidden tubelets; predicting 0 costs about 1.
 
     prediction, target  (B, Nm, P)
     weight              (B, Nm) or None: how much each token counts. VideoMAE V2 decodes some tokens
                         that the encoder saw; they get weight 0.
+    count               with weights, what the sum is divided by; default: their sum. When several
+                        processes share a batch: the sum over all / processes.
     """
     error = (prediction.float() - target.float()) ** 2 if prediction.dtype != torch.float64 \
         else (prediction - target) ** 2
     if weight is None:
         return error.mean()
     weight = weight.to(error.dtype)
-    return (error.mean(dim=-1) * weight).sum() / weight.sum()
+    return (error.mean(dim=-1) * weight).sum() / (weight.sum() if count is None else count)
 
 
 # ------------------------------------------------------------------------------------------------

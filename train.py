@@ -9,6 +9,7 @@
     python train.py fuse --masked RUN --multimodal RUN      the bridge between two of them
     python train.py mae --steps 0 --weights RUN    evaluate only
     python train.py mae --resume          go on where the last run stopped
+    torchrun --nproc-per-node 8 train.py mae --data DIR     the same on eight GPUs; see processes.py
 
 Why: the stages differ in model, data, loss and recipe, and in nothing else. So each is a card: a
 dataclass whose fields are the recipe (and, generated from them, the flags) and whose methods are
@@ -23,12 +24,16 @@ The idea, in steps:
 2. Equations live in the components (mae.reconstruction_loss), choices on the cards (mask ratio).
 3. Randomness is a function of (seed, step) alone: masks, dropout and the choice of clips are drawn
    from generators seeded so. There is no loader state to save, and a run that was killed and
-   resumed ends with the same weights, bit for bit.
+   resumed ends with the same weights, bit for bit. Nor does it matter how many workers load clips,
+   or, within rounding, how many processes share a batch.
 4. Evaluation seeds itself: the same held-out clips, the same masks, every time.
+
+5. What goes wrong ends in one line: a `Mistake` of the user's, exit code 2; a `Failure` of the machine
+   or of the numbers, exit code 1, which says where the last good checkpoint is.
 
 What lies in --out afterwards: `log.jsonl` (a line per logged step), `metrics.json` (the last
 evaluation and the settings), `model.safetensors` with `config.json` (what others load), `last.pt`
-(what --resume needs) and the pictures.
+(what --resume needs), `last.1.pt` (the one before it, in case that is damaged) and the pictures.
 
 Numbers: the default run takes minutes on two CPU cores; README.md has the table it prints.
 """
@@ -36,14 +41,18 @@ Numbers: the default run takes minutes on two CPU cores; README.md has the table
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from dataclasses import dataclass
@@ -61,13 +70,18 @@ import data
 import draw
 import fusion
 import mae
+import processes
 import uniformerv2
 import weights
-from attention import Attention
+from attention import Attention, Block
 
 
 class Mistake(ValueError):
     """Something the user can put right; the message is one line. Exit code 2."""
+
+
+class Failure(RuntimeError):
+    """A run cannot go on, though nobody typed anything wrong: numbers, memory, a disk. One line. Exit code 1."""
 
 
 def flag(default, help, low=None, high=None, choices=None):
@@ -89,6 +103,8 @@ class Stage:
     out: str = flag("", "folder for logs, weights and pictures; default: runs/<stage>")
     weights: str = flag("", "start from these weights: a run's folder or an official file")
     resume: bool = flag(False, "go on from last.pt in --out; starts anew where there is none")
+    keep: int = flag(2, "checkpoints to keep, last.pt included: should one be damaged, --resume takes the one before",
+                     low=1)
     steps: int = flag(1000, "optimiser steps; 0 = evaluate only", low=0)
     batch_size: int = flag(32, "clips per process and step", low=1)
     accum: int = flag(1, "micro-batches per step: more clips a step, no more memory", low=1)
@@ -101,6 +117,7 @@ class Stage:
     weight_decay: float = flag(0.05, "weight decay, on matrices only", low=0)
     beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=1)
     clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
+    spike: float = flag(0.0, "leave out steps whose loss is more than so many times its running mean; 0 = none", low=0)
     ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; 0 = none",
                       low=0, high=1)
     seed: int = flag(0, "of everything random", low=0)
@@ -108,7 +125,9 @@ class Stage:
     precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
                           choices=("auto", "bf16", "fp32"))
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
-    workers: int = flag(1, "processes that prepare clips; 0 = in the training process", low=0)
+    shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
+    workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0)
+    max_bad: float = flag(0.2, "share of unreadable clips at which the run stops, once there are ten", low=0, high=1)
     decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
                         choices=("pyav", "torchcodec"))
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
@@ -124,19 +143,23 @@ class Stage:
 
     def batches(self, train_set, first):
         """What each micro-batch holds, from step `first` on; a function of (seed, step) alone."""
-        return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum,
-                            start=first * self.accum, workers=self.workers)
+        return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum, start=first * self.accum,
+                            workers=self.workers, rank=processes.rank(), world=processes.world())
+
+    def held_out(self, dataset, count, batch_size):
+        """Batches of clips to look at once, on the device, each with its "number". Of several processes each
+        gets other ones; `processes.collect` puts together what they found."""
+        for batch in data.held_out(dataset, count, batch_size, self.workers, processes.rank(), processes.world()):
+            if batch["video"] is not None:
+                yield to_device(batch, self.device)
 
     def evaluate(self, model, batches):
         """Mean of the training metrics over held-out batches -> {name: float}."""
-        total, clips = {}, 0
-        for i, batch in enumerate(batches):
-            _, metrics = self.loss(model, batch, generator(self.seed, "evaluation", i))
-            count = len(batch["video"])
-            for name, value in metrics.items():
-                total[name] = total.get(name, 0.0) + float(value) * count
-            clips += count
-        return {f"val_{name}": value / clips for name, value in total.items()}
+        rows = []
+        for batch in batches:
+            _, metrics = self.loss(model, batch, generator(self.seed, "evaluation", batch["number"]))
+            rows.append((batch["number"], len(batch["video"]), {name: float(value) for name, value in metrics.items()}))
+        return {f"val_{name}": value for name, value in weighted_mean(processes.collect(rows)).items()}
 
     def prepare(self, model):
         """Whatever takes time and must be there before the first step."""
@@ -227,17 +250,19 @@ class MAE(Stage):
     def loss(self, model, batch, rng):
         video = data.normalise(batch["video"], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
         grid = model.encoder.grid_of(*video.shape[2:])
-        hidden = mae.MASKS[self.mask_type](len(video), grid, self.mask_ratio, rng)
+        rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
+        hidden = mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
         patch, tubelet = model.encoder.patch, model.encoder.tubelet
-        wanted, skipped, weight = hidden, None, None
+        wanted, skipped, weight, count = hidden, None, None, None
         if self.dual_mask:
-            skipped = mae.running_cell_mask(len(video), grid, rng)
+            skipped = mae.running_cell_mask(rows, grid, rng)[mine]
             wanted = ~skipped
             weight = mae.gather(hidden[..., None], mae.split(wanted)[1])[..., 0].to(video.device)
+            count = processes.mean(weight.float().sum()) if model.training else None
         target = mae.reconstruction_target(video, wanted, self.normalise, patch=patch, tubelet=tubelet)
         with self.autocast():
             prediction = model(video, hidden, skipped)
-        loss = mae.reconstruction_loss(prediction, target, weight)
+        loss = mae.reconstruction_loss(prediction, target, weight, count=count)
         metrics = {"loss": loss.detach()}
         if self.normalise and not model.training:
             metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target, weight)
@@ -474,11 +499,13 @@ class Clip(Stage):
 
         cached = self.cache_size and torch.is_grad_enabled()
         seen, read, hidden = clip_video.in_pieces(encode, self.cache_size, video, ids) if cached else encode(video, ids)
-        number = {}  # clips with the same caption are not each other's negatives
-        same = torch.tensor([number.setdefault(text, len(number)) for text in captions], device=video.device)
-        contrastive = clip_video.contrastive_loss(seen, read, model.clip.logit_scale, targets=same)
+        # Clips with the same caption are not each other's negatives, in whichever process they are.
+        same = torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") for text in captions],
+                            device=video.device)
+        contrastive = clip_video.contrastive_loss(seen, read, model.clip.logit_scale, targets=same, gather=model.training)
+        count = processes.mean(is_token[:, 1:].sum()).clamp(min=1) if model.training else None
         with self.autocast():
-            caption = caption_decoder.chunked_caption_loss(model.caption_decoder, hidden, ids, is_token)
+            caption = caption_decoder.chunked_caption_loss(model.caption_decoder, hidden, ids, is_token, count=count)
         loss = contrastive + self.caption_weight * caption
         kind = "image_" if image else ""
         return loss, {"loss": loss.detach(), kind + "contrastive": contrastive.detach(),
@@ -491,9 +518,9 @@ class Clip(Stage):
             yield from super().batches(videos, first)
             return
         before = -(-first // self.image_every)  # steps 0, n, 2n, ... are of images
-        images = data.batches(self.stills, self.image_batch, self.seed, self.steps, start=before, workers=self.workers)
-        clips = data.batches(videos, self.batch_size, self.seed, self.steps, start=first - before,
-                             workers=self.workers)
+        options = dict(workers=self.workers, rank=processes.rank(), world=processes.world())
+        images = data.batches(self.stills, self.image_batch, self.seed, self.steps, start=before, **options)
+        clips = data.batches(videos, self.batch_size, self.seed, self.steps, start=first - before, **options)
         for step in range(first, self.steps):
             yield next(clips) if step % self.image_every else next(images) | {"image": True}
 
@@ -504,28 +531,26 @@ class Clip(Stage):
         metrics = self.measure(model, batches, classes, "val_")
         if not self.data:
             world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
-            device = model.clip.scale.device
-            unseen = (to_device(batch, device) for batch in data.held_out(world, self.eval_clips, self.batch_size))
+            unseen = self.held_out(world, self.eval_clips, self.batch_size)
             metrics |= self.measure(model, unseen, classes, "unseen_")
         return metrics
 
     def measure(self, model, batches, classes, prefix):
         """The numbers of `evaluate` for one set of clips, each name with a prefix in front."""
-        total, found, count = {}, {"seen": [], "read": [], "facts": [], "said": []}, 0
-        for i, batch in enumerate(batches):
-            _, losses = self.loss(model, batch, generator(self.seed, "evaluation", i))
-            for name, value in losses.items():
-                total[name] = total.get(name, 0.0) + float(value) * len(batch["video"])
-            count += len(batch["video"])
+        rows = []
+        for batch in batches:
+            _, losses = self.loss(model, batch, generator(self.seed, "evaluation", batch["number"]))
             video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
             with self.autocast():
-                found["seen"].append(model.clip.encode_video(video))
-                found["read"].append(model.clip.encode_text(self.encode(batch["caption"], video.device)))
-                if "facts" in batch:
-                    found["said"] += model.caption(video, self.words, self.context - 1)
-                    found["facts"] += batch["facts"]
-        metrics = {name: value / count for name, value in total.items()}
-        seen, read = (torch.nn.functional.normalize(torch.cat(found[key]).float(), dim=-1) for key in ("seen", "read"))
+                rows.append((batch["number"], len(video), {name: float(value) for name, value in losses.items()},
+                             model.clip.encode_video(video),
+                             model.clip.encode_text(self.encode(batch["caption"], video.device)), batch.get("facts", []),
+                             model.caption(video, self.words, self.context - 1) if "facts" in batch else []))
+        rows = processes.collect(rows, self.device)
+        metrics = weighted_mean(rows)
+        *_, seen, read, facts, said = zip(*rows)
+        found = {"facts": sum(facts, []), "said": sum(said, [])}
+        seen, read = (torch.nn.functional.normalize(torch.cat(part).float(), dim=-1) for part in (seen, read))
         ranks = clip_video.retrieval_metrics(model.clip.logit_scale.exp() * read[:100] @ seen[:100].T)
         metrics |= {key: value for key, value in ranks.items() if key.endswith("R@1")}
         if found["facts"]:
@@ -736,7 +761,7 @@ class Labels(Stage):
 
     def batches(self, train_set, first):
         return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum, start=first * self.accum,
-                            workers=self.workers, repeats=self.repeats)
+                            workers=self.workers, rank=processes.rank(), world=processes.world(), repeats=self.repeats)
 
     def finish(self, model):
         """Accuracies over several views of each held-out video: softmax per view, averaged in memory."""
@@ -746,13 +771,13 @@ class Labels(Stage):
                                 self.sampling, train=False, classes=self.sets[1].classes,
                                 part="all" if self.val_data else "val", transform=self.transform, decoder=self.decoder,
                                 views=(self.test_clips, self.test_crops))
-        chances, answers = [], []
-        for batch in data.held_out(views, None, 1, self.workers):
-            video = to_device(batch, self.device)["video"][0]                # (1 + views, T, H, W, 3)
+        rows = []
+        for batch in self.held_out(views, None, 1):
+            video = batch["video"][0]                                        # (1 + views, T, H, W, 3)
             logits = [self.logits(model, {"video": part})[0] for part in video.split(max(1, self.batch_size))]
-            chances.append(torch.cat(logits).softmax(dim=1))
-            answers.append(batch["label"])
-        answers = {"label": torch.cat(answers).to(self.device)}
+            rows.append((batch["number"], torch.cat(logits).softmax(dim=1), batch["label"]))
+        _, chances, answers = zip(*processes.collect(rows, self.device))
+        answers = {"label": torch.cat(answers)}
         named = {"1 clip": [chance[0] for chance in chances],
                  f"{self.test_clips} x {self.test_crops} views": [chance[1:].mean(dim=0) for chance in chances]}
         return {f"val_{name} ({kind})": value for kind, found in named.items()
@@ -764,17 +789,15 @@ class Labels(Stage):
         metrics = self.measure(model, batches, "val_", keep=True)
         if not self.data:
             world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
-            unseen = data.held_out(world, self.eval_clips, self.batch_size)
-            metrics |= self.measure(model, (to_device(batch, self.device) for batch in unseen), "unseen_")
+            metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.batch_size), "unseen_")
         return metrics
 
     def measure(self, model, batches, prefix, keep=False):
-        logits, targets, losses = [], [], []
+        rows = []
         for batch in batches:
-            target = self.target(batch)
-            logits.append(self.logits(model, batch)[0])
-            targets.append(target)
-            losses.append(float(self.error(logits[-1], target)) * len(target))
+            target, logits = self.target(batch), self.logits(model, batch)[0]
+            rows.append((batch["number"], logits, target, float(self.error(logits, target)) * len(target)))
+        _, logits, targets, losses = zip(*processes.collect(rows, self.device))
         logits, targets = self.split(torch.cat(logits)), self.split(torch.cat(targets))
         metrics = accuracies(logits, {name: target.argmax(dim=1) for name, target in targets.items()})
         if keep:
@@ -893,8 +916,10 @@ class Classify(Labels):
         forms = [form(alpha=alpha, num_classes=target.shape[1]) for form, alpha in
                  ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix)) if alpha > 0]
         form = forms[int(torch.randint(len(forms), ()))]
+        # Each clip is mixed with the one before it in the joined batch, which may be another process's.
+        video, target = (torch.cat([processes.row_before(x), x]) for x in (video, target))
         mixed, target = form(tv_tensors.Video(video.transpose(1, 2)), target)
-        return mixed.as_subclass(torch.Tensor).transpose(1, 2), target
+        return mixed.as_subclass(torch.Tensor).transpose(1, 2)[1:], target[1:]
 
     def loss(self, model, batch, rng):
         logits, target = self.logits(model, batch, self.target(batch))
@@ -908,28 +933,32 @@ class Classify(Labels):
             return
         features, targets = self.features
         for step in range(first, self.steps):
-            chosen = torch.randint(len(features), (self.batch_size,), generator=generator(self.seed, "probe", step))
+            rows, mine = processes.joined(self.batch_size)
+            chosen = torch.randint(len(features), (rows,), generator=generator(self.seed, "probe", step))[mine]
             yield {"features": features[chosen].float(), "target": targets[chosen]}
 
     def prepare(self, model):
         """For a probe: look at every training clip once, and keep what was seen in --out/features.pt."""
         if self.mode == "finetune" or not self.steps:
             return
-        path = Path(self.out) / "features.pt"
+        path, settings = Path(self.out) / "features.pt", recipe_of(self) | {"weights": self.weights}
         if self.resume and path.exists():
-            self.features = torch.load(path, weights_only=True)
-            return
+            with contextlib.suppress(Exception):  # damaged, or of another recipe: looking again costs little
+                saved = weights.load(path)
+                if saved["settings"] == settings:
+                    self.features = saved["features"], saved["targets"]
+                    return
         world = self.sets[0]
         count = self.probe_clips or (len(world) if self.data else 2000)
         count = min(count, len(world)) if self.data else count
-        found = [], []
-        for batch in tqdm(data.held_out(world, count, self.batch_size, self.workers), desc="features", unit="batch",
-                          total=-(-count // self.batch_size), disable=None):
-            batch = to_device(batch, self.device)
-            for kept, new in zip(found, (self.look(model.eval(), batch["video"]), self.target(batch))):
-                kept.append(new.cpu())
-        self.features = torch.cat(found[0]).to(torch.bfloat16), torch.cat(found[1])
-        weights.write_aside(path, lambda aside: torch.save(self.features, aside))
+        rows = []
+        for batch in tqdm(self.held_out(world, count, self.batch_size), desc="features", unit="batch",
+                          total=-(-count // self.batch_size // processes.world()), disable=processes.rank() > 0 or None):
+            rows.append((batch["number"], self.look(model.eval(), batch["video"]).cpu(), self.target(batch).cpu()))
+        _, features, targets = zip(*processes.collect(rows))
+        self.features = torch.cat(features).to(torch.bfloat16), torch.cat(targets)
+        if processes.rank() == 0:
+            weights.write_torch(path, dict(features=self.features[0], targets=self.features[1], settings=settings))
 
 
 @dataclass
@@ -1062,6 +1091,15 @@ DEFAULT_RUN = (
 )
 
 
+def weighted_mean(rows):
+    """[(number, clips, {name: value}, ...), ...] -> {name: mean over all clips}."""
+    total = {}
+    for _, count, values, *_ in rows:
+        for name, value in values.items():
+            total[name] = total.get(name, 0.0) + value * count
+    return {name: value / sum(row[1] for row in rows) for name, value in total.items()}
+
+
 def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="plain", **augment):
     """(training set, held-out set) of what --data names, or of moving shapes. flip: mirrored clips in
     training, too; not where a caption may say left. augment: more for the training set, see VideoFiles."""
@@ -1089,9 +1127,14 @@ def generator(seed, *parts):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
 
+def clips_per_step(stage):
+    """Of all micro-batches and all processes."""
+    return stage.batch_size * stage.accum * processes.world()
+
+
 def learning_rate(stage, step):
     """Rate of step 0, 1, ...: linear warm-up from 0, then half a cosine down to min_lr of the peak."""
-    peak = stage.lr or stage.blr * stage.batch_size * stage.accum / 256
+    peak = stage.lr or stage.blr * clips_per_step(stage) / 256
     warm = int(stage.warmup * stage.steps)
     if step < warm:
         return peak * step / warm
@@ -1115,7 +1158,7 @@ class Muon(torch.optim.Muon):
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 moment = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(moment, group["momentum"])
+                update = processes.whole(parameter.grad.lerp(moment, group["momentum"]))
                 wide = update if update.shape[0] <= update.shape[1] else update.T
                 stacks.setdefault(wide.shape, []).append((parameter, wide, group))
         for members in stacks.values():
@@ -1123,7 +1166,8 @@ class Muon(torch.optim.Muon):
             for (parameter, _, group), update in zip(members, stack):
                 rate = 0.2 * max(parameter.shape) ** 0.5 * group["lr"]  # the size of a step of AdamW
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update if update.shape == parameter.shape else update.T, alpha=-rate)
+                update = update if update.shape == parameter.shape else update.T
+                parameter.add_(processes.place(update.to(parameter.dtype), parameter), alpha=-rate)
 
     @staticmethod
     def orthogonal(stack, a, b, c, steps=5):
@@ -1151,13 +1195,14 @@ def optimisers_of(model, stage):
         decay = 0.0 if parameter.ndim < 2 or name.endswith("_token") else stage.weight_decay
         matrix = decay and parameter.ndim == 2 and re.search(r"\.\d+\.", name)
         groups = hidden if stage.optimizer == "muon" and matrix else others
-        groups.setdefault((decay, stage.scale_of(name)), []).append(parameter)
+        # Parameters cut into parts (--shard) and whole ones do not mix in a group.
+        groups.setdefault((decay, stage.scale_of(name), hasattr(parameter, "placements")), []).append(parameter)
     found = []
     for groups, make in ((hidden, lambda groups: Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")),
                          (others, lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True, betas=(0.9, stage.beta2)))):
         if groups:
             found.append(make([{"params": parameters, "weight_decay": decay, "scale": scale}
-                               for (decay, scale), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)]))
+                               for (decay, scale, _), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)]))
     return found
 
 
@@ -1191,8 +1236,9 @@ class Log:
     """log.jsonl: one JSON object per line. After a resume, lines past the checkpoint go."""
 
     def __init__(self, path, step):
-        self.path = path
-        kept = []
+        self.path, kept = path, []
+        if processes.rank() > 0:
+            return
         if step and path.exists():
             for line in path.read_text().splitlines():
                 with contextlib.suppress(ValueError):  # the last line may have been cut off by a kill
@@ -1201,6 +1247,8 @@ class Log:
         weights.write_aside(path, lambda aside: Path(aside).write_text("".join(x + "\n" for x in kept)))
 
     def write(self, **values):
+        if processes.rank() > 0:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v
                                    for k, v in values.items()}) + "\n")
@@ -1249,35 +1297,142 @@ def clips_in(batch):
     return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
-FREE_TO_CHANGE = {"out", "resume", "device", "workers", "steps", "eval_every", "save_every", "log_every",
-                  "eval_clips", "dry_run", "weights"}
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+
+FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
+                  "eval_clips", "dry_run", "weights", "shard", "max_bad"}
 
 
-def resume_from(path, stage):
-    """The checkpoint at `path`, or None; Mistake where its recipe is not this one."""
-    if not path.exists():
-        print(f"nothing to resume in {path.parent}: starting at step 0")
-        return None
+def recipe_of(stage):
+    """The settings that decide what is learned."""
+    return {key: value for key, value in dataclasses.asdict(stage).items() if key not in FREE_TO_CHANGE}
+
+
+def tensors_of(model, optimisers, average):
+    """Everything a run must remember beside its step: {"model": ..., "average": ..., "optimiser": {"<parameter>.<what>":
+    tensor}}. By name, so that it can be read however many processes hold it in parts."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    slots = {f"{names[parameter]}.{what}": value for optimiser in optimisers
+             for parameter, state in optimiser.state.items() for what, value in state.items()}
+    return {"model": model.state_dict(), "average": average.state if average else {}, "optimiser": slots}
+
+
+def restore(tensors, model, optimisers, average):
+    """Put back what `tensors_of` took, whole or in parts."""
+    for found, own in ((tensors["model"], model.state_dict()), (tensors["average"], average.state if average else {})):
+        if list(found) != list(own) or any(found[name].shape != own[name].shape for name in own):
+            raise Mistake("the checkpoint's tensors are not those of this model; start anew without --resume")
+        for name, value in own.items():
+            value.detach().copy_(processes.place(found[name], value))
+    parameters = dict(model.named_parameters())
+    owner = {parameter: optimiser for optimiser in optimisers for group in optimiser.param_groups
+             for parameter in group["params"]}
+    for key, value in tensors["optimiser"].items():
+        name, what = key.rpartition(".")[::2]
+        owner[parameters[name]].state[parameters[name]][what] = processes.place(value, parameters[name])
+
+
+def checkpoints(out):
+    """Those in a run's folder, newest first: last.pt, last.1.pt, last.2.pt ... A run with --shard has folders."""
+    older = {int(path.name.split(".")[1]): path for path in out.glob("last.*.pt") if path.name.split(".")[1].isdigit()}
+    return [path for path in (out / "last.pt", *(older[n] for n in sorted(older))) if path.exists()]
+
+
+def save_checkpoint(out, facts, tensors, keep, shard=False):
+    """Write last.pt aside, move the earlier ones on by one number, then give it its name. All processes call this;
+    with `shard` each writes its part, else the first writes all."""
+    new = out / "last.pt.part"
+    if shard:
+        if processes.rank() == 0:
+            shutil.rmtree(new, ignore_errors=True)
+        processes.wait()
+        flat = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
+        processes.save_parts(new, flat, facts)
+    if processes.rank() > 0:
+        return
+    if not shard:
+        weights.write_torch(out / "last.pt.whole", facts | tensors)
+        new = out / "last.pt.whole"
+    names = [out / "last.pt"] + [out / f"last.{n}.pt" for n in range(1, keep)]
+    hole = next((i for i, path in enumerate(names) if not path.exists()), len(names) - 1)
+    if names[hole].is_dir():
+        shutil.rmtree(names[hole])
+    for i in range(hole, 0, -1):
+        os.replace(names[i - 1], names[i])
+    os.replace(new, out / "last.pt")
+    weights.settle(out)
+
+
+def read_checkpoint(path, like):
+    """(facts, tensors) of one checkpoint; ValueError where it is not what was written. like: tensors as those that
+    are wanted, `tensors_of` without the optimisers'."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not path.is_dir():
+            saved = weights.load(path)
+            tensors = {key: saved.pop(key) for key in ("model", "average", "optimiser")}
+            return saved, tensors
+        saved = processes.read_facts(path)
+
+        def make(name, shape, dtype):
+            group, name = name.split("/", 1)
+            own = like["model"].get(name if group != "optimiser" else name.rpartition(".")[0])
+            return torch.zeros_like(own.detach()) if own is not None and own.shape == shape else torch.empty(shape, dtype=dtype)
+
+        tensors = {"model": {}, "average": {}, "optimiser": {}}
+        for name, value in processes.read_parts(path, make).items():
+            group, name = name.split("/", 1)
+            tensors[group][name] = value
+        for group in ("model", "average"):  # parts come in an order of their own
+            tensors[group] = {name: tensors[group][name] for name in like["model"] if name in tensors[group]}
+        return saved, tensors
     except Exception as error:  # whatever a torn file makes torch raise
-        raise Mistake(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:80]}); "
-                      "start anew without --resume") from None
-    other = {key: value for key, value in saved["settings"].items()
-             if key not in FREE_TO_CHANGE and getattr(stage, key, value) != value}
+        raise ValueError(str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__) from None
+
+
+def resume_from(out, stage, like):
+    """(facts, tensors) of the newest checkpoint that can be read, or None where there is none; a damaged one is
+    named and set aside. Mistake where none can be read or the recipe is not this one."""
+    damaged = []
+    for path in checkpoints(out):
+        try:
+            saved, tensors = read_checkpoint(path, like)
+            break
+        except ValueError as error:
+            damaged.append((path, error))
+    else:
+        if damaged:
+            raise Mistake(f"{damaged[0][0]}: not a readable checkpoint ({damaged[0][1]}), nor is an older one there; "
+                          "start anew without --resume")
+        print(f"nothing to resume in {out}: starting at step 0")
+        return None
+    was, now = saved["settings"], recipe_of(stage)
+    before, clips = saved["processes"] * was["batch_size"] * was["accum"], clips_per_step(stage)
+    same = {"batch_size", "accum"} if before == clips else set()  # shared out in another way
+    other = {key: value for key, value in was.items() if key in now and now[key] != value and key not in same}
     if other:
-        raise Mistake(f"{path} was made with " + ", ".join(f"--{key.replace('_', '-')} {value}"
-                      for key, value in other.items()) + ": resume with the same, or use another --out")
-    if saved["settings"]["steps"] != stage.steps:
-        print(f"--steps was {saved['settings']['steps']} and is {stage.steps} now: the learning rate "
-              "follows the new schedule from here on")
-    return saved
+        raise Mistake(f"{path} was made with " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
+                      other.items()) + ": resume with the same, or use another --out")
+    for bad, error in damaged:
+        print(f"{bad}: damaged ({error}); taking {path}, step {saved['step']}, and setting it aside as {bad}.damaged")
+        if processes.rank() == 0:
+            if bad.with_name(bad.name + ".damaged").is_dir():
+                shutil.rmtree(bad.with_name(bad.name + ".damaged"))
+            bad.rename(bad.with_name(bad.name + ".damaged"))
+    if was["steps"] != stage.steps:
+        print(f"--steps was {was['steps']} and is {stage.steps} now: the learning rate follows the new schedule from "
+              "here on")
+    if saved["processes"] != processes.world():
+        print(f"{path} was made by {saved['processes']} processes, {processes.world()} go on with it: "
+              + (f"{clips} clips a step as before" if before == clips else
+                 f"a step had {before} clips and has {clips} now (--batch-size is per process)"))
+    return saved, tensors
 
 
 def keep_old_run(out):
     """Move what an earlier run left in `out` into out/previous-N: nothing is overwritten."""
-    names = ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "tokenizer.json", "last.pt")
-    found = [out / name for name in names if (out / name).exists()]
+    names = ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "tokenizer.json")
+    found = [out / name for name in names if (out / name).exists()] + checkpoints(out)
     if not found:
         return
     n = 1
@@ -1289,42 +1444,84 @@ def keep_old_run(out):
     print(f"{out} holds an earlier run: moved to {out}/previous-{n} (--resume would go on with it)")
 
 
+# ------------------------------------------------------------------------------------------------
+# The loop
+
+
+def explained(fit):
+    """What the machine says when it fails, as a `Failure`: one line with the last good checkpoint in it."""
+    @functools.wraps(fit)
+    def run(stage, name):
+        try:
+            return fit(stage, name)
+        except (OSError, MemoryError, RuntimeError) as error:
+            reason = trouble(error, stage)
+            if not reason:
+                raise
+            kept = checkpoints(Path(stage.out))
+            raise Failure(reason + (f"; the last good checkpoint is {kept[0]}, go on with --resume" if kept else
+                                    "; no checkpoint was written yet")) from None
+    return run
+
+
+def trouble(error, stage):
+    """One line on an error that is nobody's typing, or None where it is an error of this program."""
+    text = str(error)
+    if isinstance(error, Failure):
+        return None
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        lower = [f"--cache-size {max(1, (stage.cache_size or stage.batch_size) // 2)}" if hasattr(stage, "cache_size") else
+                 f"--batch-size {max(1, stage.batch_size // 2)} --accum {2 * stage.accum}, which is the same step"]
+        lower += ["--recompute"] * (not stage.recompute) + ["--precision bf16"] * (stage.precision == "fp32")
+        lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["--workers"]
+        return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
+    if isinstance(error, OSError) and error.errno:
+        return f"{error.filename or stage.out}: {error.strerror}"
+    if processes.world() > 1 and re.search(r"[Cc]onnection|peer|NCCL|gloo", text):
+        return "another process of this run has ended; its own line says why"
+    return data.dead_worker(error)
+
+
+@explained
 def fit(stage, name):
     """Train, evaluate and save one stage; returns its metrics. Names no stage."""
     out = Path(stage.out or f"runs/{name}")
     stage.out = str(out)
-    stage.device = choose_device(stage.device)
+    stage.device = processes.start(choose_device(stage.device))
     stage.precision = choose_precision(stage.precision, stage.device)
+    first_process = processes.rank() == 0
     torch.manual_seed(stage.seed)
     model = stage.build().to(stage.device)
     if stage.dry_run:
         return dry_run(stage, model)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not stage.resume:
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        if not stage.resume and first_process:
             keep_old_run(out)
     except OSError as error:
         raise Mistake(f"--out {out}: {error.strerror}") from None
+    processes.wait()
     train_set, held_out_set = stage.datasets()
 
+    take_step = processes.parallel(model, stage.loss, stage.shard, parts=(Block,))
     optimisers = optimisers_of(model, stage)
     average = Average(model, stage.ema) if stage.ema else None
-    saved = resume_from(out / "last.pt", stage) if stage.resume else None
-    first, seconds_before = 0, 0.0
-    if saved:
-        model.load_state_dict(saved["model"])
-        for optimiser, state in zip(optimisers, saved["optimisers"]):
-            optimiser.load_state_dict(state)
-        first, seconds_before = saved["step"], saved["seconds"]
-        if average:
-            average.state = {key: value.to(stage.device) for key, value in saved["average"].items()}
-    del saved
+    found = resume_from(out, stage, tensors_of(model, [], average)) if stage.resume else None
+    first, seconds_before, usual, initial, bad = 0, 0.0, None, {}, {}
+    if found:
+        restore(found[1], model, optimisers, average)
+        first, seconds_before, usual, initial, bad = (found[0][key] for key in
+                                                      ("step", "seconds", "usual", "initial", "bad"))
+    del found
+    processes.wait()
 
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    global_batch = stage.batch_size * stage.accum
-    print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {global_batch} clips, peak "
-          f"lr {stage.lr or stage.blr * global_batch / 256:.2e}, {stage.device}, {stage.precision}, "
+    shared = f", {processes.world()} processes{' with a part of the weights each' * stage.shard}" * (processes.world() > 1)
+    print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips, peak "
+          f"lr {stage.lr or stage.blr * clips_per_step(stage) / 256:.2e}, {stage.device}, {stage.precision}{shared}, "
           f"{torch.get_num_threads()} threads -> {out}")
     print("settings: " + json.dumps(dataclasses.asdict(stage)))
     if stage.note():
@@ -1333,49 +1530,63 @@ def fit(stage, name):
     started = time.monotonic()
 
     def save(step):
-        state = dict(step=step, model=model.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers],
-                     average=average.state if average else None, settings=dataclasses.asdict(stage),
-                     seconds=seconds_before + time.monotonic() - started)
-        weights.write_aside(out / "last.pt", lambda path: torch.save(state, path))
+        facts = dict(step=step, settings=dataclasses.asdict(stage), seconds=seconds_before + time.monotonic() - started,
+                     processes=processes.world(), usual=usual, initial=initial, bad=bad)
+        save_checkpoint(out, facts, tensors_of(model, optimisers, average), stage.keep,
+                        stage.shard and processes.world() > 1)
 
-    stage.prepare(model)
     held_out = None
 
-    @torch.no_grad()
+    def averaged():
+        return average.in_place(model) if average else contextlib.nullcontext()
+
     def evaluate(step):
         nonlocal held_out
         if held_out is None:
-            held_out = list(data.held_out(held_out_set, stage.eval_clips, stage.batch_size))
+            held_out = list(data.held_out(held_out_set, stage.eval_clips, stage.batch_size,
+                                          rank=processes.rank(), world=processes.world()))
+        mine = [batch for batch in held_out if batch["video"] is not None]
+        counts = [count for _, count in processes.collect([(batch["number"], len(batch["video"])) for batch in mine])]
+        if not counts:
+            raise data.DataError(f"none of the held-out clips can be read; {held_out[0]['bad'][0][1]}")
         model.eval()
-        with average.in_place(model) if average else contextlib.nullcontext():
-            metrics = stage.evaluate(model, (to_device(batch, stage.device) for batch in held_out))
+        with torch.no_grad(), averaged(), processes.unsharded(take_step):
+            metrics = stage.evaluate(model, (to_device(batch, stage.device) for batch in mine))
         model.train()
-        metrics["val_clips"] = sum(len(batch["video"]) for batch in held_out)
+        metrics["val_clips"] = sum(counts)
         log.write(step=step, **metrics)
         return metrics
 
+    with processes.unsharded(take_step):
+        stage.prepare(model)
     metrics = evaluate(first)
     print(f"step {first}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-    initial = {f"initial_{key}": value for key, value in metrics.items()} if first == 0 else {}
-    bad, stop = {}, []
-    previous = [(number, signal.signal(number, lambda number, _: stop.append(number)))
-                for number in (signal.SIGINT, signal.SIGTERM)]
+    initial = initial or {f"initial_{key}": value for key, value in metrics.items() if first == 0}
+    stop = []
+
+    def asked_to_stop(number, _):
+        if number in stop and processes.world() == 1:  # asked twice: not after this step but now
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    previous = [(number, signal.signal(number, asked_to_stop)) for number in (signal.SIGINT, signal.SIGTERM)]
     bar = tqdm(total=stage.steps, initial=first, desc=name, unit="step", dynamic_ncols=True,
-               disable=stage.steps == 0, mininterval=0.5 if sys.stderr.isatty() else 15)
+               disable=stage.steps == 0 or not first_process, mininterval=0.5 if sys.stderr.isatty() else 15)
     eval_every = stage.eval_every or max(1, stage.steps // 5)
     batches = iter(stage.batches(train_set, first))
     window = time.monotonic()
     waited = seen = 0.0
+    asked_for = unreadable = left_out = 0
     latest = {}  # a stage may report some numbers in some steps only
-    step = first
+    step, stopping = first, False
     try:
         model.train()
-        while step < stage.steps and not stop:
+        while step < stage.steps and not stopping:
             rate = learning_rate(stage, step)
             for group in itertools.chain.from_iterable(optimiser.param_groups for optimiser in optimisers):
                 group["lr"] = rate * group["scale"]
             torch.manual_seed(generator(stage.seed, "dropout", step).initial_seed())
-            sums = {}
+            sums, files = {}, []
             for part in range(stage.accum):
                 asked = time.monotonic()
                 batch = next(batches)
@@ -1384,21 +1595,39 @@ def fit(stage, name):
                     if path not in bad:
                         bad[path] = reason
                         bar.write(f"skipped: {reason}")
-                loss, values = stage.loss(model, to_device(batch, stage.device),
-                                          generator(stage.seed, "loss", step, part))
-                (loss / stage.accum).backward()
+                unreadable += len(batch.get("bad", ()))
+                asked_for += clips_in(batch) + len(batch.get("bad", ()))
+                if unreadable >= 10 and unreadable > stage.max_bad * asked_for:
+                    raise data.DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
+                                         f"{stage.max_bad}, the last: {reason}; `python data.py PATH` lists all such files")
+                files += batch.get("path", ())
+                with processes.exchange(take_step, on=part == stage.accum - 1):
+                    loss, values = take_step(to_device(batch, stage.device), generator(stage.seed, "loss", step, part))
+                    (loss / stage.accum).backward()
                 seen += clips_in(batch)
                 for key, value in values.items():
                     sums[key] = sums.get(key, 0.0) + float(value) / stage.accum
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip_grad or math.inf))
+            norm = processes.clip(model, stage.clip_grad or math.inf)
+            suspect = not all(map(math.isfinite, sums.values()))
+            sums = processes.means(sums | {"stop": bool(stop)}, stage.device)
+            stopping = sums.pop("stop") > 0  # one process that is asked to stop stops all, after the same step
             if not math.isfinite(norm) or not all(map(math.isfinite, sums.values())):
                 save(step)
-                names = ", ".join(batch.get("path", ())) or "generated clips"
-                raise RuntimeError(f"step {step}: loss {sums.get('loss')}, gradient norm {norm}, lr {rate:.2e}, "
-                                   f"batch {names}: not finite; the weights before it are in {out}/last.pt; "
-                                   "try a lower --blr or --precision fp32")
+                named = processes.collect([(processes.rank(), suspect, files)])
+                names = [path for _, guilty, paths in named if guilty or not any(row[1] for row in named) for path in paths]
+                raise Failure(f"step {step}: loss {sums.get('loss')}, gradient norm {norm}, lr {rate:.2e}, batch "
+                              f"{', '.join(names) or 'of generated clips'}: not finite; the weights before it are in "
+                              f"{out}/last.pt; try a lower --blr or --lr, or --precision fp32")
+            spiked = stage.spike and usual is not None and sums["loss"] > stage.spike * usual
+            if spiked:
+                left_out += 1
+                bar.write(f"step {step} left out: loss {sums['loss']:.4g} is more than {stage.spike:g} times its mean "
+                          f"{usual:.4g}; batch {', '.join(files) or 'of generated clips'}")
+            else:
+                usual = sums["loss"] if usual is None else 0.98 * usual + 0.02 * sums["loss"]
             for optimiser in optimisers:
-                optimiser.step()
+                if not spiked:
+                    optimiser.step()
                 optimiser.zero_grad()
             if average:
                 average.update(model)
@@ -1407,7 +1636,7 @@ def fit(stage, name):
             bar.update()
             if step % stage.log_every == 0 or step == stage.steps:
                 elapsed = time.monotonic() - window
-                speed = dict(clips_per_s=seen / elapsed, data_wait=waited / elapsed,
+                speed = dict(clips_per_s=seen * processes.world() / elapsed, data_wait=waited / elapsed,
                              memory_mib=round(memory_mib(stage.device)))
                 log.write(step=step, **latest, lr=rate, grad_norm=norm, **speed,
                           seconds=seconds_before + time.monotonic() - started)
@@ -1418,47 +1647,51 @@ def fit(stage, name):
                 metrics = evaluate(step)
                 bar.write(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
                 window, waited, seen = time.monotonic(), 0.0, 0.0
-            if step % stage.save_every == 0 or step == stage.steps or stop:
+            if step % stage.save_every == 0 or step == stage.steps or stopping:
                 save(step)
     finally:
         bar.close()
         for number, handler in previous:
             signal.signal(number, handler)
         del batches
-    if stop:
-        save(step)
-        print(f"stopped at step {step} of {stage.steps}; go on with: python train.py {name} --resume --out {out} "
-              "and the same flags")
+    if stopping and step < stage.steps:
+        print(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: python train.py {name} "
+              f"--resume --out {out} and the same flags")
         raise SystemExit(130)
 
     model.eval()
-    with torch.no_grad(), average.in_place(model) if average else contextlib.nullcontext():
-        metrics |= stage.finish(model)
-    held_bad = [pair for batch in held_out for pair in batch.get("bad", ())]
-    asked = metrics["val_clips"] + len(held_bad)
+    with averaged():
+        tensors = {key: processes.whole(value) for key, value in model.state_dict().items()}
+        with torch.no_grad(), processes.unsharded(take_step):
+            metrics |= stage.finish(model)
+            bad = dict(pair for _, pairs in processes.collect([(processes.rank(), list(bad.items()))]) for pair in pairs)
+            held_bad = [pair for _, pairs in processes.collect([(batch["number"], batch.get("bad", ())) for batch in held_out])
+                        for pair in pairs]
+            report = dict(stage=name, step=step, **metrics, **initial, parameters=parameters, trained=trained,
+                          seconds=round(seconds_before + time.monotonic() - started, 1), processes=processes.world(),
+                          left_out=left_out, bad_files=bad | dict(held_bad), settings=dataclasses.asdict(stage))
+            if first_process:
+                batch = next(batch for batch in held_out if batch["video"] is not None)
+                leave(stage, name, model, tensors, to_device(batch, stage.device), report)
     if held_bad:
-        print(f"evaluated {metrics['val_clips']} of {asked} held-out files; not readable: "
+        print(f"evaluated {metrics['val_clips']} of {metrics['val_clips'] + len(held_bad)} held-out files; not readable: "
               + "; ".join(reason for _, reason in held_bad))
     if bad:
         print(f"{len(bad)} unreadable training files were skipped (named above and in metrics.json)")
-    if (out / "metrics.json").exists() and not initial:
-        with contextlib.suppress(ValueError):
-            initial = {k: v for k, v in json.loads((out / "metrics.json").read_text()).items()
-                       if k.startswith("initial_")}
-    report = dict(stage=name, step=step, **metrics, **initial, parameters=parameters, trained=trained,
-                  seconds=round(seconds_before + time.monotonic() - started, 1),
-                  bad_files=bad | dict(held_bad), settings=dataclasses.asdict(stage))
-    weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
-    with average.in_place(model) if average else contextlib.nullcontext():
-        weights.save(out, model, model.config)
-        stage.extras(out)
-        model.eval()
-        drawn = stage.pictures(model, to_device(held_out[0], stage.device), out)
-    drawn += draw.curve(out, name)
-    print("pictures: " + ", ".join(str(path) for path in drawn))
+    processes.wait()
     print(f"{name}: done in {report['seconds']:.0f} s; " + ", ".join(
         f"{key} {value:.4g}" for key, value in metrics.items()))
     return report
+
+
+def leave(stage, name, model, tensors, batch, report):
+    """Write what a run leaves, metrics.json last: where that is, all is."""
+    out = Path(stage.out)
+    weights.save(out, tensors, model.config)
+    stage.extras(out)
+    drawn = stage.pictures(model, batch, out) + draw.curve(out, name)
+    print("pictures: " + ", ".join(str(path) for path in drawn))
+    weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
 
 
 def dry_run(stage, model):
@@ -1483,6 +1716,7 @@ def dry_run(stage, model):
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = 4 * parameters + 12 * trained + (4 * parameters if stage.ema else 0)
+    fixed /= processes.world() if stage.shard else 1
     total = fixed + activations * stage.batch_size
     print(f"parameters           {parameters / 1e6:10.2f} M, {trained / 1e6:.2f} M of them trained")
     print(f"FLOPs per clip       {forward / 1e9:10.2f} G forward, about {3 * forward / 1e9:.2f} G with backward")
@@ -1557,7 +1791,8 @@ def default_run(argv):
             continue
         options = {key: value.format(out) if isinstance(value, str) else value for key, value in options.items()}
         fit(card(out=str(out / name), seed=args.seed, resume=True, **options), name)
-    compare(out, args.seed)
+    if processes.rank() == 0:
+        compare(out, args.seed)
     print(f"the default run took {time.monotonic() - started:.0f} s; pictures, table and weights are in {out}")
 
 
@@ -1625,9 +1860,10 @@ def compare(out, seed, clips=1000):
 
 
 def main(argv=None):
-    """Run a stage, or the default run; returns the exit code: 0, 2 for a user's mistake, 1 for a loss
-    that is not finite."""
+    """Run a stage, or the default run; returns the exit code: 0, 2 for a user's mistake, 1 for a failure."""
     argv = sys.argv[1:] if argv is None else argv
+    if int(os.environ.get("RANK", 0)) > 0:  # of several processes one speaks; any may say why it ends
+        sys.stdout = open(os.devnull, "w")
     try:
         if not argv or argv[0] in ("--out", "--seed") or argv[0].startswith(("--out=", "--seed=")):
             default_run(argv)
@@ -1638,15 +1874,17 @@ def main(argv=None):
             raise Mistake(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the default run")
         else:
             fit(parse(STAGES[argv[0]], argv[0], argv[1:]), argv[0])
-    except (Mistake, weights.WeightsError, data.DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "not finite" not in str(error):
-            raise
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except (Mistake, weights.WeightsError, data.DataError, Failure) as error:
+        text, code = str(error), 1 if isinstance(error, Failure) else 2
+    except KeyboardInterrupt:
+        text, code = "interrupted; what was saved before is in --out, go on with --resume", 130
+    else:
+        processes.end()
+        return 0
+    if processes.first_to_say(text):
+        who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"train.py: {who}{text}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

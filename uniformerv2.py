@@ -65,7 +65,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Block, DropPath, attention, quick_gelu, sinusoid_table
+from attention import Block, Dropout, DropPath, attention, quick_gelu, sinusoid_table
+from processes import gather_with_gradient, world
 from weights import Rule, WeightsError, commonest
 
 # Grey levels in [0, 1]: every UniFormerV2 model was trained on clips normalised so. Inside
@@ -220,6 +221,27 @@ def silent(layer):
     return layer
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d on x (n, D) whose statistics are those of all processes' batches together, also on a CPU:
+    the variance of all is the mean of the variances plus the variance of the means. Every n must be equal."""
+
+    def forward(self, x):
+        if not self.training or world() == 1:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            var, mean = torch.var_mean(wide, dim=0, correction=0)
+            both = gather_with_gradient(torch.stack([mean, var])[None])      # (processes, 2, D)
+            mean = both[:, 0].mean(dim=0)
+            var = both[:, 1].mean(dim=0) + both[:, 0].var(dim=0, correction=0)
+            with torch.no_grad():
+                n = world() * len(x)
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), self.momentum)
+                self.num_batches_tracked += 1
+            return ((wide - mean) * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+
 class LocalUnit(nn.Module):
     """What each place learns from the frames next to it (UniFormerV2, Sec. 3, Local UniBlock).
 
@@ -231,7 +253,7 @@ class LocalUnit(nn.Module):
     def __init__(self, width, reduction):
         super().__init__()
         narrow = int(width // reduction)
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = BatchNorm(width)
         self.reduce = nn.Linear(width, narrow)
         self.time = Kernel(narrow, 3)
         self.expand = silent(nn.Linear(narrow, width))
@@ -297,7 +319,7 @@ class GlobalBlock(Block):
                          activation=quick_gelu)
         self.near = Kernel(size.width, 1, 3, 3, 3)
         self.norm_context = nn.LayerNorm(size.width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for layer in (self.attn.qkv, self.mlp.fc1):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(self.attn.qkv.bias)
@@ -403,7 +425,7 @@ class UniFormerV2(nn.Module):
                 GlobalBlock(size, global_heads or size.heads, global_mlp_dropout, rate) for rate in rates)
             self.balance = nn.Parameter(torch.zeros(D)) if balance else None
         if classes:
-            self.norm, self.drop, self.head = nn.LayerNorm(D), nn.Dropout(head_dropout), nn.Linear(D, classes)
+            self.norm, self.drop, self.head = nn.LayerNorm(D), Dropout(head_dropout), nn.Linear(D, classes)
         self.initialise()
 
     @torch.no_grad()

@@ -13,8 +13,10 @@ The idea, in steps:
 2. A component owns its key map: a list of `Rule`s, in network order, each naming one of our
    tensors and the official tensor(s) that it is made of. Reading the list teaches both layouts.
 3. `fill` applies the rules and demands the balance.
-4. `save` writes our own runs: model.safetensors, which carries its configuration in its header,
-   and the same configuration as config.json for people and other programs.
+4. `save` writes our own runs: model.safetensors, which carries its configuration and a checksum in its
+   header, and the same configuration as config.json for people and other programs.
+5. What is damaged is refused: safetensors of ours by that checksum, torch files by the one they bring
+   (`load`). What is written is there in full, or not at all (`write_aside`).
 
 >>> import tempfile, pathlib
 >>> model = torch.nn.Linear(2, 3)
@@ -25,10 +27,13 @@ The idea, in steps:
 (['bias', 'weight'], 3)
 """
 
+import contextlib
 import json
 import os
 import pickle
+import re
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +94,12 @@ def read(source):
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-                config = json.loads((file.metadata() or {}).get("config", "{}"))
+                notes = file.metadata() or {}
+            if "checksum" in notes and notes["checksum"] != checksum(tensors, notes.get("config", "")):
+                raise ValueError("damaged: its checksum is wrong")
+            config = json.loads(notes.get("config", "{}"))
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = load(path)
     except pickle.UnpicklingError:
         if head[:2] != b"PK" and head[:1] != b"\x80":  # neither of torch's two formats
             raise WeightsError(f"{path}: not a file of weights") from None
@@ -102,6 +110,30 @@ def read(source):
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
         raise WeightsError(f"{path}: not a readable file of weights ({reason})") from None
     return unwrap(tensors, str(path)), config
+
+
+def load(path):
+    """What a torch file holds, on the CPU; it is not executed. The file is an archive that carries a CRC-32 of
+    every tensor, which torch writes but does not look at: here a flipped bit is an error, not a number.
+
+    raises  whatever a damaged file makes torch or zipfile raise; ValueError where a checksum is wrong
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        if wrong:
+            raise ValueError(f"damaged: the checksum of {wrong} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def checksum(tensors, text):
+    """CRC-32 of {name: tensor} and a text, as eight hexadecimal digits."""
+    value = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def unwrap(tensors, name):
@@ -204,21 +236,52 @@ def shape_of(tensors, key, ndim, name="weights"):
 
 def write_aside(path, write):
     """Call write(temporary path), then put the result in place of `path` in one step, so that a
-    reader, or a power cut, meets the old file or the new one and never half of either."""
+    reader, or a power cut, meets the old file or the new one and never half of either. Where
+    writing fails, as on a full disk, the half is removed and the old file stays: OSError."""
     path = Path(path)
     aside = path.with_name(path.name + ".part")
-    write(aside)
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        # torch and safetensors have exceptions of their own for what the system said.
+        said = re.search(r"os error (\d+)", str(error))
+        number = int(said[1]) if said else getattr(error.__context__, "errno", None)
+        if number and not isinstance(error, OSError):
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
+    settle(path.parent)
+
+
+def write_torch(path, content):
+    """torch.save, aside and renamed; `load` reads it. Tensors, numbers, strings, lists and dicts."""
+    def write(aside):
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+    write_aside(path, write)
+
+
+def settle(folder):
+    """Names are on the disk too, not only in the system's memory."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def save(folder, model, config):
-    """Write model.safetensors and config.json. config: plain JSON values, with "model" = the class."""
+    """Write model.safetensors and config.json. model: a module, or its tensors; config: plain JSON values, with
+    "model" = the class."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = model if isinstance(model, dict) else model.state_dict()
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     text = json.dumps(config, indent=1)
-    write_aside(folder / "model.safetensors",
-                lambda path: save_file(tensors, path, metadata={"config": text}))
+    notes = {"config": text, "checksum": checksum(tensors, text)}
+    write_aside(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=notes))
     write_aside(folder / "config.json", lambda path: Path(path).write_text(text + "\n"))

@@ -284,7 +284,7 @@ def test_a_torn_checkpoint_is_named(tmp_path, capsys):
 
 
 def test_an_exploding_run_stops_with_the_facts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.mae, "reconstruction_loss", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    monkeypatch.setattr(train.mae, "reconstruction_loss", lambda *_, **__: torch.tensor(math.nan, requires_grad=True))
     assert run(out=tmp_path) == 1
     error = capsys.readouterr().err
     assert "not finite" in error and "step 0" in error and "lr" in error and (tmp_path / "last.pt").exists()

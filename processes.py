@@ -1,0 +1,352 @@
+"""Several processes, one run: what every file needs to know about the others.
+
+    torchrun --nproc-per-node 8 train.py mae --data DIR         all GPUs of one machine
+    torchrun --nproc-per-node 8 --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py mae ...
+    python train.py mae ...                                     one process: nothing here does anything
+
+Why a file of its own: dropout (attention.py), batch statistics (uniformerv2.py) and the contrastive
+loss (clip_video.py) stand below train.py and look at the whole batch of all processes; they cannot
+import the loop. Everything else about processes is in train.py.
+
+The promise: W processes with B clips each take the same step as one process with W * B clips, loss
+and gradients equal within rounding. DDP alone does not give that. What it takes, in steps:
+1. Step k's clips: process r has rows r*B to r*B + B - 1 of the joined batch (data.batches).
+2. Random numbers: each process draws those of the joined batch from the same generator and keeps its
+   own rows (`joined`). They are then a function of (seed, step, row) and of nothing else.
+3. Whatever compares rows (contrastive loss, batch statistics) gathers them first, with gradient
+   (`gather_with_gradient`); whatever divides by a count divides by the mean count (`mean`).
+4. Gradients: the mean over processes, by DDP, or by FSDP2, which also cuts weights, gradients and
+   optimiser states into W parts (`parallel`).
+5. Evaluation deals whole batches out and puts results together in their old order (`collect`), so that
+   it is the same sum whatever W is, and every clip counts once.
+
+Differences from common code: a single run draws nothing differently for it. Official loaders pad the
+last batch of an evaluation, so some clips count twice (VideoMAE engine_for_finetuning.py); not here.
+
+Numbers: two or four gloo processes agree with one to 1e-6 in every stage (tests/test_processes.py).
+
+>>> rank(), world(), joined(4), mean(torch.tensor(3.0)).item()
+(0, 1, (4, slice(0, 4, None)), 3.0)
+"""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+
+def world():
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this one is, 0 to world() - 1. Process 0 alone prints and writes."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def start(device):
+    """Meet the others, where torchrun has started several; returns the device of this process.
+
+    device  "cpu", "cuda" or "cuda:N"; of several processes on a machine each takes a GPU of its own
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.startswith("cuda"):
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def wait():
+    """Until all are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def end():
+    """All is done: leave the others, at the end of the program."""
+    if world() > 1:
+        dist.destroy_process_group()
+
+
+def first_to_say(text):
+    """Several processes stop for one reason: True for the first of them that wants to print this text."""
+    if "MASTER_PORT" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:  # torchrun keeps a small table of numbers for its processes
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return store.add(f"said {zlib.crc32(text.encode())}", 1) == 1
+    except (RuntimeError, ValueError):
+        return True
+
+
+# ------------------------------------------------------------------------------------------------
+# The joined batch
+
+
+def joined(count):
+    """(W * count, our rows): rows of the joined batch, and the slice of them that this process has."""
+    return world() * count, slice(rank() * count, (rank() + 1) * count)
+
+
+def mean(x):
+    """Mean of a tensor over all processes, without gradient. Alone: x itself."""
+    if world() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / world()
+
+
+def means(numbers, device="cpu"):
+    """{name: number} -> the same, each the mean over all processes, which must know the same names."""
+    if world() == 1:
+        return dict(numbers)
+    found = mean(torch.tensor([float(number) for number in numbers.values()], dtype=torch.float64, device=device))
+    return dict(zip(numbers, found.tolist()))
+
+
+class Gather(torch.autograd.Function):
+    """See `gather_with_gradient`."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad.chunk(world())[rank()]
+
+
+def gather_with_gradient(x):
+    """x (B, ...) of every process, joined in order of rank: (world*B, ...). Alone: x itself.
+
+    Backward, what any process's loss says about our part is added up. Each process then has `world`
+    times the gradient of one process with the joined batch, and the mean over processes that data
+    parallel training takes afterwards is exactly that gradient. B must be equal everywhere.
+    """
+    return Gather.apply(x) if world() > 1 else x
+
+
+def row_before(x):
+    """x (B, ...) -> (1, ...): the row before our first one in the joined batch; before row 0 stands the last."""
+    return gather_with_gradient(x[-1:])[rank() - 1][None]
+
+
+def collect(rows, device="cpu"):
+    """Put together what was dealt out: [(number, ...), ...] of every process -> those of all, by number.
+
+    Tensors in the rows, also in dicts and lists, come back on `device`. Alone: the rows themselves."""
+    if world() == 1:
+        return list(rows)
+    carry = torch.utils._pytree.tree_map_only
+    parts = [None] * world()
+    dist.all_gather_object(parts, carry(torch.Tensor, lambda x: x.cpu(), list(rows)))
+    return sorted(carry(torch.Tensor, lambda x: x.to(device), [row for part in parts for row in part]),
+                  key=lambda row: row[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradients, and weights cut into parts
+
+
+class Step(torch.nn.Module):
+    """A model with its loss: what DDP and FSDP2 wrap, so that a loss may call the model as it likes."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *inputs):
+        return self.loss(self.model, *inputs)
+
+
+def parallel(model, loss, shard=False, parts=()):
+    """(model, ...) -> loss as a function of the other inputs, whose gradients are the mean over processes.
+
+    shard  True = FSDP2: every process keeps a part of all weights, gradients and optimiser states, and
+           borrows the rest of a block while it computes with it. Optimisers must be made afterwards.
+    parts  classes of modules that are borrowed one at a time
+    """
+    step = Step(model, loss)
+    if world() == 1:
+        return step
+    if not shard:
+        # Buffers need no broadcast: batch statistics are those of the joined batch everywhere.
+        return torch.nn.parallel.DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=True)
+    from torch.distributed.fsdp import fully_shard
+    kind = next(model.parameters()).device.type
+    options = dict(mesh=dist.init_device_mesh(kind, (world(),)), ignored_params=scalars(model))
+    for module in reversed(list(model.modules())):
+        if isinstance(module, parts):
+            fully_shard(module, **options)
+    return fully_shard(step, **options)
+
+
+def scalars(model):
+    """Single numbers cannot be cut: every process keeps them, and `settle` averages their gradients."""
+    return {parameter for parameter in model.parameters() if parameter.ndim == 0}
+
+
+@contextlib.contextmanager
+def exchange(step, on):
+    """While a micro-batch is computed: on=False keeps its gradients here, to be exchanged with the last one's."""
+    if hasattr(step, "set_requires_gradient_sync"):
+        step.set_requires_gradient_sync(on)
+        yield
+    elif on or not hasattr(step, "no_sync"):
+        yield
+    else:
+        with step.no_sync():
+            yield
+
+
+def clip(model, limit):
+    """Average what is left to average, scale all gradients to a norm of at most `limit`; returns the norm before."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    square = torch.zeros((), device=parameters[0].device)
+    for parameter in parameters:
+        if parameter.ndim == 0:
+            parameter.grad = mean(parameter.grad)
+            square += parameter.grad**2 / world()  # counted once when all add up
+        else:
+            square += parameter.grad.to_local().square().sum()
+    norm = float(mean(square) * world()) ** 0.5
+    scale = min(1.0, limit / (norm + 1e-6))
+    for parameter in parameters:
+        parameter.grad.mul_(scale)
+    return norm
+
+
+def whole(x):
+    """A tensor that may be cut into parts -> all of it, on every process."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def place(x, parameter):
+    """All of a tensor -> what this process keeps of it, cut like a parameter of the same shape."""
+    x = x.to(parameter.device)
+    if isinstance(parameter, DTensor) and x.shape == parameter.shape:
+        everywhere = DTensor.from_local(x, parameter.device_mesh, [Replicate()], run_check=False)
+        return everywhere.redistribute(placements=parameter.placements)
+    return x
+
+
+@contextlib.contextmanager
+def unsharded(step):
+    """For a while every process has all weights, for work outside of the step."""
+    from torch.distributed.fsdp import FSDPModule
+    cut = [module for module in step.modules() if isinstance(module, FSDPModule)]
+    for module in cut:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in cut:
+            module.reshard()
+            module.set_reshard_after_forward(module is not step, recurse=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints in parts (torch.distributed.checkpoint), which load at any number of processes
+
+
+def contents(folder):
+    """torch's reader for a folder of parts, after its table of contents was read in safety: unpickling may name
+    the classes of such a table and nothing else, and only tensors may be in it. ValueError where not."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    class Careful(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) in ALLOWED or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+                return super().find_class(module, name)
+            raise ValueError(f"its table of contents names {module}.{name}")
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            return Careful(io.BytesIO((Path(folder) / ".metadata").read_bytes())).load()
+
+    found = Reader(folder)
+    others = [name for name, kind in found.read_metadata().state_dict_metadata.items()
+              if not isinstance(kind, TensorStorageMetadata)]
+    if others:
+        raise ValueError(f"holds more than tensors: {others[0]}")
+    return found
+
+
+ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in (
+    "TensorStorageMetadata", "Metadata", "TensorProperties", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata",
+    "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath")}
+
+
+def crc(path):
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def save_parts(folder, tensors, facts):
+    """Every process writes its part of {name: tensor} into a folder; facts.json has `facts` and a CRC-32 of each file."""
+    import torch.distributed.checkpoint as checkpoint
+    folder = Path(folder)
+    checkpoint.save(dict(tensors), storage_writer=checkpoint.FileSystemWriter(folder, sync_files=True))
+    own = [(path.name, crc(path)) for path in sorted(folder.glob(f"__{rank()}_*"))]
+    if rank() == 0:
+        own.append((".metadata", crc(folder / ".metadata")))
+    files = dict(collect(own))
+    if rank() == 0:
+        with open(folder / "facts.json", "w") as file:
+            text = json.dumps(facts)
+            json.dump({"facts": text, "crc": zlib.crc32(text.encode()), "files": files}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+    wait()
+
+
+def read_facts(folder):
+    """The facts of `save_parts`, once every file was found to be as it was written; ValueError where one is not."""
+    found = json.loads((Path(folder) / "facts.json").read_text())
+    if zlib.crc32(found["facts"].encode()) != found["crc"]:
+        raise ValueError("the checksum of facts.json is wrong")
+    mine = sorted(found["files"])[rank()::world()]
+    wrong = [(name,) for name in mine if not (Path(folder) / name).exists()
+             or crc(Path(folder) / name) != found["files"][name]]
+    wrong = collect(wrong)
+    if wrong:
+        raise ValueError(f"the checksum of {wrong[0][0]} is wrong")
+    return json.loads(found["facts"])
+
+
+def read_parts(folder, make):
+    """Tensors that several processes wrote, however many read: {name: tensor}. make(name, shape, dtype) says where
+    to put each, a tensor whole or cut."""
+    import torch.distributed.checkpoint as checkpoint
+    source = contents(folder)
+    tensors = {name: make(name, kind.size, kind.properties.dtype)
+               for name, kind in source.read_metadata().state_dict_metadata.items()}
+    checkpoint.load(tensors, storage_reader=source)
+    return tensors
