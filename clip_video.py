@@ -67,7 +67,7 @@ from torch import nn
 import uniformerv2
 import weights
 from attention import Block, Mask, attention, quick_gelu, run_blocks
-from processes import gather_with_gradient
+from processes import gather_with_gradient, piece
 from uniformerv2 import UniFormerV2, as_matrix, block_rules, official_rules, pairs
 from weights import Rule, WeightsError, commonest
 
@@ -688,7 +688,8 @@ def in_pieces(encode, size, *inputs):
     encoded and its activations are dropped; when the gradient of its embeddings comes back, it is encoded
     again, with the same random numbers, and the gradient goes on into the weights. In autograd's words:
     checkpoint every piece (arXiv 1604.06174). Equal to the large batch within rounding, for one more
-    forward pass; only layers that look at the whole batch, as BatchNorm does, are not.
+    forward pass, dropout too: every piece draws for all rows from the same start, and takes its own
+    (processes.joined). Only layers that look at the whole batch, as BatchNorm does, are not.
 
     encode   function of a piece of each input -> a tuple of tensors (b, ...), each row for itself; random
              numbers come from torch's global generators
@@ -700,8 +701,16 @@ def in_pieces(encode, size, *inputs):
     >>> [x.shape for x in in_pieces(lambda v, t: (layer(v), t), 2, torch.zeros(5, 3), torch.zeros(5, 1))]
     [torch.Size([5, 2]), torch.Size([5, 1])]
     """
-    pieces = [torch.utils.checkpoint.checkpoint(encode, *piece, use_reentrant=False)
-              for piece in zip(*(x.split(size) for x in inputs))]
+    def encode_from(first, *rows):
+        with piece(len(inputs[0]), first):
+            return encode(*rows)
+
+    devices = [inputs[0].device] if inputs[0].is_cuda else []
+    starts, pieces = range(0, len(inputs[0]), size), []
+    for first, *rows in zip(starts, *(x.split(size) for x in inputs)):
+        # All but the last leave the generators as they were, so that each begins where the first did.
+        with torch.random.fork_rng(devices, enabled=first != starts[-1]):
+            pieces.append(torch.utils.checkpoint.checkpoint(encode_from, first, *rows, use_reentrant=False))
     return tuple(map(torch.cat, zip(*pieces)))
 
 

@@ -35,6 +35,7 @@ import json
 import os
 import pickle
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -96,8 +97,25 @@ def first_to_say(text):
 
 
 def joined(count):
-    """(W * count, our rows): rows of the joined batch, and the slice of them that this process has."""
-    return world() * count, slice(rank() * count, (rank() + 1) * count)
+    """(W * B, our rows): rows of the joined batch, and the slice of them that this process computes now: `count`
+    = B of them, or those of a `piece`."""
+    total, first = _piece or (count, 0)
+    first += rank() * total
+    return world() * total, slice(first, first + count)
+
+
+_piece = None
+
+
+@contextlib.contextmanager
+def piece(total, first):
+    """Inside, B = `total`, and computed are rows from `first` on: draws are those of all rows nevertheless."""
+    global _piece
+    _piece, before = (total, first), _piece
+    try:
+        yield
+    finally:
+        _piece = before
 
 
 def mean(x):
@@ -173,7 +191,7 @@ class Step(torch.nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, *inputs):
-        return self.loss(self.model, *inputs)
+        return self.loss(self.model, *inputs) if inputs else None
 
 
 def parallel(model, loss, shard=False, parts=()):
@@ -187,15 +205,18 @@ def parallel(model, loss, shard=False, parts=()):
     if world() == 1:
         return step
     if not shard:
-        # Buffers need no broadcast: batch statistics are those of the joined batch everywhere.
-        return torch.nn.parallel.DistributedDataParallel(step, broadcast_buffers=False, find_unused_parameters=True)
+        return torch.nn.parallel.DistributedDataParallel(step)
     from torch.distributed.fsdp import fully_shard
     kind = next(model.parameters()).device.type
     options = dict(mesh=dist.init_device_mesh(kind, (world(),)), ignored_params=scalars(model))
     for module in reversed(list(model.modules())):
         if isinstance(module, parts):
             fully_shard(module, **options)
-    return fully_shard(step, **options)
+    step = fully_shard(step, **options)
+    with torch.no_grad():
+        step()  # FSDP2 must meet the outermost module first, before evaluation calls what is inside
+    step.reshard()
+    return step
 
 
 def scalars(model):
@@ -243,7 +264,7 @@ def whole(x):
 def place(x, parameter):
     """All of a tensor -> what this process keeps of it, cut like a parameter of the same shape."""
     x = x.to(parameter.device)
-    if isinstance(parameter, DTensor) and x.shape == parameter.shape:
+    if isinstance(parameter, DTensor) and x.shape == parameter.shape and not isinstance(x, DTensor):
         everywhere = DTensor.from_local(x, parameter.device_mesh, [Replicate()], run_check=False)
         return everywhere.redistribute(placements=parameter.placements)
     return x
@@ -251,18 +272,20 @@ def place(x, parameter):
 
 @contextlib.contextmanager
 def unsharded(step):
-    """For a while every process has all weights, for work outside of the step."""
+    """For a while every process has all weights, for work outside of the step. FSDP2's hooks are off: processes
+    may now compute different things, or nothing, and must not wait for each other."""
     from torch.distributed.fsdp import FSDPModule
-    cut = [module for module in step.modules() if isinstance(module, FSDPModule)]
-    for module in cut:
-        module.set_reshard_after_forward(False, recurse=False)
+    cut = [(module, module._forward_pre_hooks, module._forward_hooks) for module in step.modules()
+           if isinstance(module, FSDPModule)]
+    for module, *_ in cut:
         module.unshard()
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for module in cut:
+        for module, before, after in cut:
+            module._forward_pre_hooks, module._forward_hooks = before, after
             module.reshard()
-            module.set_reshard_after_forward(module is not step, recurse=False)
 
 
 # ------------------------------------------------------------------------------------------------
