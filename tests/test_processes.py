@@ -7,7 +7,8 @@ on at any number of processes; one process that is asked to stop, or fails, ends
 
 The processes are forks of one program, this file, which imports and builds once:
 
-    python tests/test_processes.py FOLDER
+    python tests/test_processes.py equal FOLDER
+    python tests/test_processes.py runs FOLDER
 """
 
 import json
@@ -56,7 +57,8 @@ def cards(folder):
 
 
 def learn(card, model):
-    """Two batches through the card as the loop does it: [loss and gradients of each], then the evaluation."""
+    """A batch through the card as the loop does it, or two where one is of images: loss, norm and gradients of
+    each; then the evaluation, and how many clips each of its batches has."""
     import processes
     import train
     card.batch_size = JOINED // processes.world()
@@ -68,7 +70,7 @@ def learn(card, model):
         card.prepare(model)
     model.train()
     found = []
-    for step, batch in zip(range(2), card.batches(train_set, 0)):
+    for step, batch in zip(range(1 + bool(getattr(card, "image_every", 0))), card.batches(train_set, 0)):
         torch.manual_seed(train.generator(0, "dropout", step).initial_seed())
         loss, values = take_step(batch, train.generator(0, "loss", step, 0))
         loss.backward()
@@ -76,6 +78,8 @@ def learn(card, model):
         whole = {name: processes.whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         found.append((processes.means(values)["loss"], norm, whole))
         model.zero_grad()
+    if card.shard or getattr(card, "cache_size", 0):
+        return found, {}, []
     model.eval()
     card.batch_size, card.eval_clips = 3, CLIPS
     with torch.no_grad(), processes.unsharded(take_step):
@@ -123,87 +127,154 @@ def fork(count, work):
     return list(children.values())
 
 
-def main(folder):
+def equal(folder):
+    """Leaves {card: what `learn` found} of each process in W.rank.pt."""
     import processes
-    import train
-    folder = Path(folder)
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    tick = lambda what: print(f"TICK {what} {time.monotonic() - began:.1f}", flush=True)  # noqa: E731
     built = {}
     (folder / "probe").mkdir()
     for name, card in cards(folder).items():
         torch.manual_seed(0)
         built[name] = card, card.build()
 
-    def equal(rank):
+    def work(rank):
         processes.start("cpu")
-        torch.save({name: learn(*pair) for name, pair in built.items()},
-                   folder / f"{processes.world()}.{rank}.pt")
+        torch.save({name: learn(*pair) for name, pair in built.items()}, folder / f"{processes.world()}.{rank}.pt")
 
-    tick("built")
     for count in WORLDS:
-        assert not any(fork(count, equal)), count
-        tick(f"equal {count}")
+        assert not any(fork(count, work)), count
 
-    flags = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --device cpu --eval-clips 5 "
-             "--save-every 2 --log-every 1 --ema 0.9 --drop-path 0.2").split()
 
-    def run(name, *more, loss=None):
+FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --device cpu --eval-clips 5 "
+         "--save-every 2 --log-every 1 --ema 0.9 --drop-path 0.2 --optimizer adamw --steps 4").split()
+
+
+def runs(folder, cut=True):
+    """Whole runs of train.py, with an accident in most; leaves their exit codes in codes.json."""
+    import processes
+    import train
+    own, codes = train.MAE.loss, {}
+
+    def accident(happen):
+        def loss(self, model, batch, rng):
+            loss.calls += model.training
+            if model.training:
+                happen(loss.calls)
+            return own(self, model, batch, rng)
+
+        loss.calls = 0
+        return loss
+
+    def run(name, count, *more, happen=None):
         def work(rank):
-            if loss:
-                train.MAE.loss = loss
-            return train.main(["mae", *flags, "--out", str(folder / name), *more])
-        return work
+            if happen:
+                train.MAE.loss = accident(happen)
+            return train.main(["mae", *FLAGS, "--out", str(folder / name), "--batch-size", str(8 // count), *more])
 
-    # Cut in two, stopped at step 2 of 4; then on with one, two, four processes, 8 clips a step each time.
-    own = train.MAE.loss
+        codes[name] = fork(count, work)
 
-    def power_cut(self, model, batch, rng):
-        power_cut.calls += model.training
-        if power_cut.calls == 4:
-            os._exit(7)
-        return own(self, model, batch, rng)
-
-    power_cut.calls = 0
-    codes = {"cut": fork(2, run("cut", "--steps", "4", "--batch-size", "4", "--shard", loss=power_cut))}
-    for count in (1, 2, 4):
-        subprocess.run(["cp", "-r", folder / "cut", folder / f"on{count}"], check=True)
-        codes[f"on{count}"] = fork(count, run(f"on{count}", "--steps", "4", "--batch-size", str(8 // count), "--resume",
-                                              *["--shard"] * (count > 1)))
-        tick(f"on {count}")
-    codes["again"] = fork(2, run("again", "--steps", "4", "--batch-size", "4", "--shard"))
-    codes["whole"] = fork(2, run("whole", "--steps", "4", "--batch-size", "4", "--shard"))
-
-    def asked(self, model, batch, rng):
-        if model.training and processes.rank() == 1:
+    def asked(step):
+        if processes.rank() == 1 and step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return own(self, model, batch, rng)
 
-    def failing(self, model, batch, rng):
-        if model.training and processes.rank() == 1:
+    def failing(step):
+        if processes.rank() == 1:
             raise train.data.DataError("the disk of process 1 is gone")
-        return own(self, model, batch, rng)
 
-    codes["asked"] = fork(2, run("asked", "--steps", "9", "--batch-size", "4", loss=asked))
-    codes["failing"] = fork(2, run("failing", "--steps", "9", "--batch-size", "4", loss=failing))
+    def power_cut(step):
+        if step == 4:
+            os._exit(7)
+
+    run("asked", 2, happen=asked)
+    run("failing", 2, happen=failing)
+    if cut:
+        run("alone", 1)
+        run("whole", 2, "--shard")
+        run("cut", 2, "--shard", happen=power_cut)  # the last checkpoint is that of step 2
+        for count in (1, 2, 4):
+            subprocess.run(["cp", "-r", folder / "cut", folder / f"on{count}"], check=True)
+            run(f"on{count}", count, "--resume", *["--shard"] * (count > 1))
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, __file__, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    print(done.stdout, done.stderr, f"{time.monotonic() - began:.0f} s")
+def program(what, folder):
+    done = subprocess.run([sys.executable, __file__, what, str(folder)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done
+    return done.stdout, done.stderr
 
 
-def results(folder, count, rank=0):
-    return torch.load(folder / f"{count}.{rank}.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("equal")
+    program("equal", folder)
+    return {(count, rank): torch.load(folder / f"{count}.{rank}.pt", weights_only=True)
+            for count in WORLDS for rank in range(count)}
+
+
+CARDS = ("mae", "mae cut", "clip", "clip cut", "clip in pieces", "classify masked", "classify multimodal",
+         "classify probe", "fuse", "fuse cut")
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_several_processes_have_the_loss_and_gradients_of_one_with_their_joined_batch(learned, name):
+    """To 1e-6, where the norm of all gradients is about 1: in the clip stage it is about 20."""
+    for key, found in learned.items():
+        for (loss, norm, gradients), (expected, its_norm, its_gradients) in zip(found[name][0], learned[1, 0][name][0],
+                                                                                strict=True):
+            scale = max(1.0, its_norm)
+            assert abs(loss - expected) < 1e-6 * max(1, expected) and abs(norm - its_norm) < 1e-6 * scale, key
+            assert gradients.keys() == its_gradients.keys() and len(gradients) > 1
+            for part in gradients:
+                assert (gradients[part] - its_gradients[part]).abs().max() < 1e-6 * scale, (key, part)
+
+
+@pytest.mark.parametrize("name", [name for name in CARDS if "cut" not in name and "pieces" not in name])
+def test_evaluation_counts_every_clip_once_and_gives_the_same_numbers(learned, name):
+    """13 clips in batches of 3, on one, two and four processes: equal to the last bit."""
+    for found in learned.values():
+        assert found[name][2] == [(0, 3), (1, 3), (2, 3), (3, 3), (4, 1)]
+        assert found[name][1] == learned[1, 0][name][1] and found[name][1]
+
+
+def test_one_process_that_is_asked_to_stop_or_fails_ends_all(tmp_path):
+    out, error = program("accidents", tmp_path)
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    assert codes["asked"] == [130, 130] and out.count("stopped at step 1 of 4, saved in") == 1
+    assert torch.load(tmp_path / "asked" / "last.pt", weights_only=True)["step"] == 1
+    assert codes["failing"][1] == 2 and codes["failing"][0] != 0
+    assert error.count("train.py: process 1: the disk of process 1 is gone\n") == 1 and "Traceback" not in error
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_run_cut_into_two_parts_goes_on_with_one_two_or_four_processes(tmp_path):
+    out, _ = program("runs", tmp_path)
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    assert codes["cut"] == [7, 7] and not any(codes["on1"] + codes["on2"] + codes["on4"] + codes["whole"])
+    assert "was made by 2 processes, 4 go on with it: 8 clips a step as before" in out
+    alone, whole = weights_of(tmp_path / "alone"), weights_of(tmp_path / "whole")
+    for count in (1, 2, 4):
+        found = weights_of(tmp_path / f"on{count}")
+        assert max(float((found[key] - alone[key]).abs().max()) for key in alone) < 1e-4
+        assert count != 2 or all(torch.equal(found[key], whole[key]) for key in whole)  # as if never cut
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_a_failing_process_ends_all_with_its_reason(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "mae"]
+    options = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run([*torchrun, *FLAGS, "--batch-size", "4", "--out", str(tmp_path / "run")], **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mae: done in") == 1 and "2 processes" in done.stdout
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val_clips"] == 5
+    done = subprocess.run([*torchrun, *FLAGS, "--out", str(tmp_path / "run"), "--mask-ratio", "1.5"], **options)
+    assert done.returncode != 0 and done.stderr.count("--mask-ratio 1.5: must be at least 0") == 1
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.set_num_threads(1)
+    {"equal": equal, "runs": runs, "accidents": lambda folder: runs(folder, cut=False)}[sys.argv[1]](Path(sys.argv[2]))
