@@ -1025,6 +1025,7 @@ class Fuse(Labels):
         return ("untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
                 "there on is what training the bridge, heads and weights adds")
 
+    @torch.no_grad()
     def confusions(self):
         """Late fusion of the two experts as they came, with equal weights, and what training made of it."""
         after, classes = {"after": self.confusion}, sum(map(len, self.questions.values()))
