@@ -616,7 +616,7 @@ def _height_width(size):
 TIME_LIMIT = 60.0  # seconds for opening a file, and again for each thing that is asked of it
 MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more is a broken header, and would fill the memory
 CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video")  # decoders that leave out one frame and are none the worse
-DECODERS = ("pyav", "torchcodec")
+DECODERS = ("pyav", "torchcodec")  # the first is exact for every file and most often the faster one
 WORTH_A_SEEK = 8  # frames that a jump to a later keyframe must spare; seeking costs about as many
 
 

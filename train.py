@@ -110,7 +110,7 @@ class Stage:
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     workers: int = flag(1, "processes that prepare clips; 0 = in the training process", low=0)
     decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
-                        choices=data.DECODERS)
+                        choices=("pyav", "torchcodec"))
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
     eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
