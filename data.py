@@ -597,14 +597,17 @@ class LongShapes(MovingShapes):
                 found.append(dataclasses.replace(scene, rest=(before, after)))
         return found
 
-    def __getitem__(self, index):
-        scenes, begin, segments = self.scenes(index), 0, []
-        for scene in scenes:
+    def outline(self, index):
+        """All of self[index] but the pixels."""
+        begin, segments = 0, []
+        for scene in self.scenes(index):
             (before, after), end = scene.rest, begin + len(scene.noise)
             segments.append(((begin + before) / self.FPS, (end - after) / self.FPS, self.motions.index(scene.motion)))
             begin = end
-        return {"video": np.concatenate([render(scene) for scene in scenes]), "segments": segments,
-                "duration": begin / self.FPS, "path": f"{self.split} {index}"}
+        return {"segments": segments, "duration": begin / self.FPS, "path": f"moving shapes, {self.split} {index}"}
+
+    def __getitem__(self, index):
+        return self.outline(index) | {"video": np.concatenate([render(scene) for scene in self.scenes(index)])}
 
 
 def _height_width(size):
@@ -1320,6 +1323,16 @@ class VideoFiles(_Clips):
             raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder")
 
+    def only(self, names):
+        """Keep the files of these classes alone, and number the classes in their order. Returns self."""
+        kept = [i for i, (_, label) in enumerate(self.items) if label is not None and self.classes[label] in names]
+        if not kept:
+            raise DataError(f"{self.source}: no file of the classes {', '.join(names)}")
+        self.rows, self.items = [self.rows[i] for i in kept], [
+            (self.items[i][0], names.index(self.classes[self.items[i][1]])) for i in kept]
+        self.captions, self.classes = self.captions and [self.captions[i] for i in kept], list(names)
+        return self
+
     def __len__(self):
         return len(self.items)
 
@@ -1476,6 +1489,51 @@ class _Stream(torch.utils.data.IterableDataset):
             yield from self.shards.stream(*self.key, worker.id if worker else 0)
         except DataError as error:
             yield error
+
+
+def read_features(folder, segments, subset, classes=None):
+    """Features of long videos, and what happens in them when.
+
+    folder    of .npz files as tools/extract.py writes them, named by the ids of the annotation, also `v_` + id
+    segments  what `annotations.read_segments` returns
+    subset    the part to read, as the annotation calls it; capitals do not matter
+    classes   names in label order; None: the sorted labels of this part
+    returns   a list of {"features": float32 (T', F), "times": float64 (T',) s, "duration": s, "segments": list of
+              (start s, end s, label), "path": str, "model": str, "window", "stride": int, frames}, the class names,
+              and the ids of the videos whose features are missing
+    raises    DataError: no such subset or folder, no features at all, a file that is none, an unknown label
+    """
+    folder, items, missing = Path(folder), [], []
+    rows = {name: row for name, row in segments.items() if row.subset.lower() == subset.lower()}
+    if not rows:
+        known = ", ".join(sorted({row.subset for row in segments.values()}))
+        raise DataError(f"no video of the subset {subset!r} in the annotation: it has {known}")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it should hold the .npz files of tools/extract.py")
+    classes = classes or sorted({label for row in rows.values() for *_, label in row.segments})
+    files = {path.stem: path for path in sorted(folder.rglob("*.npz"))}
+    for name, row in rows.items():
+        path = files.get(name) or files.get("v_" + name)
+        if path is None:
+            missing.append(name)
+            continue
+        unknown = {label for *_, label in row.segments} - set(classes)
+        if unknown:
+            raise DataError(f"{name}: label {sorted(unknown)[0]!r} is not among the {len(classes)} classes of training")
+        try:
+            with np.load(path) as file:
+                item = {"features": file["feats"].astype(np.float32), "times": file["timestamps"].astype(float),
+                        "duration": float(file["duration"]), "model": str(file["model"]), "window": int(file["window"]),
+                        "stride": int(file["stride"])}
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: not a file of tools/extract.py ({str(error).splitlines()[0]})") from None
+        if item["features"].ndim != 2:
+            raise DataError(f"{path}: has {item['features'].ndim - 1} numbers a row, not one: extract with --pool all")
+        items.append(item | {"path": str(path), "segments": [
+            (start, end, classes.index(label)) for start, end, label in row.segments]})
+    if not items:
+        raise DataError(f"{folder}: has the features of none of the {len(rows)} videos, e.g. {missing[0]}.npz")
+    return items, classes, missing
 
 
 # ------------------------------------------------------------------------------------- batches

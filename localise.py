@@ -487,7 +487,8 @@ def main(argv=None):
         with data.Video(args.video) as video:
             info = video.info
             shown = dict.fromkeys(data.segment_indices(info.frames, 12).tolist())
-            with tqdm(total=info.frames, unit="frame", desc="frames", dynamic_ncols=True, mininterval=0.5) as bar:
+            with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
+                      mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
                 found = model.find(video, args.batch_size, bar.update)
             strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
         print(f"{args.video}: {info.duration:.1f} s, {info.frames} frames, a step every {model.stride} of them; "
