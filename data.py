@@ -796,7 +796,7 @@ class Video:
                             "leave --decoder away")
         return _resize(batch.data.permute(0, 2, 3, 1).numpy(), _shown_size(info, size), "area")
 
-    def stream(self, size=None):
+    def play(self, size=None):
         """Yield every frame in order, once, uint8 (H, W, 3) RGB, and keep none: for videos of any length. size and
         errors as `read_clip`; one frame for each of info.timestamps."""
         shown, number = frozenset(self.info.pts), 0

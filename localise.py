@@ -436,7 +436,7 @@ class Localiser(nn.Module):
         tick  called at every frame
         """
         def frames():
-            for frame in video.stream(self.encoder.config["image_size"]):
+            for frame in video.play(self.encoder.config["image_size"]):
                 tick()
                 yield frame
 

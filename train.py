@@ -1227,9 +1227,9 @@ class Localise(Stage):
         """Mean loss, and mAP in percent at each temporal IoU and on average."""
         items = [self.sets[1][i] for batch in batches for i in batch["video"].tolist()]
         losses = [float(self.loss(model, self.gather([item]), None)[0]) for item in items]
-        return {"val_loss": float(np.mean(losses))} | self.precision("val", items, lambda item: self.found(model, item))
+        return {"val_loss": float(np.mean(losses))} | self.mean_ap("val", items, lambda item: self.found(model, item))
 
-    def precision(self, name, items, say):
+    def mean_ap(self, name, items, say):
         """mAP of what `say` says of each item -> {name: percent}."""
         values = localise.mean_average_precision([item["segments"] for item in items], [say(item) for item in items])
         values = {f"{name}_mAP@{threshold:g}": 100 * value for threshold, value in values.items()}
@@ -1238,8 +1238,8 @@ class Localise(Stage):
     def finish(self, model):
         """The same of the baseline, and both as a table."""
         items = self.sets[1][:self.eval_clips]
-        rows = {"localise": self.precision("val", items, lambda item: self.found(model, item)),
-                "mean segments": self.precision("mean_segments", items, lambda item: self.mean(item["duration"]))}
+        rows = {"localise": self.mean_ap("val", items, lambda item: self.found(model, item)),
+                "mean segments": self.mean_ap("mean_segments", items, lambda item: self.mean(item["duration"]))}
         print(f"{'mAP in percent at temporal IoU':32s}" + "".join(f"{t:>7g}" for t in localise.THRESHOLDS) + "   mean")
         for name, values in rows.items():
             print(f"{name:32s}" + "".join(f"{value:7.1f}" for value in values.values()))
