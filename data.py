@@ -74,6 +74,7 @@ import signal
 import sys
 import tarfile
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -1526,7 +1527,7 @@ def read_features(folder, segments, subset, classes=None):
                         "duration": float(file["duration"]), "model": str(file["model"]), "window": int(file["window"]),
                         "stride": int(file["stride"])}
         except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: not a file of tools/extract.py ({str(error).splitlines()[0]})") from None
+            raise DataError(f"{path}: not a file of tools/extract.py ({type(error).__name__})") from None
         if item["features"].ndim != 2:
             raise DataError(f"{path}: has {item['features'].ndim - 1} numbers a row, not one: extract with --pool all")
         items.append(item | {"path": str(path), "segments": [

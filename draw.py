@@ -187,22 +187,21 @@ def segments(videos, names, path):
 
     videos   list of (title, frames side by side (h, w, 3) uint8 or None, duration s, true segments (start s, end s,
              label) or None, found segments (n, 4): start s, end s, score, label)
-    names    of the labels; each has a colour
+    names    of the labels; each has a colour. The higher the bar, the higher the score
     """
     plt = pyplot()
     figure, axes = plt.subplots(len(videos), 1, figsize=(11, 2.1 * len(videos)), squeeze=False, facecolor="white",
                                 layout="constrained")
     for axis, (title, frames, duration, true, found) in zip(axes[:, 0], videos):
         rows = {} if true is None else {"true": [(*row[:2], 1.0, row[2]) for row in true]}
-        # The best last, on top; fainter where the score is lower.
-        rows["found"] = sorted(np.asarray(found).tolist(), key=lambda row: row[2])
+        rows["found"] = sorted(np.asarray(found).tolist(), key=lambda row: -row[2])
         for height, (label, bars) in enumerate(rows.items()):
-            for start, end, score, kind in bars:
-                axis.barh(-height, end - start, left=start, height=0.7, alpha=0.25 + 0.75 * score, edgecolor="white",
+            for i, (start, end, score, kind) in enumerate(bars):
+                axis.barh(-height, end - start, left=start, height=0.15 + 0.65 * score, edgecolor="white",
                           color=plt.get_cmap("tab20")(int(kind) % 20))
-                if end - start > 0.06 * duration:
-                    axis.text((start + end) / 2, -height, names[int(kind)].replace(" ", "\n", 1), ha="center", va="center",
-                              fontsize=6)
+                middle = (start + end) / 2
+                if end - start > 0.06 * duration and not any(left < middle < right for left, right, *_ in bars[:i]):
+                    axis.text(middle, -height, names[int(kind)].replace(" ", "\n", 1), ha="center", va="center", fontsize=6)
         top = 0.5
         if frames is not None:
             top += 1.2

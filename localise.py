@@ -1,9 +1,9 @@
 """When does what happen? Temporal action localisation in videos of any length.
 
 Why. Recognition is given a clip that someone cut so that one action fills it. Real videos run for minutes, most
-of which shows nothing, and the question is where each action begins and ends. InternVideo reports it for its
-features (Sec. 4.3, temporal action localisation) with ActionFormer as the detector: the encoder stays frozen,
-and a small network reads one feature after another. So what is compared is what the features know of time.
+of which shows nothing, and the question is where each action begins and ends. InternVideo measures its features
+so (Sec. 4.3, temporal action localisation; the detector is ActionFormer, on HACS TCANet): the encoder stays
+frozen, and a small network reads one feature after another. What is compared is what features know of time.
 
     frames --> windows --> frozen encoder --> features (T', F) --> head --+--> scores (T', Y)      is it class y now?
     one by one  of `window`                   a row per `stride`          +--> distances (T', 2)   steps to its start, end

@@ -846,7 +846,8 @@ class Classify(Labels):
     def evaluate(self, model, batches):
         """As all cards with labels. With --unknown also the AUROC, in percent, of telling known from unknown classes by
         the largest probability that the model gives (arXiv 1610.02136, Sec. 3, Softmax Prediction Probability).
-        InternVideo (open-set action recognition) trains an evidential head for it, which we do not."""
+        InternVideo (Sec. 4.3, open-set action recognition) learns how much evidence there is instead (DEAR, arXiv
+        2107.10161); we do not."""
         metrics = super().evaluate(model, batches)
         if self.unknown:
             question = next(iter(self.questions))
