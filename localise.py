@@ -484,6 +484,7 @@ def main(argv=None):
         if model.encoder is None:
             raise ValueError(f"--weights {args.weights}: was trained on features from files and has no encoder to look at "
                              "a video; train it with --weights as well")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         with data.Video(args.video) as video:
             info = video.info
             shown = dict.fromkeys(data.segment_indices(info.frames, 12).tolist())

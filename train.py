@@ -1092,7 +1092,7 @@ class Numbers(torch.utils.data.Dataset):
 @dataclass
 class Localise(Stage):
     """What happens when, in long videos: a small head on a frozen encoder's features (InternVideo, Sec. 4.3,
-    temporal action localisation; the head after AFSD and ActionFormer).
+    temporal action localisation; the head after AFSD and ActionFormer, the paper of the flags).
 
     On long generated videos, whose features are computed once; or on real ones, whose features tools/extract.py
     has computed. Then: python localise.py VIDEO --weights RUN"""
@@ -1106,16 +1106,18 @@ class Localise(Stage):
     val_subset: str = flag("validation", "subset to evaluate on, all of it (THUMOS14: test)")
     videos: int = flag(300, "generated videos to train on", low=1)
     eval_clips: int = flag(100, "generated videos per evaluation", low=1)
-    stride: int = flag(4, "frames from one window to the next (InternVideo: 4 on THUMOS14, 16 on FineAction)", low=1)
+    stride: int = flag(4, "frames from one window to the next (VideoMAE V2: 4 on THUMOS14, 16 on FineAction)", low=1)
     steps: int = flag(400, "optimiser steps; 0 = evaluate only", low=0)
     batch_size: int = flag(16, "videos per step", low=1)
-    lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (ActionFormer: 1e-4)", low=0)
-    optimizer: str = flag("adamw", "as for all stages (ActionFormer: adamw)", choices=("muon", "adamw"))
-    width: int = flag(128, "of the head (ActionFormer: 512)", low=1)
+    lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (paper: 1e-4)", low=0)
+    optimizer: str = flag("adamw", "muon = Muon for the matrices inside blocks, AdamW for the rest; adamw = AdamW for "
+                          "all (paper: adamw)", choices=("muon", "adamw"))
+    weight_decay: float = flag(0.05, "weight decay, on matrices only (paper: 0.05)", low=0)
+    width: int = flag(128, "of the head (paper: 512)", low=1)
     depth: int = flag(4, "blocks of the head; each doubles what it overlooks", low=1, high=10)
     drop: float = flag(0.1, "dropout in the head", low=0, high=1)
     middle: float = flag(0.6, "share of a segment whose steps answer for it", low=0, high=1)
-    length: int = flag(1024, "most steps of a video in training; of a longer one a random part (ActionFormer: 2304)", low=8)
+    length: int = flag(1024, "most steps of a video in training; of a longer one a random part (paper: 2304)", low=8)
 
     def build(self):
         run = bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser"
@@ -1174,8 +1176,8 @@ class Localise(Stage):
         path = Path(self.out) / "features.pt"
         if self.resume and path.exists():
             return torch.load(path, weights_only=True)
-        self.worlds, encoder = self.sets, self.model.encoder.eval()
-        counts = [1, 1] if self.dry_run else [self.videos, self.eval_clips]
+        encoder = self.model.encoder.eval()
+        counts, started = [1, 1] if self.dry_run else [self.videos, self.eval_clips], time.monotonic()
         with tqdm(total=sum(counts), desc="features", unit="video", disable=None) as bar:
             sets = []
             for world, count in zip(self.sets, counts):
@@ -1190,6 +1192,7 @@ class Localise(Stage):
                     bar.update()
         if not self.dry_run:
             weights.write_aside(path, lambda aside: torch.save(sets, aside))
+        print(f"features of {sum(counts)} videos: {time.monotonic() - started:.0f} s")
         return sets
 
     def gather(self, items, rng=None):
