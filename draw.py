@@ -152,19 +152,21 @@ def looks(video, where, grid, shares, path):
     finish(figure, path)
 
 
-def confusion(counts, names, path, title):
-    """counts (Y, Y): rows are the truth, columns what the model says; shares of each row in colour."""
-    figure, ((axis,),) = new_figure(1, 1, 6.4, 5.4)
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    if len(names) <= 40:
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        for i, j in counts.nonzero().tolist():
-            axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6,
-                      color="white" if shares[i, j] > 0.5 else "black")
-    axis.set(xlabel="said", ylabel="true")
-    axis.set_title(f"{title}: {100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.0f} % right", fontsize=9)
+def confusion(tables, names, path):
+    """tables {title: counts (Y, Y)}, side by side: rows are the truth, columns what the model says; shares of each
+    row in colour."""
+    figure, (axes,) = new_figure(1, len(tables), 5.4 * len(tables) + 1, 5.4)
+    for axis, (title, counts) in zip(axes, tables.items()):
+        shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        if len(names) <= 40:
+            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            axis.set_yticks(range(len(names)), names, fontsize=7)
+            for i, j in counts.nonzero().tolist():
+                axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6,
+                          color="white" if shares[i, j] > 0.5 else "black")
+        axis.set(xlabel="said", ylabel="true")
+        axis.set_title(f"{title}: {100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.1f} % right", fontsize=9)
     finish(figure, path)
 
 
@@ -177,7 +179,7 @@ def gates(lines, path):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axis.plot(*zip(*points), label=key.removeprefix(word + "_"), linewidth=1)
         axis.set(xlabel="step", ylabel=label)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.grid(alpha=0.3)
     finish(figure, path)
 

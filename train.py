@@ -782,17 +782,22 @@ class Labels(Stage):
         logits, targets = self.split(torch.cat(logits)), self.split(torch.cat(targets))
         metrics = accuracies(logits, {name: target.argmax(dim=1) for name, target in targets.items()})
         if keep:
-            first = next(iter(self.questions))
+            first, names = next(iter(self.questions.items()))
             self.sureness = logits[first].softmax(dim=1).amax(dim=1)
-            self.confusion = torch.zeros(2 * [len(self.questions[first])], dtype=torch.int64).index_put_(
+            self.confusion = torch.zeros(len(names), len(names), dtype=torch.int64).index_put_(
                 (targets[first].argmax(dim=1).cpu(), logits[first].argmax(dim=1).cpu()), torch.tensor(1), accumulate=True)
         return {prefix + name: value for name, value in
                 ({"loss": sum(losses) / len(next(iter(targets.values())))} | metrics).items()}
 
     def pictures(self, model, batch, folder):
-        first = next(iter(self.questions))
-        draw.confusion(self.confusion, self.questions[first], folder / "confusion.png", f"{first}, held-out clips")
+        first, names = next(iter(self.questions.items()))
+        draw.confusion({f"{first}, {when}": counts for when, counts in self.confusions().items()}, names,
+                       folder / "confusion.png")
         return [folder / "confusion.png"]
+
+    def confusions(self):
+        """What the last evaluation said for what, of the first question: {when: (Y, Y) counts}."""
+        return {"held-out clips": self.confusion}
 
 
 @dataclass
@@ -1065,6 +1070,17 @@ class Fuse(Labels):
     def note(self):
         return ("untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
                 "there on is what training the bridge, heads and weights adds")
+
+    def confusions(self):
+        """Late fusion of the two experts as they came, with equal weights, and what training made of it."""
+        after, classes = {"after": self.confusion}, sum(map(len, self.questions.values()))
+        experts = [] if self.weights else self.experts()
+        if not experts or any(expert.config["classes"] != classes for expert in experts):
+            return after  # nothing that could answer these questions came in
+        late = fusion.InternVideo(experts[0], experts[1:], bridges=False).to(self.device).eval()
+        self.measure(late, (to_device(batch, self.device) for batch in
+                            data.held_out(self.sets[1], self.eval_clips, self.batch_size)), "", keep=True)
+        return {"late fusion before": self.confusion} | after
 
     def pictures(self, model, batch, folder):
         paths = super().pictures(model, batch, folder) + [folder / "gates.png"]
