@@ -268,6 +268,16 @@ def soft_nms(candidates, sigma=0.5, least=0.001, most=200):
     return kept[np.argsort(-kept[:, 2], kind="stable")][:most]
 
 
+def clearest(found, least=0.2):
+    """For a picture: of segments (n, 4), the best first, those of a score of at least `least` that no better one, of
+    any class, overlaps by half."""
+    kept = found[:0]
+    for row in found[found[:, 2] >= least]:
+        if not (iou(row[None], kept) >= 0.5).any():
+            kept = np.concatenate([kept, row[None]])
+    return kept
+
+
 # ------------------------------------------------------------------------------------------------
 # The measure, and the baseline
 
@@ -500,7 +510,7 @@ def main(argv=None):
             print(f"{start:9.2f} s to {end:9.2f} s   {score:4.0%}  {model.names[int(label)]}")
         path = Path(args.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw.segments([(Path(args.video).name, strip, info.duration, None, best)], model.names, path)
+        draw.segments([(Path(args.video).name, strip, info.duration, None, clearest(found, args.least))], model.names, path)
         print(f"drawn: {path}")
     except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"localise.py: {error}", file=sys.stderr)

@@ -1278,8 +1278,8 @@ class Localise(Stage):
             if not self.data:
                 world = data.LongShapes("val", self.model.encoder.config["image_size"], self.seed)
                 frames = draw.strip(world[i]["video"], 24)
-            found = self.found(model, item)
-            rows.append((item["path"], frames, item["duration"], item["segments"], found[found[:, 2] >= 0.2]))
+            found = localise.clearest(self.found(model, item))
+            rows.append((item["path"], frames, item["duration"], item["segments"], found))
         draw.segments(rows, model.names, folder / "segments.png")
         return [folder / "segments.png"]
 

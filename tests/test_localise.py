@@ -55,6 +55,11 @@ def test_soft_nms_by_hand():
     assert found.tolist() == [[0, 4, 0.9, 0], [0, 2, 0.7, 1], [0, 2, pytest.approx(0.8 * math.exp(-0.5)), 0], [4, 8, 0.3, 0]]
 
 
+def test_the_clearest_segments_overlap_no_better_one_by_half():
+    found = said((0, 4, 0.9, 0), (1, 5, 0.8, 1), (3, 8, 0.5, 0), (10, 11, 0.1, 0))  # IoU 3/5, 1/8; too low a score
+    assert localise.clearest(found).tolist() == [[0, 4, 0.9, 0], [3, 8, 0.5, 0]]
+
+
 def test_groups_that_do_not_overlap_are_treated_as_all_at_once():
     rng = np.random.default_rng(0)
     start = rng.uniform(0, 100, 120)
