@@ -8,6 +8,7 @@
     confusion    what was said for what
     gates        the bridge opening: gates and score weights over training
     looks        where tokens of one model look in another
+    segments     what happens when in long videos: truth and what was found
     table        the rows of the default run
     sheet        many pictures with their names
 
@@ -180,6 +181,38 @@ def gates(lines, path):
         axis.set(xlabel="step", ylabel=label)
         axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.grid(alpha=0.3)
+    finish(figure, path)
+
+
+def segments(videos, names, path):
+    """What happens when: for each video its frames over the time axis, and bars for what is true and what was found.
+
+    videos   list of (title, frames side by side (h, w, 3) uint8 or None, duration s, true segments (start s, end s,
+             label) or None, found segments (n, 4): start s, end s, score, label)
+    names    of the labels; each has a colour. The higher the bar, the higher the score
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(len(videos), 1, figsize=(11, 2.1 * len(videos)), squeeze=False, facecolor="white",
+                                layout="constrained")
+    for axis, (title, frames, duration, true, found) in zip(axes[:, 0], videos):
+        rows = {} if true is None else {"true": [(*row[:2], 1.0, row[2]) for row in true]}
+        rows["found"] = sorted(np.asarray(found).tolist(), key=lambda row: -row[2])
+        for height, (label, bars) in enumerate(rows.items()):
+            for i, (start, end, score, kind) in enumerate(bars):
+                axis.barh(-height, end - start, left=start, height=0.15 + 0.65 * score, edgecolor="white",
+                          color=plt.get_cmap("tab20")(int(kind) % 20))
+                middle = (start + end) / 2
+                if end - start > 0.06 * duration and not any(left < middle < right for left, right, *_ in bars[:i]):
+                    axis.text(middle, -height, names[int(kind)].replace(" ", "\n", 1), ha="center", va="center", fontsize=6)
+        top = 0.5
+        if frames is not None:
+            top += 1.2
+            axis.imshow(frames, extent=(0, duration, 0.5, top), aspect="auto")
+        axis.set(xlim=(0, duration), ylim=(0.5 - len(rows), top), yticks=[-height for height in range(len(rows))],
+                 yticklabels=list(rows))
+        axis.set_title(plain(title), fontsize=8, loc="left")
+        axis.tick_params(labelsize=7)
+    axes[-1, 0].set_xlabel("seconds", fontsize=8)
     finish(figure, path)
 
 

@@ -25,6 +25,7 @@ The idea, in steps:
 (['bias', 'weight'], 3)
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -200,6 +201,18 @@ def shape_of(tensors, key, ndim, name="weights"):
     if tensors[key].ndim != ndim:
         raise WeightsError(f"{name}: wrong shape: {key} has {tensors[key].ndim} dimensions, not {ndim}")
     return tuple(tensors[key].shape)
+
+
+def fingerprint(source):
+    """The first 16 digits of the SHA-256 of a file of weights, or of a run's model."""
+    path = Path(source)
+    if path.is_dir():
+        path = next(path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists())
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()[:16]
 
 
 def write_aside(path, write):

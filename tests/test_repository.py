@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "caption_decoder": {"attention", "weights"},
     "clip_video": {"attention", "weights", "uniformerv2"},
     "fusion": {"attention", "weights", "mae", "uniformerv2"},
+    "localise": {"weights", "mae", "uniformerv2"},
     "draw": {"data"},
     "train": set(MODULES) - {"train"},
 }
