@@ -36,10 +36,9 @@ ours can. The official rules are there by name.
 
 Numbers, one core: a generated clip of 16x64x64 takes about 1.2 ms (850 clips/s), of
 16x224x224 about 7 ms. Sixteen frames at stride 4 of a 640x360 h264 file take 70 to 125 ms; over
-eleven files of all kinds, 1.2 times the speed of torchcodec and 1.3 times that of decord2
+eleven files of all kinds, 1.3 times the speed of torchcodec and 1.4 times that of decord2
 (tools/bench.py decode, where both are installed; ours skips frames that nothing depends on). So
-torchcodec, an option, pays only for files whose frames all depend on each other (short h264 without
-B-frames), and it needs FFmpeg's libraries.
+torchcodec, an option, pays where that cannot be done: VP8 and MPEG-4, by a fifth. It needs FFmpeg's libraries.
 
     python data.py PATH                 checks a data set: bad files and why, statistics, a sheet of pictures
     python data.py PATH --cache DIR     writes small copies, for epochs that cost a fraction
