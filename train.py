@@ -331,6 +331,10 @@ class Clip(Stage):
                            low=0)
     eval_clips: int = flag(200, "held-out clips per evaluation; the first 100 for retrieval", low=1)
     eval_every: int = flag(1000, "steps between evaluations; 0 = five times in the run", low=0)
+    merge: str = flag("", "with --steps 0: official weights, of the CLIP that --weights grew from, to average those with "
+                          "(WiSE-FT)")
+    merge_share: float = flag(0.5, "share of --merge in the average (paper: 0.5, zero-shot)", low=0, high=1)
+    merge_as_published: bool = flag(False, "leave out blocks 12 and above, as the published list does")
     model: str = flag("small", "size of both towers (paper: b16, l14; small is ours)",
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2 (paper), frames = frame-wise CLIP, joint = ViCLIP",
@@ -381,6 +385,8 @@ class Clip(Stage):
             model = self.load() if self.weights else self.fresh(captions)
         except ValueError as error:
             raise Mistake(str(error)) from None
+        if self.merge and (self.steps or not self.weights):
+            raise Mistake("--merge: averages the weights of --weights for evaluation; give both, and --steps 0")
         if self.cache_size and self.local_units:
             raise Mistake("--cache-size: the BatchNorm of --local-units looks at the whole batch at once, which "
                           "pieces cannot give it; use --local-units 0")
@@ -418,6 +424,12 @@ class Clip(Stage):
         grow = self.kind == "video" and source.layout in ("CLIP", "Hugging Face CLIP")
         clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames, grow=grow)
         size = clip.config["image_size"]
+        if self.merge:
+            try:
+                clip_video.merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share,
+                                 as_published=self.merge_as_published)
+            except ValueError as error:
+                raise Mistake(f"--merge {self.merge}: {error}") from None
         if size != [self.input_size] * 2:
             raise Mistake(f"--input-size {self.input_size}: the weights are for {size[0]} x {size[1]} pixels; pass "
                           f"--input-size {size[0]}")
@@ -563,7 +575,8 @@ class Clip(Stage):
         count = min(100, self.eval_clips, len(self.sets[1]) if self.data else 100)
         line = clip_video.protocol(
             self.sets[1].source if self.data else "moving shapes", videos=count, captions=count, frames=self.num_frames, size=self.input_size, crop="centre",
-            sampling="one from each segment" if self.data else "all of the clip")
+            sampling="one from each segment" if self.data else "all of the clip",
+            merge=self.merge_share if self.merge else None)
         return line + ("" if self.data else
                        f"; zero-shot and captions on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
                        "colour never shown in training; chance is 6 % for motion, 17 % for shape, 12 % for colour")
