@@ -50,6 +50,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +69,13 @@ class Row(NamedTuple):
     question: str | None = None
     answer: str | None = None  # the right answer in words
     candidates: tuple | None = None  # of answers in words, among them the right one
+
+
+class Timed(NamedTuple):
+    """What happens when in one long video."""
+
+    subset: str  # as written: training, Validation, ...
+    segments: list  # of (start s, end s, label as written)
 
 
 class Found(NamedTuple):
@@ -487,9 +495,33 @@ def number_labels(source, labels, classes):
     return classes, number
 
 
+def read_segments(path):
+    """Temporal annotations in the form of ActivityNet, in which THUMOS14, HACS and FineAction are spread too:
+    {"database": {id: {"subset": ..., "annotations": [{"segment": [start s, end s], "label": ...}]}}}.
+
+    returns  {id: Timed}; segments that end where they start, or earlier, are left out and counted on standard error
+    raises   DataError: no such file, or another form
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["database"]
+        found = {name: Timed(row["subset"], [(float(said["segment"][0]), float(said["segment"][1]), said["label"])
+                                             for said in row.get("annotations", ())]) for name, row in rows.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f"{path}: not an annotation as ActivityNet has them: JSON with a `database` of id, `subset` and "
+                        f"`annotations` of `segment` and `label` ({type(error).__name__}: {error})") from None
+    if not found:
+        raise DataError(f"{path}: names no video")
+    empty = sum(end <= start for row in found.values() for start, end, _ in row.segments)
+    if empty:
+        print(f"{path}: {empty} segments end where they start, or earlier, and are left out", file=sys.stderr)
+    return {name: row._replace(segments=[s for s in row.segments if s[1] > s[0]]) for name, row in found.items()}
+
+
 def main(argv=None):
     """Print what a source is, and its first rows: python annotations.py SOURCE"""
-    import sys
     argv = sys.argv[1:] if argv is None else argv
     try:
         if len(argv) != 1:

@@ -594,6 +594,34 @@ class VideoCLIP(nn.Module):
         return model.eval()
 
 
+# What CLIP brought to the video model, by our names: the published list, but for the blocks. It names blocks 0
+# to 11 only, so that of L/14 half the visual ones are left out.
+FROM_CLIP = (r"text\.(positions|embed\.weight|proj\.weight)", r"text\.norm\..*", r"visual\.(class_token|positions|embed\.weight)",
+             r"visual\.norm_pre\..*", r"visual_norm\..*", r"visual_proj\.weight",
+             r"(visual|text)\.blocks\.(?P<block>\d+)\.(norm1|norm2|attn|mlp)\..*")
+
+
+@torch.no_grad()
+def merge(model, start, share=0.5, *, as_published=False):
+    """Average a video model with the CLIP it grew from (WiSE-FT, arXiv 2109.01903, Sec. 3): what was learned keeps
+    half of what was known. W = share * start + (1 - share) * model, for the tensors of FROM_CLIP.
+
+    model, start   VideoCLIPs of the same size; `model` is changed in place and returned
+    share          in [0, 1]; the published zero-shot scripts take 0.5
+    as_published   leave out blocks 12 and above, as the published list does, perhaps unknowingly
+    raises         ValueError where a tensor is missing from `start` or has another shape
+    """
+    known = start.state_dict()
+    for name, tensor in model.state_dict().items():
+        found = next(filter(None, (re.fullmatch(pattern, name) for pattern in FROM_CLIP)), None)
+        if found is None or as_published and int(found.groupdict().get("block") or 0) > 11:
+            continue
+        if name not in known or known[name].shape != tensor.shape:
+            raise ValueError(f"the two models differ in {name}: they are not of one size")
+        tensor.lerp_(known[name].to(tensor), share)
+    return model
+
+
 # ------------------------------------------------------------------------------------------------
 # Losses
 

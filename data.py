@@ -36,10 +36,9 @@ ours can. The official rules are there by name.
 
 Numbers, one core: a generated clip of 16x64x64 takes about 1.2 ms (850 clips/s), of
 16x224x224 about 7 ms. Sixteen frames at stride 4 of a 640x360 h264 file take 70 to 125 ms; over
-eleven files of all kinds, 1.2 times the speed of torchcodec and 1.3 times that of decord2
+eleven files of all kinds, 1.3 times the speed of torchcodec and 1.4 times that of decord2
 (tools/bench.py decode, where both are installed; ours skips frames that nothing depends on). So
-torchcodec, an option, pays only for files whose frames all depend on each other (short h264 without
-B-frames), and it needs FFmpeg's libraries.
+torchcodec, an option, pays where that cannot be done: VP8 and MPEG-4, by a fifth. It needs FFmpeg's libraries.
 
     python data.py PATH                 checks a data set: bad files and why, statistics, a sheet of pictures
     python data.py PATH --cache DIR     writes small copies, for epochs that cost a fraction
@@ -75,6 +74,7 @@ import sys
 import tarfile
 import time
 import weakref
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -243,6 +243,7 @@ class Scene:
     drift: np.ndarray  # (T, 2) int, background offset
     shake: np.ndarray  # (T, 2) int, offset of everything: the camera's trembling
     noise: np.ndarray  # (T,) int, where in the noise bank the pixel noise of a frame starts
+    rest: tuple = (0, 0)  # frames before and after the motion, in which the shape stands still
 
     @property
     def motion(self):
@@ -255,14 +256,16 @@ class Scene:
     @property
     def phase(self):
         """(T,) float64 in (0, 1): how far the pair's first motion has got at each frame."""
-        phase = (np.arange(len(self.noise)) + 0.5) / len(self.noise)
+        before, after = self.rest if self.forward else self.rest[::-1]
+        count = len(self.noise) - before - after
+        phase = (np.clip(np.arange(len(self.noise)) - before, 0, count - 1) + 0.5) / count
         # The flipped array, not 1 - phase: the two differ in the last bit.
         return phase if self.forward else phase[::-1].copy()
 
     def reversed(self):
         """The same scene with time running backwards: the twin motion."""
         flipped = {name: getattr(self, name)[::-1] for name in ("drift", "shake", "noise")}
-        return dataclasses.replace(self, forward=not self.forward, **flipped)
+        return dataclasses.replace(self, forward=not self.forward, rest=self.rest[::-1], **flipped)
 
 
 def draw_scene(rng, frames, height, width, looks):
@@ -496,8 +499,8 @@ class MovingShapes:
              motion, shape, colour, size, "caption": str}, for any i >= 0; a function of (seed,
              split, i) alone. There is no len(): ask for as many as you like.
 
-    `motions` lists the classes and `twin` maps each label to that of the time-reversed motion.
-    Raises DataError for another split name or an impossible size.
+    `motions` lists the classes, `twin` maps each label to that of the time-reversed motion, and `only` leaves
+    some motions out. Raises DataError for another split name or an impossible size.
     """
 
     def __init__(self, split, frames=16, size=64, seed=0, told=1.0):
@@ -512,13 +515,25 @@ class MovingShapes:
         self.twin = {label: label ^ 1 for label in range(len(MOTIONS))}
         self.looks = [look for look in itertools.product(SHAPES, COLOURS)
                       if (look in HELD_OUT_PAIRS) == (split == "unseen")]
+        self.shown = MOTIONS
+
+    def only(self, motions):
+        """Show these motions alone from now on; labels keep their numbers. Returns self."""
+        self.shown = tuple(motions)
+        return self
 
     def _draw(self, index):
+        rng = self._rng(index)
+        while True:  # with all motions, the first draw is the one
+            scene = draw_scene(rng, self.frames, *self.size, self.looks)
+            if scene.motion in self.shown:
+                return scene, rng
+
+    def _rng(self, index):
         index = operator.index(index)
         if index < 0:
             raise IndexError(f"the generated world starts at index 0 and has no end, got {index}")
-        rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
-        return draw_scene(rng, self.frames, *self.size, self.looks), rng
+        return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
 
     def scene(self, index):
         """The `Scene` behind self[index]."""
@@ -544,6 +559,56 @@ class StillShapes(MovingShapes):
         number, caption = still(scene.facts, self.frames, rng)
         return {"video": render(scene, [number]), "label": MOTIONS.index(scene.motion),
                 "facts": scene.facts, "caption": caption}
+
+
+class LongShapes(MovingShapes):
+    """Long videos of the same world: shots one after the other, in each of them one motion, and stillness
+    before and after it.
+
+    split, size, seed   as MovingShapes
+    shots    least and most shots in a video
+    lasts    least and most frames of a motion
+    rests    least and most frames of stillness, before a motion and again after it
+
+    self[i]  {"video": uint8 (T, H, W, 3), T differs from video to video, "segments": list of (start s, end s,
+             label), one for each motion, "duration": s, "path": str to call it by}. A second has FPS frames;
+             labels are places in `motions`.
+
+    Nothing cuts where a motion begins or ends: shots change in the midst of stillness, and the camera trembles
+    all the time. To appear and to vanish take no time, so these two are not among the motions.
+    """
+
+    FPS = 8
+
+    def __init__(self, split, size=40, seed=0, shots=(3, 5), lasts=(10, 40), rests=(5, 20)):
+        super().__init__(split, 1, size, seed)
+        self.shots, self.lasts, self.rests = shots, lasts, rests
+        self.only(motion for motion in MOTIONS if motion not in ("appear", "vanish"))
+        self.motions = list(self.shown)
+
+    def scenes(self, index):
+        """The shots of self[index], a list of `Scene`."""
+        rng, found = self._rng(index), []
+        count = rng.integers(self.shots[0], self.shots[1] + 1)
+        while len(found) < count:
+            before, after = rng.integers(self.rests[0], self.rests[1] + 1, 2).tolist()
+            lasts = int(rng.integers(self.lasts[0], self.lasts[1] + 1))
+            scene = draw_scene(rng, before + lasts + after, *self.size, self.looks)
+            if scene.motion in self.shown:
+                found.append(dataclasses.replace(scene, rest=(before, after)))
+        return found
+
+    def outline(self, index):
+        """All of self[index] but the pixels."""
+        begin, segments = 0, []
+        for scene in self.scenes(index):
+            (before, after), end = scene.rest, begin + len(scene.noise)
+            segments.append(((begin + before) / self.FPS, (end - after) / self.FPS, self.motions.index(scene.motion)))
+            begin = end
+        return {"segments": segments, "duration": begin / self.FPS, "path": f"moving shapes, {self.split} {index}"}
+
+    def __getitem__(self, index):
+        return self.outline(index) | {"video": np.concatenate([render(scene) for scene in self.scenes(index)])}
 
 
 def _height_width(size):
@@ -731,6 +796,20 @@ class Video:
             raise DataError(f"{self.path}: torchcodec shows other frames, or another shape of them, than a player; "
                             "leave --decoder away")
         return _resize(batch.data.permute(0, 2, 3, 1).numpy(), _shown_size(info, size), "area")
+
+    def play(self, size=None):
+        """Yield every frame in order, once, uint8 (H, W, 3) RGB, and keep none: for videos of any length. size and
+        errors as `read_clip`; one frame for each of info.timestamps."""
+        shown, number = frozenset(self.info.pts), 0
+        self._rewind()
+        for packet in self._packets():
+            for frame in packet.decode():
+                if number < self.info.frames and (not shown or frame.pts in shown):
+                    yield self._convert(frame, size)
+                    number += 1
+            self._start_clock()  # however long the caller takes with a frame
+        if number < self.info.frames:
+            raise DataError(f"{self.path}: damaged, of its {self.info.frames} frames {number} can be decoded")
 
     def count(self):
         """Decode everything; the number of frames. Raises DataError at the first that is damaged."""
@@ -1245,6 +1324,16 @@ class VideoFiles(_Clips):
             raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder")
 
+    def only(self, names):
+        """Keep the files of these classes alone, and number the classes in their order. Returns self."""
+        kept = [i for i, (_, label) in enumerate(self.items) if label is not None and self.classes[label] in names]
+        if not kept:
+            raise DataError(f"{self.source}: no file of the classes {', '.join(names)}")
+        self.rows, self.items = [self.rows[i] for i in kept], [
+            (self.items[i][0], names.index(self.classes[self.items[i][1]])) for i in kept]
+        self.captions, self.classes = self.captions and [self.captions[i] for i in kept], list(names)
+        return self
+
     def __len__(self):
         return len(self.items)
 
@@ -1401,6 +1490,51 @@ class _Stream(torch.utils.data.IterableDataset):
             yield from self.shards.stream(*self.key, worker.id if worker else 0)
         except DataError as error:
             yield error
+
+
+def read_features(folder, segments, subset, classes=None):
+    """Features of long videos, and what happens in them when.
+
+    folder    of .npz files as tools/extract.py writes them, named by the ids of the annotation, also `v_` + id
+    segments  what `annotations.read_segments` returns
+    subset    the part to read, as the annotation calls it; capitals do not matter
+    classes   names in label order; None: the sorted labels of this part
+    returns   a list of {"features": float32 (T', F), "times": float64 (T',) s, "duration": s, "segments": list of
+              (start s, end s, label), "path": str, "model": str, "window", "stride": int, frames}, the class names,
+              and the ids of the videos whose features are missing
+    raises    DataError: no such subset or folder, no features at all, a file that is none, an unknown label
+    """
+    folder, items, missing = Path(folder), [], []
+    rows = {name: row for name, row in segments.items() if row.subset.lower() == subset.lower()}
+    if not rows:
+        known = ", ".join(sorted({row.subset for row in segments.values()}))
+        raise DataError(f"no video of the subset {subset!r} in the annotation: it has {known}")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it should hold the .npz files of tools/extract.py")
+    classes = classes or sorted({label for row in rows.values() for *_, label in row.segments})
+    files = {path.stem: path for path in sorted(folder.rglob("*.npz"))}
+    for name, row in rows.items():
+        path = files.get(name) or files.get("v_" + name)
+        if path is None:
+            missing.append(name)
+            continue
+        unknown = {label for *_, label in row.segments} - set(classes)
+        if unknown:
+            raise DataError(f"{name}: label {sorted(unknown)[0]!r} is not among the {len(classes)} classes of training")
+        try:
+            with np.load(path) as file:
+                item = {"features": file["feats"].astype(np.float32), "times": file["timestamps"].astype(float),
+                        "duration": float(file["duration"]), "model": str(file["model"]), "window": int(file["window"]),
+                        "stride": int(file["stride"])}
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: not a file of tools/extract.py ({type(error).__name__})") from None
+        if item["features"].ndim != 2:
+            raise DataError(f"{path}: has {item['features'].ndim - 1} numbers a row, not one: extract with --pool all")
+        items.append(item | {"path": str(path), "segments": [
+            (start, end, classes.index(label)) for start, end, label in row.segments]})
+    if not items:
+        raise DataError(f"{folder}: has the features of none of the {len(rows)} videos, e.g. {missing[0]}.npz")
+    return items, classes, missing
 
 
 # ------------------------------------------------------------------------------------- batches

@@ -8,6 +8,7 @@
     confusion    what was said for what
     gates        the bridge opening: gates and score weights over training
     looks        where tokens of one model look in another
+    segments     what happens when in long videos: truth and what was found
     table        the rows of the default run
     sheet        many pictures with their names
 
@@ -151,19 +152,21 @@ def looks(video, where, grid, shares, path):
     finish(figure, path)
 
 
-def confusion(counts, names, path, title):
-    """counts (Y, Y): rows are the truth, columns what the model says; shares of each row in colour."""
-    figure, ((axis,),) = new_figure(1, 1, 6.4, 5.4)
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    if len(names) <= 40:
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        for i, j in counts.nonzero().tolist():
-            axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6,
-                      color="white" if shares[i, j] > 0.5 else "black")
-    axis.set(xlabel="said", ylabel="true")
-    axis.set_title(f"{title}: {100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.0f} % right", fontsize=9)
+def confusion(tables, names, path):
+    """tables {title: counts (Y, Y)}, side by side: rows are the truth, columns what the model says; shares of each
+    row in colour."""
+    figure, (axes,) = new_figure(1, len(tables), 5.4 * len(tables) + 1, 5.4)
+    for axis, (title, counts) in zip(axes, tables.items()):
+        shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        if len(names) <= 40:
+            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            axis.set_yticks(range(len(names)), names, fontsize=7)
+            for i, j in counts.nonzero().tolist():
+                axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6,
+                          color="white" if shares[i, j] > 0.5 else "black")
+        axis.set(xlabel="said", ylabel="true")
+        axis.set_title(f"{title}: {100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.1f} % right", fontsize=9)
     finish(figure, path)
 
 
@@ -176,8 +179,40 @@ def gates(lines, path):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axis.plot(*zip(*points), label=key.removeprefix(word + "_"), linewidth=1)
         axis.set(xlabel="step", ylabel=label)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.grid(alpha=0.3)
+    finish(figure, path)
+
+
+def segments(videos, names, path):
+    """What happens when: for each video its frames over the time axis, and bars for what is true and what was found.
+
+    videos   list of (title, frames side by side (h, w, 3) uint8 or None, duration s, true segments (start s, end s,
+             label) or None, found segments (n, 4): start s, end s, score, label)
+    names    of the labels; each has a colour. The higher the bar, the higher the score
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(len(videos), 1, figsize=(11, 2.1 * len(videos)), squeeze=False, facecolor="white",
+                                layout="constrained")
+    for axis, (title, frames, duration, true, found) in zip(axes[:, 0], videos):
+        rows = {} if true is None else {"true": [(*row[:2], 1.0, row[2]) for row in true]}
+        rows["found"] = sorted(np.asarray(found).tolist(), key=lambda row: -row[2])
+        for height, (label, bars) in enumerate(rows.items()):
+            for i, (start, end, score, kind) in enumerate(bars):
+                axis.barh(-height, end - start, left=start, height=0.15 + 0.65 * score, edgecolor="white",
+                          color=plt.get_cmap("tab20")(int(kind) % 20))
+                middle = (start + end) / 2
+                if end - start > 0.06 * duration and not any(left < middle < right for left, right, *_ in bars[:i]):
+                    axis.text(middle, -height, names[int(kind)].replace(" ", "\n", 1), ha="center", va="center", fontsize=6)
+        top = 0.5
+        if frames is not None:
+            top += 1.2
+            axis.imshow(frames, extent=(0, duration, 0.5, top), aspect="auto")
+        axis.set(xlim=(0, duration), ylim=(0.5 - len(rows), top), yticks=[-height for height in range(len(rows))],
+                 yticklabels=list(rows))
+        axis.set_title(plain(title), fontsize=8, loc="left")
+        axis.tick_params(labelsize=7)
+    axes[-1, 0].set_xlabel("seconds", fontsize=8)
     finish(figure, path)
 
 

@@ -9,14 +9,19 @@ names that are missing, unknown or of another shape.
 
 The idea, in steps:
 1. `read` opens safetensors and torch files (never executing code from them), unwraps the usual
-   envelopes ("model", "module", "state_dict", "model_state") and widens half precision.
+   envelopes ("model", "module", "state_dict", "model_state") and widens half precision. The archives in
+   which OpenAI published CLIP are programs; `TensorsOnly` takes their tensors out and runs nothing.
 2. A component owns its key map: a list of `Rule`s, in network order, each naming one of our
    tensors and the official tensor(s) that it is made of. Reading the list teaches both layouts.
 3. `fill` applies the rules and demands the balance.
-4. `save` writes our own runs: model.safetensors, which carries its configuration and a checksum in its
+4. `describe` tells from the names alone which family a file belongs to, and who loads it.
+5. `save` writes our own runs: model.safetensors, which carries its configuration and a checksum in its
    header, and the same configuration as config.json for people and other programs.
-5. What is damaged is refused: safetensors of ours by that checksum, torch files by the one they bring
+6. What is damaged is refused: safetensors of ours by that checksum, torch files by the one they bring
    (`load`). What is written is there in full, or not at all (`write_aside`).
+
+    python weights.py FILE                            what is it, and does it load?
+    python weights.py FILE --convert NEW.safetensors  take the tensors out of a pickle that holds more
 
 >>> import tempfile, pathlib
 >>> model = torch.nn.Linear(2, 3)
@@ -28,13 +33,15 @@ The idea, in steps:
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
 import re
+import sys
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +71,93 @@ class Rule:
     @property
     def sources(self):
         return (self.official,) if isinstance(self.official, str) else self.official
+
+
+class StandIn:
+    """In place of what a pickle would build with code: keeps the state that it is given, and does nothing."""
+
+    state = None
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+
+class TensorsOnly(pickle.Unpickler):
+    """Reads the pickle inside a zip file that torch wrote, of torch.save or of TorchScript. It knows tensors and
+    plain containers; whatever else the file names is a `StandIn`, noted in `strange`: never imported or called."""
+
+    def __init__(self, archive):
+        root = next((name[:-8] for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)), None)
+        if root is None:
+            raise ValueError("no data.pkl in the archive")
+        super().__init__(archive.open(root + "data.pkl"), encoding="utf-8")
+        self.archive, self.root, self.storages, self.strange = archive, root, {}, set()
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset).clone()
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda data, *_: data
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if not module.startswith("__torch__"):  # TorchScript's own modules are containers
+            self.strange.add(f"{module}.{name}")
+        return type(name, (StandIn,), {})
+
+    def persistent_load(self, key):
+        _, dtype, number, _, count = key
+        if number not in self.storages:
+            raw = bytearray(self.archive.read(f"{self.root}data/{number}"))
+            self.storages[number] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return self.storages[number]
+
+
+STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+            "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+            "BoolStorage": torch.bool}
+
+
+def take_out(path):
+    """What a zip file of torch holds, without running anything: (dicts and tensors, {names of what was left out})."""
+    with zipfile.ZipFile(path) as archive:
+        reader = TensorsOnly(archive)
+        found = reader.load()
+    return (named(found) if isinstance(found, StandIn) else found), reader.strange
+
+
+def named(module, prefix=""):
+    """{name: tensor} of a TorchScript module, by the path of attributes that leads to each."""
+    found = {}
+    for key, value in (module.state if isinstance(module.state, dict) else {}).items():
+        if isinstance(value, torch.Tensor):
+            found[prefix + key] = value
+        elif isinstance(value, StandIn):
+            found |= named(value, f"{prefix}{key}.")
+    return found
+
+
+def is_program(path):
+    """True for a TorchScript archive."""
+    with zipfile.ZipFile(path) as archive:
+        return any(re.match(r"[^/]+/code/", name) for name in archive.namelist())
 
 
 def read(source):
@@ -98,13 +192,15 @@ def read(source):
             if "checksum" in notes and notes["checksum"] != checksum(tensors, notes.get("config", "")):
                 raise ValueError("damaged: its checksum is wrong")
             config = json.loads(notes.get("config", "{}"))
+        elif head[:2] == b"PK" and is_program(path):
+            tensors = take_out(path)[0]
         else:
             tensors = load(path)
     except pickle.UnpicklingError:
         if head[:2] != b"PK" and head[:1] != b"\x80":  # neither of torch's two formats
             raise WeightsError(f"{path}: not a file of weights") from None
-        raise WeightsError(f"{path}: a pickle that holds more than tensors, so opening it could run "
-                           "code; save its state_dict as safetensors first") from None
+        raise WeightsError(f"{path}: a pickle that holds more than tensors, so opening it could run code; take "
+                           f"the tensors out with: python weights.py {path} --convert NEW.safetensors") from None
     except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError,
             KeyError, AttributeError, TypeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
@@ -123,7 +219,8 @@ def load(path):
             wrong = archive.testzip()
         if wrong:
             raise ValueError(f"damaged: the checksum of {wrong} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:  # given a path, torch goes by its suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def checksum(tensors, text):
@@ -234,6 +331,18 @@ def shape_of(tensors, key, ndim, name="weights"):
     return tuple(tensors[key].shape)
 
 
+def fingerprint(source):
+    """The first 16 digits of the SHA-256 of a file of weights, or of a run's model."""
+    path = Path(source)
+    if path.is_dir():
+        path = next(path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists())
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
 def write_aside(path, write):
     """Call write(temporary path), then put the result in place of `path` in one step, so that a
     reader, or a power cut, meets the old file or the new one and never half of either. Where
@@ -285,3 +394,94 @@ def save(folder, model, config):
     notes = {"config": text, "checksum": checksum(tensors, text)}
     write_aside(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=notes))
     write_aside(folder / "config.json", lambda path: Path(path).write_text(text + "\n"))
+
+
+# ------------------------------------------------------------------------------------------------
+# What is this file?
+
+# family, what some name must look like (all of them), and who loads it; the first that fits is it.
+FAMILIES = (
+    ("VideoMAE, pretraining, of Hugging Face", (r"^videomae\.", r"^decoder\.decoder_layers\."), ("mae.VideoMAE",)),
+    ("VideoMAE, classifier, of Hugging Face", (r"^videomae\.",), ("mae.VideoClassifier",)),
+    ("VideoMAE, pretraining", (r"^encoder\.patch_embed\.", r"^decoder\.blocks\."), ("mae.VideoMAE",)),
+    ("VideoMAE, classifier", (r"^patch_embed\.proj\.", r"^blocks\.\d+\."), ("mae.VideoClassifier",)),
+    ("ViCLIP", (r"^vision_encoder\.", r"^text_encoder\."), ("clip_video.VideoCLIP",)),
+    ("CLIP, of Hugging Face", (r"^vision_model\.", r"^text_model\."), ("clip_video.VideoCLIP",)),
+    ("InternVideo-MM with its caption decoder", (r"^clip\.visual\.", r"^caption_decoder\."),
+     ("clip_video.VideoCLIP", "caption_decoder.CaptionDecoder")),
+    ("InternVideo-MM", (r"^(clip\.)?visual\.transformer\.dec\.",), ("clip_video.VideoCLIP",)),
+    ("CLIP, of OpenAI", (r"^visual\.transformer\.resblocks\.", r"^token_embedding\."), ("clip_video.VideoCLIP",)),
+    ("UniFormerV2", (r"^(backbone\.)?transformer\.resblocks\.", r"^(backbone\.)?conv1\."), ("uniformerv2.UniFormerV2",)),
+)
+
+
+def describe(tensors):
+    """(family, names of the classes that load it) of {official name: tensor}, or (None, ())."""
+    for family, signs, loaders in FAMILIES:
+        if all(any(re.search(sign, key) for key in tensors) for sign in signs):
+            return family, loaders
+    return None, ()
+
+
+def main(argv=None):
+    """Say what a file of weights is, whether it loads, and with what; the exit code is 0, or 2 where it does not."""
+    import argparse
+    import importlib
+    import inspect
+
+    parser = argparse.ArgumentParser(description="What is in a file of weights, and who loads it?")
+    parser.add_argument("file", help="a run's folder, or a file of weights")
+    parser.add_argument("--convert", default="", help="write its tensors as .safetensors here; of a pickle that holds more "
+                        "than tensors, what is more is left out, and nothing of it runs")
+    parser.add_argument("--heads", type=int, default=0, help="of every attention, where the width is none of a published model")
+    args = parser.parse_args(argv)
+    try:
+        source = args.file
+        if args.convert:
+            if Path(args.convert).suffix != ".safetensors" or Path(args.convert).exists():
+                raise WeightsError(f"--convert {args.convert}: must be a new file whose name ends in .safetensors")
+            source = convert(args.file, args.convert)
+        tensors, config = read(source)
+        numbers = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
+        print(f"{source}: {len(tensors)} tensors, {sum(value.numel() for value in tensors.values()) / 1e6:.2f} M numbers, "
+              + ", ".join(f"{count} of {kind}" for kind, count in numbers.items()) + " (half precision is widened)")
+        if config:
+            print(f"a run of this project: {config.get('model', 'several models')}; give it to train.py as --weights {source}")
+            return 0
+        family, loaders = describe(tensors)
+        if family is None:
+            raise WeightsError(f"{source}: of no family known here; its names are like {listed(list(tensors)[:5])}")
+        print(f"family: {family}")
+        for loader in loaders:
+            module, name = loader.split(".")
+            load = getattr(importlib.import_module(module), name).from_official
+            heads = [key for key in inspect.signature(load).parameters if key.endswith("heads") and args.heads]
+            model = load(source, **dict.fromkeys(heads, args.heads))
+            print(f"loads, to the last tensor: {loader}.from_official({str(source)!r})")
+            print("sizes: " + json.dumps(model.config))
+        return 0
+    except (WeightsError, OSError) as error:
+        print(f"weights.py: {error}", file=sys.stderr)
+        return 2
+
+
+def convert(path, target):
+    """Write the tensors of any file that `read` knows, or of a pickle with more in it, as safetensors; returns the
+    target. Says on stderr what was left out. Raises WeightsError."""
+    try:
+        tensors = read(path)[0]
+    except WeightsError as error:
+        try:
+            found, strange = take_out(path)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
+                IndexError, EOFError, RecursionError, OSError):
+            raise error from None
+        tensors = unwrap(found, str(path))
+        print(f"warning: left out of {path}, and not run: {listed(sorted(strange))}", file=sys.stderr)
+    write_aside(target, lambda aside: save_file({key: value.contiguous() for key, value in tensors.items()}, aside))
+    return target
+
+
+if __name__ == "__main__":
+    sys.modules["weights"] = sys.modules["__main__"]  # the models' WeightsError is the one that main catches
+    raise SystemExit(main())

@@ -235,3 +235,17 @@ def test_where_words_look_sums_to_one():
     decoder = caption_decoder.CaptionDecoder(32, heads=2, depth=2, visual_width=24, vocabulary=50, queries=4)
     looks = caption_decoder.word_attention(decoder, torch.randn(2, 10, 24), torch.randn(2, 5, 32))
     assert looks.shape == (2, 5, 10) and torch.allclose(looks.sum(dim=-1), torch.ones(2, 5), atol=1e-5)
+
+
+def test_weights_are_averaged_for_evaluation_only_and_the_protocol_says_so(tmp_path, capsys):
+    assert run(out=tmp_path / "a", steps=2) == 0 and run("--seed", "1", out=tmp_path / "b", steps=2) == 0
+    capsys.readouterr()
+    numbers = {}
+    for name, share in (("a", 0), ("a", 0.5), ("b", 1)):
+        assert run("--weights", str(tmp_path / name), "--merge", str(tmp_path / "a"), "--merge-share", str(share),
+                   out=tmp_path / "merged", steps=0) == 0
+        assert f"{share:g} of CLIP merged" in capsys.readouterr().out
+        numbers[name, share] = json.loads((tmp_path / "merged" / "metrics.json").read_text())["val_contrastive"]
+    assert numbers["a", 0] == pytest.approx(numbers["a", 0.5], abs=1e-5) and numbers["b", 1] != numbers["a", 0]
+    assert run("--weights", str(tmp_path / "a"), "--merge", str(tmp_path / "a"), out=tmp_path / "c", steps=1) == 2
+    assert "--steps 0" in capsys.readouterr().err

@@ -795,3 +795,28 @@ def test_sizes_are_the_published_ones():
         model = VideoCLIP("b16", kind="frames")
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 150
     assert uniformerv2.SIZES["b16"].width == 768
+
+
+# ------------------------------------------------------------------------------- averages of weights
+
+
+def test_merging_averages_what_clip_brought_and_nothing_else():
+    """WiSE-FT; CLIP of twelve blocks and more, of which the published list forgets the thirteenth."""
+    size = uniformerv2.Size(8, 14, 2, 16, 8, 16)
+
+    def filled(value, **options):
+        model = VideoCLIP(size, text_size=TextSize(8, 2, 2), frames=2, image_size=16, vocabulary=20, context=6, **options)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.fill_(value)
+        return model
+
+    for as_published in (False, True):
+        state = clip_video.merge(filled(1), filled(5, kind="frames"), 0.25, as_published=as_published).state_dict()
+        merged = {name for name, value in state.items() if bool((value == 2).all())}
+        assert all(bool((state[name] == 1).all()) for name in state.keys() - merged)
+        assert {"text.positions", "visual.class_token", "visual_proj.weight", "text.blocks.1.mlp.fc1.weight",
+                "visual.blocks.11.attn.qkv.weight"} <= merged
+        assert ("visual.blocks.12.attn.qkv.weight" in merged) is not as_published
+        assert not any("global" in name or "balance" in name or name == "scale" for name in merged)
+    with pytest.raises(ValueError, match="not of one size"):
+        clip_video.merge(filled(1), VideoCLIP(size, text_size=TextSize(4, 2, 2), frames=2, image_size=16, vocabulary=20, context=6))

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import caption_decoder
 import clip_video
 import mae
 import uniformerv2
+import weights
 from mae import VideoClassifier, VideoMAE, reconstruction_loss, reconstruction_target
 
 FOLDER = Path(os.environ.get("GOLDEN", Path(__file__).resolve().parent.parent.parent / "shared" / "golden"))
@@ -319,3 +320,50 @@ def has_ftfy():
     except ImportError:
         return False
     return True
+
+
+# ------------------------------------------------------------------------ through files, sniffed
+
+LOADERS = {
+    "videomae_pretrain": "mae.VideoMAE", "videomae_v2_pretrain": "mae.VideoMAE", "hf_videomae_pretrain": "mae.VideoMAE",
+    "videomae_finetune_meanpool": "mae.VideoClassifier", "videomae_finetune_token0": "mae.VideoClassifier",
+    "videomae_finetune_layerscale": "mae.VideoClassifier", "hf_videomae_classify": "mae.VideoClassifier",
+    "uniformerv2_k400": "uniformerv2.UniFormerV2", "uniformerv2_ssv2": "uniformerv2.UniFormerV2",
+    "clip_openai": "clip_video.VideoCLIP", "clip_hf": "clip_video.VideoCLIP", "viclip": "clip_video.VideoCLIP",
+    "videointern": "clip_video.VideoCLIP",
+}
+
+
+@pytest.mark.parametrize("style", ["safetensors", "plain", "module", "half", "deepspeed", "lightning"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_file_is_recognised_by_its_content_and_holds_the_same_tensors(tmp_path, capsys, name, style):
+    state = Case(name, torch.float32).state
+    if style == "safetensors":
+        path = tmp_path / "w.bin"  # names of files tell nothing
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        path = tmp_path / "w.safetensors"
+        torch.save({
+            "plain": lambda: state,
+            "module": lambda: {"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 3},
+            "half": lambda: {key: value.half() if value.is_floating_point() else value for key, value in state.items()},
+            "deepspeed": lambda: {"module": state, "optimizer": {"lr": 0.1}},
+            "lightning": lambda: {"state_dict": state, "hyper_parameters": Path("x")},
+        }[style](), path)
+    if style == "lightning":
+        with pytest.raises(weights.WeightsError, match="--convert"):
+            weights.read(path)
+        path = weights.convert(path, tmp_path / "taken_out.safetensors")
+    found, _ = weights.read(path)
+    expected = {key: value.half().float() if style == "half" and value.is_floating_point() else value
+                for key, value in state.items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    family, loaders = weights.describe(found)
+    assert loaders[0] == LOADERS[name], family
+    if style == "plain" and name != "videomae_finetune_layerscale":  # whose positions fit other sizes than the usual
+        assert weights.main([str(path), "--heads", "4"]) == 0
+        said = capsys.readouterr().out
+        assert f"loads, to the last tensor: {LOADERS[name]}" in said
+        broken = {key: value for key, value in found.items() if key != list(found)[-1]}
+        torch.save(broken, path)
+        assert weights.main([str(path), "--heads", "4"]) == 2 and "missing" in capsys.readouterr().err

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "caption_decoder": {"attention", "weights"},
     "clip_video": {"attention", "processes", "weights", "uniformerv2"},
     "fusion": {"attention", "weights", "mae", "uniformerv2"},
+    "localise": {"weights", "mae", "uniformerv2"},
     "draw": {"data"},
     "train": set(MODULES) - {"train"},
 }

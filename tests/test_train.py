@@ -313,7 +313,7 @@ def write_video(path, frames=20):
         stream.width = stream.height = 48
         stream.pix_fmt = "yuv420p"
         for i in range(frames):
-            picture = np.full((48, 48, 3), i * 10, np.uint8)
+            picture = np.full((48, 48, 3), i * 10 % 256, np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():

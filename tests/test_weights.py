@@ -123,3 +123,78 @@ def test_a_damaged_file_is_refused_in_one_line_or_read_but_never_crashes(tmp_pat
             weights.fill(model(), tensors)
         except WeightsError as error:
             assert "\n" not in str(error)
+
+
+# ------------------------------------------------------------------------ programs, pickles, families
+
+
+class Leaf(torch.nn.Module):
+    """Half precision, a buffer and a number, as CLIP's archives have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 3).half().t())
+        self.register_buffer("count", torch.arange(3))
+        self.size = 5
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+class Tree(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.leaf = Leaf()
+        self.stack = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+
+    def forward(self, x: torch.Tensor):
+        return self.stack(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_torchscript_archive_gives_its_tensors_and_does_not_run(tmp_path, how):
+    tree = Tree()
+    program = torch.jit.script(tree) if how == "script" else torch.jit.trace(tree, torch.zeros(1, 2))
+    torch.jit.save(program, tmp_path / "clip.pt")
+    read, config = weights.read(tmp_path / "clip.pt")
+    own = tree.state_dict()
+    assert config == {} and read.keys() == own.keys()
+    assert all(torch.equal(read[key], own[key].to(read[key].dtype)) for key in own)
+
+
+class Spy:
+    """What a pickle with code in it looks like; Lightning's checkpoints hold such things beside the tensors."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_tensors_are_taken_out_of_a_pickle_that_holds_more_and_nothing_of_it_runs(tmp_path, capsys):
+    spied = str(tmp_path / "spied")
+    own = model().state_dict()
+    torch.save({"state_dict": own, "callbacks": {"spy": Spy(spied)}, "hyper": [Spy(spied)]}, tmp_path / "x.ckpt")
+    with pytest.raises(WeightsError, match="--convert"):
+        weights.read(tmp_path / "x.ckpt")
+    weights.convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    assert "left out" in capsys.readouterr().err
+    assert not (tmp_path / "spied").exists()
+    read, _ = weights.read(tmp_path / "x.safetensors")
+    assert all(torch.equal(read[key], own[key]) for key in own) and read.keys() == own.keys()
+
+
+def test_the_command_says_what_a_file_is_and_who_loads_it(tmp_path, capsys):
+    import mae
+    tiny = mae.VideoMAE(mae.SIZES["tiny"], frames=4, image_size=16)
+    weights.save(tmp_path / "run", tiny, {"model": "VideoMAE", **tiny.config})
+    assert weights.main([str(tmp_path / "run")]) == 0 and "VideoMAE" in capsys.readouterr().out
+    torch.save({"a.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    assert weights.main([str(tmp_path / "other.pt")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert weights.main([str(tmp_path / "other.pt"), "--convert", "x.bin"]) == 2
+    assert weights.main([str(tmp_path / "gone.pt")]) == 2
+    assert weights.main([str(tmp_path / "other.pt"), "--convert", str(tmp_path / "new.safetensors")]) == 2
+    assert weights.read(tmp_path / "new.safetensors")[0]["a.weight"].shape == (2,)

@@ -103,7 +103,7 @@ def bench_cache():
     decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=6, visual_width=768, vocabulary=49408,
                                              queries=256).eval().to(DEVICE)
     words = 64
-    for batch in (1, 4):
+    for batch in (1, 4, 16):
         visual = torch.randn(batch, 8 * 197, 768, device=DEVICE)
         text = torch.randn(batch, words, 512, device=DEVICE)
 

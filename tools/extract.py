@@ -26,7 +26,6 @@ a folder begun with another model or stride is refused. Unreadable videos are na
 
 import argparse
 import collections
-import hashlib
 import json
 import os
 import sys
@@ -54,16 +53,6 @@ def load(source):
     if config.get("kind") == "joint" or any("temporal_positional_embedding" in name for name in tensors):
         return clip_video.VideoCLIP.from_official(source).eval()
     return train.load_encoder(source).eval()
-
-
-def fingerprint(source):
-    """The first 16 digits of the SHA-256 of a file of weights, or of a run's model."""
-    path = Path(source)
-    if path.is_dir():
-        path = next(path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists())
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16] if sys.version_info >= (3, 11) else \
-            hashlib.sha256(file.read()).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -123,7 +112,7 @@ def run(args):
     paths = list(dict.fromkeys(row.path for row in annotations.read(args.data).rows))
     model, out, device = load(args.model), Path(args.out), train.choose_device(args.device)
     model.to(device)
-    settings = dict(model=fingerprint(args.model), window=model.config["frames"], stride=args.stride, pool=args.pool,
+    settings = dict(model=weights.fingerprint(args.model), window=model.config["frames"], stride=args.stride, pool=args.pool,
                     format=args.format)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
