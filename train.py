@@ -1179,6 +1179,8 @@ class Localise(Stage):
     length: int = flag(1024, "most steps of a video in training; of a longer one a random part (paper: 2304)", low=8)
 
     def build(self):
+        if processes.world() > 1:
+            raise Mistake("localise: the head trains in seconds; start it without torchrun")
         run = bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser"
         model = localise.Localiser.from_run(self.weights) if run else None
         encoder = model.encoder if run else load_encoder(self.weights) if self.weights else None
