@@ -67,7 +67,7 @@ from torch import nn
 import uniformerv2
 import weights
 from attention import Block, Mask, attention, quick_gelu, run_blocks
-from processes import gather_with_gradient, piece
+from processes import gather_with_gradient, joined, piece
 from uniformerv2 import UniFormerV2, as_matrix, block_rules, official_rules, pairs
 from weights import Rule, WeightsError, commonest
 
@@ -415,7 +415,8 @@ class JointTower(nn.Module):
         x = x.flatten(1, 2)                                                  # (B, N, D)
         if mask_ratio:
             kept = x.shape[1] - int(mask_ratio * x.shape[1])
-            order = torch.rand(B, x.shape[1], generator=generator).argsort(dim=1)
+            rows, mine = joined(B)  # several processes: of one draw, each takes its rows
+            order = torch.rand(rows, x.shape[1], generator=generator)[mine].argsort(dim=1)
             chosen = order[:, :kept].sort(dim=1).values.to(x.device)
             x = x.gather(1, chosen[:, :, None].expand(-1, -1, x.shape[2]))
         first = (self.class_token + self.positions[0]).expand(B, 1, -1)

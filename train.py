@@ -131,7 +131,7 @@ class Stage:
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
     workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0)
-    max_bad: float = flag(0.2, "share of unreadable clips at which the run stops, once there are ten", low=0, high=1)
+    max_bad: float = flag(0.5, "share of unreadable clips at which the run stops, once there are ten", low=0, high=1)
     decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
                         choices=("pyav", "torchcodec"))
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
