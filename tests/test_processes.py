@@ -120,7 +120,7 @@ def fork(count, work):
                 failed = time.monotonic()
                 for other in (other for other, code in children.items() if code is None):
                     os.kill(other, signal.SIGTERM)
-        elif time.monotonic() > (failed + 10 if any(children.values()) else began + 120):
+        elif time.monotonic() > (failed + 10 if any(children.values()) else began + 400):
             for other in (other for other, code in children.items() if code is None):
                 os.kill(other, signal.SIGKILL)
         time.sleep(0.005)
