@@ -342,12 +342,15 @@ class TextTower(nn.Module):
     def forward(self, ids, hidden=None):
         """As `tokens` -> embedding (B, E), not normalised, and tokens (B, L, W)."""
         tokens = self.tokens(ids, hidden)
+        return self.proj(self.at_end(tokens, ids)), tokens
+
+    def at_end(self, tokens, ids):
+        """Of tokens (B, L, W), those at the end of each sentence of ids (B, L): (B, W), they have read all of it."""
         ends = ids if self.end is None else (ids == self.end).int()
         if self.end is not None and not ends.any(dim=1).all():
             raise ValueError(f"a text without its end, token {self.end}")
         place = ends.argmax(dim=1)                                           # (B,), the first one
-        ends = tokens.gather(1, place[:, None, None].expand(-1, 1, tokens.shape[2]))[:, 0]
-        return self.proj(ends), tokens
+        return tokens.gather(1, place[:, None, None].expand(-1, 1, tokens.shape[2]))[:, 0]
 
     def recompute(self, on=True):
         self._recompute = on

@@ -196,6 +196,36 @@ def still(facts, frames, rng):
     return number, f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
 
 
+def ask(facts, rng):
+    """A question about a clip with these facts, and its answer, drawn by a numpy Generator.
+
+    Five kinds, told by their first two words: "what happens", "which way" (of what goes or turns; else the first
+    kind again), "what shape", "what colour", and "is it" true that ..., which is true of half. What is
+    false differs in one fact alone, of motions the reversed one. No question gives away what it asks for.
+    """
+    motion, shape, colour = facts["motion"], facts["shape"], facts["colour"]
+    kind = rng.integers(5)
+    if kind == 1 and motion in ("right", "left", "down", "up"):
+        return f"which way does the {colour} {shape} go?", motion
+    if kind == 1 and "clockwise" in motion:
+        return f"which way does the {colour} {shape} turn?", motion.split()[-1]
+    if kind < 2:
+        return "what happens?", motion
+    if kind == 2:
+        return ("what shape is it?", f"what shape is {colour}?")[rng.integers(2)], shape
+    if kind == 3:
+        return ("what colour is it?", f"what colour is the {shape}?")[rng.integers(2)], colour
+    said, true = {"motion": motion, "shape": shape, "colour": colour}, bool(rng.integers(2))
+    if not true:
+        fact = ("motion", "shape", "colour")[rng.integers(3)]
+        others = {"motion": [MOTIONS[MOTIONS.index(motion) ^ 1]], "shape": SHAPES, "colour": COLOURS}[fact]
+        said[fact] = rng.choice([other for other in others if other != said[fact]]).item()
+    told = f"{said['colour']} {said['shape']}"
+    article = "two" if motion in ("meet", "part") else "an" if told[0] in "aeiou" else "a"
+    told = f"two {said['colour']} {_PLURALS[said['shape']]}" if article == "two" else f"{article} {told}"
+    return f"is it true that {told} {rng.choice(MOTION_PHRASES[said['motion']]).item()}?", ("no", "yes")[true]
+
+
 def parse_caption(sentence):
     """The facts that a sentence states: a dict with any of "motion", "shape", "colour", "size".
 
@@ -559,6 +589,19 @@ class StillShapes(MovingShapes):
         number, caption = still(scene.facts, self.frames, rng)
         return {"video": render(scene, [number]), "label": MOTIONS.index(scene.motion),
                 "facts": scene.facts, "caption": caption}
+
+
+class QuestionShapes(MovingShapes):
+    """Clips of the same world with a question about each.
+
+    self[i]  as MovingShapes, and "question": str, "answer": str. See `ask`
+    """
+
+    def __getitem__(self, index):
+        scene, rng = self._draw(index)
+        question, answer = ask(scene.facts, rng)
+        return {"video": render(scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
+                "question": question, "answer": answer}
 
 
 class LongShapes(MovingShapes):

@@ -8,6 +8,7 @@
     python train.py classify --weights RUN --data DIR       fine-tune or probe either encoder
     python train.py fuse --masked RUN --multimodal RUN      the bridge between two of them
     python train.py localise --weights RUN         what happens when, in long videos; the encoder stays frozen
+    python train.py answer --weights RUN           questions about videos
     python train.py mae --steps 0 --weights RUN    evaluate only
     python train.py mae --resume          go on where the last run stopped
     torchrun --nproc-per-node 8 train.py mae --data DIR     the same on eight GPUs; see processes.py
@@ -75,6 +76,7 @@ import fusion
 import localise
 import mae
 import processes
+import question_answering
 import uniformerv2
 import weights
 from attention import Attention, Block
@@ -1329,6 +1331,137 @@ class Localise(Stage):
         return [folder / "segments.png"]
 
 
+@dataclass
+class Answer(Stage):
+    """Questions about videos: a head on the caption decoder and both encoders, all of them trained (InternVideo,
+    Sec. 4.4, video question answering).
+
+    On generated questions about moving shapes; or on a file of `video, question, answer`. Then:
+    python question_answering.py VIDEO QUESTION --weights RUN"""
+
+    tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside --weights")
+    num_frames: int = flag(0, "frames per clip; 0 = as --weights (paper: 8)", low=0)
+    sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
+                         "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
+    transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
+                          "the published models (paper: internvideo)", choices=tuple(data.TRANSFORMS))
+    answers: int = flag(1500, "the commonest answers of training, which alone can be given (paper: 1,000 to 1,540)", low=2)
+    drop: float = flag(0.1, "dropout in the head (paper: 0.5)", low=0, high=1)
+    head_scale: float = flag(3.0, "factor on the learning rate of the head (paper: 10)", low=0)
+    steps: int = flag(600, "optimiser steps; 0 = evaluate only (paper: 20 epochs)", low=0)
+    batch_size: int = flag(32, "questions per process and step (paper: 512 in all)", low=1)
+    lr: float = flag(1e-3, "learning rate as it is; overrides --blr when above 0 (paper: 1e-5)", low=0)
+    weight_decay: float = flag(0.01, "weight decay, on matrices only (paper: 0.01)", low=0)
+    warmup: float = flag(0.1, "share of the steps that warm up linearly from 0 (paper: 0.1)", low=0, high=1)
+    eval_clips: int = flag(1000, "held-out questions per evaluation", low=1)
+    eval_every: int = flag(500, "steps between evaluations; 0 = five times in the run", low=0)
+    # Last, for inside this class these names hide the modules.
+    data: str = flag("", "a file with questions: JSON, JSONL or CSV with video, question and answer; default: questions "
+                     "about moving shapes")
+    weights: str = flag("", "the video-text model: a run of clip, InternVideo-MM weights, or a run of this stage")
+
+    def build(self):
+        if not self.weights:
+            raise Mistake("--weights: answering starts from a video-text model; give a run of clip, or InternVideo-MM weights")
+        run = weights.read(self.weights)[1].get("model") == "VideoQA"
+        try:
+            if run:
+                model = question_answering.VideoQA.from_run(self.weights)
+            else:
+                clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames or None)
+                decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
+            config = (model.clip if run else clip).config
+            self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, config["vocabulary"])
+        except ValueError as error:
+            raise Mistake(str(error)) from None
+        self.num_frames, size = self.num_frames or config["frames"], config["image_size"][0]
+        if self.data:
+            self.sets = clips(self, self.num_frames, size, self.sampling, flip=False, transform=self.transform)
+            for source in self.sets:
+                if not isinstance(source, data.VideoFiles) or any(row.answer is None or not row.question for row in source.rows):
+                    raise Mistake(f"{source.source}: a question or an answer is missing; give JSON, JSONL or CSV with "
+                                  "video, question and answer")
+            asked = [(row.question, row.answer) for row in self.sets[0].rows]
+        else:
+            self.sets = tuple(data.QuestionShapes(split, self.num_frames, size, self.seed) for split in ("train", "val"))
+            asked = [data.ask(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
+        self.question_only = question_answering.QuestionOnly(*zip(*asked))
+        self.most = self.question_only.most
+        self.table = model.answers if run else question_answering.answer_table((answer for _, answer in asked), self.answers)
+        return model if run else question_answering.VideoQA(clip, decoder, self.table, self.drop)
+
+    def datasets(self):
+        return self.sets
+
+    def extras(self, folder):
+        self.words.save(folder)
+
+    def scale_of(self, name):
+        return self.head_scale if name.startswith("head.") else 1.0
+
+    def scores(self, model, batch):
+        """What the model makes of each answer, (B, Y), and the places of the right ones, -1 where not in the table."""
+        video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+        ids = self.words.encode(batch["question"], model.clip.config["context"], trim=True)[0].to(video.device)
+        place = {answer: i for i, answer in enumerate(self.table)}
+        right = [place.get(question_answering.normalised(answer), -1) for answer in batch["answer"]]
+        with self.autocast():
+            scores = model(video, ids)
+        return scores.float(), torch.tensor(right, device=video.device)
+
+    def loss(self, model, batch, rng):
+        scores, right = self.scores(model, batch)
+        count = (right >= 0).sum()
+        count = processes.mean(count) if model.training else count
+        loss = torch.nn.functional.cross_entropy(scores, right, ignore_index=-1, reduction="sum") / count.clamp(min=1)
+        return loss, {"loss": loss.detach()}
+
+    def evaluate(self, model, batches):
+        """Accuracy of all questions and of each kind, in percent."""
+        rows = self.asked(model, batches)
+        return {"val_accuracy": 100 * float(np.mean([said == answer for _, answer, said in rows]))}
+
+    def asked(self, model, batches):
+        """[(question, right answer, answer of the model), ...] of the held-out clips."""
+        rows = []
+        for batch in batches:
+            said = self.scores(model, batch)[0].argmax(dim=1).tolist()
+            rows.append((batch["number"], [(question, question_answering.normalised(answer), self.table[i])
+                                           for question, answer, i in zip(batch["question"], batch["answer"], said)]))
+        return [row for _, part in processes.collect(rows) for row in part]
+
+    def finish(self, model):
+        """A table by kind of question, with both baselines: the commonest answer, and what the question alone tells."""
+        rows = self.asked(model, self.held_out(self.sets[1], self.eval_clips, self.batch_size))
+        kinds, found = {}, {}
+        for question, answer, said in rows:
+            words = question.lower().split()
+            right = (said == answer, self.question_only(question) == answer, self.most == answer)
+            for kind in ("all questions", words[0] if self.data else " ".join(words[:2])):
+                kinds.setdefault(kind, []).append(right)
+        print(f"{'accuracy in percent':24s}{'questions':>10s}{'answered':>10s}{'question only':>15s}{'commonest answer':>18s}")
+        for kind, right in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            share = 100 * np.mean(right, axis=0)
+            print(f"{kind:24s}{len(right):10d}{share[0]:10.1f}{share[1]:15.1f}{share[2]:18.1f}")
+            found[kind.replace(" ", "_")] = share.tolist()
+        for name, column in (("question_only", 1), ("commonest_answer", 2)):
+            found[name] = found["all_questions"][column]
+        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+    def note(self):
+        count = min(self.eval_clips, len(self.sets[1])) if self.data else self.eval_clips
+        return (f"protocol: {count} held-out questions{'' if self.data else ' about moving shapes'}, open-ended; the answer is one "
+                f"of the {len(self.table)} commonest of training, compared in lower case without punctuation, others count as "
+                f"wrong; {self.num_frames} frames; chance is {100 / len(self.table):.1f} %")
+
+    @torch.no_grad()
+    def pictures(self, model, batch, folder):
+        said = [self.table[i] for i in self.scores(model, batch)[0].argmax(dim=1).tolist()]
+        draw.captions(batch["video"].cpu().numpy(), [f"{question} {answer}" for question, answer in zip(
+            batch["question"], batch["answer"])], said, folder / "answers.png")
+        return [folder / "answers.png"]
+
+
 def numbers(text, name):
     """"2,5,8" -> [2, 5, 8], "" -> None; Mistake where it is neither."""
     if not text:
@@ -1349,7 +1482,7 @@ def accuracies(logits, answers):
     return found | {"all_facts": 100 * float(torch.stack(list(right.values())).all(dim=0).float().mean())}
 
 
-STAGES = {"mae": MAE, "clip": Clip, "classify": Classify, "fuse": Fuse, "localise": Localise}
+STAGES = {"mae": MAE, "clip": Clip, "classify": Classify, "fuse": Fuse, "localise": Localise, "answer": Answer}
 
 # The default run: folder, card, what differs from the card ({} is the run's folder), seconds on two cores.
 DEFAULT_RUN = (
