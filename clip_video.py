@@ -788,6 +788,18 @@ def zero_shot(video, classes, logit_scale, combine="probabilities"):
     return (logit_scale.exp() * cosines).softmax(dim=-1).mean(dim=1)
 
 
+def choose(model, video, options):
+    """Multiple choice: the sentence whose cosine with the video is the largest (InternVideo, Sec. 4.4, video-text
+    multiple choice).
+
+    video    (B, C, T, H, W), as `VideoCLIP.encode_video`
+    options  for each video the token numbers of its sentences, (n, L) int64
+    returns  (B,) int64, the place of the chosen one; of equal ones the first
+    """
+    seen = F.normalize(model.encode_video(video).float(), dim=-1)
+    return torch.stack([(F.normalize(model.encode_text(ids).float(), dim=-1) @ one).argmax() for one, ids in zip(seen, options)])
+
+
 def retrieval_metrics(similarity, owner=None, grouped=False):
     """How well videos are found by text (t2v) and text by videos (v2t).
 
