@@ -321,6 +321,11 @@ class VideoText(torch.nn.Module):
         return cls(clip_video.VideoCLIP.from_official(folder),
                    caption_decoder.CaptionDecoder.from_official(folder)).eval()
 
+    def to_official(self):
+        """{official name: tensor}, laid out like InternVideo's own file."""
+        clip = {"clip." + name: tensor for name, tensor in self.clip.to_official().items()}
+        return clip | self.caption_decoder.to_official()
+
     def encode(self, video, ids, hidden=True):
         """video (B, C, T, H, W), ids (B, L) -> embeddings (B, E), (B, E), and, where `hidden` is wanted, what the
         decoder knows before each word, (B, L-1, W). The loss needs no more, and each clip is treated alone."""
@@ -382,6 +387,7 @@ class Clip(Stage):
     vocabulary: int = flag(800, "most tokens of the vocabulary, learned from the captions (CLIP: 49,408)", low=515)
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside "
                               "--weights, or learned from the captions")
+    prompts: str = flag("", "files with classes: a text file of sentences with {} for the class name; default: the paper's 16")
     caption_depth: int = flag(2, "layers of the caption decoder (paper: 6)", low=1)
     queries: int = flag(8, "questions that the caption decoder asks the video (official: 256)", low=1)
     caption_weight: float = flag(1.0, "weight of the captioning loss (paper: 1)", low=0)
@@ -484,6 +490,8 @@ class Clip(Stage):
         for source in (*self.sets, self.stills):
             if not isinstance(source, (data.VideoFiles, data.VideoShards)):
                 continue
+            if source.captions is None and source.classes and not self.steps:
+                continue  # zero-shot recognition needs class names alone
             if source.captions is None:
                 raise Mistake(f"{source.source}: has no captions; give a CSV file with a header 'path,caption', or "
                               'a .jsonl file of {"path": ..., "caption": ...}')
@@ -493,7 +501,7 @@ class Clip(Stage):
             if source.missing:
                 print(f"{source.source}: {len(source.missing)} of {len(source)} files are missing and will be "
                       f"skipped, e.g. {source.missing[0]}")
-        captions = self.sets[0].captions if self.data else [
+        captions = self.sets[0].captions or [] if self.data else [
             data.describe(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
         return captions + (self.stills.captions if self.image_data else [])
 
@@ -556,7 +564,9 @@ class Clip(Stage):
 
     def evaluate(self, model, batches):
         """Losses, retrieval, and on moving shapes zero-shot classes and facts of the written captions; the
-        same for pairs of shape and colour that were never shown."""
+        same for pairs of shape and colour that were never shown. Of files without captions, zero-shot classes."""
+        if self.data and self.sets[1].captions is None:
+            return self.recognise(model, batches)
         classes = None if self.data else self.embed_facts(model)
         metrics = self.measure(model, batches, classes, "val_")
         if not self.data:
@@ -596,6 +606,32 @@ class Clip(Stage):
             metrics["captions_all_three"] = 100 * float(right.all(axis=1).mean())
         return {prefix + name: value for name, value in metrics.items()}
 
+    def recognise(self, model, batches):
+        """Zero-shot recognition of the files' classes, by their names in every prompt -> {name: percent}."""
+        names = [name.replace("_", " ") for name in self.sets[1].classes]
+        with self.autocast():
+            classes = clip_video.embed_classes(model.clip, self.words, names, self.sentences())
+        rows = []
+        for batch in batches:
+            with self.autocast():
+                seen = model.clip.encode_video(data.normalise(batch["video"], model.clip.mean, model.clip.std))
+            rows.append((batch["number"], clip_video.zero_shot(seen.float(), classes.float(), model.clip.logit_scale), batch["label"]))
+        _, shares, labels = zip(*processes.collect(rows, self.device))
+        found = accuracies({"label": torch.cat(shares)}, {"label": torch.cat(labels)})
+        return {f"zero_shot_{name}": value for name, value in found.items()}
+
+    def sentences(self):
+        """What class names are put into: the lines of --prompts, or InternVideo's 16."""
+        if not self.prompts:
+            return clip_video.PROMPTS
+        try:
+            lines = [line.strip() for line in Path(self.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise Mistake(f"--prompts {self.prompts}: {error}") from None
+        if not lines or not all("{}" in line for line in lines):
+            raise Mistake(f"--prompts {self.prompts}: needs a sentence on each line, with {{}} where the class name goes")
+        return lines
+
     def retrieval(self, model, seen, read, told):
         """Ranks among the first `gallery` videos and all of their captions; told: how many each video has."""
         count = min(self.gallery, len(told))
@@ -604,8 +640,10 @@ class Clip(Stage):
         return clip_video.retrieval_metrics(similarity, owner, grouped=True)
 
     def finish(self, model):
-        """Multiple choice, and the captions scored against all that is told of each clip."""
+        """Multiple choice, zero-shot recognition, and the captions scored against all that is told of each clip."""
         choices, said = [], []
+        if self.data and self.sets[1].captions is None:
+            return {}
         for batch in self.held_out(self.sets[1], self.eval_clips, self.batch_size):
             video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
             number = range(batch["number"] * self.batch_size, self.eval_clips)
@@ -622,6 +660,8 @@ class Clip(Stage):
                         batch.get("captions") or [[text] for text in batch["caption"]]
                     said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
         metrics = {}
+        if self.data and self.sets[1].classes and self.sets[1].captions:
+            metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.batch_size))
         if found := sum((part for _, part in processes.collect(choices)), []):
             metrics["multiple_choice"] = 100 * float(np.mean(found))
         if found := processes.collect(said):
@@ -650,6 +690,10 @@ class Clip(Stage):
 
     def note(self):
         videos, files = self.videos(), isinstance(self.sets[1], data.VideoFiles)
+        if self.data and self.sets[1].captions is None:
+            return (f"protocol: zero-shot recognition of {min(self.eval_clips, len(self.sets[1]))} held-out files of {self.sets[1].source}, "
+                    f"{len(self.sets[1].classes)} classes; the mean over {len(self.sentences())} prompts of the softmax over classes; "
+                    f"one view of {self.num_frames} frames, {self.input_size} px; chance is {100 / len(self.sets[1].classes):.1f} %")
         texts = sum(map(len, list(self.sets[1].told.values())[:videos])) if files and self.sets[1].told else videos
         line = clip_video.protocol(
             self.sets[1].source if self.data else "moving shapes", videos=videos, captions=texts, frames=self.num_frames,
@@ -663,6 +707,8 @@ class Clip(Stage):
     def pictures(self, model, batch, folder):
         """The similarity matrix, the best clips for some sentences, captions under frames, and where the
         decoder looks while it writes each word."""
+        if "caption" not in batch:
+            return []
         shown = min(16, len(batch["video"]))
         raw, captions = batch["video"][:shown], batch["caption"][:shown]
         video = data.normalise(raw, model.clip.mean, model.clip.std)
@@ -2199,7 +2245,7 @@ def leave(stage, name, model, tensors, batch, report):
     out = Path(stage.out)
     weights.save(out, tensors, model.config)
     stage.extras(out)
-    drawn = stage.pictures(model, batch, out) + draw.curve(out, name)
+    drawn = stage.pictures(model, batch, out) + (draw.curve(out, name) if stage.steps else [])
     print("pictures: " + ", ".join(str(path) for path in drawn))
     weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
 
