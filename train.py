@@ -742,7 +742,7 @@ class Retrieve(Clip):
     On moving shapes with clips of two acts, which stage two has never seen; the sentences say which came first."""
 
     weights: str = flag("", "start from these weights: a run of clip, or an official file")
-    steps: int = flag(400, "optimiser steps; 0 = zero-shot only (paper: 5 epochs; 30 on ActivityNet)", low=0)
+    steps: int = flag(600, "optimiser steps; 0 = zero-shot only (paper: 5 epochs; 30 on ActivityNet)", low=0)
     lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (paper: 2e-6 to 5e-6)", low=0)
     warmup: float = flag(0.1, "share of the steps that warm up linearly from 0 (paper: 0.1)", low=0, high=1)
     num_frames: int = flag(16, "frames per clip (paper: 12; LSMDC, MSVD, VATEX 8, DiDeMo 32, ActivityNet 64)", low=1)
