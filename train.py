@@ -138,6 +138,7 @@ class Stage:
     decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
                         choices=("pyav", "torchcodec"))
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
+    eval_batch: int = flag(32, "clips at a time in evaluation, per process; no number depends on --batch-size", low=1)
     eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
     log_every: int = flag(10, "steps between lines of log.jsonl", low=1)
@@ -571,7 +572,7 @@ class Clip(Stage):
         metrics = self.measure(model, batches, classes, "val_")
         if not self.data:
             world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
-            unseen = self.held_out(world, self.eval_clips, self.batch_size)
+            unseen = self.held_out(world, self.eval_clips, self.eval_batch)
             metrics |= self.measure(model, unseen, classes, "unseen_")
         return metrics
 
@@ -644,9 +645,9 @@ class Clip(Stage):
         choices, said = [], []
         if self.data and self.sets[1].captions is None:
             return {}
-        for batch in self.held_out(self.sets[1], self.eval_clips, self.batch_size):
+        for batch in self.held_out(self.sets[1], self.eval_clips, self.eval_batch):
             video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
-            number = range(batch["number"] * self.batch_size, self.eval_clips)
+            number = range(batch["number"] * self.eval_batch, self.eval_clips)
             if "facts" in batch:
                 asked = [data.choices(facts, np.random.default_rng((self.seed, i))) for facts, i in zip(batch["facts"], number)]
             else:
@@ -661,7 +662,7 @@ class Clip(Stage):
                     said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
         metrics = {}
         if self.data and self.sets[1].classes and self.sets[1].captions:
-            metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.batch_size))
+            metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
         if found := sum((part for _, part in processes.collect(choices)), []):
             metrics["multiple_choice"] = 100 * float(np.mean(found))
         if found := processes.collect(said):
@@ -938,7 +939,7 @@ class Labels(Stage):
         rows = []
         for batch in self.held_out(views, None, 1):
             video = batch["video"][0]                                        # (1 + views, T, H, W, 3)
-            logits = [self.logits(model, {"video": part})[0] for part in video.split(max(1, self.batch_size))]
+            logits = [self.logits(model, {"video": part})[0] for part in video.split(self.eval_batch)]
             rows.append((batch["number"], torch.cat(logits).softmax(dim=1), batch["label"]))
         _, chances, answers = zip(*processes.collect(rows, self.device))
         answers = {"label": torch.cat(answers)}
@@ -953,7 +954,7 @@ class Labels(Stage):
         metrics = self.measure(model, batches, "val_", keep=True)
         if not self.data:
             world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed).only(self.sets[1].shown)
-            metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.batch_size), "unseen_")
+            metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), "unseen_")
         return metrics
 
     def measure(self, model, batches, prefix, keep=False):
@@ -1040,7 +1041,7 @@ class Classify(Labels):
         if self.unknown:
             question = next(iter(self.questions))
             strange = torch.cat([self.split(self.logits(model, to_device(batch, self.device))[0])[question].softmax(
-                dim=1).amax(dim=1) for batch in data.held_out(self.strangers, self.eval_clips, self.batch_size)])
+                dim=1).amax(dim=1) for batch in data.held_out(self.strangers, self.eval_clips, self.eval_batch)])
             metrics["val_unknown_auroc"] = 100 * auroc(self.sureness, strange)
         return metrics
 
@@ -1163,8 +1164,8 @@ class Classify(Labels):
         count = self.probe_clips or (len(world) if self.data else 2000)
         count = min(count, len(world)) if self.data else count
         rows = []
-        for batch in tqdm(self.held_out(world, count, self.batch_size), desc="features", unit="batch",
-                          total=-(-count // self.batch_size // processes.world()), disable=processes.rank() > 0 or None):
+        for batch in tqdm(self.held_out(world, count, self.eval_batch), desc="features", unit="batch",
+                          total=-(-count // self.eval_batch // processes.world()), disable=processes.rank() > 0 or None):
             rows.append((batch["number"], self.look(model.eval(), batch["video"]).cpu(), self.target(batch).cpu()))
         _, features, targets = zip(*processes.collect(rows))
         self.features = torch.cat(features).to(torch.bfloat16), torch.cat(targets)
@@ -1269,7 +1270,7 @@ class Fuse(Labels):
             return after  # nothing that could answer these questions came in
         late = fusion.InternVideo(experts[0], experts[1:], bridges=False).to(self.device).eval()
         self.measure(late, (to_device(batch, self.device) for batch in
-                            data.held_out(self.sets[1], self.eval_clips, self.batch_size)), "", keep=True)
+                            data.held_out(self.sets[1], self.eval_clips, self.eval_batch)), "", keep=True)
         return {"late fusion before": self.confusion} | after
 
     def pictures(self, model, batch, folder):
@@ -1577,7 +1578,7 @@ class Answer(Stage):
 
     def finish(self, model):
         """A table by kind of question, with both baselines: the commonest answer, and what the question alone tells."""
-        rows = self.asked(model, self.held_out(self.sets[1], self.eval_clips, self.batch_size))
+        rows = self.asked(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
         kinds, found = {}, {}
         for question, answer, said in rows:
             words = question.lower().split()
@@ -2028,6 +2029,7 @@ def trouble(error, stage):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         lower = [f"--cache-size {max(1, (stage.cache_size or stage.batch_size) // 2)}" if hasattr(stage, "cache_size") else
                  f"--batch-size {max(1, stage.batch_size // 2)} --accum {2 * stage.accum}, which is the same step"]
+        lower += [f"--eval-batch {max(1, stage.eval_batch // 2)}"]
         lower += ["--recompute"] * (not stage.recompute) + ["--precision bf16"] * (stage.precision == "fp32")
         lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["--workers"]
         return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
@@ -2099,7 +2101,7 @@ def fit(stage, name):
     def evaluate(step):
         nonlocal held_out
         if held_out is None:
-            held_out = list(data.held_out(held_out_set, stage.eval_clips, stage.batch_size,
+            held_out = list(data.held_out(held_out_set, stage.eval_clips, stage.eval_batch,
                                           rank=processes.rank(), world=processes.world()))
         mine = [batch for batch in held_out if batch["video"] is not None]
         counts = [count for _, count in processes.collect([(batch["number"], len(batch["video"])) for batch in mine])]
