@@ -701,7 +701,8 @@ class Clip(Stage):
             size=self.input_size, crop="centre", sampling="one from each segment" if self.data else "all of the clip",
             merge=self.merge_share if self.merge else None, grouped=True)
         return line + ("" if self.data else
-                       f"; zero-shot and captions on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
+                       f"; zero-shot, multiple choice (four of five sentences are wrong in one fact) and captions (scored against "
+                       f"every phrasing of the facts) on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
                        "colour never shown in training; chance is 6 % for motion, 17 % for shape, 12 % for colour")
 
     @torch.no_grad()
@@ -899,6 +900,16 @@ class Labels(Stage):
     def datasets(self):
         return self.sets
 
+    def note(self):
+        """The protocol of the accuracies."""
+        count = min(self.eval_clips, len(self.sets[1])) if self.data else self.eval_clips
+        what = (f"files of {self.sets[1].source}, {len(self.questions['label'])} classes, top 1 and top 5" if self.data else
+                "clips of moving shapes: motion, shape, colour, and all three; unseen_ = pairs of shape and colour never shown in "
+                "training")
+        views = self.test_clips * self.test_crops
+        return (f"protocol: accuracy in percent on {count} held-out {what}; one view of {self.num_frames} frames, {self.input_size} px"
+                + (f", at the end also the mean probability of {self.test_clips} x {self.test_crops} views" if views > 1 else ""))
+
     def target(self, batch):
         """(B, Y): a one for the right answer to each question."""
         if "target" in batch:
@@ -1047,7 +1058,7 @@ class Classify(Labels):
 
     def note(self):
         if not self.unknown:
-            return ""
+            return super().note()
         name, known = next(iter(self.questions.items()))
         return (f"open set: trained on {len(known)} classes of {name}; the AUROC compares the largest probability on held-out "
                 f"clips of these with clips of those left out ({self.unknown}); chance is 50")
@@ -1258,7 +1269,7 @@ class Fuse(Labels):
         return loss, metrics
 
     def note(self):
-        return ("untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
+        return super().note() + ("; untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
                 "there on is what training the bridge, heads and weights adds")
 
     @torch.no_grad()
@@ -1858,7 +1869,10 @@ def clips_in(batch):
 # Checkpoints
 
 FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
-                  "eval_clips", "dry_run", "weights", "shard", "max_bad"}
+                  "eval_clips", "eval_batch", "dry_run", "weights", "shard", "max_bad"}
+
+
+FACTS_OF_A_RUN = {"step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict, "bad": dict}
 
 
 def recipe_of(stage):
@@ -1877,12 +1891,16 @@ def tensors_of(model, optimisers, average):
 
 def restore(tensors, model, optimisers, average):
     """Put back what `tensors_of` took, whole or in parts."""
+    other = Mistake("the checkpoint's tensors are not those of this model; start anew without --resume")
     for found, own in ((tensors["model"], model.state_dict()), (tensors["average"], average.state if average else {})):
         if list(found) != list(own) or any(found[name].shape != own[name].shape for name in own):
-            raise Mistake("the checkpoint's tensors are not those of this model; start anew without --resume")
+            raise other
         for name, value in own.items():
             value.detach().copy_(processes.place(found[name], value))
     parameters = dict(model.named_parameters())
+    for key, value in tensors["optimiser"].items():
+        if key.rpartition(".")[0] not in parameters or value.ndim and value.shape != parameters[key.rpartition(".")[0]].shape:
+            raise other
     owner = {parameter: optimiser for optimiser in optimisers for group in optimiser.param_groups
              for parameter in group["params"]}
     for key, value in tensors["optimiser"].items():
@@ -1928,6 +1946,12 @@ def read_checkpoint(path, like):
         if not path.is_dir():
             saved = weights.load(path)
             tensors = {key: saved.pop(key) for key in ("model", "average", "optimiser")}
+            if saved["tensors"] != [len(group) for group in tensors.values()]:
+                raise ValueError("some of its tensors are missing")
+            if any(not isinstance(saved[key], kind) for key, kind in FACTS_OF_A_RUN.items()):
+                raise ValueError("what it says of its run is no such thing")
+            if not all(isinstance(value, torch.Tensor) for group in tensors.values() for value in group.values()):
+                raise ValueError("holds something else than tensors")
             return saved, tensors
         saved = processes.read_facts(path)
 
@@ -2088,9 +2112,11 @@ def fit(stage, name):
     started = time.monotonic()
 
     def save(step):
+        tensors = tensors_of(model, optimisers, average)
         facts = dict(step=step, settings=dataclasses.asdict(stage), seconds=seconds_before + time.monotonic() - started,
-                     processes=processes.world(), usual=usual, initial=initial, bad=bad)
-        save_checkpoint(out, facts, tensors_of(model, optimisers, average), stage.keep,
+                     processes=processes.world(), usual=usual, initial=initial, bad=bad,
+                     tensors=[len(group) for group in tensors.values()])
+        save_checkpoint(out, facts, tensors, stage.keep,
                         stage.shard and processes.world() > 1)
 
     held_out = None
@@ -2321,9 +2347,9 @@ def parse(card, name, argv):
         value, info = getattr(stage, field.name), field.metadata
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) \
-                or (info["high"] is not None and value > info["high"]):
-            limits = f"at least {info['low']}" + (f" and at most {info['high']}" if info["high"] is not None else "")
+        most = info["high"] if info["high"] is not None or isinstance(value, float) else 10**9  # what numpy and torch count
+        if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) or (most is not None and value > most):
+            limits = f"at least {info['low']}" + (f" and at most {most}" if most is not None else "")
             raise Mistake(f"--{field.name.replace('_', '-')} {value}: must be {limits}")
     return stage
 
