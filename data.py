@@ -1402,6 +1402,8 @@ class VideoFiles(_Clips):
         if len({row.split for row in rows}) > 1:
             own = {"all": "train" if train else "val"}.get(part, part)
             rows = [row for row in rows if row.split == own]
+            if not rows:
+                raise DataError(f"{source}: gives some files a split, and none the split {own}")
             self.kind += f", its {own} split"
         elif part != "all":
             rows = split_files(rows)[part == "val"]

@@ -1898,11 +1898,16 @@ def restore(tensors, model, optimisers, average):
         for name, value in own.items():
             value.detach().copy_(processes.place(found[name], value))
     parameters = dict(model.named_parameters())
-    for key, value in tensors["optimiser"].items():
-        if key.rpartition(".")[0] not in parameters or value.ndim and value.shape != parameters[key.rpartition(".")[0]].shape:
-            raise other
     owner = {parameter: optimiser for optimiser in optimisers for group in optimiser.param_groups
              for parameter in group["params"]}
+    slots = {}
+    for key, value in tensors["optimiser"].items():
+        name, what = key.rpartition(".")[::2]
+        if owner.get(parameters.get(name)) is None or value.ndim and value.shape != parameters[name].shape:
+            raise other
+        slots.setdefault(owner[parameters[name]], {}).setdefault(name, set()).add(what)
+    if any(whats != next(iter(group.values())) for group in slots.values() for whats in group.values()):
+        raise other  # an optimiser remembers the same of every parameter
     for key, value in tensors["optimiser"].items():
         name, what = key.rpartition(".")[::2]
         owner[parameters[name]].state[parameters[name]][what] = processes.place(value, parameters[name])
@@ -1948,7 +1953,7 @@ def read_checkpoint(path, like):
             tensors = {key: saved.pop(key) for key in ("model", "average", "optimiser")}
             if saved["tensors"] != [len(group) for group in tensors.values()]:
                 raise ValueError("some of its tensors are missing")
-            if any(not isinstance(saved[key], kind) for key, kind in FACTS_OF_A_RUN.items()):
+            if any(not isinstance(saved[key], kind) for key, kind in FACTS_OF_A_RUN.items()) or "usual" not in saved:
                 raise ValueError("what it says of its run is no such thing")
             if not all(isinstance(value, torch.Tensor) for group in tensors.values() for value in group.values()):
                 raise ValueError("holds something else than tensors")
