@@ -109,7 +109,8 @@ class Stage:
     val_data: str = flag("", "the same for evaluation; default: every tenth file of --data")
     out: str = flag("", "folder for logs, weights and pictures; default: runs/<stage>")
     weights: str = flag("", "start from these weights: a run's folder or an official file")
-    resume: bool = flag(False, "go on from last.pt in --out; starts anew where there is none")
+    resume: bool = flag(False, "go on from the newest good checkpoint in --out; starts anew where there is none, so that a "
+                               "cluster may start the same line again and again")
     keep: int = flag(2, "checkpoints to keep, last.pt included: should one be damaged, --resume takes the one before",
                      low=1)
     steps: int = flag(1000, "optimiser steps; 0 = evaluate only", low=0)
@@ -2060,7 +2061,7 @@ def trouble(error, stage):
                  f"--batch-size {max(1, stage.batch_size // 2)} --accum {2 * stage.accum}, which is the same step"]
         lower += [f"--eval-batch {max(1, stage.eval_batch // 2)}"]
         lower += ["--recompute"] * (not stage.recompute) + ["--precision bf16"] * (stage.precision == "fp32")
-        lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["--workers"]
+        lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["fewer --workers"]
         return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename or stage.out}: {error.strerror}"
