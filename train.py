@@ -1339,8 +1339,6 @@ class Localise(Stage):
     length: int = flag(1024, "most steps of a video in training; of a longer one a random part (paper: 2304)", low=8)
 
     def build(self):
-        if processes.world() > 1:
-            raise Mistake("localise: the head trains in seconds; start it without torchrun")
         run = bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser"
         model = localise.Localiser.from_run(self.weights) if run else None
         encoder = model.encoder if run else load_encoder(self.weights) if self.weights else None
@@ -1399,19 +1397,20 @@ class Localise(Stage):
             return torch.load(path, weights_only=True)
         encoder = self.model.encoder.eval()
         counts, started = [1, 1] if self.dry_run else [self.videos, self.eval_clips], time.monotonic()
-        with tqdm(total=sum(counts), desc="features", unit="video", disable=None) as bar:
+        with tqdm(total=sum(counts), desc="features", unit="video", disable=processes.rank() > 0 or None) as bar:
             sets = []
             for world, count in zip(self.sets, counts):
-                sets.append([])
-                for i in range(count):
+                rows = []
+                for i in range(processes.rank(), count, processes.world()):
                     video = world[i]
                     frames = video.pop("video")
                     with self.autocast():
                         seen = torch.cat(list(localise.look(encoder, frames, self.stride, 64))).cpu()
                     times = localise.step_times(np.arange(len(frames)) / world.FPS, encoder.config["frames"], self.stride)
-                    sets[-1].append(video | {"features": seen, "times": times.tolist()})
-                    bar.update()
-        if not self.dry_run:
+                    rows.append((i, video | {"features": seen, "times": times.tolist()}))
+                    bar.update(processes.world())
+                sets.append([item for _, item in processes.collect(rows)])
+        if not self.dry_run and processes.rank() == 0:
             weights.write_aside(path, lambda aside: torch.save(sets, aside))
         print(f"features of {sum(counts)} videos: {time.monotonic() - started:.0f} s")
         return sets
@@ -1431,14 +1430,17 @@ class Localise(Stage):
     def batches(self, train_set, first):
         for step in range(first * self.accum, self.steps * self.accum):
             rng = generator(self.seed, "videos", step)
-            chosen = torch.randint(len(self.sets[0]), (self.batch_size,), generator=rng).tolist()
-            yield self.gather([self.sets[0][i] for i in chosen], rng)
+            rows, mine = processes.joined(self.batch_size)
+            chosen = torch.randint(len(self.sets[0]), (rows,), generator=rng).tolist()
+            batch = self.gather([self.sets[0][i] for i in chosen], rng)  # of all processes: padded alike, counted together
+            count = ((batch["labels"] >= 0) & batch["inside"]).sum().clamp(min=1) / processes.world()
+            yield {name: value[mine] for name, value in batch.items()} | {"count": count}
 
     def loss(self, model, batch, rng):
         if "features" not in batch:  # the numbers of training videos
             batch = self.gather([self.sets[0][i] for i in batch["video"].tolist()])
         scores, distances = model.head(batch["features"], batch["inside"])
-        parts = localise.head_loss(scores, distances, batch["labels"], batch["wanted"], batch["inside"])
+        parts = localise.head_loss(scores, distances, batch["labels"], batch["wanted"], batch["inside"], batch.get("count"))
         return sum(parts), {"loss": sum(parts).detach(), "score_loss": parts[0].detach(), "distance_loss": parts[1].detach()}
 
     @torch.no_grad()
@@ -1450,9 +1452,14 @@ class Localise(Stage):
 
     def evaluate(self, model, batches):
         """Mean loss, and mAP in percent at each temporal IoU and on average."""
-        items = [self.sets[1][i] for batch in batches for i in batch["video"].tolist()]
-        losses = [float(self.loss(model, self.gather([item]), None)[0]) for item in items]
-        return {"val_loss": float(np.mean(losses))} | self.mean_ap("val", items, lambda item: self.found(model, item))
+        rows = []
+        for i in (i for batch in batches for i in batch["video"].tolist()):
+            item = self.sets[1][i]
+            rows.append((i, float(self.loss(model, self.gather([item]), None)[0]), self.found(model, item)))
+        numbers, losses, found = zip(*processes.collect(rows))
+        found = dict(zip(numbers, found))
+        return {"val_loss": float(np.mean(losses))} | self.mean_ap("val", [self.sets[1][i] | {"number": i} for i in numbers],
+                                                                   lambda item: found[item["number"]])
 
     def mean_ap(self, name, items, say):
         """mAP of what `say` says of each item -> {name: percent}."""
