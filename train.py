@@ -2355,6 +2355,7 @@ def parse(card, name, argv):
     """Command line -> card; Mistake where a value is out of range."""
     argv = ["--" + arg[2:].split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]):]
             if arg.startswith("--") else arg for arg in argv]
+    argv = [arg for i, arg in enumerate(argv) if not (arg == "auto" and i and argv[i - 1] == "--resume")]  # it always is
     stage = card(**vars(parser_of(card, name).parse_args(argv)))
     for field in dataclasses.fields(stage):
         value, info = getattr(stage, field.name), field.metadata

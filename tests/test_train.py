@@ -251,6 +251,7 @@ def test_dashes_and_underscores_are_the_same():
         assert train.parse(train.MAE, "mae", [text, "0.7"]).mask_ratio == 0.7
         assert train.parse(train.MAE, "mae", [text + "=0.7"]).mask_ratio == 0.7
     assert train.parse(train.MAE, "mae", ["--data", "my_videos"]).data == "my_videos"
+    assert train.parse(train.MAE, "mae", ["--resume", "auto", "--ema", "0.5"]).resume
 
 
 @pytest.mark.parametrize("name", train.STAGES)
