@@ -952,11 +952,11 @@ class Labels(Stage):
         for batch in self.held_out(views, None, 1):
             video = batch["video"][0]                                        # (1 + views, T, H, W, 3)
             logits = [self.logits(model, {"video": part})[0] for part in video.split(self.eval_batch)]
-            rows.append((batch["number"], torch.cat(logits).softmax(dim=1), batch["label"]))
-        _, chances, answers = zip(*processes.collect(rows, self.device))
+            rows.append((batch["number"], torch.cat(logits), batch["label"]))
+        _, scores, answers = zip(*processes.collect(rows, self.device))
         answers = {"label": torch.cat(answers)}
-        named = {"1 clip": [chance[0] for chance in chances],
-                 f"{self.test_clips} x {self.test_crops} views": [chance[1:].mean(dim=0) for chance in chances]}
+        named = {"1 clip": [logits[0] for logits in scores],
+                 f"{self.test_clips} x {self.test_crops} views": [merge_views(logits[1:]) for logits in scores]}
         return {f"val_{name} ({kind})": value for kind, found in named.items()
                 for name, value in accuracies({"label": torch.stack(found)}, answers).items()}
 
@@ -1634,6 +1634,12 @@ def numbers(text, name):
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise Mistake(f"--{name} {text}: give numbers with commas, as 2,5,8")
     return [int(number) for number in text.split(",")]
+
+
+def merge_views(logits):
+    """Scores of several views of one video (n, Y) -> probabilities (Y,): the softmax of each, then the mean (VideoMAE,
+    Sec. 4; UniFormerV2 on Kinetics), so that one view that is very sure cannot outvote the others."""
+    return logits.softmax(dim=1).mean(dim=0)
 
 
 def accuracies(logits, answers):

@@ -175,6 +175,15 @@ def test_folders_of_classes_train_and_name_top_1_and_top_5(tmp_path, encoders, c
     assert "needs a folder of class folders" in capsys.readouterr().err
 
 
+def test_merging_views_by_hand():
+    """Odds of 3 : 1 for the first class, twice, against 1 : 9: probabilities 3/4, 3/4, 1/10, mean 8/15. Against 1 : 81 the
+    mean of the probabilities, 0.504, still says the first, the mean of the logits, (2 ln 3 - 4 ln 3) / 3, the second."""
+    views = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 9.0]]).log()
+    assert torch.allclose(train.merge_views(views), torch.tensor([8 / 15, 7 / 15]))
+    views = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 81.0]]).log()
+    assert train.merge_views(views).argmax() == 0 and views.mean(dim=0).argmax() == 1
+
+
 def test_several_views_are_averaged_as_probabilities_and_stand_beside_one_clip(tmp_path):
     for name in ("wave", "jump"):
         (tmp_path / "videos" / name).mkdir(parents=True)

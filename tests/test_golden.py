@@ -302,6 +302,25 @@ def test_contrastive_and_captioning_together(dtype):
         caption_decoder__visual_queries="caption_decoder.queries", clip__token_embedding__weight="clip.text.embed.weight")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["coca_open_clip", "coca_lucidrains"])
+def test_both_losses_are_those_of_two_other_public_models_of_coca(name, dtype):
+    """Their networks are others; from what these give, our losses make the same numbers. open_clip counts captions twice."""
+    case, single = Case(name, dtype), Case(name, torch.float32)
+    found = {key: case.outputs.get(key, value).to(dtype) for key, value in single.outputs.items()}
+    if name == "coca_open_clip":
+        video, text, scale, factor = found["image_features"], found["text_features"], "logit_scale", 2
+    else:
+        video, text = (F.linear(found[f"{kind}_embeds"], case.state[f"{short}_to_latents.weight"].to(dtype))
+                       for kind, short in (("image", "img"), ("text", "text")))
+        scale, factor = "temperature", 1
+    ids = case.inputs["text_ids"].long()
+    logits = found["logits"][:, :ids.shape[1] - 1]
+    case.close(clip_video.contrastive_loss(video, text, case.state[scale].to(dtype)), found["contrastive_loss"], 1e-5, name)
+    case.close(factor * caption_decoder.caption_loss(logits, ids, ids != 0), found.get("caption_loss", found.get("caption_loss_times_2")),
+               1e-5, name)
+
+
 def test_clip_tokenizer():
     vocabulary = FOLDER.parent / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
     if not vocabulary.exists():
