@@ -227,6 +227,7 @@ class MAE(Stage):
     positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of the token's number "
                           "(paper: sinusoid)", choices=("axes", "sinusoid"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
+    decoder_width: int = flag(0, "width of the decoder; 0 = as the size says (paper: half of the encoder's)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
 
     def build(self):
@@ -237,6 +238,10 @@ class MAE(Stage):
             size = mae.SIZES[self.model]
             if self.decoder_depth:
                 size = dataclasses.replace(size, decoder_depth=self.decoder_depth)
+            if self.decoder_width:
+                if self.decoder_width % size.decoder_heads:
+                    raise Mistake(f"--decoder-width {self.decoder_width}: must be a multiple of the {size.decoder_heads} heads")
+                size = dataclasses.replace(size, decoder_width=self.decoder_width, decoder_mlp_width=4 * self.decoder_width)
             try:
                 model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
                                      positions=self.positions, drop_path=self.drop_path,
@@ -872,6 +877,7 @@ class Labels(Stage):
                          choices=tuple(data.SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
                           "the published models (paper: videomae, uniformerv2)", choices=tuple(data.TRANSFORMS))
+    train_clips: int = flag(0, "train on so many clips, over and over, to see what few labels are worth; 0 = all", low=0)
     flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
     area: float = flag(0.0, "files: smallest share of a frame that a random crop keeps; 0 = as --transform has it (paper: 0.08)",
                        low=0, high=1)
@@ -892,6 +898,10 @@ class Labels(Stage):
             raise Mistake(f"--batch-size {self.batch_size}: must be a multiple of --repeats {self.repeats}")
         self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip, self.transform,
                           area=self.area or None, operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
+        if self.train_clips:
+            if isinstance(self.sets[0], data.VideoShards):
+                raise Mistake("--train-clips: shards are read as they come; give a folder or a list")
+            self.sets[0].first(self.train_clips)
         self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
         if self.data and len(self.sets[0].classes) < 2:
             raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
@@ -1212,6 +1222,9 @@ class Fuse(Labels):
     heads: int = flag(0, "heads of the bridges; 0 = as the masked encoder", low=0)
     source: str = flag("all", "keys and values from all tokens, or from patches only", choices=("all", "patches"))
     gates: bool = flag(True, "tanh gates that start at 0 (paper: yes)")
+    way: str = flag("both", "who asks: both, only the masked encoder, or only the multimodal encoder's class token (paper: both)",
+                    choices=("both", "masked", "multimodal"))
+    thaw: bool = flag(False, "train everything, both encoders too (paper: no)")
     bridges: bool = flag(True, "cross-model attention; --no-bridges: only heads and the sum of scores train")
 
     def build(self):
@@ -1230,9 +1243,13 @@ class Fuse(Labels):
             return model
         experts = [expert if expert.config["classes"] == classes else expert.with_head(classes) for expert in experts]
         try:
-            return fusion.InternVideo(
-                experts[0], experts[1:], before=numbers(self.before, "before"), layers=self.layers_for(len(experts) - 1),
+            if self.way == "multimodal" and (self.before or self.layers):
+                raise Mistake("--way multimodal: has no bridges before blocks; leave out --before and --layers")
+            before = [] if self.way == "multimodal" else numbers(self.before, "before")
+            model = fusion.InternVideo(
+                experts[0], experts[1:], before=before, layers=self.layers_for(len(experts) - 1), last=self.way != "masked",
                 heads=self.heads or None, source=self.source, gates=self.gates, bridges=self.bridges, drop=self.drop)
+            return model.requires_grad_(True) if self.thaw else model
         except ValueError as error:
             raise Mistake(str(error)) from None
 

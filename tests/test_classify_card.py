@@ -245,3 +245,18 @@ def test_official_files_of_both_encoders_load_for_fine_tuning(tmp_path):
         if name in ("fine_tuned", "uniformer"):
             head = tensors.get("head.weight", tensors.get("transformer.proj.2.weight"))
             assert torch.equal(model.head.weight, head[:400])
+
+
+def test_few_labels_are_the_same_few_clips_over_and_over(tmp_path):
+    card = train.Classify(num_frames=2, input_size=16, train_clips=5, encoder="masked")
+    card.ask()
+    world, whole = card.sets[0], data.MovingShapes("train", 2, 16)
+    assert (world[13]["video"] == whole[3]["video"]).all() and (world[4]["video"] == whole[4]["video"]).all()
+    assert (card.sets[1][13]["video"] == data.MovingShapes("val", 2, 16)[13]["video"]).all()
+    for name in ("wave", "jump"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            write_video(tmp_path / name / f"{i}.mp4", frames=4)
+    card = train.Classify(num_frames=2, input_size=16, train_clips=3, data=str(tmp_path), val_data=str(tmp_path))
+    card.ask()
+    assert len(card.sets[0]) == 3 and len(card.sets[1]) == 8
