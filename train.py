@@ -402,6 +402,7 @@ class Clip(Stage):
     image_batch: int = flag(64, "pairs in a batch of images, per process (paper: 86,016 in all, 6 times the videos)",
                             low=1)
     image_data: str = flag("", "pictures and sentences, a list like that of --data; default: frames of the videos")
+    test: bool = flag(False, "moving shapes: at the end measure on the test split, too, which no choice has ever seen")
     motion_words: float = flag(1.0, "moving shapes: share of captions that name the motion; the others say what one "
                                "frame shows, as most captions of the web do", low=0, high=1)
     freeze_text: bool = flag(False, "do not train the text tower")
@@ -667,6 +668,9 @@ class Clip(Stage):
                         batch.get("captions") or [[text] for text in batch["caption"]]
                     said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
         metrics = {}
+        if self.test and not self.data:
+            world = data.MovingShapes("test", self.num_frames, self.input_size, self.seed)
+            metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), self.embed_facts(model), "test_")
         if self.data and self.sets[1].classes and self.sets[1].captions:
             metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
         if found := sum((part for _, part in processes.collect(choices)), []):
@@ -877,6 +881,7 @@ class Labels(Stage):
                          choices=tuple(data.SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
                           "the published models (paper: videomae, uniformerv2)", choices=tuple(data.TRANSFORMS))
+    test: bool = flag(False, "moving shapes: at the end measure on the test split, too, which no choice has ever seen")
     train_clips: int = flag(0, "train on so many clips, over and over, to see what few labels are worth; 0 = all", low=0)
     flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
     area: float = flag(0.0, "files: smallest share of a frame that a random crop keeps; 0 = as --transform has it (paper: 0.08)",
@@ -951,7 +956,11 @@ class Labels(Stage):
                             workers=self.workers, rank=processes.rank(), world=processes.world(), repeats=self.repeats)
 
     def finish(self, model):
-        """Accuracies over several views of each held-out video: softmax per view, averaged in memory."""
+        """Accuracies over several views of each held-out video: softmax per view, averaged in memory. With --test, on the
+        test split."""
+        if self.test and not self.data:
+            world = data.MovingShapes("test", self.num_frames, self.input_size, self.seed)
+            return self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), "test_")
         if self.test_clips * self.test_crops == 1:
             return {}
         views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,
