@@ -58,6 +58,7 @@ torch.Size([2, 3, 32])
 
 import functools
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -205,14 +206,16 @@ def flex(q, k, v, mask=None, scale=None):
     """The same numbers from a kernel made for the mask: torch.compile writes the mask's rule into a
     fused kernel, forward and backward, that leaves out blocks of 128 x 128 pairs in which nothing may
     be looked at (FlexAttention, arXiv 2412.05496). No backward on a CPU, none in float64."""
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if grad and q.device.type == "cpu":
+        raise ValueError("FlexAttention has no backward pass on a CPU: choose another kernel, or torch.no_grad()")
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     mask = mask if mask is not None and mask.kind else None
     blocks = None if mask is None else mask.blocks(len(q), q.shape[2], k.shape[2], q.device)
     if torch.compiler.is_compiling():  # it becomes part of the graph around it
         return flex_attention(q, k, v, block_mask=blocks, scale=scale)
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    kernel = _kernel(mask and (mask.kind, mask.rows == 1, mask.window), q.shape[1], q.shape[3], q.dtype, q.device, grad, scale)
-    return kernel(q, k, v, blocks)
+    variant = mask and (mask.kind, mask.rows == 1, mask.window)
+    return _kernel(variant, q.shape[1], q.shape[3], q.dtype, q.device, grad, scale)(q, k, v, blocks)
 
 
 BACKEND = "inductor"  # of torch.compile
@@ -250,12 +253,61 @@ def apart(q, k, v, mask, scale=None):
 
 @functools.lru_cache(maxsize=None)
 def no_compiler(device):
-    """Why torch.compile does not work here, in one line, or "" where it does: found by trying."""
+    """Why torch.compile does not work for "cpu" or "cuda" here, in one line, or "": found by trying."""
     try:
-        torch.compile(lambda x: x.cos() + 1, fullgraph=True)(torch.zeros(8, device=device))
+        torch.compile(lambda x: x.cos() + 1, fullgraph=True, backend=BACKEND)(torch.zeros(8, device=device))
     except Exception as error:  # a missing compiler shows in many ways
         return str(error).strip().splitlines()[0]
     return ""
+
+
+@functools.lru_cache(maxsize=None)
+def fastest_fused(device):
+    """Which of torch's fused kernels is fastest depends on the GPU, so on CUDA each takes one attention of ViT-B
+    there and back, and the quickest goes first for the rest of the process.
+
+    Returns {name: milliseconds}, quickest first; {} where there is no choice."""
+    global _order
+    found = {}
+    if torch.device(device).type == "cuda":
+        x = torch.randn(4, 12, 1568, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            try:
+                with sdpa_kernel(backend):
+                    for i in range(13):
+                        if i == 3:  # warm by now
+                            torch.cuda.synchronize(device)
+                            started = time.perf_counter()
+                        F.scaled_dot_product_attention(x, x, x).backward(x.detach())
+                    torch.cuda.synchronize(device)
+                found[backend] = (time.perf_counter() - started) / 10
+            except RuntimeError:  # this GPU or this build has no such kernel
+                continue
+    order = sorted(found, key=found.get)
+    if order:  # the last resort stays: it takes any shape
+        _order = sdpa_kernel(order + [SDPBackend.MATH], set_priority=True)
+        _order.__enter__()
+    return {backend.name.split("_")[0].lower(): 1e3 * found[backend] for backend in order}
+
+
+_order = None
+_always = "auto"
+_failed = set()  # kinds of masks that torch.compile could not make a kernel for
+
+
+def use(kernel, device="cpu"):
+    """Which kernel every attention takes that names none; "auto" = `choose`. Returns the choice in words."""
+    global _always
+    _always = _known(kernel)
+    if kernel != "auto":
+        return f"{kernel} for all"
+    if torch.device(device).type == "cpu":
+        return (f"written out up to {SCORES_LIMIT >> 20} MiB of scores, fused above; packed clips one by one; windows of "
+                "frames, without gradients, by FlexAttention")
+    quickest = ", ".join(f"{name} {ms:.2f} ms" for name, ms in fastest_fused(device).items())
+    reason = no_compiler("cuda")
+    return (f"fused where nothing or only the future is hidden (measured: {quickest}), other masks by "
+            + (f"a table, for nothing can be compiled: {reason}" if reason else "FlexAttention"))
 
 
 def choose(q, k, mask=None):
@@ -269,28 +321,20 @@ def choose(q, k, mask=None):
           Windows of frames, without gradients: `flex`, for most blocks are empty.
     """
     kind, Nq, Nk = () if mask is None else mask.kind, q.shape[2], k.shape[2]
-    compiling = torch.compiler.is_compiling()
-    written = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and (compiling or not no_compiler(q.device.type))
-    if q.device.type != "cpu":
-        plain = not kind or (kind == ("causal",) and Nq == Nk)
-        return "fused" if plain or Nq < 128 or q.shape[3] < 16 or not written else "flex"
+    compiling, cpu = torch.compiler.is_compiling(), q.device.type == "cpu"
+    plain = not kind or (kind == ("causal",) and Nq == Nk)
+    if not plain and Nq >= 128 and q.shape[3] >= 16 and q.dtype != torch.float64 and kind not in _failed and \
+            (not cpu or ("frames" in kind and Nq >= 512 and not torch.is_grad_enabled() and not compiling)) and \
+            (compiling or not no_compiler(q.device.type)):
+        return "flex"
+    if not cpu:
+        return "fused"
     if kind == ("segments",) and not compiling:
         return "apart"
-    if "frames" in kind and Nq >= 512 and not compiling and not torch.is_grad_enabled() and written:
-        return "flex"
     if kind == ("causal",) and Nq == Nk > 512 and q.dtype == torch.float32:
         return "fused"
     scores = q.shape[0] * q.shape[1] * Nq * Nk * q.element_size()
     return "written_out" if scores <= SCORES_LIMIT else "fused"
-
-
-_always = "auto"
-
-
-def use(kernel):
-    """The kernel of every attention that names none: for train.py's --attention. "auto" = `choose`."""
-    global _always
-    _always = _known(kernel)
 
 
 def _known(kernel):
@@ -309,13 +353,23 @@ def attention(q, k, v, mask=None, *, scale=None, kernel=None):
     kernel  "auto", "written_out", "fused", "flex" or "apart"; default: what `use` was told, "auto"
     returns (B, heads, Nq, K)
     """
-    kernel = _known(kernel or _always)
-    if kernel == "auto":
+    kernel = chosen = _known(kernel or _always)
+    if chosen == "auto":
         kernel = choose(q, k, mask)
+    if kernel == "flex":
+        try:
+            return flex(q, k, v, mask, scale)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if chosen == "flex" or torch.compiler.is_compiling():
+                raise
+            _failed.add(mask.kind)
+            warnings.warn(f"attention: no compiled kernel for {' and '.join(mask.kind)} here, a slower one from now on "
+                          f"({str(error).strip().splitlines()[0]})")
+            kernel = choose(q, k, mask)
     if kernel == "written_out":
         allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
         return written_out(q, k, v, allowed, scale)
-    return {"fused": fused, "flex": flex, "apart": apart}[kernel](q, k, v, mask, scale)
+    return fused(q, k, v, mask, scale) if kernel == "fused" else apart(q, k, v, mask, scale)
 
 
 # ------------------------------------------------------------------------------------------------
