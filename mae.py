@@ -23,7 +23,9 @@ The idea, in steps:
 5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so that the loss
    is about structure. Predicting plain zeros, the mean of each tubelet, costs about 1.0: the
    trivial baseline, and the number to compare every curve with.
-6. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear.
+6. `VideoMAE.packed` takes clips of different length or mask ratio in one row, without padding: a mask
+   keeps them apart, and no pair of tokens of different clips costs anything.
+7. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear.
 
 What the features are good and bad at: motion and fine detail early on; names of things only after
 labels, which is what the other encoder of InternVideo is for.
@@ -56,7 +58,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Block, Dropout, run_blocks, sinusoid_table
+from attention import Block, Dropout, Mask, run_blocks, sinusoid_table
 from weights import Rule, WeightsError
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
@@ -299,6 +301,15 @@ class Encoder(nn.Module):
         tokens = self.embed(take_tubelets(video, visible, self.patch, self.tubelet).flatten(2))
         return tokens + (codes if visible is None else gather(codes, visible))
 
+    def packed(self, videos, visible, segments):
+        """Several clips in one row: lists of (1, C, T, H, W) and of (1, Nv), and the clip of each token, (1, sum
+        of Nv) int -> tokens (1, sum of Nv, D)."""
+        tubelets = [take_tubelets(video, index, self.patch, self.tubelet) for video, index in zip(videos, visible)]
+        codes = [gather(self.codes(self.grid_of(*video.shape[2:]), video), index)
+                 for video, index in zip(videos, visible)]
+        tokens = self.embed(torch.cat(tubelets, dim=1).flatten(2)) + torch.cat(codes, dim=1)
+        return self.norm(run_blocks(self.blocks, tokens, Mask(segments=segments), recompute=self.recompute))
+
 
 class Decoder(nn.Module):
     """Blocks over all positions, then norm and head for the last n of them."""
@@ -313,9 +324,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(size.decoder_width, outputs)
         self.recompute = False
 
-    def forward(self, tokens, n):
+    def forward(self, tokens, n, mask=None):
         """tokens (B, Nv + n, D/2) -> predictions for the last n, (B, n, P)."""
-        tokens = run_blocks(self.blocks, tokens, last=n, recompute=self.recompute)
+        tokens = run_blocks(self.blocks, tokens, mask, last=n, recompute=self.recompute)
         return self.head(self.norm(tokens))
 
 
@@ -390,13 +401,41 @@ class VideoMAE(nn.Module):
     def reconstruct(self, video, visible, wanted):
         """`forward` with token numbers in place of masks, (B, Nv) and (B, n): static shapes."""
         tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, D/2)
-        kind = "axes" if self.encoder.kind == "axes" else "sinusoid"
-        table = position_codes(kind, self.encoder.grid_of(*video.shape[2:]), self.encoder.patch,
-                               self.encoder.tubelet, tokens.shape[-1], video.device)
-        table = table.to(torch.promote_types(video.dtype, torch.float32))
+        table = self.decoder_codes(video)
         tokens = torch.cat([tokens + gather(table, visible),
                             self.mask_token + gather(table, wanted)], dim=1)
         return self.decoder(tokens, wanted.shape[1])
+
+    def decoder_codes(self, video):
+        """Position codes of the decoder for the grid of a video (B, C, T, H, W): (1, N, D/2)."""
+        table = position_codes("axes" if self.encoder.kind == "axes" else "sinusoid",
+                               self.encoder.grid_of(*video.shape[2:]), self.encoder.patch, self.encoder.tubelet,
+                               self.encoder_to_decoder.out_features, video.device)
+        return table.to(torch.promote_types(video.dtype, torch.float32))
+
+    def packed(self, videos, hidden):
+        """`forward` for clips that differ in length, size or mask ratio: all in one row, no padding.
+
+        videos   list of (C, T, H, W) float, ImageNet-normalised, each with its own T, H and W
+        hidden   list of (N,) bool, one for each, with any number of True
+        returns  (sum of Nm, P): what `forward` predicts for the first clip alone, then for the second ...
+
+        Sequence packing as in "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027,
+        Sec. 3) and, for images, NaViT (arXiv 2307.06304, Sec. 2).
+        """
+        videos = [video[None] for video in videos]
+        visible, wanted = zip(*(split(mask[None]) for mask in hidden))       # (1, Nv), (1, Nm) of each
+        clip = torch.arange(len(videos))
+        of_visible, of_wanted = (clip.repeat_interleave(torch.tensor([x.shape[1] for x in part]))[None]
+                                 for part in (visible, wanted))
+        visible, wanted = ([x.to(video.device) for x, video in zip(part, videos)] for part in (visible, wanted))
+        segments = torch.cat([of_visible, of_wanted], dim=1).to(videos[0].device)
+        encoded = self.encoder.packed(videos, visible, segments[:, :of_visible.shape[1]])
+        tables = [self.decoder_codes(video) for video in videos]
+        seen, asked = (torch.cat([gather(*pair) for pair in zip(tables, part)], dim=1) for part in (visible, wanted))
+        # All visible tokens, then all hidden ones: so the last block answers for hidden ones alone here, too.
+        tokens = torch.cat([self.encoder_to_decoder(encoded) + seen, self.mask_token + asked], dim=1)
+        return self.decoder(tokens, asked.shape[1], Mask(segments=segments))[0]
 
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks."""

@@ -223,6 +223,10 @@ class MAE(Stage):
                           "(paper: sinusoid)", choices=("axes", "sinusoid"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
+    pack_frames: str = flag("", "train on clips of several lengths, drawn for each clip, in one row without padding, "
+                            "as 4,6,8: at most --num-frames (paper: all the same)")
+    pack_ratios: str = flag("", "the same for mask ratios, as 0.6,0.75,0.9 (paper: all the same)")
+    pack = None  # both lists, once `build` has read them
 
     def build(self):
         if self.weights:
@@ -239,10 +243,21 @@ class MAE(Stage):
             except ValueError as error:
                 raise Mistake(f"--num-frames, --input-size: {error}") from None
         t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
-        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
-        if not 0 < int(self.mask_ratio * places) < places:
-            raise Mistake(f"--mask-ratio {self.mask_ratio}: must hide at least one of the {places} {unit} "
-                          "and leave at least one")
+        frames, ratios = numbers(self.pack_frames, "pack-frames"), numbers(self.pack_ratios, "pack-ratios", float)
+        for T in frames or ():
+            if T % model.encoder.tubelet or not 0 < T <= self.num_frames:
+                raise Mistake(f"--pack-frames {self.pack_frames}: {T} is not a multiple of {model.encoder.tubelet} "
+                              f"up to --num-frames {self.num_frames}")
+        if (frames or ratios) and (self.dual_mask or self.drop_path):
+            raise Mistake("--pack-frames, --pack-ratios: not with --dual-mask or --drop-path, which treat rows, not clips")
+        self.pack = (frames or [self.num_frames], ratios or [self.mask_ratio]) if frames or ratios else None
+        for name, values in (("mask-ratio", [self.mask_ratio]), ("pack-ratios", ratios or ())):
+            shortest = min(frames or [self.num_frames]) // model.encoder.tubelet
+            places, unit = (shortest, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
+            for ratio in values:
+                if not 0 < int(ratio * places) < places:
+                    raise Mistake(f"--{name} {ratio}: must hide at least one of the {places} {unit} "
+                                  "and leave at least one")
         if self.dual_mask and (h % 2 or w % 2):
             raise Mistake(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
         model.recompute(self.recompute)
@@ -253,6 +268,8 @@ class MAE(Stage):
 
     def loss(self, model, batch, rng):
         video = data.normalise(batch["video"], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+        if self.pack and model.training:
+            return self.packed_loss(model, video, rng)
         grid = model.encoder.grid_of(*video.shape[2:])
         rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
         hidden = mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
@@ -271,6 +288,22 @@ class MAE(Stage):
         if self.normalise and not model.training:
             metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target, weight)
         return loss, metrics
+
+    def packed_loss(self, model, video, rng):
+        """The mean over all hidden numbers of all clips, so that a long clip counts as much as its tubelets do."""
+        rows, mine = processes.joined(len(video))
+        patch, tubelet = model.encoder.patch, model.encoder.tubelet
+        lengths, ratios = ([choices[i] for i in torch.randint(len(choices), (rows,), generator=rng)] for choices in self.pack)
+        hidden = [mae.MASKS[self.mask_type](1, model.encoder.grid_of(T, *video.shape[3:]), ratio, rng)
+                  for T, ratio in zip(lengths, ratios)][mine]
+        videos = [clip[:, :T] for clip, T in zip(video, lengths[mine])]
+        target = torch.cat([mae.reconstruction_target(clip[None], mask, self.normalise, patch=patch, tubelet=tubelet)
+                            for clip, mask in zip(videos, hidden)], dim=1)[0]
+        with self.autocast():
+            prediction = model.packed(videos, [mask[0] for mask in hidden])
+        weight = torch.ones(len(target), device=video.device)
+        loss = mae.reconstruction_loss(prediction, target, weight, count=processes.mean(weight.sum()))
+        return loss, {"loss": loss.detach()}
 
     def note(self):
         if not self.normalise:
@@ -1329,13 +1362,14 @@ class Localise(Stage):
         return [folder / "segments.png"]
 
 
-def numbers(text, name):
+def numbers(text, name, kind=int):
     """"2,5,8" -> [2, 5, 8], "" -> None; Mistake where it is neither."""
+    one, example = (r"\d+", "2,5,8") if kind is int else (r"\d*\.?\d+", "0.6,0.75,0.9")
     if not text:
         return None
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise Mistake(f"--{name} {text}: give numbers with commas, as 2,5,8")
-    return [int(number) for number in text.split(",")]
+    if not re.fullmatch(f"{one}(,{one})*", text):
+        raise Mistake(f"--{name} {text}: give numbers with commas, as {example}")
+    return [kind(number) for number in text.split(",")]
 
 
 def accuracies(logits, answers):
