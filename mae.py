@@ -115,6 +115,15 @@ def take_tubelets(video, index, patch, tubelet):
     return cut[row, index // (h * w), index // w % h, index % w].flatten(3)
 
 
+def normalised(tubelets):
+    """Tubelets (B, n, 3, pixels) of uint8 -> float32, ImageNet-normalised; others are so already. Bytes are a
+    quarter of the traffic, and what is never looked at need not become a float: the encoder sees a tenth."""
+    if tubelets.dtype != torch.uint8:
+        return tubelets
+    mean, std = (torch.tensor(x, device=tubelets.device)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return tubelets.float().div_(255).sub_(mean).div_(std)
+
+
 def put_tubelets(video, index, tubelets, patch, tubelet):
     """The inverse of `take_tubelets`: a copy of the video with these tubelets painted in."""
     B, C, T, H, W = video.shape
@@ -298,13 +307,14 @@ class Encoder(nn.Module):
     def begin(self, video, visible=None):
         """The tokens before the first block: embedded tubelets and position codes, (B, Nv, D)."""
         codes = self.codes(self.grid_of(*video.shape[2:]), video)
-        tokens = self.embed(take_tubelets(video, visible, self.patch, self.tubelet).flatten(2))
+        tokens = self.embed(normalised(take_tubelets(video, visible, self.patch, self.tubelet)).flatten(2))
         return tokens + (codes if visible is None else gather(codes, visible))
 
     def packed(self, videos, visible, segments):
         """Several clips in one row: lists of (1, C, T, H, W) and of (1, Nv), and the clip of each token, (1, sum
         of Nv) int -> tokens (1, sum of Nv, D)."""
-        tubelets = [take_tubelets(video, index, self.patch, self.tubelet) for video, index in zip(videos, visible)]
+        tubelets = [normalised(take_tubelets(video, index, self.patch, self.tubelet))
+                    for video, index in zip(videos, visible)]
         codes = [gather(self.codes(self.grid_of(*video.shape[2:]), video), index)
                  for video, index in zip(videos, visible)]
         tokens = self.embed(torch.cat(tubelets, dim=1).flatten(2)) + torch.cat(codes, dim=1)
@@ -386,7 +396,7 @@ class VideoMAE(nn.Module):
     def forward(self, video, hidden, skipped=None):
         """Predict the hidden tubelets.
 
-        video    (B, C, T, H, W) float, ImageNet-normalised
+        video    (B, C, T, H, W) float, ImageNet-normalised, or uint8 as read from a file
         hidden   (B, N) bool, True = not shown to the encoder; the same count in every row
         skipped  (B, N) bool or None, True = not decoded (VideoMAE V2's dual mask). With it the
                  decoder predicts every token that is not skipped, hidden or not.
@@ -416,7 +426,7 @@ class VideoMAE(nn.Module):
     def packed(self, videos, hidden):
         """`forward` for clips that differ in length, size or mask ratio: all in one row, no padding.
 
-        videos   list of (C, T, H, W) float, ImageNet-normalised, each with its own T, H and W
+        videos   list of (C, T, H, W), each with its own T, H and W; float or uint8 as for `forward`
         hidden   list of (N,) bool, one for each, with any number of True
         returns  (sum of Nm, P): what `forward` predicts for the first clip alone, then for the second ...
 
@@ -611,7 +621,7 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
     """The pixels that the model shall paint (VideoMAE, Sec. 3.3; "Masked Autoencoders Are Scalable
     Vision Learners", arXiv 2111.06377, Sec. 3, Reconstruction target).
 
-    video      (B, 3, T, H, W) float, ImageNet-normalised
+    video      (B, 3, T, H, W) float, ImageNet-normalised, or uint8
     hidden     (B, N) bool, True = wanted here
     normalise  True: of every tubelet and channel, subtract the mean and divide by the standard
                deviation (unbiased; 1e-6 added after the root). False: pixels in [0, 1].
@@ -624,8 +634,12 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
     if (T // tubelet) * (H // patch) * (W // patch) != hidden.shape[1]:
         raise ValueError(f"a mask of {hidden.shape[1]} tokens does not fit a clip of {T} frames of "
                          f"{H} x {W} pixels in tubelets of {tubelet} x {patch} x {patch}")
-    _, wanted = split(hidden)
-    tubelets = wanted_tubelets(video, wanted.to(video.device), patch, tubelet)
+    return target_of(video, split(hidden)[1].to(video.device), normalise, patch, tubelet)
+
+
+def target_of(video, wanted, normalise, patch, tubelet):
+    """`reconstruction_target` with token numbers (B, Nm) in place of a mask: static shapes."""
+    tubelets = wanted_tubelets(video, wanted, patch, tubelet)
     if normalise:
         mean, std = tubelet_statistics(tubelets)
         tubelets = (tubelets - mean) / std
@@ -634,9 +648,9 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
 
 def wanted_tubelets(video, wanted, patch, tubelet):
     """Tubelets (B, Nm, 3, pixels) as colours in [0, 1]."""
-    mean, std = (torch.tensor(x, device=video.device).to(video.dtype)[:, None]
-                 for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return take_tubelets(video, wanted, patch, tubelet) * std + mean
+    tubelets = normalised(take_tubelets(video, wanted, patch, tubelet))  # and back: to the last bit as published
+    mean, std = (torch.tensor(x, device=video.device).to(tubelets.dtype)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return tubelets * std + mean
 
 
 def tubelet_statistics(tubelets):

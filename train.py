@@ -67,6 +67,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import annotations
+import attention
 import caption_decoder
 import clip_video
 import data
@@ -128,6 +129,14 @@ class Stage:
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
                           choices=("auto", "bf16", "fp32"))
+    attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and mask, see attention.choose",
+                          choices=("auto", "written_out", "fused", "flex"))
+    onednn: str = flag("auto", "CPU: float32 matrix products by oneDNN; auto = where a probe finds that faster and as exact",
+                       choices=("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half a minute and gains at "
+                        "most 4 percent", choices=("auto", "on", "off"))
+    cuda_graphs: bool = flag(False, "with --compile on CUDA: replay whole blocks as CUDA graphs, for small models; never "
+                             "tried on a GPU so far")
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
     workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0)
@@ -144,6 +153,10 @@ class Stage:
         """Run networks, not losses, in bfloat16 where --precision says so."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def faster(self, function):
+        """The function, compiled into one kernel where --compile says so."""
+        return compiled(function) if self.compile == "on" else function
 
     def batches(self, train_set, first):
         """What each micro-batch holds, from step `first` on; a function of (seed, step) alone."""
@@ -267,7 +280,7 @@ class MAE(Stage):
         return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, transform=self.transform)
 
     def loss(self, model, batch, rng):
-        video = data.normalise(batch["video"], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), still bytes
         if self.pack and model.training:
             return self.packed_loss(model, video, rng)
         grid = model.encoder.grid_of(*video.shape[2:])
@@ -280,7 +293,8 @@ class MAE(Stage):
             wanted = ~skipped
             weight = mae.gather(hidden[..., None], mae.split(wanted)[1])[..., 0].to(video.device)
             count = processes.mean(weight.float().sum()) if model.training else None
-        target = mae.reconstruction_target(video, wanted, self.normalise, patch=patch, tubelet=tubelet)
+        index = mae.split(wanted)[1].to(video.device)
+        target = self.faster(mae.target_of)(video, index, self.normalise, patch, tubelet)
         with self.autocast():
             prediction = model(video, hidden, skipped)
         loss = mae.reconstruction_loss(prediction, target, weight, count=count)
@@ -1592,6 +1606,61 @@ def choose_precision(name, device):
     return "bf16" if fast else "fp32"
 
 
+def choose_products(choice):
+    """Let oneDNN multiply float32 matrices on a CPU, or not -> "on" or "off", and why.
+
+    PyTorch's other library reaches half the rate of some AMD processors. The switch permits bfloat16 units,
+    which oneDNN takes only where there are AMX units; elsewhere it goes on in float32. So it is tried: one
+    product, which must be right to 1e-5 and clearly faster."""
+    setting = torch.backends.mkldnn.matmul
+    setting.fp32_precision = "none"
+    if choice == "off" or not torch.backends.mkldnn.is_available():
+        return "off", "as asked" if choice == "off" else "not there"
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    exact, seconds, error = a.double() @ b.double(), {}, {}
+    for precision in ("none", "bf16"):
+        setting.fp32_precision, tries = precision, []
+        for _ in range(8):
+            started = time.perf_counter()
+            product = a @ b
+            tries.append(time.perf_counter() - started)
+        seconds[precision] = min(tries)
+        error[precision] = float((product - exact).abs().max() / exact.abs().max())
+    gain = seconds["none"] / seconds["bf16"]
+    take = choice == "on" or (error["bf16"] < 1e-5 and gain > 1.2)
+    setting.fp32_precision = "bf16" if take else "none"
+    return "on" if take else "off", f"{gain:.1f} times as fast, error {error['bf16']:.0e} in place of {error['none']:.0e}"
+
+
+# Modules whose forward pass is compiled, each by itself; subclasses of Block too.
+COMPILED = (Block, caption_decoder.SelfBlock, caption_decoder.CrossBlock, fusion.CrossModelAttention)
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(function):
+    return torch.compile(function, fullgraph=True, backend=attention.BACKEND)
+
+
+def choose_compile(stage):
+    """"on" or "off", and why. Blocks of one shape share their code; the rest of the network stays as it is."""
+    cuda = stage.device.startswith("cuda")
+    if stage.compile == "off" or (stage.compile == "auto" and not cuda):
+        return "off", ""
+    if stage.shard:
+        return "off", "--shard moves weights in and out around each block, which cannot be compiled"
+    reason = attention.no_compiler("cuda" if cuda else "cpu")
+    return ("off", f"nothing can be compiled here: {reason}") if reason else ("on", "")
+
+
+def compile_blocks(model, cuda_graphs=False):
+    """Compile the blocks in place: names and weights stay. fullgraph: a graph break is an error, not a slow
+    block. One piece of code serves encoder and decoder, training and evaluation, so it may have many versions."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for module in model.modules():
+        if isinstance(module, COMPILED):
+            module.compile(fullgraph=True, backend=attention.BACKEND, **{"mode": "reduce-overhead"} if cuda_graphs else {})
+
+
 def memory_mib(device):
     """Most memory used so far, in MiB: of the GPU, or of this process."""
     if device.startswith("cuda"):
@@ -1612,7 +1681,7 @@ def clips_in(batch):
 # ------------------------------------------------------------------------------------------------
 # Checkpoints
 
-FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
+FREE_TO_CHANGE = {"attention", "onednn", "compile", "cuda_graphs", "out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
                   "eval_clips", "dry_run", "weights", "shard", "max_bad"}
 
 
@@ -1801,9 +1870,17 @@ def fit(stage, name):
     stage.out = str(out)
     stage.device = processes.start(choose_device(stage.device))
     stage.precision = choose_precision(stage.precision, stage.device)
+    stage.compile, why_compile = choose_compile(stage)
+    kernels = attention.use(stage.attention, stage.device)
+    if stage.device == "cpu":
+        stage.onednn, why_products = choose_products(stage.onednn)
+        if stage.attention == "flex" and stage.steps:
+            raise Mistake("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, written_out or fused")
     first_process = processes.rank() == 0
     torch.manual_seed(stage.seed)
     model = stage.build().to(stage.device)
+    if stage.compile == "on":
+        compile_blocks(model, stage.cuda_graphs)
     if stage.dry_run:
         return dry_run(stage, model)
     try:
@@ -1835,6 +1912,9 @@ def fit(stage, name):
     print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips, peak "
           f"lr {stage.lr or stage.blr * clips_per_step(stage) / 256:.2e}, {stage.device}, {stage.precision}{shared}, "
           f"{torch.get_num_threads()} threads -> {out}")
+    print(f"attention: {kernels}; blocks {'compiled' if stage.compile == 'on' else 'as they are'}"
+          + f" ({why_compile})" * bool(why_compile)
+          + (f"; oneDNN for float32 {stage.onednn} ({why_products})" if stage.device == "cpu" else ""))
     print("settings: " + json.dumps(dataclasses.asdict(stage)))
     if stage.note():
         print("note: " + stage.note())
@@ -1913,6 +1993,8 @@ def fit(stage, name):
                     raise data.DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
                                          f"{stage.max_bad}, the last: {reason}; `python data.py PATH` lists all such files")
                 files += batch.get("path", ())
+                if stage.cuda_graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
                 with processes.exchange(take_step, on=part == stage.accum - 1):
                     loss, values = take_step(to_device(batch, stage.device), generator(stage.seed, "loss", step, part))
                     (loss / stage.accum).backward()
