@@ -209,6 +209,8 @@ def flex(q, k, v, mask=None, scale=None):
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if grad and q.device.type == "cpu":
         raise ValueError("FlexAttention has no backward pass on a CPU: choose another kernel, or torch.no_grad()")
+    if not grad:  # what could have gradients is refused on a CPU, even where none are asked for
+        q, k, v = q.detach(), k.detach(), v.detach()
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     mask = mask if mask is not None and mask.kind else None
     blocks = None if mask is None else mask.blocks(len(q), q.shape[2], k.shape[2], q.device)

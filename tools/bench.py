@@ -380,7 +380,7 @@ def hugging_face(size, pixels, frames, attend):
         image_size=pixels, patch_size=size.patch, num_frames=frames, hidden_size=size.width, num_hidden_layers=size.depth,
         num_attention_heads=size.heads, intermediate_size=size.mlp_width, decoder_hidden_size=size.decoder_width,
         decoder_num_hidden_layers=size.decoder_depth, decoder_num_attention_heads=size.decoder_heads,
-        decoder_intermediate_size=size.decoder_mlp_width, attn_implementation=attend)
+        decoder_intermediate_size=size.decoder_mlp_width, use_mean_pooling=False, attn_implementation=attend)
     return VideoMAEForPreTraining(config)
 
 
@@ -485,10 +485,9 @@ def video_case(form):
             video = torch.randn(1, 3, 16, 224, 224, device=DEVICE)
     model.to(DEVICE).train(way == "train")
     start = {key: value.clone() for key, value in model.state_dict().items()}
-    forms = contextlib.ExitStack
 
     def loss():
-        with forms() as patches:
+        with contextlib.ExitStack() as patches:
             if name == "plain":
                 for place, plain in (
                         (uniformerv2.__name__ + ".fastest", lambda *_: "conv3d"),
@@ -507,6 +506,8 @@ def video_case(form):
             first.append(1)
             return step()
         return run
+
+    model.requires_grad_(False)
 
     @torch.no_grad()
     def run():
