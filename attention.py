@@ -524,7 +524,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp_width or 4 * width, activation, drop)
         self.drop_path = DropPath(drop_path)
-        self.gamma1 = self.gamma2 = 1.0
+        self.gamma1 = self.gamma2 = None
         if layer_scale is not None:
             self.gamma1 = nn.Parameter(torch.full((width,), float(layer_scale)))
             self.gamma2 = nn.Parameter(torch.full((width,), float(layer_scale)))
@@ -533,8 +533,10 @@ class Block(nn.Module):
         """x (B, N, D) -> (B, N, D), or (B, last, D): the output for the last `last` tokens alone,
         which still look at all N. It is the full result cut short, without the wasted work."""
         kept = x if last is None else x[:, -last:]
-        x = kept + self.drop_path(self.gamma1 * self.attn(self.norm1(x), mask=mask, last=last))
-        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+        seen = self.attn(self.norm1(x), mask=mask, last=last)
+        x = kept + self.drop_path(seen if self.gamma1 is None else self.gamma1 * seen)
+        digested = self.mlp(self.norm2(x))
+        return x + self.drop_path(digested if self.gamma2 is None else self.gamma2 * digested)
 
 
 def run_blocks(blocks, x, mask=None, last=None, recompute=False):

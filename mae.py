@@ -655,8 +655,9 @@ def wanted_tubelets(video, wanted, patch, tubelet):
 
 def tubelet_statistics(tubelets):
     """Mean, and standard deviation plus 1e-6, of each tubelet and channel: (B, Nm, 3, 1) each."""
-    var, mean = torch.var_mean(tubelets, dim=-1, keepdim=True)
-    return mean, var.sqrt() + 1e-6
+    mean = tubelets.mean(dim=-1, keepdim=True)
+    length = (tubelets - mean).norm(dim=-1, keepdim=True)  # on a CPU a tenth of the time of torch.var_mean
+    return mean, length / (tubelets.shape[-1] - 1) ** 0.5 + 1e-6
 
 
 def reconstruction_loss(prediction, target, weight=None, *, count=None):
@@ -668,11 +669,11 @@ def reconstruction_loss(prediction, target, weight=None, *, count=None):
     count               with weights, what the sum is divided by; default: their sum. When several
                         processes share a batch: the sum over all / processes.
     """
-    error = (prediction.float() - target.float()) ** 2 if prediction.dtype != torch.float64 \
-        else (prediction - target) ** 2
+    if prediction.dtype != torch.float64:
+        prediction, target = prediction.float(), target.float()
     if weight is None:
-        return error.mean()
-    weight = weight.to(error.dtype)
+        return F.mse_loss(prediction, target)
+    error, weight = (prediction - target) ** 2, weight.to(prediction.dtype)
     return (error.mean(dim=-1) * weight).sum() / (weight.sum() if count is None else count)
 
 
