@@ -114,8 +114,8 @@ class Mask:
     @property
     def rows(self):
         """B, or 1 where the mask is the same for all clips."""
-        return max((len(x) for x in (self.is_token, self.segments, self.query_segments, self.frames,
-                                     self.query_frames) if x is not None), default=1)
+        tensors = (self.is_token, self.segments, self.query_segments, self.frames, self.query_frames)
+        return max([1] + [len(x) for x in tensors if x is not None])
 
     def rule(self, rows, queries, keys, device):
         """The mask as a function: (row, head, query, key), all numbers, -> may it look? This is the
