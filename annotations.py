@@ -346,7 +346,10 @@ def _read_kinetics(path, names, records):
 def _read_msrvtt_list(path, ids):
     """A list of MSR-VTT's video ids, like the 9k training list; the sentences are in the JSON beside it."""
     for file in sorted(path.parent.glob("*.json")):
-        content = json.loads(_decode(file))
+        try:
+            content = json.loads(_decode(file))
+        except ValueError as error:
+            raise error if isinstance(error, DataError) else DataError(f"{file}: not JSON ({error})") from None
         if isinstance(content, dict) and {"videos", "sentences"} <= content.keys():
             rows = _msrvtt_rows(file, content, set(ids))
             return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
@@ -393,8 +396,13 @@ def _read_something(path, content):
     """Something-Something V2: the label is the template without its brackets, numbered by the labels file."""
     classes = None
     for file in sorted(path.parent.glob("*labels.json")):
-        numbers = json.loads(_decode(file))
-        classes = sorted(numbers, key=lambda name: int(numbers[name]))
+        try:
+            numbers = json.loads(_decode(file))
+            classes = sorted(numbers, key=lambda name: int(numbers[name]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{file}: not the file that numbers the templates ({error})") from None
+        if sorted(int(number) for number in numbers.values()) != list(range(len(numbers))):
+            raise DataError(f"{file}: its numbers are not 0 to {len(numbers) - 1}, each once")
     rows = []
     for number, item in enumerate(content, 1):
         if not isinstance(item.get("id"), (str, int)):

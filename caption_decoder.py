@@ -320,6 +320,10 @@ class CaptionDecoder(nn.Module):
         check_rotary(decoder, prefix, name)
         return decoder.eval()
 
+    def to_official(self):
+        """{official name: tensor}, what InternVideo's own code calls them."""
+        return weights.official(self, [Rule(key, "caption_decoder." + official_name(key)) for key in self.state_dict()])
+
 
 # ------------------------------------------------------------------------------------------------
 # Loss: be surprised as little as possible by the next word

@@ -54,7 +54,7 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tokenizers
@@ -68,7 +68,7 @@ import uniformerv2
 import weights
 from attention import Block, Mask, attention, quick_gelu, run_blocks
 from processes import gather_with_gradient, joined, piece
-from uniformerv2 import UniFormerV2, as_matrix, block_rules, official_rules, pairs
+from uniformerv2 import UniFormerV2, as_kernel, as_matrix, block_rules, official_rules, pairs
 from weights import Rule, WeightsError, commonest
 
 # Red, green, blue of pixels in [0, 1]. CLIP and InternVideo-MM were trained on clips normalised with
@@ -342,12 +342,15 @@ class TextTower(nn.Module):
     def forward(self, ids, hidden=None):
         """As `tokens` -> embedding (B, E), not normalised, and tokens (B, L, W)."""
         tokens = self.tokens(ids, hidden)
+        return self.proj(self.at_end(tokens, ids)), tokens
+
+    def at_end(self, tokens, ids):
+        """Of tokens (B, L, W), those at the end of each sentence of ids (B, L): (B, W), they have read all of it."""
         ends = ids if self.end is None else (ids == self.end).int()
         if self.end is not None and not ends.any(dim=1).all():
             raise ValueError(f"a text without its end, token {self.end}")
         place = ends.argmax(dim=1)                                           # (B,), the first one
-        ends = tokens.gather(1, place[:, None, None].expand(-1, 1, tokens.shape[2]))[:, 0]
-        return self.proj(ends), tokens
+        return tokens.gather(1, place[:, None, None].expand(-1, 1, tokens.shape[2]))[:, 0]
 
     def recompute(self, on=True):
         self._recompute = on
@@ -594,6 +597,18 @@ class VideoCLIP(nn.Module):
         model.unused = file.unused
         return model.eval()
 
+    def to_official(self):
+        """{official name: tensor}: InternVideo-MM's, OpenAI CLIP's or ViCLIP's, as `kind` is "video", "frames" or
+        "joint". Raises ValueError for what none of them has."""
+        config = self.config
+        if config["local_units"] or config["temporal_downsample"]:
+            raise ValueError("InternVideo's video-text models have no local units and no temporal downsampling; train with "
+                             "--local-units 0 --no-temporal-downsample")
+        if config["end"] not in (None, config["vocabulary"] - 1):
+            raise ValueError(f"token {config['end']} ends a text; officially it is the last of the vocabulary")
+        layout = {"video": "InternVideo-MM", "frames": "CLIP", "joint": "ViCLIP"}[self.kind]
+        return weights.official(self, key_map(self, layout))
+
 
 # What CLIP brought to the video model, by our names: the published list, but for the blocks. It names blocks 0
 # to 11 only, so that of L/14 half the visual ones are left out.
@@ -785,6 +800,18 @@ def zero_shot(video, classes, logit_scale, combine="probabilities"):
     return (logit_scale.exp() * cosines).softmax(dim=-1).mean(dim=1)
 
 
+def choose(model, video, options):
+    """Multiple choice: the sentence whose cosine with the video is the largest (InternVideo, Sec. 4.4, video-text
+    multiple choice).
+
+    video    (B, C, T, H, W), as `VideoCLIP.encode_video`
+    options  for each video the token numbers of its sentences, (n, L) int64
+    returns  (B,) int64, the place of the chosen one; of equal ones the first
+    """
+    seen = F.normalize(model.encode_video(video).float(), dim=-1)
+    return torch.stack([(F.normalize(model.encode_text(ids).float(), dim=-1) @ one).argmax() for one, ids in zip(seen, options)])
+
+
 def retrieval_metrics(similarity, owner=None, grouped=False):
     """How well videos are found by text (t2v) and text by videos (v2t).
 
@@ -916,12 +943,7 @@ class OfficialFile:
 
     def spell(self, name):
         """What this file calls the tensor that OpenAI calls `name`; several in a tuple."""
-        for pattern, replacement in SPELLINGS[self.layout]:
-            name = re.sub(pattern, replacement, name)
-        if "{" in name:
-            before, middle, after = re.split("[{}]", self.prefix + name)
-            return tuple(before + part + after for part in middle.split(","))
-        return self.prefix + name
+        return spell(name, self.layout, self.prefix)
 
     def depth(self, blocks):
         return weights.depth_of(self.tensors, self.spell(blocks))
@@ -976,28 +998,44 @@ class OfficialFile:
 
     def rules(self, model):
         """The key map, in network order."""
-        flip = None if self.layout == "Hugging Face CLIP" else transposed
-        if model.kind == "joint":
-            frames = len(model.visual.times)
-            eyes = [Rule("embed.weight", "conv1.weight", as_matrix), Rule("class_token", "class_embedding"),
-                    Rule("positions", "positional_embedding"),
-                    Rule("times", "temporal_positional_embedding", lambda table: resize_times(table, frames)),
-                    *pairs("norm_pre.", "ln_pre.")]
-            for i in range(len(model.visual.blocks)):
-                eyes += block_rules(f"blocks.{i}.", f"transformer.resblocks.{i}.")
-        else:
-            eyes = official_rules(model.visual)
-        rules = [Rule("visual." + rule.ours, "visual." + rule.official, rule.convert) for rule in eyes]
-        rules += pairs("visual_norm.", "visual.ln_post.") + [
-            Rule("visual_proj.weight", "visual.proj", flip), Rule("scale", "logit_scale"),
-            Rule("text.embed.weight", "token_embedding.weight"),
-            Rule("text.positions", "positional_embedding")]
-        if model.config["masked_text"]:
-            rules.append(Rule("text.mask_embedding", "text_mask_embedding"))
-        for i in range(len(model.text.blocks)):
-            rules += block_rules(f"text.blocks.{i}.", f"transformer.resblocks.{i}.")
-        rules += pairs("text.norm.", "ln_final.") + [Rule("text.proj.weight", "text_projection", flip)]
-        return [Rule(rule.ours, self.spell(rule.official), rule.convert) for rule in rules]
+        return key_map(model, self.layout, self.prefix)
+
+
+def spell(name, layout, prefix=""):
+    """What a layout calls the tensor that OpenAI calls `name`; several in a tuple."""
+    for pattern, replacement in SPELLINGS[layout]:
+        name = re.sub(pattern, replacement, name)
+    if "{" in name:
+        before, middle, after = re.split("[{}]", prefix + name)
+        return tuple(before + part + after for part in middle.split(","))
+    return prefix + name
+
+
+def key_map(model, layout, prefix=""):
+    """The rules, in network order."""
+    flip = (None, None) if layout == "Hugging Face CLIP" else (transposed, transposed)
+    if model.kind == "joint":
+        frames, p = len(model.visual.times), model.visual.patch
+        eyes = [Rule("embed.weight", "conv1.weight", as_matrix, as_kernel(-1, 1, p, p)), Rule("class_token", "class_embedding"),
+                Rule("positions", "positional_embedding"),
+                Rule("times", "temporal_positional_embedding", lambda table: resize_times(table, frames),
+                     lambda table: table[None]),
+                *pairs("norm_pre.", "ln_pre.")]
+        for i in range(len(model.visual.blocks)):
+            eyes += block_rules(f"blocks.{i}.", f"transformer.resblocks.{i}.")
+    else:
+        eyes = official_rules(model.visual)
+    rules = [replace(rule, ours="visual." + rule.ours, official="visual." + rule.official) for rule in eyes]
+    rules += pairs("visual_norm.", "visual.ln_post.") + [
+        Rule("visual_proj.weight", "visual.proj", *flip), Rule("scale", "logit_scale"),
+        Rule("text.embed.weight", "token_embedding.weight"),
+        Rule("text.positions", "positional_embedding")]
+    if model.config["masked_text"]:
+        rules.append(Rule("text.mask_embedding", "text_mask_embedding"))
+    for i in range(len(model.text.blocks)):
+        rules += block_rules(f"text.blocks.{i}.", f"transformer.resblocks.{i}.")
+    rules += pairs("text.norm.", "ln_final.") + [Rule("text.proj.weight", "text_projection", *flip)]
+    return [replace(rule, official=spell(rule.official, layout, prefix)) for rule in rules]
 
 
 def transposed(matrix):

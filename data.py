@@ -196,6 +196,51 @@ def still(facts, frames, rng):
     return number, f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
 
 
+def choices(facts, rng):
+    """Five sentences of which one fits a clip with these facts -> (list of str, place of the right one).
+
+    The wrong ones differ in one fact each: the motion reversed, another motion, another shape, another colour.
+    """
+    said = {key: facts[key] for key in ("motion", "shape", "colour")}
+    twin = MOTIONS[MOTIONS.index(said["motion"]) ^ 1]
+    others = [("motion", [twin]), ("motion", [motion for motion in MOTIONS if motion not in (said["motion"], twin)]),
+              ("shape", [shape for shape in SHAPES if shape != said["shape"]]),
+              ("colour", [colour for colour in COLOURS if colour != said["colour"]])]
+    sentences = [describe(said, rng)] + [describe(said | {fact: rng.choice(values).item()}, rng) for fact, values in others]
+    order = rng.permutation(5)
+    return [sentences[i] for i in order], int(order.argmin())
+
+
+def ask(facts, rng):
+    """A question about a clip with these facts, and its answer, drawn by a numpy Generator.
+
+    Five kinds, told by their first two words: "what happens", "which way" (of what goes or turns; else the first
+    kind again), "what shape", "what colour", and "is it" true that ..., which is true of half. What is
+    false differs in one fact alone, of motions the reversed one. No question gives away what it asks for.
+    """
+    motion, shape, colour = facts["motion"], facts["shape"], facts["colour"]
+    kind = rng.integers(5)
+    if kind == 1 and motion in ("right", "left", "down", "up"):
+        return f"which way does the {colour} {shape} go?", motion
+    if kind == 1 and "clockwise" in motion:
+        return f"which way does the {colour} {shape} turn?", motion.split()[-1]
+    if kind < 2:
+        return "what happens?", motion
+    if kind == 2:
+        return ("what shape is it?", f"what shape is {colour}?")[rng.integers(2)], shape
+    if kind == 3:
+        return ("what colour is it?", f"what colour is the {shape}?")[rng.integers(2)], colour
+    said, true = {"motion": motion, "shape": shape, "colour": colour}, bool(rng.integers(2))
+    if not true:
+        fact = ("motion", "shape", "colour")[rng.integers(3)]
+        others = {"motion": [MOTIONS[MOTIONS.index(motion) ^ 1]], "shape": SHAPES, "colour": COLOURS}[fact]
+        said[fact] = rng.choice([other for other in others if other != said[fact]]).item()
+    told = f"{said['colour']} {said['shape']}"
+    article = "two" if motion in ("meet", "part") else "an" if told[0] in "aeiou" else "a"
+    told = f"two {said['colour']} {_PLURALS[said['shape']]}" if article == "two" else f"{article} {told}"
+    return f"is it true that {told} {rng.choice(MOTION_PHRASES[said['motion']]).item()}?", ("no", "yes")[true]
+
+
 def parse_caption(sentence):
     """The facts that a sentence states: a dict with any of "motion", "shape", "colour", "size".
 
@@ -268,15 +313,18 @@ class Scene:
         return dataclasses.replace(self, forward=not self.forward, rest=self.rest[::-1], **flipped)
 
 
-def draw_scene(rng, frames, height, width, looks):
+def draw_scene(rng, frames, height, width, looks, motion=None):
     """Draw a `Scene`; flipping time leaves its distribution as it is (rng: numpy Generator).
 
     looks   sequence of (shape, colour) to choose from
+    motion  one of MOTIONS; None = any
 
     Direction of time and of drift are fair coins, shake and noise are independent from frame to
     frame, and everything else is constant: nothing is left that could know where time points.
     """
     pair, forward = int(rng.integers(len(PAIRS))), bool(rng.integers(2))
+    if motion is not None:
+        pair, forward = MOTIONS.index(motion) // 2, MOTIONS.index(motion) % 2 == 0
     shape, colour = looks[rng.integers(len(looks))]
     size = ("small", "large")[rng.integers(2)]
     short = min(height, width)
@@ -559,6 +607,47 @@ class StillShapes(MovingShapes):
         number, caption = still(scene.facts, self.frames, rng)
         return {"video": render(scene, [number]), "label": MOTIONS.index(scene.motion),
                 "facts": scene.facts, "caption": caption}
+
+
+class ActShapes(MovingShapes):
+    """Clips of two acts: a shape does one thing, then, in another shot, another. The sentences name both, in words
+    that tell which came first.
+
+    frames   of both acts together, 2 or more
+
+    self[i]  {"video": uint8 (T, H, W, 3), "label": int motion of the first act, "caption": str}. Clips 2k and 2k+1
+             have the same shape, colour and motions, in either order: who knows all but the order is right
+             in half of them.
+    """
+
+    TEMPLATES = ("{it} {first}, then it {second}", "{it} {first} and later {second}", "first {it} {first}, then it {second}",
+                 "{it} {second}, but before that it {first}")
+
+    def __getitem__(self, index):
+        drawn = self._rng(operator.index(index) // 2)
+        look = self.looks[drawn.integers(len(self.looks))]
+        alone = [motion for motion in MOTIONS if motion not in ("meet", "part")]  # these two need two shapes
+        motions = drawn.permutation(alone)[:2].tolist()
+        rng, acts = np.random.default_rng((self.seed, SPLITS.index(self.split), index, 2)), []
+        for motion, frames in zip(motions[::-1] if index % 2 else motions, (self.frames // 2, -(-self.frames // 2))):
+            acts.append(draw_scene(rng, frames, *self.size, [look], motion))
+        verbs = [rng.choice(MOTION_PHRASES[scene.motion]).item() for scene in acts]
+        it = f"{'an' if look[1][0] in 'aeiou' else 'a'} {look[1]} {look[0]}"
+        return {"video": np.concatenate([render(scene) for scene in acts]), "label": MOTIONS.index(acts[0].motion),
+                "caption": rng.choice(self.TEMPLATES).item().format(it=it, first=verbs[0], second=verbs[1])}
+
+
+class QuestionShapes(MovingShapes):
+    """Clips of the same world with a question about each.
+
+    self[i]  as MovingShapes, and "question": str, "answer": str. See `ask`
+    """
+
+    def __getitem__(self, index):
+        scene, rng = self._draw(index)
+        question, answer = ask(scene.facts, rng)
+        return {"video": render(scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
+                "question": question, "answer": answer}
 
 
 class LongShapes(MovingShapes):
@@ -1306,13 +1395,15 @@ class VideoFiles(_Clips):
         if part not in ("all", "train", "val"):
             raise DataError(f"no part {part!r}: choose all, train or val")
         self.prepare(frames, size, stride, sampling, train, **recipe)
-        self.source = str(source)
+        self.source, self.told = str(source), None
         self.kind, rows, official = annotations.read(source)
         labels = [row.label for row in rows]
         self.classes, number = annotations.number_labels(source, labels, classes or official)
         if len({row.split for row in rows}) > 1:
             own = {"all": "train" if train else "val"}.get(part, part)
             rows = [row for row in rows if row.split == own]
+            if not rows:
+                raise DataError(f"{source}: gives some files a split, and none the split {own}")
             self.kind += f", its {own} split"
         elif part != "all":
             rows = split_files(rows)[part == "val"]
@@ -1332,6 +1423,17 @@ class VideoFiles(_Clips):
         self.rows, self.items = [self.rows[i] for i in kept], [
             (self.items[i][0], names.index(self.classes[self.items[i][1]])) for i in kept]
         self.captions, self.classes = self.captions and [self.captions[i] for i in kept], list(names)
+        return self
+
+    def by_video(self):
+        """One item for each video, whatever number of captions it has: the item's "captions" is a tuple of all, its
+        "caption" the first. Returns self."""
+        told, first = {}, {}
+        for i, row in enumerate(self.rows):
+            told.setdefault(row.path, []).append(row.caption)
+            first.setdefault(row.path, i)
+        self.rows, self.items = [self.rows[i] for i in first.values()], [self.items[i] for i in first.values()]
+        self.captions, self.told = [row.caption for row in self.rows], {path: tuple(texts) for path, texts in told.items()}
         return self
 
     def __len__(self):
@@ -1359,6 +1461,8 @@ class VideoFiles(_Clips):
             item = {"video": None, "label": label, "path": path, "bad": bad}
             item |= {key: getattr(self.rows[place], key) for key in ("caption", "question", "answer", "candidates")
                      if getattr(self.rows[place], key) is not None}
+            if self.told:
+                item["captions"] = self.told[path]
             try:
                 item["video"] = self.clip(path, (self.seed, index, epoch) if self.train else None)
                 return item
@@ -1558,8 +1662,8 @@ def _collate(items):
         if isinstance(item, DataError):
             return item
     good = [item for item in items if item["video"] is not None]
-    batch = {key: [item[key] for item in good] for key in ("caption", "path", "facts", "question", "answer", "candidates")
-             if good and key in good[0]}
+    batch = {key: [item[key] for item in good] for key in ("caption", "captions", "path", "facts", "question", "answer",
+                                                          "candidates") if good and key in good[0]}
     batch["bad"] = [entry for item in items for entry in item.get("bad", ())]
     batch["label"] = torch.tensor([item["label"] for item in good], dtype=torch.int64)
     batch["video"] = torch.from_numpy(np.stack([item["video"] for item in good])) if good else None

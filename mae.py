@@ -489,13 +489,12 @@ class VideoMAE(nn.Module):
         size = replace(size, decoder_width=decoder_width, decoder_depth=file.depth("decoder.blocks."),
                        decoder_heads=decoder_heads or file.heads(decoder_width, "decoder_heads"),
                        decoder_mlp_width=file.mlp_width("decoder.blocks."))
-        rules = (file.encoder_rules(size, options) + file.pairs("encoder.norm.", "encoder.norm.")
-                 + [Rule("encoder_to_decoder.weight", "encoder_to_decoder.weight"),
-                    Rule("mask_token", "mask_token")]
-                 + file.block_rules("decoder.blocks.", size.decoder_depth, options)
-                 + file.pairs("decoder.norm.", "decoder.norm.")
-                 + file.pairs("decoder.head.", "decoder.head."))
+        rules = file.pretraining_rules(size, options)
         return weights.fill(cls(size, **options), file.tensors, rules, name=file.name).eval()
+
+    def to_official(self):
+        """{official name: tensor}, what VideoMAE's own code calls them. Raises ValueError for positions by axes."""
+        return weights.official(self, Names().pretraining_rules(Size(**self.config["size"]), published(self.config)))
 
 
 class VideoClassifier(nn.Module):
@@ -596,7 +595,6 @@ class VideoClassifier(nn.Module):
             raise WeightsError(f"{file.name}: a pretraining file, without a classifier; it loads with "
                                "VideoMAE.from_official")
         size, options = file.encoder(heads, frames, image_size, positions)
-        norms = ("fc_norm.", "encoder.norm.")
         pool = "mean"
         if not file.has("fc_norm.weight") and file.spell("encoder.norm.weight") in file.tensors:
             pool = "first"
@@ -606,11 +604,15 @@ class VideoClassifier(nn.Module):
             shapes = {file.spell(key): tuple(file.tensors[file.spell(key)].shape) for key in head}
             raise WeightsError(f"{file.name}: wrong shape: the head's tensors disagree: {shapes}")
         classes = classes[0] if head else 0
-        norm = norms[pool == "first"]
-        rules = (file.encoder_rules(size, options) + file.pairs(norm, norm)
-                 + (file.pairs("head.", "head.") if classes else []))
+        rules = file.classifier_rules(size, options, pool, classes)
         model = cls(size, classes=classes, pool=pool, **options)
         return weights.fill(model, file.tensors, rules, name=file.name).eval()
+
+    def to_official(self):
+        """{official name: tensor}, what VideoMAE's own code calls them. Raises ValueError for positions by axes."""
+        size = Size(**self.config["size"])
+        rules = Names(FINE_TUNED).classifier_rules(size, published(self.config), self.pool, self.config["classes"])
+        return weights.official(self, rules)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -705,31 +707,83 @@ FINE_TUNED = ((r"^encoder\.", ""),)  # the official classifier is the encoder, w
 USUAL_HEADS = {640: 8, 1280: 16, 1408: 16, 1664: 16}
 
 
-class OfficialFile:
+class Names:
+    """How a family calls the tensors of the official pretraining model, and the key maps in its spelling."""
+
+    def __init__(self, respellings=()):
+        self.respellings = respellings
+
+    def spell(self, name):
+        """What this family calls the tensor that the official pretraining model calls `name`."""
+        for pattern, replacement in self.respellings:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def rule(self, ours, official, convert=None, back=None):
+        """A weights.Rule in this spelling."""
+        name = self.spell(official)
+        if "{" in name:
+            before, middle, after = re.split("[{}]", name)
+            name = tuple(before + part + after for part in middle.split(","))
+        return Rule(ours, name, convert, back)
+
+    def pairs(self, ours, official):
+        return [self.rule(ours + part, official + part) for part in ("weight", "bias")]
+
+    def pretraining_rules(self, size, options):
+        """Key map of VideoMAE."""
+        return (self.encoder_rules(size, options) + self.pairs("encoder.norm.", "encoder.norm.")
+                + [Rule("encoder_to_decoder.weight", "encoder_to_decoder.weight"), Rule("mask_token", "mask_token")]
+                + self.block_rules("decoder.blocks.", size.decoder_depth, options)
+                + self.pairs("decoder.norm.", "decoder.norm.") + self.pairs("decoder.head.", "decoder.head."))
+
+    def classifier_rules(self, size, options, pool, classes):
+        """Key map of VideoClassifier."""
+        norm = {"mean": "fc_norm.", "first": "encoder.norm."}[pool]
+        return (self.encoder_rules(size, options) + self.pairs(norm, norm)
+                + (self.pairs("head.", "head.") if classes else []))
+
+    def encoder_rules(self, size, options):
+        """Key map of embedding and blocks."""
+        kernel = "encoder.patch_embed.proj."
+        stored = [Rule("encoder.stored", "pos_embed")] if options["positions"] == "stored" else []
+        shape = (options["channels"], options["tubelet"], size.patch, size.patch)
+        return ([self.rule("encoder.embed.weight", kernel + "weight", kernel_as_matrix, lambda matrix: matrix.unflatten(1, shape)),
+                 self.rule("encoder.embed.bias", kernel + "bias")] + stored
+                + self.block_rules("encoder.blocks.", size.depth, options))
+
+    def block_rules(self, blocks, depth, options):
+        """Key map of `depth` blocks, in network order; our names are the official ones but for
+        temperature and gamma."""
+        rules = []
+        for i in range(depth):
+            a = f"{blocks}{i}."
+            rules += self.pairs(a + "norm1.", a + "norm1.")
+            rules.append(self.rule(a + "attn.qkv.weight", a + "attn.qkv.weight"))
+            if options["bias"] == "qv":
+                rules += [self.rule(a + name, a + name) for name in ("attn.q_bias", "attn.v_bias")]
+            if options["cosine"]:
+                rules.append(self.rule(a + "attn.temperature", a + "attn.scale"))
+            rules += self.pairs(a + "attn.proj.", a + "attn.proj.")
+            if options["layer_scale"] is not None:
+                rules += [self.rule(a + f"gamma{n}", a + f"gamma_{n}") for n in (1, 2)]
+            for part in ("norm2.", "mlp.fc1.", "mlp.fc2."):
+                rules += self.pairs(a + part, a + part)
+        return rules
+
+
+class OfficialFile(Names):
     """An official file, seen through the names of the official pretraining model."""
 
     def __init__(self, source, pretraining):
         self.tensors, self.config = weights.read(source)
         self.name = "the dict of weights" if isinstance(source, dict) else str(source)
         self.hugging_face = any(key.startswith("videomae.") for key in self.tensors)
-        self.respellings = () if pretraining else FINE_TUNED
+        respellings = () if pretraining else FINE_TUNED
         if self.hugging_face:
             new = any(key.endswith("attention.query.bias") for key in self.tensors)
-            self.respellings = HUGGING_FACE_5 if new else HUGGING_FACE
-
-    def spell(self, name):
-        """What this file calls the tensor that the official pretraining model calls `name`."""
-        for pattern, replacement in self.respellings:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def rule(self, ours, official, convert=None):
-        """A weights.Rule in this file's spelling."""
-        name = self.spell(official)
-        if "{" in name:
-            before, middle, after = re.split("[{}]", name)
-            name = tuple(before + part + after for part in middle.split(","))
-        return Rule(ours, name, convert)
+            respellings = HUGGING_FACE_5 if new else HUGGING_FACE
+        super().__init__(respellings)
 
     def sizes(self, name, axis=0, blocks=None):
         """What a tensor, or the same tensor of each block, says about a size: the majority wins, so
@@ -785,35 +839,12 @@ class OfficialFile:
             eps=1e-12 if self.hugging_face else 1e-6, head_eps=1e-5 if self.hugging_face else 1e-6)
         return size, options
 
-    def pairs(self, ours, official):
-        return [self.rule(ours + part, official + part) for part in ("weight", "bias")]
 
-    def encoder_rules(self, size, options):
-        """Key map of embedding and blocks."""
-        kernel = "encoder.patch_embed.proj."
-        stored = [Rule("encoder.stored", "pos_embed")] if options["positions"] == "stored" else []
-        return ([self.rule("encoder.embed.weight", kernel + "weight", kernel_as_matrix),
-                 self.rule("encoder.embed.bias", kernel + "bias")] + stored
-                + self.block_rules("encoder.blocks.", size.depth, options))
-
-    def block_rules(self, blocks, depth, options):
-        """Key map of `depth` blocks, in network order; our names are the official ones but for
-        temperature and gamma."""
-        rules = []
-        for i in range(depth):
-            a = f"{blocks}{i}."
-            rules += self.pairs(a + "norm1.", a + "norm1.")
-            rules.append(self.rule(a + "attn.qkv.weight", a + "attn.qkv.weight"))
-            if options["bias"] == "qv":
-                rules += [self.rule(a + name, a + name) for name in ("attn.q_bias", "attn.v_bias")]
-            if options["cosine"]:
-                rules.append(self.rule(a + "attn.temperature", a + "attn.scale"))
-            rules += self.pairs(a + "attn.proj.", a + "attn.proj.")
-            if options["layer_scale"] is not None:
-                rules += [self.rule(a + f"gamma{n}", a + f"gamma_{n}") for n in (1, 2)]
-            for part in ("norm2.", "mlp.fc1.", "mlp.fc2."):
-                rules += self.pairs(a + part, a + part)
-        return rules
+def published(config):
+    """The configuration, where the official code can express it; ValueError where not."""
+    if config["positions"] not in ("sinusoid", "stored"):
+        raise ValueError(f"position codes {config['positions']!r} are unknown to the official code; train with --positions sinusoid")
+    return config
 
 
 def kernel_as_matrix(kernel):

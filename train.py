@@ -8,6 +8,7 @@
     python train.py classify --weights RUN --data DIR       fine-tune or probe either encoder
     python train.py fuse --masked RUN --multimodal RUN      the bridge between two of them
     python train.py localise --weights RUN         what happens when, in long videos; the encoder stays frozen
+    python train.py answer --weights RUN           questions about videos
     python train.py mae --steps 0 --weights RUN    evaluate only
     python train.py mae --resume          go on where the last run stopped
     torchrun --nproc-per-node 8 train.py mae --data DIR     the same on eight GPUs; see processes.py
@@ -70,6 +71,7 @@ from tqdm import tqdm
 import annotations
 import attention
 import caption_decoder
+import caption_metrics
 import clip_video
 import data
 import draw
@@ -77,6 +79,7 @@ import fusion
 import localise
 import mae
 import processes
+import question_answering
 import uniformerv2
 import weights
 from attention import Attention, Block
@@ -108,7 +111,8 @@ class Stage:
     val_data: str = flag("", "the same for evaluation; default: every tenth file of --data")
     out: str = flag("", "folder for logs, weights and pictures; default: runs/<stage>")
     weights: str = flag("", "start from these weights: a run's folder or an official file")
-    resume: bool = flag(False, "go on from last.pt in --out; starts anew where there is none")
+    resume: bool = flag(False, "go on from the newest good checkpoint in --out; starts anew where there is none, so that a "
+                               "cluster may start the same line again and again")
     keep: int = flag(2, "checkpoints to keep, last.pt included: should one be damaged, --resume takes the one before",
                      low=1)
     steps: int = flag(1000, "optimiser steps; 0 = evaluate only", low=0)
@@ -145,6 +149,7 @@ class Stage:
     decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
                         choices=("pyav", "torchcodec"))
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
+    eval_batch: int = flag(32, "clips at a time in evaluation, per process; no number depends on --batch-size", low=1)
     eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
     log_every: int = flag(10, "steps between lines of log.jsonl", low=1)
@@ -366,12 +371,17 @@ class VideoText(torch.nn.Module):
         return cls(clip_video.VideoCLIP.from_official(folder),
                    caption_decoder.CaptionDecoder.from_official(folder)).eval()
 
-    def encode(self, video, ids):
-        """video (B, C, T, H, W), ids (B, L) -> embeddings (B, E), (B, E), and what the decoder knows before
-        each word, (B, L-1, W). The loss needs no more, and each clip is treated alone."""
+    def to_official(self):
+        """{official name: tensor}, laid out like InternVideo's own file."""
+        clip = {"clip." + name: tensor for name, tensor in self.clip.to_official().items()}
+        return clip | self.caption_decoder.to_official()
+
+    def encode(self, video, ids, hidden=True):
+        """video (B, C, T, H, W), ids (B, L) -> embeddings (B, E), (B, E), and, where `hidden` is wanted, what the
+        decoder knows before each word, (B, L-1, W). The loss needs no more, and each clip is treated alone."""
         seen, tokens = self.clip.encode_video_tokens(video)
         read, words = self.clip.encode_text_tokens(ids)
-        return seen, read, self.caption_decoder.hidden(tokens.flatten(1, 2), words[:, :-1])
+        return (seen, read, self.caption_decoder.hidden(tokens.flatten(1, 2), words[:, :-1])) if hidden else (seen, read)
 
     def caption(self, video, tokenizer, maximum):
         """video (B, C, T, H, W), normalised -> B sentences, greedy."""
@@ -402,7 +412,8 @@ class Clip(Stage):
                       low=1)
     cache_size: int = flag(0, "gradient caching: pairs in memory at a time, equal to the large batch; 0 = all",
                            low=0)
-    eval_clips: int = flag(200, "held-out clips per evaluation; the first 100 for retrieval", low=1)
+    eval_clips: int = flag(200, "held-out clips per evaluation", low=1)
+    gallery: int = flag(100, "of these, the first so many for retrieval, which is the harder the more there are", low=2)
     eval_every: int = flag(1000, "steps between evaluations; 0 = five times in the run", low=0)
     merge: str = flag("", "with --steps 0: official weights, of the CLIP that --weights grew from, to average those with "
                           "(WiSE-FT)")
@@ -426,6 +437,7 @@ class Clip(Stage):
     vocabulary: int = flag(800, "most tokens of the vocabulary, learned from the captions (CLIP: 49,408)", low=515)
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside "
                               "--weights, or learned from the captions")
+    prompts: str = flag("", "files with classes: a text file of sentences with {} for the class name; default: the paper's 16")
     caption_depth: int = flag(2, "layers of the caption decoder (paper: 6)", low=1)
     queries: int = flag(8, "questions that the caption decoder asks the video (official: 256)", low=1)
     caption_weight: float = flag(1.0, "weight of the captioning loss (paper: 1)", low=0)
@@ -446,10 +458,7 @@ class Clip(Stage):
                           "the same memory")
         if self.kind != "video" and not self.weights:  # these two belong to UniFormerV2 alone
             self.local_units, self.temporal_downsample = 0, False
-        self.sets = clips(self, self.num_frames, self.input_size, self.sampling, flip=False, transform=self.transform)
-        if not self.data:
-            for world in self.sets:
-                world.told = self.motion_words
+        self.sets = self.open()
         if self.image_data and not self.image_every:
             raise Mistake("--image-data: --image-every 0 asks for no images; leave out one of the two")
         self.stills = self.images() if self.image_every else None
@@ -467,10 +476,21 @@ class Clip(Stage):
         if longer:
             print(f"{len(longer)} of {len(captions)} captions are longer than --context {self.context} tokens and "
                   f"are cut, as {longer[0][:60]!r}")
-        for part, frozen in ((model.clip.text, self.freeze_text), (model.clip.visual, self.freeze_visual)):
+        for part, frozen in ((model.clip.text, self.freeze_text), (model.clip.visual, self.freeze_visual),
+                             (model.caption_decoder, self.caption_weight == 0)):
             part.requires_grad_(not frozen)
         model.clip.recompute(self.recompute)
         return model
+
+    def open(self):
+        """(training set, held-out set); of the latter each video once, with all its captions."""
+        sets = clips(self, self.num_frames, self.input_size, self.sampling, flip=False, transform=self.transform)
+        if not self.data:
+            for world in sets:
+                world.told = self.motion_words
+        elif isinstance(sets[1], data.VideoFiles) and sets[1].captions and not sets[1].rows[0].candidates:
+            sets[1].by_video()
+        return sets
 
     def fresh(self, captions):
         """Everything from scratch, the vocabulary too."""
@@ -520,6 +540,8 @@ class Clip(Stage):
         for source in (*self.sets, self.stills):
             if not isinstance(source, (data.VideoFiles, data.VideoShards)):
                 continue
+            if source.captions is None and source.classes and not self.steps:
+                continue  # zero-shot recognition needs class names alone
             if source.captions is None:
                 raise Mistake(f"{source.source}: has no captions; give a CSV file with a header 'path,caption', or "
                               'a .jsonl file of {"path": ..., "caption": ...}')
@@ -529,7 +551,7 @@ class Clip(Stage):
             if source.missing:
                 print(f"{source.source}: {len(source.missing)} of {len(source)} files are missing and will be "
                       f"skipped, e.g. {source.missing[0]}")
-        captions = self.sets[0].captions if self.data else [
+        captions = self.sets[0].captions or [] if self.data else [
             data.describe(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
         return captions + (self.stills.captions if self.image_data else [])
 
@@ -559,19 +581,21 @@ class Clip(Stage):
 
         def encode(video, ids):
             with self.autocast():
-                return model.encode(video, ids)
+                return model.encode(video, ids, hidden=self.caption_weight > 0)
 
         cached = self.cache_size and torch.is_grad_enabled()
-        seen, read, hidden = clip_video.in_pieces(encode, self.cache_size, video, ids) if cached else encode(video, ids)
+        seen, read, *hidden = clip_video.in_pieces(encode, self.cache_size, video, ids) if cached else encode(video, ids)
         # Clips with the same caption are not each other's negatives, in whichever process they are.
         same = torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") for text in captions],
                             device=video.device)
         contrastive = clip_video.contrastive_loss(seen, read, model.clip.logit_scale, targets=same, gather=model.training)
+        kind = "image_" if image else ""
+        if not hidden:
+            return contrastive, {"loss": contrastive.detach(), kind + "contrastive": contrastive.detach()}
         count = processes.mean(is_token[:, 1:].sum()).clamp(min=1) if model.training else None
         with self.autocast():
-            caption = caption_decoder.chunked_caption_loss(model.caption_decoder, hidden, ids, is_token, count=count)
+            caption = caption_decoder.chunked_caption_loss(model.caption_decoder, hidden[0], ids, is_token, count=count)
         loss = contrastive + self.caption_weight * caption
-        kind = "image_" if image else ""
         return loss, {"loss": loss.detach(), kind + "contrastive": contrastive.detach(),
                       kind + "caption": caption.detach()}
 
@@ -590,12 +614,14 @@ class Clip(Stage):
 
     def evaluate(self, model, batches):
         """Losses, retrieval, and on moving shapes zero-shot classes and facts of the written captions; the
-        same for pairs of shape and colour that were never shown."""
+        same for pairs of shape and colour that were never shown. Of files without captions, zero-shot classes."""
+        if self.data and self.sets[1].captions is None:
+            return self.recognise(model, batches)
         classes = None if self.data else self.embed_facts(model)
         metrics = self.measure(model, batches, classes, "val_")
         if not self.data:
             world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
-            unseen = self.held_out(world, self.eval_clips, self.batch_size)
+            unseen = self.held_out(world, self.eval_clips, self.eval_batch)
             metrics |= self.measure(model, unseen, classes, "unseen_")
         return metrics
 
@@ -605,18 +631,20 @@ class Clip(Stage):
         for batch in batches:
             _, losses = self.loss(model, batch, generator(self.seed, "evaluation", batch["number"]))
             video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+            told = batch.get("captions") or [[text] for text in batch["caption"]]
             with self.autocast():
                 rows.append((batch["number"], len(video), {name: float(value) for name, value in losses.items()},
                              model.clip.encode_video(video),
-                             model.clip.encode_text(self.encode(batch["caption"], video.device)), batch.get("facts", []),
+                             model.clip.encode_text(self.encode(sum(map(list, told), []), video.device)), list(map(len, told)),
+                             batch.get("facts", []),
                              model.caption(video, self.words, self.context - 1) if "facts" in batch else []))
         rows = processes.collect(rows, self.device)
         metrics = weighted_mean(rows)
-        *_, seen, read, facts, said = zip(*rows)
+        *_, seen, read, told, facts, said = zip(*rows)
         found = {"facts": sum(facts, []), "said": sum(said, [])}
         seen, read = (torch.nn.functional.normalize(torch.cat(part).float(), dim=-1) for part in (seen, read))
-        ranks = clip_video.retrieval_metrics(model.clip.logit_scale.exp() * read[:100] @ seen[:100].T)
-        metrics |= {key: value for key, value in ranks.items() if key.endswith("R@1")}
+        self.ranks = self.retrieval(model, seen, read, sum(told, []))
+        metrics |= {key: value for key, value in self.ranks.items() if key.endswith("R@1")}
         if found["facts"]:
             for fact, names in FACTS.items():
                 chosen = clip_video.zero_shot(seen, classes[fact], model.clip.logit_scale, "embeddings").argmax(dim=1)
@@ -627,6 +655,68 @@ class Clip(Stage):
             metrics |= {f"captions_{fact}": 100 * float(share) for fact, share in zip(FACTS, right.mean(axis=0))}
             metrics["captions_all_three"] = 100 * float(right.all(axis=1).mean())
         return {prefix + name: value for name, value in metrics.items()}
+
+    def recognise(self, model, batches):
+        """Zero-shot recognition of the files' classes, by their names in every prompt -> {name: percent}."""
+        names = [name.replace("_", " ") for name in self.sets[1].classes]
+        with self.autocast():
+            classes = clip_video.embed_classes(model.clip, self.words, names, self.sentences())
+        rows = []
+        for batch in batches:
+            with self.autocast():
+                seen = model.clip.encode_video(data.normalise(batch["video"], model.clip.mean, model.clip.std))
+            rows.append((batch["number"], clip_video.zero_shot(seen.float(), classes.float(), model.clip.logit_scale), batch["label"]))
+        _, shares, labels = zip(*processes.collect(rows, self.device))
+        found = accuracies({"label": torch.cat(shares)}, {"label": torch.cat(labels)})
+        return {f"zero_shot_{name}": value for name, value in found.items()}
+
+    def sentences(self):
+        """What class names are put into: the lines of --prompts, or InternVideo's 16."""
+        if not self.prompts:
+            return clip_video.PROMPTS
+        try:
+            lines = [line.strip() for line in Path(self.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise Mistake(f"--prompts {self.prompts}: {error}") from None
+        if not lines or not all("{}" in line for line in lines):
+            raise Mistake(f"--prompts {self.prompts}: needs a sentence on each line, with {{}} where the class name goes")
+        return lines
+
+    def retrieval(self, model, seen, read, told):
+        """Ranks among the first `gallery` videos and all of their captions; told: how many each video has."""
+        count = min(self.gallery, len(told))
+        owner = torch.arange(count).repeat_interleave(torch.tensor(told[:count]))
+        similarity = model.clip.logit_scale.exp() * read[:len(owner)] @ seen[:count].T
+        return clip_video.retrieval_metrics(similarity, owner, grouped=True)
+
+    def finish(self, model):
+        """Multiple choice, zero-shot recognition, and the captions scored against all that is told of each clip."""
+        choices, said = [], []
+        if self.data and self.sets[1].captions is None:
+            return {}
+        for batch in self.held_out(self.sets[1], self.eval_clips, self.eval_batch):
+            video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+            number = range(batch["number"] * self.eval_batch, self.eval_clips)
+            if "facts" in batch:
+                asked = [data.choices(facts, np.random.default_rng((self.seed, i))) for facts, i in zip(batch["facts"], number)]
+            else:
+                asked = [(options, options.index(text)) for options, text in zip(batch.get("candidates", ()), batch["caption"])]
+            with self.autocast():
+                if asked:
+                    chosen = clip_video.choose(model.clip, video, [self.encode(list(options), video.device) for options, _ in asked])
+                    choices += [(batch["number"], [c == right for c, (_, right) in zip(chosen.tolist(), asked)])]
+                if self.caption_weight:
+                    told = [data.phrasings(facts) for facts in batch["facts"]] if "facts" in batch else \
+                        batch.get("captions") or [[text] for text in batch["caption"]]
+                    said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
+        metrics = {}
+        if self.data and self.sets[1].classes and self.sets[1].captions:
+            metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
+        if found := sum((part for _, part in processes.collect(choices)), []):
+            metrics["multiple_choice"] = 100 * float(np.mean(found))
+        if found := processes.collect(said):
+            metrics |= caption_metrics.score(sum((part for _, part, _ in found), []), sum((list(part) for *_, part in found), []))
+        return metrics
 
     def encode(self, captions, device):
         """Sentences to token numbers (B, L), on the device."""
@@ -644,20 +734,32 @@ class Clip(Stage):
         table = torch.nn.functional.normalize(table.float(), dim=-1).view(*shape, 2, -1)
         return {fact: table.movedim(axis, -2).flatten(0, 2) for axis, fact in enumerate(FACTS)}
 
+    def videos(self):
+        """How many are in the gallery."""
+        return min(self.gallery, self.eval_clips, len(self.sets[1]) if self.data else self.gallery)
+
     def note(self):
-        count = min(100, self.eval_clips, len(self.sets[1]) if self.data else 100)
+        videos, files = self.videos(), isinstance(self.sets[1], data.VideoFiles)
+        if self.data and self.sets[1].captions is None:
+            return (f"protocol: zero-shot recognition of {min(self.eval_clips, len(self.sets[1]))} held-out files of {self.sets[1].source}, "
+                    f"{len(self.sets[1].classes)} classes; the mean over {len(self.sentences())} prompts of the softmax over classes; "
+                    f"one view of {self.num_frames} frames, {self.input_size} px; chance is {100 / len(self.sets[1].classes):.1f} %")
+        texts = sum(map(len, list(self.sets[1].told.values())[:videos])) if files and self.sets[1].told else videos
         line = clip_video.protocol(
-            self.sets[1].source if self.data else "moving shapes", videos=count, captions=count, frames=self.num_frames, size=self.input_size, crop="centre",
-            sampling="one from each segment" if self.data else "all of the clip",
-            merge=self.merge_share if self.merge else None)
+            self.sets[1].source if self.data else "moving shapes", videos=videos, captions=texts, frames=self.num_frames,
+            size=self.input_size, crop="centre", sampling="one from each segment" if self.data else "all of the clip",
+            merge=self.merge_share if self.merge else None, grouped=True)
         return line + ("" if self.data else
-                       f"; zero-shot and captions on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
+                       f"; zero-shot, multiple choice (four of five sentences are wrong in one fact) and captions (scored against "
+                       f"every phrasing of the facts) on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
                        "colour never shown in training; chance is 6 % for motion, 17 % for shape, 12 % for colour")
 
     @torch.no_grad()
     def pictures(self, model, batch, folder):
         """The similarity matrix, the best clips for some sentences, captions under frames, and where the
         decoder looks while it writes each word."""
+        if "caption" not in batch:
+            return []
         shown = min(16, len(batch["video"]))
         raw, captions = batch["video"][:shown], batch["caption"][:shown]
         video = data.normalise(raw, model.clip.mean, model.clip.std)
@@ -670,6 +772,8 @@ class Clip(Stage):
         paths = [folder / name for name in ("similarity.png", "retrieval.png", "captions.png", "attention.png")]
         draw.similarity(cosines, raw, captions, paths[0])
         draw.retrieval(cosines, raw, captions, paths[1])
+        if not self.caption_weight:
+            return paths[:2]
         draw.captions(raw, captions, written, paths[2])
         grid = getattr(model.clip.visual, "grid", None)
         ids = self.encode(written[:1], video.device)
@@ -680,6 +784,52 @@ class Clip(Stage):
         spoken = [self.words.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
         draw.attention(raw[0], looks, spoken, written[0], paths[3])
         return paths
+
+
+@dataclass
+class Retrieve(Clip):
+    """Fine-tuned retrieval: contrast alone, from the weights of stage two (InternVideo, Sec. 4.4, video-text retrieval).
+
+    On moving shapes with clips of two acts, which stage two has never seen; the sentences say which came first."""
+
+    weights: str = flag("", "start from these weights: a run of clip, or an official file")
+    steps: int = flag(600, "optimiser steps; 0 = zero-shot only (paper: 5 epochs; 30 on ActivityNet)", low=0)
+    lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (paper: 2e-6 to 5e-6)", low=0)
+    warmup: float = flag(0.1, "share of the steps that warm up linearly from 0 (paper: 0.1)", low=0, high=1)
+    num_frames: int = flag(16, "frames per clip (paper: 12; LSMDC, MSVD, VATEX 8, DiDeMo 32, ActivityNet 64)", low=1)
+    caption_weight: float = flag(0.0, "weight of the captioning loss; 0 = no captions (paper: 0)", low=0)
+    image_every: int = flag(0, "every n-th batch is of images; 0 = none (paper: 0)", low=0)
+    eval_clips: int = flag(500, "held-out videos, all of them in the gallery (MSR-VTT: 1,000)", low=2)
+    eval_every: int = flag(0, "steps between evaluations; 0 = at the end", low=0)
+
+    def build(self):
+        if not self.weights:
+            raise Mistake("--weights: fine-tuning starts from a model; give a run of clip, or an official file")
+        self.gallery, self.eval_every = self.eval_clips, self.eval_every or max(1, self.steps)
+        return super().build()
+
+    def open(self):
+        return super().open() if self.data else tuple(
+            data.ActShapes(split, self.num_frames, self.input_size, self.seed) for split in ("train", "val"))
+
+    def evaluate(self, model, batches):
+        """Loss and R@1 both ways, raw and dual softmax."""
+        return self.measure(model, batches, None, "val_")
+
+    def finish(self, model):
+        """All ranks as a table."""
+        print(f"{'':28s}" + "".join(f"{name:>8s}" for name in ("R@1", "R@5", "R@10", "MdR", "MnR")))
+        for way, name in (("t2v", "text to video"), ("v2t", "video to text")):
+            for kind in ("", "dsl_"):
+                print(f"{name + ', dual softmax' * bool(kind):28s}" + "".join(
+                    f"{self.ranks[f'{kind}{way}_{rank}']:8.1f}" for rank in ("R@1", "R@5", "R@10", "MdR", "MnR")))
+        return self.ranks | super().finish(model)
+
+    def note(self):
+        what = "" if self.data else (
+            "; clips of two acts, in pairs with the same shape, colour and motions in either order: without the order "
+            "R@1 cannot pass 50 %")
+        return super().note().split("; zero-shot and captions")[0] + what + f"; chance is {100 / self.videos():.1f} %"
 
 
 class AttentiveProbe(torch.nn.Module):
@@ -799,6 +949,16 @@ class Labels(Stage):
     def datasets(self):
         return self.sets
 
+    def note(self):
+        """The protocol of the accuracies."""
+        count = min(self.eval_clips, len(self.sets[1])) if self.data else self.eval_clips
+        what = (f"files of {self.sets[1].source}, {len(self.questions['label'])} classes, top 1 and top 5" if self.data else
+                "clips of moving shapes: motion, shape, colour, and all three; unseen_ = pairs of shape and colour never shown in "
+                "training")
+        views = self.test_clips * self.test_crops
+        return (f"protocol: accuracy in percent on {count} held-out {what}; one view of {self.num_frames} frames, {self.input_size} px"
+                + (f", at the end also the mean probability of {self.test_clips} x {self.test_crops} views" if views > 1 else ""))
+
     def target(self, batch):
         """(B, Y): a one for the right answer to each question."""
         if "target" in batch:
@@ -839,7 +999,7 @@ class Labels(Stage):
         rows = []
         for batch in self.held_out(views, None, 1):
             video = batch["video"][0]                                        # (1 + views, T, H, W, 3)
-            logits = [self.logits(model, {"video": part})[0] for part in video.split(max(1, self.batch_size))]
+            logits = [self.logits(model, {"video": part})[0] for part in video.split(self.eval_batch)]
             rows.append((batch["number"], torch.cat(logits).softmax(dim=1), batch["label"]))
         _, chances, answers = zip(*processes.collect(rows, self.device))
         answers = {"label": torch.cat(answers)}
@@ -854,7 +1014,7 @@ class Labels(Stage):
         metrics = self.measure(model, batches, "val_", keep=True)
         if not self.data:
             world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed).only(self.sets[1].shown)
-            metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.batch_size), "unseen_")
+            metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), "unseen_")
         return metrics
 
     def measure(self, model, batches, prefix, keep=False):
@@ -941,13 +1101,13 @@ class Classify(Labels):
         if self.unknown:
             question = next(iter(self.questions))
             strange = torch.cat([self.split(self.logits(model, to_device(batch, self.device))[0])[question].softmax(
-                dim=1).amax(dim=1) for batch in data.held_out(self.strangers, self.eval_clips, self.batch_size)])
+                dim=1).amax(dim=1) for batch in data.held_out(self.strangers, self.eval_clips, self.eval_batch)])
             metrics["val_unknown_auroc"] = 100 * auroc(self.sureness, strange)
         return metrics
 
     def note(self):
         if not self.unknown:
-            return ""
+            return super().note()
         name, known = next(iter(self.questions.items()))
         return (f"open set: trained on {len(known)} classes of {name}; the AUROC compares the largest probability on held-out "
                 f"clips of these with clips of those left out ({self.unknown}); chance is 50")
@@ -1064,8 +1224,8 @@ class Classify(Labels):
         count = self.probe_clips or (len(world) if self.data else 2000)
         count = min(count, len(world)) if self.data else count
         rows = []
-        for batch in tqdm(self.held_out(world, count, self.batch_size), desc="features", unit="batch",
-                          total=-(-count // self.batch_size // processes.world()), disable=processes.rank() > 0 or None):
+        for batch in tqdm(self.held_out(world, count, self.eval_batch), desc="features", unit="batch",
+                          total=-(-count // self.eval_batch // processes.world()), disable=processes.rank() > 0 or None):
             rows.append((batch["number"], self.look(model.eval(), batch["video"]).cpu(), self.target(batch).cpu()))
         _, features, targets = zip(*processes.collect(rows))
         self.features = torch.cat(features).to(torch.bfloat16), torch.cat(targets)
@@ -1158,7 +1318,7 @@ class Fuse(Labels):
         return loss, metrics
 
     def note(self):
-        return ("untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
+        return super().note() + ("; untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
                 "there on is what training the bridge, heads and weights adds")
 
     @torch.no_grad()
@@ -1170,7 +1330,7 @@ class Fuse(Labels):
             return after  # nothing that could answer these questions came in
         late = fusion.InternVideo(experts[0], experts[1:], bridges=False).to(self.device).eval()
         self.measure(late, (to_device(batch, self.device) for batch in
-                            data.held_out(self.sets[1], self.eval_clips, self.batch_size)), "", keep=True)
+                            data.held_out(self.sets[1], self.eval_clips, self.eval_batch)), "", keep=True)
         return {"late fusion before": self.confusion} | after
 
     def pictures(self, model, batch, folder):
@@ -1377,6 +1537,137 @@ class Localise(Stage):
         return [folder / "segments.png"]
 
 
+@dataclass
+class Answer(Stage):
+    """Questions about videos: a head on the caption decoder and both encoders, all of them trained (InternVideo,
+    Sec. 4.4, video question answering).
+
+    On generated questions about moving shapes; or on a file of `video, question, answer`. Then:
+    python question_answering.py VIDEO QUESTION --weights RUN"""
+
+    tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside --weights")
+    num_frames: int = flag(0, "frames per clip; 0 = as --weights (paper: 8)", low=0)
+    sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
+                         "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
+    transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
+                          "the published models (paper: internvideo)", choices=tuple(data.TRANSFORMS))
+    answers: int = flag(1500, "the commonest answers of training, which alone can be given (paper: 1,000 to 1,540)", low=2)
+    drop: float = flag(0.1, "dropout in the head (paper: 0.5)", low=0, high=1)
+    head_scale: float = flag(3.0, "factor on the learning rate of the head (paper: 10)", low=0)
+    steps: int = flag(600, "optimiser steps; 0 = evaluate only (paper: 20 epochs)", low=0)
+    batch_size: int = flag(32, "questions per process and step (paper: 512 in all)", low=1)
+    lr: float = flag(1e-3, "learning rate as it is; overrides --blr when above 0 (paper: 1e-5)", low=0)
+    weight_decay: float = flag(0.01, "weight decay, on matrices only (paper: 0.01)", low=0)
+    warmup: float = flag(0.1, "share of the steps that warm up linearly from 0 (paper: 0.1)", low=0, high=1)
+    eval_clips: int = flag(1000, "held-out questions per evaluation", low=1)
+    eval_every: int = flag(500, "steps between evaluations; 0 = five times in the run", low=0)
+    # Last, for inside this class these names hide the modules.
+    data: str = flag("", "a file with questions: JSON, JSONL or CSV with video, question and answer; default: questions "
+                     "about moving shapes")
+    weights: str = flag("", "the video-text model: a run of clip, InternVideo-MM weights, or a run of this stage")
+
+    def build(self):
+        if not self.weights:
+            raise Mistake("--weights: answering starts from a video-text model; give a run of clip, or InternVideo-MM weights")
+        run = weights.read(self.weights)[1].get("model") == "VideoQA"
+        try:
+            if run:
+                model = question_answering.VideoQA.from_run(self.weights)
+            else:
+                clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames or None)
+                decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
+            config = (model.clip if run else clip).config
+            self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, config["vocabulary"])
+        except ValueError as error:
+            raise Mistake(str(error)) from None
+        self.num_frames, size = self.num_frames or config["frames"], config["image_size"][0]
+        if self.data:
+            self.sets = clips(self, self.num_frames, size, self.sampling, flip=False, transform=self.transform)
+            for source in self.sets:
+                if not isinstance(source, data.VideoFiles) or any(row.answer is None or not row.question for row in source.rows):
+                    raise Mistake(f"{source.source}: a question or an answer is missing; give JSON, JSONL or CSV with "
+                                  "video, question and answer")
+            asked = [(row.question, row.answer) for row in self.sets[0].rows]
+        else:
+            self.sets = tuple(data.QuestionShapes(split, self.num_frames, size, self.seed) for split in ("train", "val"))
+            asked = [data.ask(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
+        self.question_only = question_answering.QuestionOnly(*zip(*asked))
+        self.most = self.question_only.most
+        self.table = model.answers if run else question_answering.answer_table((answer for _, answer in asked), self.answers)
+        return model if run else question_answering.VideoQA(clip, decoder, self.table, self.drop)
+
+    def datasets(self):
+        return self.sets
+
+    def extras(self, folder):
+        self.words.save(folder)
+
+    def scale_of(self, name):
+        return self.head_scale if name.startswith("head.") else 1.0
+
+    def scores(self, model, batch):
+        """What the model makes of each answer, (B, Y), and the places of the right ones, -1 where not in the table."""
+        video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+        ids = self.words.encode(batch["question"], model.clip.config["context"], trim=True)[0].to(video.device)
+        place = {answer: i for i, answer in enumerate(self.table)}
+        right = [place.get(question_answering.normalised(answer), -1) for answer in batch["answer"]]
+        with self.autocast():
+            scores = model(video, ids)
+        return scores.float(), torch.tensor(right, device=video.device)
+
+    def loss(self, model, batch, rng):
+        scores, right = self.scores(model, batch)
+        count = (right >= 0).sum()
+        count = processes.mean(count) if model.training else count
+        loss = torch.nn.functional.cross_entropy(scores, right, ignore_index=-1, reduction="sum") / count.clamp(min=1)
+        return loss, {"loss": loss.detach()}
+
+    def evaluate(self, model, batches):
+        """Accuracy of all questions and of each kind, in percent."""
+        rows = self.asked(model, batches)
+        return {"val_accuracy": 100 * float(np.mean([said == answer for _, answer, said in rows]))}
+
+    def asked(self, model, batches):
+        """[(question, right answer, answer of the model), ...] of the held-out clips."""
+        rows = []
+        for batch in batches:
+            said = self.scores(model, batch)[0].argmax(dim=1).tolist()
+            rows.append((batch["number"], [(question, question_answering.normalised(answer), self.table[i])
+                                           for question, answer, i in zip(batch["question"], batch["answer"], said)]))
+        return [row for _, part in processes.collect(rows) for row in part]
+
+    def finish(self, model):
+        """A table by kind of question, with both baselines: the commonest answer, and what the question alone tells."""
+        rows = self.asked(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
+        kinds, found = {}, {}
+        for question, answer, said in rows:
+            words = question.lower().split()
+            right = (said == answer, self.question_only(question) == answer, self.most == answer)
+            for kind in ("all questions", words[0] if self.data else " ".join(words[:2])):
+                kinds.setdefault(kind, []).append(right)
+        print(f"{'accuracy in percent':24s}{'questions':>10s}{'answered':>10s}{'question only':>15s}{'commonest answer':>18s}")
+        for kind, right in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            share = 100 * np.mean(right, axis=0)
+            print(f"{kind:24s}{len(right):10d}{share[0]:10.1f}{share[1]:15.1f}{share[2]:18.1f}")
+            found[kind.replace(" ", "_")] = share.tolist()
+        for name, column in (("question_only", 1), ("commonest_answer", 2)):
+            found[name] = found["all_questions"][column]
+        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+    def note(self):
+        count = min(self.eval_clips, len(self.sets[1])) if self.data else self.eval_clips
+        return (f"protocol: {count} held-out questions{'' if self.data else ' about moving shapes'}, open-ended; the answer is one "
+                f"of the {len(self.table)} commonest of training, compared in lower case without punctuation, others count as "
+                f"wrong; {self.num_frames} frames; chance is {100 / len(self.table):.1f} %")
+
+    @torch.no_grad()
+    def pictures(self, model, batch, folder):
+        said = [self.table[i] for i in self.scores(model, batch)[0].argmax(dim=1).tolist()]
+        draw.captions(batch["video"].cpu().numpy(), [f"{question} {answer}" for question, answer in zip(
+            batch["question"], batch["answer"])], said, folder / "answers.png")
+        return [folder / "answers.png"]
+
+
 def numbers(text, name, kind=int):
     """"2,5,8" -> [2, 5, 8], "" -> None; Mistake where it is neither."""
     one, example = (r"\d+", "2,5,8") if kind is int else (r"\d*\.?\d+", "0.6,0.75,0.9")
@@ -1398,7 +1689,7 @@ def accuracies(logits, answers):
     return found | {"all_facts": 100 * float(torch.stack(list(right.values())).all(dim=0).float().mean())}
 
 
-STAGES = {"mae": MAE, "clip": Clip, "classify": Classify, "fuse": Fuse, "localise": Localise}
+STAGES = {"mae": MAE, "clip": Clip, "retrieve": Retrieve, "classify": Classify, "fuse": Fuse, "localise": Localise, "answer": Answer}
 
 # The default run: folder, card, what differs from the card ({} is the run's folder), seconds on two cores.
 DEFAULT_RUN = (
@@ -1691,8 +1982,12 @@ def clips_in(batch):
 # ------------------------------------------------------------------------------------------------
 # Checkpoints
 
-FREE_TO_CHANGE = {"attention", "onednn", "compile", "cuda_graphs", "out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
-                  "eval_clips", "dry_run", "weights", "shard", "max_bad"}
+FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
+                  "eval_clips", "eval_batch", "dry_run", "weights", "shard", "max_bad", "attention", "onednn", "compile",
+                  "cuda_graphs"}
+
+
+FACTS_OF_A_RUN = {"step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict, "bad": dict}
 
 
 def recipe_of(stage):
@@ -1711,14 +2006,23 @@ def tensors_of(model, optimisers, average):
 
 def restore(tensors, model, optimisers, average):
     """Put back what `tensors_of` took, whole or in parts."""
+    other = Mistake("the checkpoint's tensors are not those of this model; start anew without --resume")
     for found, own in ((tensors["model"], model.state_dict()), (tensors["average"], average.state if average else {})):
         if list(found) != list(own) or any(found[name].shape != own[name].shape for name in own):
-            raise Mistake("the checkpoint's tensors are not those of this model; start anew without --resume")
+            raise other
         for name, value in own.items():
             value.detach().copy_(processes.place(found[name], value))
     parameters = dict(model.named_parameters())
     owner = {parameter: optimiser for optimiser in optimisers for group in optimiser.param_groups
              for parameter in group["params"]}
+    slots = {}
+    for key, value in tensors["optimiser"].items():
+        name, what = key.rpartition(".")[::2]
+        if owner.get(parameters.get(name)) is None or value.ndim and value.shape != parameters[name].shape:
+            raise other
+        slots.setdefault(owner[parameters[name]], {}).setdefault(name, set()).add(what)
+    if any(whats != next(iter(group.values())) for group in slots.values() for whats in group.values()):
+        raise other  # an optimiser remembers the same of every parameter
     for key, value in tensors["optimiser"].items():
         name, what = key.rpartition(".")[::2]
         owner[parameters[name]].state[parameters[name]][what] = processes.place(value, parameters[name])
@@ -1762,6 +2066,12 @@ def read_checkpoint(path, like):
         if not path.is_dir():
             saved = weights.load(path)
             tensors = {key: saved.pop(key) for key in ("model", "average", "optimiser")}
+            if saved["tensors"] != [len(group) for group in tensors.values()]:
+                raise ValueError("some of its tensors are missing")
+            if any(not isinstance(saved[key], kind) for key, kind in FACTS_OF_A_RUN.items()) or "usual" not in saved:
+                raise ValueError("what it says of its run is no such thing")
+            if not all(isinstance(value, torch.Tensor) for group in tensors.values() for value in group.values()):
+                raise ValueError("holds something else than tensors")
             return saved, tensors
         saved = processes.read_facts(path)
 
@@ -1863,8 +2173,9 @@ def trouble(error, stage):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         lower = [f"--cache-size {max(1, (stage.cache_size or stage.batch_size) // 2)}" if hasattr(stage, "cache_size") else
                  f"--batch-size {max(1, stage.batch_size // 2)} --accum {2 * stage.accum}, which is the same step"]
+        lower += [f"--eval-batch {max(1, stage.eval_batch // 2)}"]
         lower += ["--recompute"] * (not stage.recompute) + ["--precision bf16"] * (stage.precision == "fp32")
-        lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["--workers"]
+        lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["fewer --workers"]
         return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename or stage.out}: {error.strerror}"
@@ -1932,9 +2243,11 @@ def fit(stage, name):
     started = time.monotonic()
 
     def save(step):
+        tensors = tensors_of(model, optimisers, average)
         facts = dict(step=step, settings=dataclasses.asdict(stage), seconds=seconds_before + time.monotonic() - started,
-                     processes=processes.world(), usual=usual, initial=initial, bad=bad)
-        save_checkpoint(out, facts, tensors_of(model, optimisers, average), stage.keep,
+                     processes=processes.world(), usual=usual, initial=initial, bad=bad,
+                     tensors=[len(group) for group in tensors.values()])
+        save_checkpoint(out, facts, tensors, stage.keep,
                         stage.shard and processes.world() > 1)
 
     held_out = None
@@ -1945,7 +2258,7 @@ def fit(stage, name):
     def evaluate(step):
         nonlocal held_out
         if held_out is None:
-            held_out = list(data.held_out(held_out_set, stage.eval_clips, stage.batch_size,
+            held_out = list(data.held_out(held_out_set, stage.eval_clips, stage.eval_batch,
                                           rank=processes.rank(), world=processes.world()))
         mine = [batch for batch in held_out if batch["video"] is not None]
         counts = [count for _, count in processes.collect([(batch["number"], len(batch["video"])) for batch in mine])]
@@ -2093,7 +2406,7 @@ def leave(stage, name, model, tensors, batch, report):
     out = Path(stage.out)
     weights.save(out, tensors, model.config)
     stage.extras(out)
-    drawn = stage.pictures(model, batch, out) + draw.curve(out, name)
+    drawn = stage.pictures(model, batch, out) + (draw.curve(out, name) if stage.steps else [])
     print("pictures: " + ", ".join(str(path) for path in drawn))
     weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
 
@@ -2167,9 +2480,9 @@ def parse(card, name, argv):
         value, info = getattr(stage, field.name), field.metadata
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) \
-                or (info["high"] is not None and value > info["high"]):
-            limits = f"at least {info['low']}" + (f" and at most {info['high']}" if info["high"] is not None else "")
+        most = info["high"] if info["high"] is not None or isinstance(value, float) else 10**9  # what numpy and torch count
+        if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) or (most is not None and value > most):
+            limits = f"at least {info['low']}" + (f" and at most {most}" if most is not None else "")
             raise Mistake(f"--{field.name.replace('_', '-')} {value}: must be {limits}")
     return stage
 

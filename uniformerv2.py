@@ -58,7 +58,7 @@ True
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -568,6 +568,12 @@ class UniFormerV2(nn.Module):
         model = cls(size, frames=frames, global_heads=global_heads, **options)
         return weights.fill(model, file.tensors, file.rules(model), name=file.name).eval()
 
+    def to_official(self):
+        """{official name: tensor}, what UniFormerV2's own code calls them."""
+        if not self.global_layers:
+            raise ValueError("a plain tower is no UniFormerV2: it has no name of its own officially")
+        return weights.official(self, [replace(rule, official="backbone." + rule.official) for rule in official_rules(self)])
+
     @classmethod
     def from_clip(cls, source, *, heads=None, image_size=None, **options):
         """Grow a video model from CLIP's image tower: its numbers, and everything new silent.
@@ -699,13 +705,15 @@ class OfficialFile:
         return next(iter(head.values()))[0]
 
     def rules(self, model):
-        return [Rule(rule.ours, self.prefix + rule.official, rule.convert) for rule in official_rules(model)]
+        return [replace(rule, official=self.prefix + rule.official) for rule in official_rules(model)]
 
 
 def official_rules(model):
     """The key map of a UniFormerV2, in network order; official names without `backbone.`. A plain tower
     (no global layers) is CLIP's `visual.*`."""
-    rules = [Rule("embed.weight", "conv1.weight", as_matrix), Rule("class_token", "class_embedding"),
+    p, channels = model.config["size"]["patch"], model.config["channels"]
+    window = (model.window,) if model.global_layers else ()  # a plain tower's kernel is that of an image
+    rules = [Rule("embed.weight", "conv1.weight", as_matrix, as_kernel(channels, *window, p, p)), Rule("class_token", "class_embedding"),
              Rule("positions", "positional_embedding")] + pairs("norm_pre.", "ln_pre.")
     for i, block in enumerate(model.blocks):
         ours, official = f"blocks.{i}.", f"transformer.resblocks.{i}."
@@ -714,8 +722,8 @@ def official_rules(model):
             a, b = f"{ours}local.{j}.", f"{official}lmhra{j + 1}.pos_embed."
             rules += [Rule(f"{a}norm.{name}", f"{b}0.{name}") for name in
                       ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
-            for k, part in enumerate(("reduce.", "time.", "expand."), start=1):
-                rules += pairs(a + part, f"{b}{k}.", as_matrix)
+            for k, (part, frames) in enumerate((("reduce.", 1), ("time.", 3), ("expand.", 1)), start=1):
+                rules += pairs(a + part, f"{b}{k}.", as_matrix, as_kernel(-1, frames, 1, 1))
     if model.global_layers:
         rules.append(Rule("global_token", "transformer.temporal_cls_token"))
     for j in range(len(model.global_layers)):
@@ -737,13 +745,18 @@ def block_rules(ours, official):
             for rule in pairs(ours + a, official + b)]
 
 
-def pairs(ours, official, convert=None):
-    return [Rule(ours + part, official + part, convert) for part in ("weight", "bias")]
+def pairs(ours, official, convert=None, back=None):
+    return [Rule(ours + part, official + part, convert, back) for part in ("weight", "bias")]
 
 
 def as_matrix(kernel):
     """A convolution as the matrix that it is: (D, C, ...) -> (D, C * the rest)."""
     return kernel.flatten(1) if kernel.ndim in (4, 5) else kernel
+
+
+def as_kernel(*shape):
+    """The way back: (D, n) -> (D, *shape); a bias stays as it is."""
+    return lambda matrix: matrix.unflatten(1, shape) if matrix.ndim == 2 else matrix
 
 
 # ------------------------------------------------------------------------------------------------

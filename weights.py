@@ -15,13 +15,15 @@ The idea, in steps:
    tensors and the official tensor(s) that it is made of. Reading the list teaches both layouts.
 3. `fill` applies the rules and demands the balance.
 4. `describe` tells from the names alone which family a file belongs to, and who loads it.
-5. `save` writes our own runs: model.safetensors, which carries its configuration and a checksum in its
+5. `official` goes the other way, so that others can load what we train; `python weights.py RUN --official NEW`.
+6. `save` writes our own runs: model.safetensors, which carries its configuration and a checksum in its
    header, and the same configuration as config.json for people and other programs.
-6. What is damaged is refused: safetensors of ours by that checksum, torch files by the one they bring
+7. What is damaged is refused: safetensors of ours by that checksum, torch files by the one they bring
    (`load`). What is written is there in full, or not at all (`write_aside`).
 
     python weights.py FILE                            what is it, and does it load?
     python weights.py FILE --convert NEW.safetensors  take the tensors out of a pickle that holds more
+    python weights.py RUN --official NEW.pth          write a run under the official names
 
 >>> import tempfile, pathlib
 >>> model = torch.nn.Linear(2, 3)
@@ -62,11 +64,13 @@ class Rule:
     """Our tensor `ours` is the official tensor `official`; several are stacked along dim 0.
 
     convert  official -> ours, for layouts that differ; None = as it is
+    back     ours -> official, likewise
     """
 
     ours: str
     official: str | tuple
     convert: object = None
+    back: object = None
 
     @property
     def sources(self):
@@ -305,6 +309,19 @@ def fill(model, tensors, rules=None, *, name="weights"):
     return model
 
 
+def official(model, rules):
+    """The other way round: {official name: tensor} of a model, by a key map that covers it."""
+    own, found = model.state_dict(), {}
+    assert {rule.ours for rule in rules} == set(own), "the key map leaves something out"
+    for rule in rules:
+        tensor = own[rule.ours].detach().cpu()
+        assert (rule.convert is None) == (rule.back is None), f"no way back for {rule.ours}"
+        tensor = rule.back(tensor) if rule.back else tensor
+        pieces = tensor.chunk(len(rule.sources)) if len(rule.sources) > 1 else [tensor]
+        found |= {name: piece.contiguous().clone() for name, piece in zip(rule.sources, pieces, strict=True)}
+    return found
+
+
 def listed(names):
     """All the names, on one line."""
     return ", ".join(str(name) for name in names)
@@ -411,6 +428,7 @@ FAMILIES = (
      ("clip_video.VideoCLIP", "caption_decoder.CaptionDecoder")),
     ("InternVideo-MM", (r"^(clip\.)?visual\.transformer\.dec\.",), ("clip_video.VideoCLIP",)),
     ("CLIP, of OpenAI", (r"^visual\.transformer\.resblocks\.", r"^token_embedding\."), ("clip_video.VideoCLIP",)),
+    ("InternVideo's caption decoder", (r"^(caption_decoder\.)?multimodal_layers\.",), ("caption_decoder.CaptionDecoder",)),
     ("UniFormerV2", (r"^(backbone\.)?transformer\.resblocks\.", r"^(backbone\.)?conv1\."), ("uniformerv2.UniFormerV2",)),
 )
 
@@ -433,6 +451,8 @@ def main(argv=None):
     parser.add_argument("file", help="a run's folder, or a file of weights")
     parser.add_argument("--convert", default="", help="write its tensors as .safetensors here; of a pickle that holds more "
                         "than tensors, what is more is left out, and nothing of it runs")
+    parser.add_argument("--official", default="", help="write a run under the official names here: NEW.safetensors, or "
+                        "NEW.pth in the envelope that the official code opens")
     parser.add_argument("--heads", type=int, default=0, help="of every attention, where the width is none of a published model")
     args = parser.parse_args(argv)
     try:
@@ -441,6 +461,9 @@ def main(argv=None):
             if Path(args.convert).suffix != ".safetensors" or Path(args.convert).exists():
                 raise WeightsError(f"--convert {args.convert}: must be a new file whose name ends in .safetensors")
             source = convert(args.file, args.convert)
+        if args.official:
+            print(publish(source, args.official))
+            return 0
         tensors, config = read(source)
         numbers = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
         print(f"{source}: {len(tensors)} tensors, {sum(value.numel() for value in tensors.values()) / 1e6:.2f} M numbers, "
@@ -455,7 +478,8 @@ def main(argv=None):
         for loader in loaders:
             module, name = loader.split(".")
             load = getattr(importlib.import_module(module), name).from_official
-            heads = [key for key in inspect.signature(load).parameters if key.endswith("heads") and args.heads]
+            heads = [key for key in inspect.signature(load).parameters if key.endswith("heads") and args.heads
+                     and module != "caption_decoder"]  # whose shapes tell
             model = load(source, **dict.fromkeys(heads, args.heads))
             print(f"loads, to the last tensor: {loader}.from_official({str(source)!r})")
             print("sizes: " + json.dumps(model.config))
@@ -480,6 +504,37 @@ def convert(path, target):
         print(f"warning: left out of {path}, and not run: {listed(sorted(strange))}", file=sys.stderr)
     write_aside(target, lambda aside: save_file({key: value.contiguous() for key, value in tensors.items()}, aside))
     return target
+
+
+# model of a run -> (class, key under which the official code looks for the tensors in a .pth file)
+PUBLISHED = {"VideoMAE": ("mae.VideoMAE", "model"), "VideoClassifier": ("mae.VideoClassifier", "module"),
+             "UniFormerV2": ("uniformerv2.UniFormerV2", "model_state"), "VideoCLIP": ("clip_video.VideoCLIP", None),
+             "CaptionDecoder": ("caption_decoder.CaptionDecoder", None), "VideoText": ("train.VideoText", "state_dict")}
+
+
+def publish(source, target):
+    """Write a run under official names; returns what to say of it. Raises WeightsError where these cannot hold it."""
+    import importlib
+
+    target = Path(target)
+    if target.suffix not in (".safetensors", ".pth") or target.exists():
+        raise WeightsError(f"--official {target}: must be a new file whose name ends in .safetensors or .pth")
+    kind = read(source)[1].get("model")
+    if kind not in PUBLISHED:
+        raise WeightsError(f"{source}: holds {kind or 'no run of this project'}, for which there are no official names; there are "
+                           f"for runs of {listed(PUBLISHED)}")
+    module, name = PUBLISHED[kind][0].split(".")
+    load = getattr(importlib.import_module(module), name)
+    model = (load.from_run if kind == "VideoText" else load.from_official)(source)
+    try:
+        tensors, envelope = model.to_official(), PUBLISHED[kind][1]
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from None
+    if target.suffix == ".pth":
+        write_torch(target, {envelope: tensors} if envelope else tensors)
+    else:
+        write_aside(target, lambda aside: save_file(tensors, aside))
+    return f"{target}: {len(tensors)} tensors of {kind} under official names, family: {describe(unwrap(tensors, str(target)))[0]}"
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def learn(card, model):
     if card.shard or getattr(card, "cache_size", 0):
         return found, {}, []
     model.eval()
-    card.batch_size, card.eval_clips = 3, CLIPS
+    card.eval_batch, card.eval_clips = 3, CLIPS
     with torch.no_grad(), processes.unsharded(take_step):
         rows = list(card.held_out(held_out, CLIPS, 3))
         metrics = card.evaluate(model, rows)

@@ -198,3 +198,61 @@ def test_the_command_says_what_a_file_is_and_who_loads_it(tmp_path, capsys):
     assert weights.main([str(tmp_path / "gone.pt")]) == 2
     assert weights.main([str(tmp_path / "other.pt"), "--convert", str(tmp_path / "new.safetensors")]) == 2
     assert weights.read(tmp_path / "new.safetensors")[0]["a.weight"].shape == (2,)
+
+
+def save(folder, model):
+    weights.save(folder, model, model.config)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("kind", ["VideoMAE", "VideoClassifier", "UniFormerV2", "VideoCLIP", "ViCLIP", "CLIP", "VideoText"])
+def test_a_run_written_under_official_names_comes_back_bit_for_bit(tmp_path, capsys, kind, suffix):
+    import caption_decoder
+    import clip_video
+    import mae
+    import train
+    import uniformerv2
+    torch.manual_seed(0)
+    text = dict(text_size=clip_video.TextSize(64, 2, 1), vocabulary=40, context=7)
+    size = uniformerv2.Size(64, 2, 1, 128, 8, 16)
+    model = {
+        "VideoMAE": lambda: mae.VideoMAE("tiny", frames=4, image_size=32),
+        "VideoClassifier": lambda: mae.VideoClassifier("tiny", classes=3, frames=4, image_size=32),
+        "UniFormerV2": lambda: uniformerv2.UniFormerV2(size, classes=3, frames=4, local_units=2, temporal_downsample=True),
+        "VideoCLIP": lambda: clip_video.VideoCLIP(size, **text, frames=4),
+        "ViCLIP": lambda: clip_video.VideoCLIP(size, **text, frames=4, kind="joint"),
+        "CLIP": lambda: clip_video.VideoCLIP(size, **text, kind="frames"),
+        "VideoText": lambda: train.VideoText(clip_video.VideoCLIP(size, **text, frames=4), caption_decoder.CaptionDecoder(
+            64, heads=2, depth=1, visual_width=64, vocabulary=40, queries=3)),
+    }[kind]()
+    path = tmp_path / f"official{suffix}"
+    assert weights.main([str(save(tmp_path / "run", model)), "--official", str(path)]) == 0
+    assert "under official names, family: " in capsys.readouterr().out
+    parts = {"clip": model.clip, "caption_decoder": model.caption_decoder} if kind == "VideoText" else {"": model}
+    for part in parts.values():
+        heads = {key: part.config["size"]["heads"] for key in ("heads", "decoder_heads")} if kind.startswith("Video") and hasattr(
+            part, "encoder") else {}
+        sizes = dict(frames=4, image_size=32) if heads else {}
+        heads = {key: value for key, value in heads.items() if key == "heads" or kind == "VideoMAE"}
+        again = type(part).from_official(path, **heads, **sizes)
+        assert all(torch.equal(again.state_dict()[key], value) for key, value in part.state_dict().items())
+    assert weights.main([str(tmp_path / "run"), "--official", str(path)]) == 2  # nothing is overwritten
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_official_names_cannot_hold_is_refused_in_a_line(tmp_path, capsys):
+    import clip_video
+    import mae
+    import train
+    for i, model in enumerate((
+            mae.VideoMAE("tiny", frames=4, image_size=32, positions="axes"),
+            clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7, local_units=1))):
+        run = save(tmp_path / str(i), model)
+        assert weights.main([str(run), "--official", str(tmp_path / "new.pth")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "train with --" in err
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert weights.main([str(tmp_path / "a.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
+    assert "no official names" in capsys.readouterr().err
+    assert weights.main([str(tmp_path / "0"), "--official", str(tmp_path / "new.bin")]) == 2

@@ -105,6 +105,7 @@ def flops(run):
 def table(title, case, forms, clips, rounds=5, tolerance=1e-3, memory=True):
     """Measure `case(form)` for all forms; one table, how many times as long as "ours" each takes.
 
+    tolerance   by how much results may differ, relative; 0 = another network, whose numbers say nothing
     forms  tuples of a name, "fp32" or "bf16", and whatever else the case needs
     case   form -> a function that takes a step and returns its loss, or anything to compare
     clips  in a step
@@ -130,7 +131,8 @@ def table(title, case, forms, clips, rounds=5, tolerance=1e-3, memory=True):
           + f"{'peak MiB':>10}{'GFLOP':>9}{'share':>7}")
     for form, value in seconds.items():
         ratios = {p: value / seconds[ours[p]] for p in ours}
-        share = work[ours.get(form[1], form)] / value / rates[form[1]]  # of the work that has to be done: ours
+        due = work[ours[form[1]] if tolerance and form[1] in ours else form]  # the same network needs no more than ours
+        share = due / value / rates[form[1]]
         print(f"  {form[0]:26}{form[1]:6}{1e3 * value:9.1f}{clips / value:9.2f}"
               + "".join(f"{ratio:9.2f}" for ratio in ratios.values())
               + f"{peaks[form]:10.0f}{work[form] / 1e9:9.1f}{share:7.0%}", flush=True)

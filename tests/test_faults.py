@@ -1,0 +1,198 @@
+"""What is proved about accidents: each is made to happen, each ends in one line that says what and where to go on, and none
+loses what was saved.
+
+The lines are those of README.md, "When something goes wrong".
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from test_train import ROOT, SMALL, run, write_video
+
+
+@pytest.fixture(autouse=True)
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.MAE, "pictures", lambda *_: [])
+        patch.setattr(train.draw, "curve", lambda *_: [])
+        yield
+
+
+def one_line(capsys):
+    """What train.py said on stderr, apart from its bar of progress."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def at_step(monkeypatch, step, happen):
+    """Call happen(loss, values) in place of what the training loss gives at this step."""
+    loss, calls = train.MAE.loss, []
+
+    def broken(self, model, batch, rng):
+        found = loss(self, model, batch, rng)
+        calls.append(model.training)
+        return happen(*found) if model.training and sum(calls) == step + 1 else found
+
+    monkeypatch.setattr(train.MAE, "loss", broken)
+
+
+def videos(folder, count=12, broken=0):
+    folder.mkdir()
+    for i in range(count):
+        if i < broken:
+            (folder / f"{i:02d}.mp4").write_bytes(b"no video at all" * 40)
+        else:
+            write_video(folder / f"{i:02d}.mp4", frames=8)
+    return str(folder)
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """(folder, function that remounts it with other options) of a file system in memory, where mounting is allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount")
+    yield place, lambda options: subprocess.run(["mount", "-o", f"remount,{options}", place], check=True)
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+FILLING = ("--save-every", "1", "--keep", "5")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it(small_disk, tmp_path, capsys):
+    disk, remount = small_disk
+    assert run(*FILLING, out=tmp_path / "whole") == 0
+    size = (tmp_path / "whole" / "last.pt").stat().st_size
+    remount(f"size={int(3.5 * size) // 1024}k")
+    capsys.readouterr()
+    assert run(*FILLING, out=disk / "run") == 1
+    said = one_line(capsys)
+    assert "No space left on device; the last good checkpoint is" in said and "last.pt, go on with --resume" in said
+    assert train.weights.load(disk / "run" / "last.pt")["step"] == 3 and not list((disk / "run").glob("*.part"))
+    remount("size=64m")
+    assert run(*FILLING, "--resume", out=disk / "run") == 0
+    a, b = tensors(tmp_path / "whole"), tensors(disk / "run")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_limit_on_the_size_of_files_is_no_traceback_either(tmp_path, capsys):
+    """Where nobody may mount: the system refuses to write beyond half of a checkpoint."""
+    assert run(out=tmp_path / "whole") == 0
+    half = (tmp_path / "whole" / "last.pt").stat().st_size // 2
+    done = subprocess.run([sys.executable, "train.py", "mae", *SMALL, "--steps", "4", "--out", str(tmp_path / "run")], cwd=ROOT,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half)))
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr and len(said) == 1
+    assert "File too large; no checkpoint was written yet" in said[0] and not list((tmp_path / "run").glob("last*"))
+
+
+def test_a_folder_that_cannot_be_written_is_a_mistake_and_nothing_starts(small_disk, tmp_path, capsys):
+    disk, remount = small_disk
+    remount("ro")
+    (tmp_path / "file").write_text("")
+    for out, reason in ((disk, "Read-only file system"), (disk / "run", "Read-only file system"), (tmp_path / "file", "File exists"),
+                        (tmp_path / "file" / "run", "Not a directory")):
+        assert run(out=out) == 2
+        assert one_line(capsys) == f"train.py: --out {out}: {reason}"
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_weights_before_it_and_the_files(tmp_path, capsys, monkeypatch):
+    at_step(monkeypatch, 2, lambda loss, values: (loss * math.nan, {"loss": loss.detach() * math.nan}))
+    assert run("--data", videos(tmp_path / "videos"), out=tmp_path / "run") == 1
+    said = one_line(capsys)
+    assert "step 2: loss nan, gradient norm" in said and "lr " in said and ".mp4" in said and "not finite" in said
+    assert str(tmp_path / "run" / "last.pt") in said
+    saved = train.weights.load(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 2 and all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_a_step_whose_loss_leaps_is_left_out_where_that_is_asked_for(tmp_path, capsys, monkeypatch):
+    at_step(monkeypatch, 3, lambda loss, values: (loss * 100, {"loss": loss.detach() * 100}))
+    assert run("--spike", "5", out=tmp_path / "run", steps=6) == 0
+    assert "step 3 left out: loss " in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["left_out"] == 1
+
+
+def test_memory_that_runs_out_says_what_to_lower(tmp_path, capsys, monkeypatch):
+    def full(loss, values):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    at_step(monkeypatch, 2, full)
+    assert run("--save-every", "1", out=tmp_path / "run") == 1
+    said = one_line(capsys)
+    assert "out of memory on cpu: try --batch-size 2 --accum 2, which is the same step" in said and "--recompute" in said
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'last.pt'}" in said
+
+
+def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, monkeypatch):
+    def kill(loss, values):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        return loss, values
+
+    at_step(monkeypatch, 1, kill)
+    data = videos(tmp_path / "videos")
+    assert run("--data", data, "--workers", "1", "--save-every", "1", out=tmp_path / "run", steps=50) == 1
+    said = one_line(capsys)
+    assert "a process that prepares clips (pid" in said and "is killed by signal: Killed" in said
+    assert "in hand" in said and "the last good checkpoint is" in said
+    assert run("--data", data, "--workers", "1", "--resume", "--save-every", "1", out=tmp_path / "run", steps=4) == 0
+
+
+def test_data_of_which_most_cannot_be_read_stops_the_run(tmp_path, capsys):
+    data = videos(tmp_path / "videos", count=12, broken=9)
+    assert run("--data", data, "--val-data", str(tmp_path / "videos" / "11.mp4"), out=tmp_path / "run", steps=50) == 2
+    said = one_line(capsys)
+    assert "clips could not be read, more than --max-bad 0.5" in said and "`python data.py PATH` lists all such files" in said
+    assert run("--data", data, "--val-data", str(tmp_path / "videos" / "11.mp4"), "--max-bad", "1", out=tmp_path / "run") == 0
+    assert len(json.loads((tmp_path / "run" / "metrics.json").read_text())["bad_files"]) >= 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_is_asked_to_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, number):
+    def ask(loss, values):
+        os.kill(os.getpid(), number)
+        return loss, values
+
+    assert run(out=tmp_path / "whole") == 0
+    at_step(monkeypatch, 1, ask)
+    with pytest.raises(SystemExit) as caught:
+        run(out=tmp_path / "cut")
+    assert caught.value.code == 130
+    assert f"stopped at step 2 of 4, saved in {tmp_path / 'cut'}/last.pt; go on with: python train.py mae --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run("--resume", out=tmp_path / "cut") == 0
+    a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_line(tmp_path, capsys):
+    assert run("--save-every", "1", out=tmp_path) == 0
+    expected, raw = tensors(tmp_path), bytearray((tmp_path / "last.pt").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(raw)
+    capsys.readouterr()
+    assert run("--save-every", "1", "--resume", out=tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "last.pt: damaged (" in said and "last.1.pt, step 3, and setting it aside as" in said
+    assert Path(tmp_path / "last.pt.damaged").exists() and all(torch.equal(tensors(tmp_path)[key], expected[key]) for key in expected)
