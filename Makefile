@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: help install train test slow figures clean
+.PHONY: help install train test slow claims figures clean
 
 help:           ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: install   ## the quick test suite
 
 slow: install   ## the tests that take minutes
 	$(RUN) -m pytest -m slow
+
+claims: install  ## the paper's claims in miniature, five seeds, up to 90 minutes; SEEDS=1 for a look
+	$(RUN) tools/claims.py --seeds $(or $(SEEDS),5)
 
 figures: install  ## make the README's figures from runs/default
 	$(RUN) tools/figures.py

@@ -547,8 +547,8 @@ class MovingShapes:
              motion, shape, colour, size, "caption": str}, for any i >= 0; a function of (seed,
              split, i) alone. There is no len(): ask for as many as you like.
 
-    `motions` lists the classes, `twin` maps each label to that of the time-reversed motion, and `only` leaves
-    some motions out. Raises DataError for another split name or an impossible size.
+    `motions` lists the classes, `twin` maps each label to that of the time-reversed motion, `only` leaves
+    some motions out, `first` repeats a few clips for ever. Raises DataError for another split name or an impossible size.
     """
 
     def __init__(self, split, frames=16, size=64, seed=0, told=1.0):
@@ -563,7 +563,12 @@ class MovingShapes:
         self.twin = {label: label ^ 1 for label in range(len(MOTIONS))}
         self.looks = [look for look in itertools.product(SHAPES, COLOURS)
                       if (look in HELD_OUT_PAIRS) == (split == "unseen")]
-        self.shown = MOTIONS
+        self.shown, self.count = MOTIONS, None
+
+    def first(self, count):
+        """Show the first `count` clips over and over from now on: a world with few labels. Returns self."""
+        self.count = count
+        return self
 
     def only(self, motions):
         """Show these motions alone from now on; labels keep their numbers. Returns self."""
@@ -581,6 +586,7 @@ class MovingShapes:
         index = operator.index(index)
         if index < 0:
             raise IndexError(f"the generated world starts at index 0 and has no end, got {index}")
+        index = index % self.count if self.count else index
         return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
 
     def scene(self, index):
@@ -1423,6 +1429,13 @@ class VideoFiles(_Clips):
         self.rows, self.items = [self.rows[i] for i in kept], [
             (self.items[i][0], names.index(self.classes[self.items[i][1]])) for i in kept]
         self.captions, self.classes = self.captions and [self.captions[i] for i in kept], list(names)
+        return self
+
+    def first(self, count):
+        """Keep `count` of the files, drawn at random but always the same. Returns self."""
+        kept = sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist())
+        self.rows, self.items = [self.rows[i] for i in kept], [self.items[i] for i in kept]
+        self.captions = self.captions and [self.captions[i] for i in kept]
         return self
 
     def by_video(self):

@@ -52,6 +52,7 @@ Try it: python fusion.py; python fusion.py VIDEO --weights runs/default/fuse
 (torch.Size([2, 5]), [(2, 5), (2, 5)])
 """
 
+import contextlib
 import math
 
 import torch
@@ -206,6 +207,11 @@ class InternVideo(nn.Module):
             if expert.global_token is not None:
                 yield expert.global_token
 
+    def quietly(self):
+        """No gradients for what is frozen, unless somebody has thawed it (`requires_grad_`), to compare."""
+        thawed = any(p.requires_grad for name, p in self.named_parameters() if name in self.frozen)
+        return contextlib.nullcontext() if thawed else torch.no_grad()
+
     def train(self, mode=True):
         """The experts stay in eval mode: no dropout of theirs, no new batch statistics, whatever is trained."""
         super().train(mode)
@@ -266,7 +272,7 @@ class InternVideo(nn.Module):
         has to say at the chosen layers. Its frames depend on nothing that trains; its global blocks do."""
         final = len(expert.blocks) - 1
         wanted = {*chosen, *expert.readers(), final}  # the other layers' tokens need not be kept
-        with torch.no_grad():
+        with self.quietly():
             outputs = {i: x for i, x in enumerate(expert.layers(view(clip, expert))) if i in wanted}
         told = [(outputs[layer] if self.source == "all" else outputs[layer][:, :, 1:]).flatten(1, 2)
                 for layer in chosen]
@@ -276,7 +282,7 @@ class InternVideo(nn.Module):
         """The masked encoder with its bridges, -> (B, N, D). told: for each expert, for each bridge, tokens
         (B, M, Dm). Up to the first bridge nothing trains. until: a bridge, (place, expert); stop before it."""
         encoder, edges = self.masked.encoder, [*self.before, len(self.masked.encoder.blocks)]
-        with torch.no_grad():
+        with self.quietly():
             x = run_blocks(encoder.blocks[:edges[0]], encoder.begin(view(clip, self.masked)))
         for place, (start, stop) in enumerate(zip(edges, edges[1:])):
             for expert, (bridges, words) in enumerate(zip(self.bridges, told)):

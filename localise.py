@@ -59,6 +59,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
+from attention import Dropout
 from mae import VideoClassifier
 from uniformerv2 import UniFormerV2
 from weights import WeightsError
@@ -77,7 +78,7 @@ class TimeBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.conv = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
-        self.proj, self.drop = nn.Linear(width, width), nn.Dropout(drop)
+        self.proj, self.drop = nn.Linear(width, width), Dropout(drop)
 
     def forward(self, x, inside):
         """x (B, T', D); inside (B, T', 1), 0 where there is padding: it must look like the end of a video."""
@@ -181,13 +182,14 @@ def distance_iou_loss(found, wanted):
     return 1 - overlap / union.clamp(min=1e-6) + (apart / hull) ** 2
 
 
-def head_loss(logits, distances, labels, wanted, inside):
+def head_loss(logits, distances, labels, wanted, inside, count=None):
     """(focal loss of the scores, distance-IoU loss of the segments), each over the number of answering steps.
 
     logits (B, T', Y); distances, wanted (B, T', 2); labels (B, T') int64, -1 = none; inside (B, T') bool
+    count   what to divide by; default: the answering steps of this batch, at least 1
     """
     answering = (labels >= 0) & inside
-    count = answering.sum().clamp(min=1)
+    count = answering.sum().clamp(min=1) if count is None else count
     target = F.one_hot(labels.clamp(min=0), logits.shape[-1]) * answering[..., None]
     scores = (focal_loss(logits, target.float()) * inside[..., None]).sum() / count
     return scores, distance_iou_loss(distances[answering], wanted[answering]).sum() / count

@@ -241,6 +241,7 @@ class MAE(Stage):
     positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of the token's number "
                           "(paper: sinusoid)", choices=("axes", "sinusoid"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
+    decoder_width: int = flag(0, "width of the decoder; 0 = as the size says (paper: half of the encoder's)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
     pack_frames: str = flag("", "train on clips of several lengths, drawn for each clip, in one row without padding, "
                             "as 4,6,8: at most --num-frames (paper: all the same)")
@@ -255,6 +256,10 @@ class MAE(Stage):
             size = mae.SIZES[self.model]
             if self.decoder_depth:
                 size = dataclasses.replace(size, decoder_depth=self.decoder_depth)
+            if self.decoder_width:
+                if self.decoder_width % size.decoder_heads:
+                    raise Mistake(f"--decoder-width {self.decoder_width}: must be a multiple of the {size.decoder_heads} heads")
+                size = dataclasses.replace(size, decoder_width=self.decoder_width, decoder_mlp_width=4 * self.decoder_width)
             try:
                 model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
                                      positions=self.positions, drop_path=self.drop_path,
@@ -445,6 +450,7 @@ class Clip(Stage):
     image_batch: int = flag(64, "pairs in a batch of images, per process (paper: 86,016 in all, 6 times the videos)",
                             low=1)
     image_data: str = flag("", "pictures and sentences, a list like that of --data; default: frames of the videos")
+    test: bool = flag(False, "moving shapes: at the end measure on the test split, too, which no choice has ever seen")
     motion_words: float = flag(1.0, "moving shapes: share of captions that name the motion; the others say what one "
                                "frame shows, as most captions of the web do", low=0, high=1)
     freeze_text: bool = flag(False, "do not train the text tower")
@@ -710,6 +716,9 @@ class Clip(Stage):
                         batch.get("captions") or [[text] for text in batch["caption"]]
                     said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
         metrics = {}
+        if self.test and not self.data:
+            world = data.MovingShapes("test", self.num_frames, self.input_size, self.seed)
+            metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), self.embed_facts(model), "test_")
         if self.data and self.sets[1].classes and self.sets[1].captions:
             metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
         if found := sum((part for _, part in processes.collect(choices)), []):
@@ -920,6 +929,8 @@ class Labels(Stage):
                          choices=tuple(data.SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
                           "the published models (paper: videomae, uniformerv2)", choices=tuple(data.TRANSFORMS))
+    test: bool = flag(False, "moving shapes: at the end measure on the test split, too, which no choice has ever seen")
+    train_clips: int = flag(0, "train on so many clips, over and over, to see what few labels are worth; 0 = all", low=0)
     flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
     area: float = flag(0.0, "files: smallest share of a frame that a random crop keeps; 0 = as --transform has it (paper: 0.08)",
                        low=0, high=1)
@@ -940,6 +951,10 @@ class Labels(Stage):
             raise Mistake(f"--batch-size {self.batch_size}: must be a multiple of --repeats {self.repeats}")
         self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip, self.transform,
                           area=self.area or None, operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
+        if self.train_clips:
+            if isinstance(self.sets[0], data.VideoShards):
+                raise Mistake("--train-clips: shards are read as they come; give a folder or a list")
+            self.sets[0].first(self.train_clips)
         self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
         if self.data and len(self.sets[0].classes) < 2:
             raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
@@ -989,7 +1004,11 @@ class Labels(Stage):
                             workers=self.workers, rank=processes.rank(), world=processes.world(), repeats=self.repeats)
 
     def finish(self, model):
-        """Accuracies over several views of each held-out video: softmax per view, averaged in memory."""
+        """Accuracies over several views of each held-out video: softmax per view, averaged in memory. With --test, on the
+        test split."""
+        if self.test and not self.data:
+            world = data.MovingShapes("test", self.num_frames, self.input_size, self.seed)
+            return self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), "test_")
         if self.test_clips * self.test_crops == 1:
             return {}
         views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,
@@ -1000,11 +1019,11 @@ class Labels(Stage):
         for batch in self.held_out(views, None, 1):
             video = batch["video"][0]                                        # (1 + views, T, H, W, 3)
             logits = [self.logits(model, {"video": part})[0] for part in video.split(self.eval_batch)]
-            rows.append((batch["number"], torch.cat(logits).softmax(dim=1), batch["label"]))
-        _, chances, answers = zip(*processes.collect(rows, self.device))
+            rows.append((batch["number"], torch.cat(logits), batch["label"]))
+        _, scores, answers = zip(*processes.collect(rows, self.device))
         answers = {"label": torch.cat(answers)}
-        named = {"1 clip": [chance[0] for chance in chances],
-                 f"{self.test_clips} x {self.test_crops} views": [chance[1:].mean(dim=0) for chance in chances]}
+        named = {"1 clip": [logits[0] for logits in scores],
+                 f"{self.test_clips} x {self.test_crops} views": [merge_views(logits[1:]) for logits in scores]}
         return {f"val_{name} ({kind})": value for kind, found in named.items()
                 for name, value in accuracies({"label": torch.stack(found)}, answers).items()}
 
@@ -1260,6 +1279,9 @@ class Fuse(Labels):
     heads: int = flag(0, "heads of the bridges; 0 = as the masked encoder", low=0)
     source: str = flag("all", "keys and values from all tokens, or from patches only", choices=("all", "patches"))
     gates: bool = flag(True, "tanh gates that start at 0 (paper: yes)")
+    way: str = flag("both", "who asks: both, only the masked encoder, or only the multimodal encoder's class token (paper: both)",
+                    choices=("both", "masked", "multimodal"))
+    thaw: bool = flag(False, "train everything, both encoders too (paper: no)")
     bridges: bool = flag(True, "cross-model attention; --no-bridges: only heads and the sum of scores train")
 
     def build(self):
@@ -1278,9 +1300,13 @@ class Fuse(Labels):
             return model
         experts = [expert if expert.config["classes"] == classes else expert.with_head(classes) for expert in experts]
         try:
-            return fusion.InternVideo(
-                experts[0], experts[1:], before=numbers(self.before, "before"), layers=self.layers_for(len(experts) - 1),
+            if self.way == "multimodal" and (self.before or self.layers):
+                raise Mistake("--way multimodal: has no bridges before blocks; leave out --before and --layers")
+            before = [] if self.way == "multimodal" else numbers(self.before, "before")
+            model = fusion.InternVideo(
+                experts[0], experts[1:], before=before, layers=self.layers_for(len(experts) - 1), last=self.way != "masked",
                 heads=self.heads or None, source=self.source, gates=self.gates, bridges=self.bridges, drop=self.drop)
+            return model.requires_grad_(True) if self.thaw else model
         except ValueError as error:
             raise Mistake(str(error)) from None
 
@@ -1387,8 +1413,6 @@ class Localise(Stage):
     length: int = flag(1024, "most steps of a video in training; of a longer one a random part (paper: 2304)", low=8)
 
     def build(self):
-        if processes.world() > 1:
-            raise Mistake("localise: the head trains in seconds; start it without torchrun")
         run = bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser"
         model = localise.Localiser.from_run(self.weights) if run else None
         encoder = model.encoder if run else load_encoder(self.weights) if self.weights else None
@@ -1447,19 +1471,20 @@ class Localise(Stage):
             return torch.load(path, weights_only=True)
         encoder = self.model.encoder.eval()
         counts, started = [1, 1] if self.dry_run else [self.videos, self.eval_clips], time.monotonic()
-        with tqdm(total=sum(counts), desc="features", unit="video", disable=None) as bar:
+        with tqdm(total=sum(counts), desc="features", unit="video", disable=processes.rank() > 0 or None) as bar:
             sets = []
             for world, count in zip(self.sets, counts):
-                sets.append([])
-                for i in range(count):
+                rows = []
+                for i in range(processes.rank(), count, processes.world()):
                     video = world[i]
                     frames = video.pop("video")
                     with self.autocast():
                         seen = torch.cat(list(localise.look(encoder, frames, self.stride, 64))).cpu()
                     times = localise.step_times(np.arange(len(frames)) / world.FPS, encoder.config["frames"], self.stride)
-                    sets[-1].append(video | {"features": seen, "times": times.tolist()})
-                    bar.update()
-        if not self.dry_run:
+                    rows.append((i, video | {"features": seen, "times": times.tolist()}))
+                    bar.update(processes.world())
+                sets.append([item for _, item in processes.collect(rows)])
+        if not self.dry_run and processes.rank() == 0:
             weights.write_aside(path, lambda aside: torch.save(sets, aside))
         print(f"features of {sum(counts)} videos: {time.monotonic() - started:.0f} s")
         return sets
@@ -1479,14 +1504,17 @@ class Localise(Stage):
     def batches(self, train_set, first):
         for step in range(first * self.accum, self.steps * self.accum):
             rng = generator(self.seed, "videos", step)
-            chosen = torch.randint(len(self.sets[0]), (self.batch_size,), generator=rng).tolist()
-            yield self.gather([self.sets[0][i] for i in chosen], rng)
+            rows, mine = processes.joined(self.batch_size)
+            chosen = torch.randint(len(self.sets[0]), (rows,), generator=rng).tolist()
+            batch = self.gather([self.sets[0][i] for i in chosen], rng)  # of all processes: padded alike, counted together
+            count = ((batch["labels"] >= 0) & batch["inside"]).sum().clamp(min=1) / processes.world()
+            yield {name: value[mine] for name, value in batch.items()} | {"count": count}
 
     def loss(self, model, batch, rng):
         if "features" not in batch:  # the numbers of training videos
             batch = self.gather([self.sets[0][i] for i in batch["video"].tolist()])
         scores, distances = model.head(batch["features"], batch["inside"])
-        parts = localise.head_loss(scores, distances, batch["labels"], batch["wanted"], batch["inside"])
+        parts = localise.head_loss(scores, distances, batch["labels"], batch["wanted"], batch["inside"], batch.get("count"))
         return sum(parts), {"loss": sum(parts).detach(), "score_loss": parts[0].detach(), "distance_loss": parts[1].detach()}
 
     @torch.no_grad()
@@ -1498,9 +1526,14 @@ class Localise(Stage):
 
     def evaluate(self, model, batches):
         """Mean loss, and mAP in percent at each temporal IoU and on average."""
-        items = [self.sets[1][i] for batch in batches for i in batch["video"].tolist()]
-        losses = [float(self.loss(model, self.gather([item]), None)[0]) for item in items]
-        return {"val_loss": float(np.mean(losses))} | self.mean_ap("val", items, lambda item: self.found(model, item))
+        rows = []
+        for i in (i for batch in batches for i in batch["video"].tolist()):
+            item = self.sets[1][i]
+            rows.append((i, float(self.loss(model, self.gather([item]), None)[0]), self.found(model, item)))
+        numbers, losses, found = zip(*processes.collect(rows))
+        found = dict(zip(numbers, found))
+        return {"val_loss": float(np.mean(losses))} | self.mean_ap("val", [self.sets[1][i] | {"number": i} for i in numbers],
+                                                                   lambda item: found[item["number"]])
 
     def mean_ap(self, name, items, say):
         """mAP of what `say` says of each item -> {name: percent}."""
@@ -1676,6 +1709,12 @@ def numbers(text, name, kind=int):
     if not re.fullmatch(f"{one}(,{one})*", text):
         raise Mistake(f"--{name} {text}: give numbers with commas, as {example}")
     return [kind(number) for number in text.split(",")]
+
+
+def merge_views(logits):
+    """Scores of several views of one video (n, Y) -> probabilities (Y,): the softmax of each, then the mean (VideoMAE,
+    Sec. 4; UniFormerV2 on Kinetics), so that one view that is very sure cannot outvote the others."""
+    return logits.softmax(dim=1).mean(dim=0)
 
 
 def accuracies(logits, answers):
@@ -2475,6 +2514,7 @@ def parse(card, name, argv):
     """Command line -> card; Mistake where a value is out of range."""
     argv = ["--" + arg[2:].split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]):]
             if arg.startswith("--") else arg for arg in argv]
+    argv = [arg for i, arg in enumerate(argv) if not (arg == "auto" and i and argv[i - 1] == "--resume")]  # it always is
     stage = card(**vars(parser_of(card, name).parse_args(argv)))
     for field in dataclasses.fields(stage):
         value, info = getattr(stage, field.name), field.metadata

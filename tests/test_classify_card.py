@@ -175,6 +175,15 @@ def test_folders_of_classes_train_and_name_top_1_and_top_5(tmp_path, encoders, c
     assert "needs a folder of class folders" in capsys.readouterr().err
 
 
+def test_merging_views_by_hand():
+    """Odds of 3 : 1 for the first class, twice, against 1 : 9: probabilities 3/4, 3/4, 1/10, mean 8/15. Against 1 : 81 the
+    mean of the probabilities, 0.504, still says the first, the mean of the logits, (2 ln 3 - 4 ln 3) / 3, the second."""
+    views = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 9.0]]).log()
+    assert torch.allclose(train.merge_views(views), torch.tensor([8 / 15, 7 / 15]))
+    views = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 81.0]]).log()
+    assert train.merge_views(views).argmax() == 0 and views.mean(dim=0).argmax() == 1
+
+
 def test_several_views_are_averaged_as_probabilities_and_stand_beside_one_clip(tmp_path):
     for name in ("wave", "jump"):
         (tmp_path / "videos" / name).mkdir(parents=True)
@@ -236,3 +245,18 @@ def test_official_files_of_both_encoders_load_for_fine_tuning(tmp_path):
         if name in ("fine_tuned", "uniformer"):
             head = tensors.get("head.weight", tensors.get("transformer.proj.2.weight"))
             assert torch.equal(model.head.weight, head[:400])
+
+
+def test_few_labels_are_the_same_few_clips_over_and_over(tmp_path):
+    card = train.Classify(num_frames=2, input_size=16, train_clips=5, encoder="masked")
+    card.ask()
+    world, whole = card.sets[0], data.MovingShapes("train", 2, 16)
+    assert (world[13]["video"] == whole[3]["video"]).all() and (world[4]["video"] == whole[4]["video"]).all()
+    assert (card.sets[1][13]["video"] == data.MovingShapes("val", 2, 16)[13]["video"]).all()
+    for name in ("wave", "jump"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            write_video(tmp_path / name / f"{i}.mp4", frames=4)
+    card = train.Classify(num_frames=2, input_size=16, train_clips=3, data=str(tmp_path), val_data=str(tmp_path))
+    card.ask()
+    assert len(card.sets[0]) == 3 and len(card.sets[1]) == 8

@@ -138,3 +138,16 @@ def test_the_default_run_takes_no_other_flags(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--seed", "0", "--steps", "3"])
     assert stop.value.code == 2 and train.main(["--seed", "-1"]) == 2
+
+
+def test_one_way_alone_and_everything_thawed(pair, tmp_path):
+    for way, bridges, last in (("masked", 2, 0), ("multimodal", 0, 1)):
+        assert run(*pair, "--way", way, out=tmp_path / way) == 0
+        model = fusion.InternVideo.from_run(tmp_path / way)
+        assert (len(model.bridges[0]) > 0, len(model.last)) == (bridges > 0, last)
+    assert run(*pair, "--thaw", out=tmp_path / "thawed") == 0
+    metrics = json.loads((tmp_path / "thawed" / "metrics.json").read_text())
+    assert metrics["trained"] == metrics["parameters"]
+    before, after = train.weights.read(pair[1])[0], load_file(tmp_path / "thawed" / "model.safetensors")
+    assert not torch.equal(before["encoder.embed.weight"], after["masked.encoder.embed.weight"])
+    assert run(*pair, "--way", "multimodal", "--before", "1", out=tmp_path / "x") == 2

@@ -302,6 +302,23 @@ def test_contrastive_and_captioning_together(dtype):
         caption_decoder__visual_queries="caption_decoder.queries", clip__token_embedding__weight="clip.text.embed.weight")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["coca_open_clip", "coca_lucidrains"])
+def test_our_losses_are_those_of_two_other_public_models_of_coca(name, dtype):
+    """Their networks are others; from what these give, our losses make the same numbers. open_clip counts captions twice;
+    the other one's contrast is of texts one token shorter than those on file."""
+    case, single = Case(name, dtype), Case(name, torch.float32)
+    found = {key: case.outputs.get(key, value).to(dtype) for key, value in single.outputs.items()}
+    ids = case.inputs["text_ids"].long()
+    caption = caption_decoder.caption_loss(found["logits"][:, :ids.shape[1] - 1], ids, ids != 0)
+    if name == "coca_lucidrains":
+        case.close(caption, found["caption_loss"], 1e-5, name)
+        return
+    case.close(2 * caption, found["caption_loss_times_2"], 1e-5, name)
+    case.close(clip_video.contrastive_loss(found["image_features"], found["text_features"], case.state["logit_scale"].to(dtype)),
+               found["contrastive_loss"], 1e-5, name)
+
+
 def test_clip_tokenizer():
     vocabulary = FOLDER.parent / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
     if not vocabulary.exists():

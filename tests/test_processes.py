@@ -39,6 +39,10 @@ def cards(folder):
         model = card.build()
         train.weights.save(folder / name, model, model.config)
     clip = dict(**TINY, num_frames=4, vocabulary=600)
+    pretrained = train.Clip(**clip)
+    model = pretrained.build()
+    train.weights.save(folder / "clip", model, model.config)
+    pretrained.extras(folder / "clip")
     return {
         "mae": train.MAE(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, dual_mask=True, drop_path=0.3),
         "mae cut": train.MAE(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3, shard=True),
@@ -49,6 +53,10 @@ def cards(folder):
         "classify multimodal": train.Classify(**labels | dict(input_size=40), encoder="multimodal", drop=0.3,
                                               drop_path=0.3, layer_decay=0.75),
         "classify probe": train.Classify(**labels, mode="probe", probe_clips=CLIPS, out=str(folder / "probe")),
+        "answer": train.Answer(**TINY, batch_size=JOINED, weights=str(folder / "clip"), drop=0.3),
+        "retrieve": train.Retrieve(**clip | dict(num_frames=6), batch_size=JOINED, weights=str(folder / "clip")),
+        "localise": train.Localise(**TINY, batch_size=JOINED, weights=str(folder / "masked"), videos=9, eval_clips=CLIPS,
+                                   width=16, depth=2, drop=0.3, out=str(folder / "localise")),
         "fuse": train.Fuse(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
                            multimodal=str(folder / "multimodal"), drop=0.3),
         "fuse cut": train.Fuse(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
@@ -131,7 +139,8 @@ def equal(folder):
     """Leaves {card: what `learn` found} of each process in W.rank.pt."""
     import processes
     built = {}
-    (folder / "probe").mkdir()
+    for name in ("probe", "localise"):
+        (folder / name).mkdir()
     for name, card in cards(folder).items():
         torch.manual_seed(0)
         built[name] = card, card.build()
@@ -212,7 +221,7 @@ def learned(tmp_path_factory):
 
 
 CARDS = ("mae", "mae cut", "clip", "clip cut", "clip in pieces", "classify masked", "classify multimodal",
-         "classify probe", "fuse", "fuse cut")
+         "classify probe", "fuse", "fuse cut", "answer", "retrieve", "localise")
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "fusion": {"attention", "weights", "mae", "uniformerv2"},
     "caption_metrics": set(),
     "question_answering": {"attention", "weights", "clip_video", "caption_decoder"},
-    "localise": {"weights", "mae", "uniformerv2"},
+    "localise": {"attention", "weights", "mae", "uniformerv2"},
     "draw": {"data"},
     "train": set(MODULES) - {"train"},
 }

@@ -251,11 +251,19 @@ def test_a_torn_checkpoint_is_named(tmp_path, capsys):
     assert "not a readable checkpoint" in capsys.readouterr().err
 
 
+def test_the_decoders_width_and_depth_are_flags():
+    card = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5, decoder_width=48, decoder_depth=1)
+    assert card.build().config["size"]["decoder_width"] == 48 and card.build().config["size"]["decoder_depth"] == 1
+    with pytest.raises(train.Mistake, match="multiple of the 4 heads"):
+        train.MAE(decoder_width=50).build()
+
+
 def test_dashes_and_underscores_are_the_same():
     for text in ("--mask-ratio", "--mask_ratio"):
         assert train.parse(train.MAE, "mae", [text, "0.7"]).mask_ratio == 0.7
         assert train.parse(train.MAE, "mae", [text + "=0.7"]).mask_ratio == 0.7
     assert train.parse(train.MAE, "mae", ["--data", "my_videos"]).data == "my_videos"
+    assert train.parse(train.MAE, "mae", ["--resume", "auto", "--ema", "0.5"]).resume
 
 
 @pytest.mark.parametrize("name", train.STAGES)

@@ -1,5 +1,6 @@
 """Make the README's figures from runs/default: `make figures`.
 
+    figures/system.png          the four stages, and which file holds what
     figures/moving_shapes.png   the generated world, a clip of each of eight motions
     figures/reconstruction.png  what the masked autoencoder paints on a held-out clip
     figures/loss.png            its loss, the held-out loss and the trivial baseline
@@ -24,6 +25,50 @@ import mae  # noqa: E402
 import weights  # noqa: E402
 
 CLIP = 3  # which held-out clip README shows; the first one with a motion across the frame
+
+
+# (left, bottom, width, height), in a plane about 100 wide; (file or stage, what it does), colour
+BOXES = {
+    "clip": ((0, 18, 15, 10), "data.py\nannotations.py", "clips, captions,\nlabels", "#eeeeee"),
+    "masked": ((23, 30, 22, 12), "mae.py", "VideoMAE: sees a quarter,\nattends in space and time", "#cfe3f7"),
+    "paint": ((52, 33, 20, 9), "mae.py", "decoder: paints\nwhat was hidden", "#cfe3f7"),
+    "video": ((23, 12, 22, 12), "uniformerv2.py", "CLIP's frames, local and\nglobal units for time", "#d9efd2"),
+    "text": ((23, -3, 22, 8), "clip_video.py", "CLIP's text tower", "#d9efd2"),
+    "contrast": ((52, 6, 20, 8), "clip_video.py", "which sentence belongs\nto which video?", "#d9efd2"),
+    "caption": ((52, -5, 20, 8), "caption_decoder.py", "writes a sentence,\nword by word", "#d9efd2"),
+    "bridge": ((52, 17, 20, 11), "fusion.py", "cross-model attention\nbehind gates", "#fbe3c0"),
+    "scores": ((78, 17, 20, 11), "fusion.py", "learned sum of\nboth scores", "#fbe3c0"),
+}
+ARROWS = (("clip", "masked"), ("clip", "video"), ("clip", "text"), ("masked", "paint"), ("masked", "bridge"), ("video", "bridge"),
+          ("video", "contrast"), ("text", "contrast"), ("video", "caption"), ("text", "caption"), ("bridge", "scores"))
+
+
+def system(path):
+    """The whole of InternVideo, each box with the name of its file."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyBboxPatch
+
+    figure, axis = plt.subplots(figsize=(10, 5.3), facecolor="white")
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.99)
+    axis.set(xlim=(-1, 101), ylim=(-6.5, 49))
+    axis.axis("off")
+    for a, b in ARROWS:
+        (x, y, w, h), (u, v, _, k) = BOXES[a][0], BOXES[b][0]
+        axis.annotate("", (u - 0.4, v + k / 2), (x + w + 0.4, y + h / 2),
+                      arrowprops=dict(arrowstyle="-|>", color="#555555", shrinkA=0, shrinkB=0, lw=1.2))
+    for (x, y, w, h), file, what, colour in BOXES.values():
+        axis.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.3", facecolor=colour, edgecolor="#555555", lw=1))
+        axis.text(x + w / 2, y + h - 0.6, file, ha="center", va="top", fontsize=9.5, family="monospace", weight="bold", color="black")
+        axis.text(x + w / 2, y + 0.8, what, ha="center", va="bottom", fontsize=8.5, color="black")
+    for x, y, text in ((23, 43.2, "1  masked video modelling; 3  with labels"), (23, 24.9, "2  video and language; 3  with labels"),
+                       (52, 29, "4  cross-model interaction")):
+        axis.text(x, y, text, fontsize=8.5, style="italic", color="#333333")
+    axis.text(0, 46.5, "train.py drives all stages; attention.py holds what every box is made of, weights.py what goes into it from "
+              "official files", fontsize=8.5, color="#333333")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def moving_shapes(path):
@@ -68,6 +113,7 @@ def main():
         return 2
     (out / "reconstruction.gif").unlink()  # the README shows the strip
     moving_shapes(out / "moving_shapes.png")
+    system(out / "system.png")
     for path in (run / "loss.png", default / "clip" / "captions.png", default / "fuse" / "gates.png",
                  default / "table.png"):
         if not path.exists():

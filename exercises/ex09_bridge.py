@@ -1,0 +1,23 @@
+"""A bridge that starts silent and can still learn.
+
+`Bridge` lets tokens x ask other tokens: x + tanh(gate) * attention(norm(x), context), with a gate that starts at zero (as
+Flamingo, arXiv 2204.14198, Sec. 3.1.2). At the start x must pass bit for bit, and yet the gate must have a gradient at
+the first step. Then say which parameters have a gradient of exactly zero at that first step, and why that does not matter.
+"""
+
+from torch import nn
+
+
+class Bridge(nn.Module):
+    def __init__(self, width, context_width, heads):
+        super().__init__()
+        raise NotImplementedError
+
+    def forward(self, x, context):
+        """x (B, N, width), context (B, M, context_width) -> (B, N, width)"""
+        raise NotImplementedError
+
+
+def silent_at_step_one():
+    """-> set of names of direct children of Bridge, "gate" among the candidates, whose gradients are zero at step one."""
+    raise NotImplementedError

@@ -1,0 +1,10 @@
+"""The mean square of numbers with mean 0 and unbiased variance 1 is (n - 1) / n: a little less than 1."""
+
+
+def normalised(tubelets):
+    mean, std = tubelets.mean(dim=2, keepdim=True), tubelets.std(dim=2, keepdim=True)
+    return (tubelets - mean) / (std + 1e-6)
+
+
+def cost_of_painting_nothing(tubelets):
+    return float(normalised(tubelets).square().mean())

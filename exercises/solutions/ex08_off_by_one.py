@@ -1,0 +1,7 @@
+"""It asked for the word that position t had just read. The next word is the question, and only real next words count."""
+
+import torch.nn.functional as F
+
+
+def caption_loss(logits, ids, is_text):
+    return F.cross_entropy(logits[:, :-1][is_text[:, 1:]], ids[:, 1:][is_text[:, 1:]])

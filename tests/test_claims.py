@@ -1,0 +1,69 @@
+"""What is proved about tools/claims.py: the rule of the verdicts, by hand; every line it would run is one that train.py
+takes; a report says what the runs say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import claims
+
+
+def test_the_interval_of_five_seeds_by_hand():
+    """1, 2, 3, 4, 5: mean 3, standard deviation sqrt(2.5), over sqrt(5): 0.7071; t with 4 degrees of freedom 2.776."""
+    mean, half = claims.interval([1, 2, 3, 4, 5])
+    assert mean == 3 and half == pytest.approx(2.776 * 0.5**0.5)
+
+
+def test_a_verdict_needs_an_interval_on_one_side_of_zero():
+    assert claims.verdict([1, 2, 3, 4, 5]) == "supported"
+    assert claims.verdict([-1, -2, -3, -4, -5]) == "not supported"
+    assert claims.verdict([-1, 2, 0, 4, -3]) == "undecided at this scale"
+    assert claims.verdict([9.0]) == "undecided at this scale"
+    assert claims.judge(["supported", "supported"]) == "supported"
+    assert claims.judge(["supported", "undecided at this scale"]) == "undecided at this scale"
+    assert claims.judge(["undecided at this scale", "not supported"]) == "not supported"
+
+
+@pytest.mark.parametrize("name", claims.RUNS)
+def test_every_run_is_a_line_that_train_takes(name):
+    stage, *flags = claims.RUNS[name].split()
+    card = train.parse(train.STAGES[stage], stage, flags)
+    assert card.steps > 0 and all(other in claims.RUNS for other in claims.needs(claims.RUNS[name]))
+
+
+def test_runs_come_after_what_they_stand_on_and_none_is_in_vain():
+    order = claims.wanted()
+    assert set(order) == set(claims.RUNS)
+    for place, name in enumerate(order):
+        assert set(claims.needs(claims.RUNS[name])) <= set(order[:place])
+
+
+def test_what_is_compared_has_the_same_budget_and_differs_in_little():
+    """The same stage; and, but for what is named, the same number of clips."""
+    for *_, pairs in claims.CLAIMS:
+        for pair in pairs:
+            cards = [train.parse(train.STAGES[flags[0]], flags[0], flags[1:]) for flags in (claims.RUNS[name].split() for name in pair)]
+            if type(cards[0]) is type(cards[1]):
+                clips = [card.steps * card.batch_size for card in cards]
+                assert clips[0] == clips[1], pair
+
+
+def test_the_report_says_what_the_runs_say(tmp_path):
+    for seed in range(3):
+        for i, name in enumerate(claims.wanted()):
+            place = claims.folder(tmp_path, seed, name)
+            place.mkdir(parents=True)
+            values = {metric: 10.0 * i + seed for *_, metric, _ in claims.CLAIMS}
+            (place / "metrics.json").write_text(json.dumps(values | {"seconds": 5.0}))
+    claims.report(tmp_path, 3, 60.0)
+    text, facts = (tmp_path / "claims.md").read_text(), json.loads((tmp_path / "claims.json").read_text())
+    assert len(facts["claims"]) == len(claims.CLAIMS) and (tmp_path / "claims.png").stat().st_size > 0
+    first = facts["claims"][0]
+    places = [claims.wanted().index(first["compared"][0][key]) for key in ("better", "worse")]
+    assert first["compared"][0]["mean"] == pytest.approx(10 * (places[0] - places[1]))
+    assert f"## 1. {first['claim']}: {first['verdict']}" in text and "3 seeds" in text
