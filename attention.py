@@ -32,12 +32,15 @@ A video is (B, C, T, H, W), its tokens are (B, N, D), and token n = tau*S + y*w 
 Queries, keys and values are always (B, heads, N, K).
 
 The idea, in steps:
-1. `written_out`: a soft dictionary. A query is compared with every key, the similarities become
+1. `Mask` says in words what a query may look at: the past, real tokens, its own segment, nearby
+   frames. `Mask.rule` says the same as a function of two numbers, a query's and a key's.
+2. `written_out`: a soft dictionary. A query is compared with every key, the similarities become
    weights that sum to one, and the weights mix the values. With unit-variance entries a dot
    product of K numbers has variance K; dividing by sqrt(K) keeps the softmax away from saturation.
-2. `Mask` says in words what a query may look at: the past, real tokens, its own segment.
-3. `attention` is what the networks call: the same numbers from the fastest kernel at hand.
-4. `Attention` adds the projections, `Mlp` the other half, `Block` the pre-norm residuals.
+3. `fused`, `flex` and `apart` give the same numbers, faster: by a ready-made kernel that never stores
+   the scores; by one that torch.compile writes for the mask's rule; clip by clip.
+4. `attention` is what the networks call; `choose` picks one of the four and says why.
+5. `Attention` adds the projections, `Mlp` the other half, `Block` the pre-norm residuals.
    `DropPath` and `sinusoid_table` complete the kit.
 
 Where we differ from common code: a key bias adds the same number to all scores of a query and
@@ -53,13 +56,20 @@ torch.Size([2, 10, 32])
 torch.Size([2, 3, 32])
 """
 
+import functools
+import time
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from processes import joined
+
+KERNELS = ("auto", "written_out", "fused", "flex", "apart")
 
 # On a CPU the written-out form keeps all scores for the backward pass. Above this many bytes the
 # fused kernel, which never stores them, is used instead.
@@ -80,35 +90,84 @@ class Mask:
     segments        (B, Nk) int, the clip or sentence each key belongs to, when several are packed
                     in one row; a query sees its own segment only
     query_segments  (B, Nq) int, the same for queries; default: the last Nq of `segments`
+    frames          (B, Nk) int, the frame each key belongs to; a query sees keys of frames at most
+                    `window` away. 0 = its own frame only
+    query_frames    (B, Nq) int, the same for queries; default: the last Nq of `frames`
 
-    A query that may look at nothing gets zeros.
+    Tensors may have one row for all clips, (1, N). A query that may look at nothing gets zeros.
     """
 
     causal: bool = False
     is_token: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     query_segments: torch.Tensor | None = None
+    frames: torch.Tensor | None = None
+    query_frames: torch.Tensor | None = None
+    window: int = 0
+
+    @property
+    def kind(self):
+        """Which of the four narrow: a tuple of names, () = every query sees every key."""
+        return ("causal",) * self.causal + tuple(
+            name for name in ("is_token", "segments", "frames") if getattr(self, name) is not None)
+
+    @property
+    def rows(self):
+        """B, or 1 where the mask is the same for all clips."""
+        tensors = (self.is_token, self.segments, self.query_segments, self.frames, self.query_frames)
+        return max([1] + [len(x) for x in tensors if x is not None])
+
+    def rule(self, rows, queries, keys, device):
+        """The mask as a function: (row, head, query, key), all numbers, -> may it look? This is the
+        one place that says so: broadcast, it fills a table; compiled, it becomes part of a kernel."""
+        def both(of_keys, of_queries):
+            if of_keys is None:
+                return None, None
+            of_queries = of_keys[:, keys - queries:] if of_queries is None else of_queries
+            return of_queries.expand(rows, -1), of_keys.expand(rows, -1)
+
+        ahead = torch.tensor(keys - queries, device=device)  # a tensor: as a number it would be compiled in
+        causal, window = self.causal, self.window
+        is_token = None if self.is_token is None else self.is_token.expand(rows, -1)
+        (query_segments, segments), (query_frames, frames) = (
+            both(self.segments, self.query_segments), both(self.frames, self.query_frames))
+
+        def may_look(row, head, query, key):
+            seen = key >= 0
+            if causal:
+                seen = seen & (key <= query + ahead)
+            if is_token is not None:
+                seen = seen & is_token[row, key]
+            if segments is not None:
+                seen = seen & (query_segments[row, query] == segments[row, key])
+            if frames is not None:
+                seen = seen & ((query_frames[row, query] - frames[row, key]).abs() <= window)
+            return seen
+        return may_look
 
     def allowed(self, queries, keys, device):
-        """The same in numbers: (B or 1, 1, Nq, Nk) bool, True = may be looked at; None = all."""
-        allowed = None
-        if self.causal:
-            places = torch.arange(keys, device=device)
-            allowed = (places <= places[keys - queries:, None])[None, None]  # (1, 1, Nq, Nk)
-        if self.is_token is not None:
-            real = self.is_token[:, None, None, :]                           # (B, 1, 1, Nk)
-            allowed = real if allowed is None else allowed & real
-        if self.segments is not None:
-            asking = self.query_segments
-            if asking is None:
-                asking = self.segments[:, keys - queries:]
-            same = (asking[:, :, None] == self.segments[:, None, :])[:, None]
-            allowed = same if allowed is None else allowed & same
-        return allowed
+        """The mask as a table: (B or 1, 1, Nq, Nk) bool, True = may be looked at; None = all."""
+        if not self.kind:
+            return None
+        rule = self.rule(self.rows, queries, keys, device)
+        row, query, key = (torch.arange(n, device=device) for n in (self.rows, queries, keys))
+        allowed = rule(row[:, None, None, None], 0, query[:, None], key)
+        return allowed.expand(self.rows, 1, queries, keys)
+
+    def blocks(self, batch, queries, keys, device):
+        """The mask as FlexAttention wants it: its rule, and which blocks of 128 x 128 pairs hold
+        anything. Kept for the next layer, which asks for the same."""
+        def made():
+            return create_block_mask(self.rule(batch, queries, keys, device), None if self.rows == 1 else batch,
+                                     None, queries, keys, device=device)
+        if torch.compiler.is_compiling():
+            return made()
+        kept = self.__dict__.setdefault("_blocks", {})
+        return kept.get((batch, queries, keys)) or kept.setdefault((batch, queries, keys), made())
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention, once in plain words and once fast
+# Attention, once in plain words and three times fast
 
 
 def written_out(q, k, v, allowed=None, scale=None):
@@ -127,14 +186,15 @@ def written_out(q, k, v, allowed=None, scale=None):
 
 
 def fused(q, k, v, mask=None, scale=None):
-    """The same numbers from torch's fused kernel, which never holds all scores in memory."""
+    """The same numbers from torch's fused kernels, which never hold all scores in memory: a block of
+    queries meets a block of keys at a time, and a running maximum and sum finish the softmax
+    (FlashAttention, arXiv 2205.14135, Sec. 3.1). They know "all" and "the past"; any other mask is a
+    table that they read, and what it hides is computed all the same."""
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))                # one key head, shared
-    only_causal = mask is not None and mask.causal and mask.is_token is None and mask.segments is None
-    if mask is None or (only_causal and q.shape[2] == k.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask is not None, scale=scale)
+    kind = () if mask is None else mask.kind
+    if not kind or (kind == ("causal",) and q.shape[2] == k.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=bool(kind), scale=scale)
     allowed = mask.allowed(q.shape[2], k.shape[2], q.device)
-    if allowed is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     # Kernels disagree about a query that may look at nothing (zeros or NaN), so let it look
     # everywhere and throw the answer away.
     nothing = ~allowed.any(dim=-1, keepdim=True)                             # (B, 1, Nq, 1)
@@ -142,29 +202,176 @@ def fused(q, k, v, mask=None, scale=None):
     return out.masked_fill(nothing, 0)
 
 
-def attention(q, k, v, mask=None, *, scale=None, kernel="auto"):
+def flex(q, k, v, mask=None, scale=None):
+    """The same numbers from a kernel made for the mask: torch.compile writes the mask's rule into a
+    fused kernel, forward and backward, that leaves out blocks of 128 x 128 pairs in which nothing may
+    be looked at (FlexAttention, arXiv 2412.05496). No backward on a CPU, none in float64."""
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if grad and q.device.type == "cpu":
+        raise ValueError("FlexAttention has no backward pass on a CPU: choose another kernel, or torch.no_grad()")
+    if not grad:  # what could have gradients is refused on a CPU, even where none are asked for
+        q, k, v = q.detach(), k.detach(), v.detach()
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    mask = mask if mask is not None and mask.kind else None
+    blocks = None if mask is None else mask.blocks(len(q), q.shape[2], k.shape[2], q.device)
+    if torch.compiler.is_compiling():  # it becomes part of the graph around it
+        return flex_attention(q, k, v, block_mask=blocks, scale=scale)
+    variant = mask and (mask.kind, mask.rows == 1, mask.window)
+    return _kernel(variant, q.shape[1], q.shape[3], q.dtype, q.device, grad, scale)(q, k, v, blocks)
+
+
+BACKEND = "inductor"  # of torch.compile
+
+
+@functools.lru_cache(maxsize=None)
+def _kernel(kind, heads, width, dtype, device, grad, scale):
+    """A FlexAttention of its own for all that a kernel is written for. Only batch and lengths vary within
+    one, and torch.compile makes a kernel for any size when it meets the second, once per size.
+
+    It counts versions by code object and past the eighth falls back to the slow form, silently unless the
+    whole function must become one graph. So: one code object each, and fullgraph, which raises instead."""
+    def run(q, k, v, blocks):
+        return flex_attention(q, k, v, block_mask=blocks, scale=scale)
+    run.__code__ = run.__code__.replace(co_name="flex")  # a copy
+    return torch.compile(run, fullgraph=True, backend=BACKEND)
+
+
+def apart(q, k, v, mask, scale=None):
+    """The same numbers for packed clips, one clip at a time: no pair of different clips is computed. For a
+    CPU, where `segments` can be read without waiting for a device. The mask may hold segments only."""
+    asking = mask.segments[:, k.shape[2] - q.shape[2]:] if mask.query_segments is None else mask.query_segments
+    rows = []
+    for b in range(len(q)):
+        of_queries, of_keys = (x[b if len(x) > 1 else 0] for x in (asking, mask.segments))
+        clips = torch.cat([of_queries, of_keys]).unique()
+        nq, nk = ((x[:, None] == clips).sum(dim=0).tolist() for x in (of_queries, of_keys))
+        order, places = of_queries.argsort(stable=True), of_keys.argsort(stable=True)
+        parts = zip(q[b:b + 1].index_select(2, order).split(nq, dim=2),
+                    *(x[b:b + 1].index_select(2, places).split(nk, dim=2) for x in (k, v)))
+        out = torch.cat([attention(*part, scale=scale, kernel="auto") for part in parts], dim=2)
+        rows.append(out.index_select(2, order.argsort()))
+    return torch.cat(rows)
+
+
+@functools.lru_cache(maxsize=None)
+def no_compiler(device):
+    """Why torch.compile does not work for "cpu" or "cuda" here, in one line, or "": found by trying."""
+    try:
+        torch.compile(lambda x: x.cos() + 1, fullgraph=True, backend=BACKEND)(torch.zeros(8, device=device))
+    except Exception as error:  # a missing compiler shows in many ways
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+@functools.lru_cache(maxsize=None)
+def fastest_fused(device):
+    """Which of torch's fused kernels is fastest depends on the GPU, so on CUDA each takes one attention of ViT-B
+    there and back, and the quickest goes first for the rest of the process.
+
+    Returns {name: milliseconds}, quickest first; {} where there is no choice."""
+    global _order
+    found = {}
+    if torch.device(device).type == "cuda":
+        x = torch.randn(4, 12, 1568, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            try:
+                with sdpa_kernel(backend):
+                    for i in range(13):
+                        if i == 3:  # warm by now
+                            torch.cuda.synchronize(device)
+                            started = time.perf_counter()
+                        F.scaled_dot_product_attention(x, x, x).backward(x.detach())
+                    torch.cuda.synchronize(device)
+                found[backend] = (time.perf_counter() - started) / 10
+            except RuntimeError:  # this GPU or this build has no such kernel
+                continue
+    order = sorted(found, key=found.get)
+    if order:  # the last resort stays: it takes any shape
+        _order = sdpa_kernel(order + [SDPBackend.MATH], set_priority=True)
+        _order.__enter__()
+    return {backend.name.split("_")[0].lower(): 1e3 * found[backend] for backend in order}
+
+
+_order = None
+_always = "auto"
+_failed = set()  # kinds of masks that torch.compile could not make a kernel for
+
+
+def use(kernel, device="cpu"):
+    """Which kernel every attention takes that names none; "auto" = `choose`. Returns the choice in words."""
+    global _always
+    _always = _known(kernel)
+    if kernel != "auto":
+        return f"{kernel} for all"
+    if torch.device(device).type == "cpu":
+        return (f"written out up to {SCORES_LIMIT >> 20} MiB of scores, fused above; packed clips one by one; windows of "
+                "frames, without gradients, by FlexAttention")
+    quickest = ", ".join(f"{name} {ms:.2f} ms" for name, ms in fastest_fused(device).items())
+    reason = no_compiler("cuda")
+    return (f"fused where nothing or only the future is hidden (measured: {quickest}), other masks by "
+            + (f"a table, for nothing can be compiled: {reason}" if reason else "FlexAttention"))
+
+
+def choose(q, k, mask=None):
+    """The kernel for these queries, keys and mask -> its name.
+
+    CUDA  No mask, or the past: `fused` (flash or cuDNN, see `fastest_fused`). Other masks: `flex`, from 128
+          queries on; below that, or without a compiler, a table for `fused` is cheap.
+    CPU   `written_out`: its matrix products use the fast bfloat16 units, which the fused CPU kernel does
+          not (2 to 4 times, forward and backward). `fused` where the scores would fill the memory, and for
+          the past of more than 512 float32 tokens, half of which it leaves out. Packed clips: `apart`.
+          Windows of frames, without gradients: `flex`, for most blocks are empty.
+    """
+    kind, Nq, Nk = () if mask is None else mask.kind, q.shape[2], k.shape[2]
+    compiling, cpu = torch.compiler.is_compiling(), q.device.type == "cpu"
+    plain = not kind or (kind == ("causal",) and Nq == Nk)
+    if not plain and Nq >= 128 and q.shape[3] >= 16 and q.dtype != torch.float64 and kind not in _failed and \
+            (not cpu or ("frames" in kind and Nq >= 512 and not torch.is_grad_enabled() and not compiling)) and \
+            (compiling or not no_compiler(q.device.type)):
+        return "flex"
+    if not cpu:
+        return "fused"
+    if kind == ("segments",) and not compiling:
+        return "apart"
+    if kind == ("causal",) and Nq == Nk > 512 and q.dtype == torch.float32:
+        return "fused"
+    scores = q.shape[0] * q.shape[1] * Nq * Nk * q.element_size()
+    return "written_out" if scores <= SCORES_LIMIT else "fused"
+
+
+def _known(kernel):
+    if kernel not in KERNELS:
+        raise ValueError(f"no attention kernel {kernel!r}: choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
+    return kernel
+
+
+def attention(q, k, v, mask=None, *, scale=None, kernel=None):
     """What every network here calls: attention by the best kernel for the device and the mask.
 
     q       (B, heads, Nq, K) float
     k, v    (B, heads, Nk, K) float, or (B, 1, Nk, K): one head of keys and values for all queries
     mask    Mask or None (every query sees every key)
     scale   factor on q k^T; default 1/sqrt(K)
-    kernel  "auto", "written_out" or "fused"
+    kernel  "auto", "written_out", "fused", "flex" or "apart"; default: what `use` was told, "auto"
     returns (B, heads, Nq, K)
-
-    On CUDA torch's fused kernels win. On a CPU the written-out form does: its matrix products use
-    the fast bfloat16 units, which the fused CPU kernel does not (2 to 4 times, forward and
-    backward); only where the scores would fill the memory is the fused one taken.
     """
-    if kernel not in ("auto", "written_out", "fused"):
-        raise ValueError(f"no attention kernel {kernel!r}: choose auto, written_out or fused")
-    if kernel == "auto":
-        scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
-        kernel = "written_out" if q.device.type == "cpu" and scores <= SCORES_LIMIT else "fused"
-    if kernel == "fused":
-        return fused(q, k, v, mask, scale)
-    allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
-    return written_out(q, k, v, allowed, scale)
+    kernel = chosen = _known(kernel or _always)
+    if chosen == "auto":
+        kernel = choose(q, k, mask)
+    if kernel == "flex":
+        try:
+            return flex(q, k, v, mask, scale)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if chosen == "flex" or torch.compiler.is_compiling():
+                raise
+            _failed.add(mask.kind)
+            warnings.warn(f"attention: no compiled kernel for {' and '.join(mask.kind)} here, a slower one from now on "
+                          f"({str(error).strip().splitlines()[0]})")
+            kernel = choose(q, k, mask)
+    if kernel == "written_out":
+        allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
+        return written_out(q, k, v, allowed, scale)
+    return fused(q, k, v, mask, scale) if kernel == "fused" else apart(q, k, v, mask, scale)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -317,7 +524,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp_width or 4 * width, activation, drop)
         self.drop_path = DropPath(drop_path)
-        self.gamma1 = self.gamma2 = 1.0
+        self.gamma1 = self.gamma2 = None
         if layer_scale is not None:
             self.gamma1 = nn.Parameter(torch.full((width,), float(layer_scale)))
             self.gamma2 = nn.Parameter(torch.full((width,), float(layer_scale)))
@@ -326,8 +533,10 @@ class Block(nn.Module):
         """x (B, N, D) -> (B, N, D), or (B, last, D): the output for the last `last` tokens alone,
         which still look at all N. It is the full result cut short, without the wasted work."""
         kept = x if last is None else x[:, -last:]
-        x = kept + self.drop_path(self.gamma1 * self.attn(self.norm1(x), mask=mask, last=last))
-        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+        seen = self.attn(self.norm1(x), mask=mask, last=last)
+        x = kept + self.drop_path(seen if self.gamma1 is None else self.gamma1 * seen)
+        digested = self.mlp(self.norm2(x))
+        return x + self.drop_path(digested if self.gamma2 is None else self.gamma2 * digested)
 
 
 def run_blocks(blocks, x, mask=None, last=None, recompute=False):

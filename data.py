@@ -1738,6 +1738,7 @@ def _load(dataset, plan, workers, **options):
         _desks.add(desks)
     loader = torch.utils.data.DataLoader(
         dataset, collate_fn=_collate, num_workers=workers, generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),  # so that the copy to the GPU need not be waited for
         worker_init_fn=functools.partial(_start_worker, desks=desks), **options)
     for batch in loader:
         if isinstance(batch, DataError):

@@ -23,7 +23,9 @@ The idea, in steps:
 5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so that the loss
    is about structure. Predicting plain zeros, the mean of each tubelet, costs about 1.0: the
    trivial baseline, and the number to compare every curve with.
-6. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear.
+6. `VideoMAE.packed` takes clips of different length or mask ratio in one row, without padding: a mask
+   keeps them apart, and no pair of tokens of different clips costs anything.
+7. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear.
 
 What the features are good and bad at: motion and fine detail early on; names of things only after
 labels, which is what the other encoder of InternVideo is for.
@@ -56,7 +58,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Block, Dropout, run_blocks, sinusoid_table
+from attention import Block, Dropout, Mask, run_blocks, sinusoid_table
 from weights import Rule, WeightsError
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
@@ -111,6 +113,15 @@ def take_tubelets(video, index, patch, tubelet):
         return cut.reshape(B, t * h * w, C, -1)
     row = torch.arange(B, device=index.device)[:, None]
     return cut[row, index // (h * w), index // w % h, index % w].flatten(3)
+
+
+def normalised(tubelets):
+    """Tubelets (B, n, 3, pixels) of uint8 -> float32, ImageNet-normalised; others are so already. Bytes are a
+    quarter of the traffic, and what is never looked at need not become a float: the encoder sees a tenth."""
+    if tubelets.dtype != torch.uint8:
+        return tubelets
+    mean, std = (torch.tensor(x, device=tubelets.device)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return tubelets.float().div_(255).sub_(mean).div_(std)
 
 
 def put_tubelets(video, index, tubelets, patch, tubelet):
@@ -296,8 +307,18 @@ class Encoder(nn.Module):
     def begin(self, video, visible=None):
         """The tokens before the first block: embedded tubelets and position codes, (B, Nv, D)."""
         codes = self.codes(self.grid_of(*video.shape[2:]), video)
-        tokens = self.embed(take_tubelets(video, visible, self.patch, self.tubelet).flatten(2))
+        tokens = self.embed(normalised(take_tubelets(video, visible, self.patch, self.tubelet)).flatten(2))
         return tokens + (codes if visible is None else gather(codes, visible))
+
+    def packed(self, videos, visible, segments):
+        """Several clips in one row: lists of (1, C, T, H, W) and of (1, Nv), and the clip of each token, (1, sum
+        of Nv) int -> tokens (1, sum of Nv, D)."""
+        tubelets = [normalised(take_tubelets(video, index, self.patch, self.tubelet))
+                    for video, index in zip(videos, visible)]
+        codes = [gather(self.codes(self.grid_of(*video.shape[2:]), video), index)
+                 for video, index in zip(videos, visible)]
+        tokens = self.embed(torch.cat(tubelets, dim=1).flatten(2)) + torch.cat(codes, dim=1)
+        return self.norm(run_blocks(self.blocks, tokens, Mask(segments=segments), recompute=self.recompute))
 
 
 class Decoder(nn.Module):
@@ -313,9 +334,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(size.decoder_width, outputs)
         self.recompute = False
 
-    def forward(self, tokens, n):
+    def forward(self, tokens, n, mask=None):
         """tokens (B, Nv + n, D/2) -> predictions for the last n, (B, n, P)."""
-        tokens = run_blocks(self.blocks, tokens, last=n, recompute=self.recompute)
+        tokens = run_blocks(self.blocks, tokens, mask, last=n, recompute=self.recompute)
         return self.head(self.norm(tokens))
 
 
@@ -375,7 +396,7 @@ class VideoMAE(nn.Module):
     def forward(self, video, hidden, skipped=None):
         """Predict the hidden tubelets.
 
-        video    (B, C, T, H, W) float, ImageNet-normalised
+        video    (B, C, T, H, W) float, ImageNet-normalised, or uint8 as read from a file
         hidden   (B, N) bool, True = not shown to the encoder; the same count in every row
         skipped  (B, N) bool or None, True = not decoded (VideoMAE V2's dual mask). With it the
                  decoder predicts every token that is not skipped, hidden or not.
@@ -390,13 +411,41 @@ class VideoMAE(nn.Module):
     def reconstruct(self, video, visible, wanted):
         """`forward` with token numbers in place of masks, (B, Nv) and (B, n): static shapes."""
         tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, D/2)
-        kind = "axes" if self.encoder.kind == "axes" else "sinusoid"
-        table = position_codes(kind, self.encoder.grid_of(*video.shape[2:]), self.encoder.patch,
-                               self.encoder.tubelet, tokens.shape[-1], video.device)
-        table = table.to(torch.promote_types(video.dtype, torch.float32))
+        table = self.decoder_codes(video)
         tokens = torch.cat([tokens + gather(table, visible),
                             self.mask_token + gather(table, wanted)], dim=1)
         return self.decoder(tokens, wanted.shape[1])
+
+    def decoder_codes(self, video):
+        """Position codes of the decoder for the grid of a video (B, C, T, H, W): (1, N, D/2)."""
+        table = position_codes("axes" if self.encoder.kind == "axes" else "sinusoid",
+                               self.encoder.grid_of(*video.shape[2:]), self.encoder.patch, self.encoder.tubelet,
+                               self.encoder_to_decoder.out_features, video.device)
+        return table.to(torch.promote_types(video.dtype, torch.float32))
+
+    def packed(self, videos, hidden):
+        """`forward` for clips that differ in length, size or mask ratio: all in one row, no padding.
+
+        videos   list of (C, T, H, W), each with its own T, H and W; float or uint8 as for `forward`
+        hidden   list of (N,) bool, one for each, with any number of True
+        returns  (sum of Nm, P): what `forward` predicts for the first clip alone, then for the second ...
+
+        Sequence packing as in "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027,
+        Sec. 3) and, for images, NaViT (arXiv 2307.06304, Sec. 2).
+        """
+        videos = [video[None] for video in videos]
+        visible, wanted = zip(*(split(mask[None]) for mask in hidden))       # (1, Nv), (1, Nm) of each
+        clip = torch.arange(len(videos))
+        of_visible, of_wanted = (clip.repeat_interleave(torch.tensor([x.shape[1] for x in part]))[None]
+                                 for part in (visible, wanted))
+        visible, wanted = ([x.to(video.device) for x, video in zip(part, videos)] for part in (visible, wanted))
+        segments = torch.cat([of_visible, of_wanted], dim=1).to(videos[0].device)
+        encoded = self.encoder.packed(videos, visible, segments[:, :of_visible.shape[1]])
+        tables = [self.decoder_codes(video) for video in videos]
+        seen, asked = (torch.cat([gather(*pair) for pair in zip(tables, part)], dim=1) for part in (visible, wanted))
+        # All visible tokens, then all hidden ones: so the last block answers for hidden ones alone here, too.
+        tokens = torch.cat([self.encoder_to_decoder(encoded) + seen, self.mask_token + asked], dim=1)
+        return self.decoder(tokens, asked.shape[1], Mask(segments=segments))[0]
 
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks."""
@@ -574,7 +623,7 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
     """The pixels that the model shall paint (VideoMAE, Sec. 3.3; "Masked Autoencoders Are Scalable
     Vision Learners", arXiv 2111.06377, Sec. 3, Reconstruction target).
 
-    video      (B, 3, T, H, W) float, ImageNet-normalised
+    video      (B, 3, T, H, W) float, ImageNet-normalised, or uint8
     hidden     (B, N) bool, True = wanted here
     normalise  True: of every tubelet and channel, subtract the mean and divide by the standard
                deviation (unbiased; 1e-6 added after the root). False: pixels in [0, 1].
@@ -587,8 +636,12 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
     if (T // tubelet) * (H // patch) * (W // patch) != hidden.shape[1]:
         raise ValueError(f"a mask of {hidden.shape[1]} tokens does not fit a clip of {T} frames of "
                          f"{H} x {W} pixels in tubelets of {tubelet} x {patch} x {patch}")
-    _, wanted = split(hidden)
-    tubelets = wanted_tubelets(video, wanted.to(video.device), patch, tubelet)
+    return target_of(video, split(hidden)[1].to(video.device), normalise, patch, tubelet)
+
+
+def target_of(video, wanted, normalise, patch, tubelet):
+    """`reconstruction_target` with token numbers (B, Nm) in place of a mask: static shapes."""
+    tubelets = wanted_tubelets(video, wanted, patch, tubelet)
     if normalise:
         mean, std = tubelet_statistics(tubelets)
         tubelets = (tubelets - mean) / std
@@ -597,15 +650,16 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
 
 def wanted_tubelets(video, wanted, patch, tubelet):
     """Tubelets (B, Nm, 3, pixels) as colours in [0, 1]."""
-    mean, std = (torch.tensor(x, device=video.device).to(video.dtype)[:, None]
-                 for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return take_tubelets(video, wanted, patch, tubelet) * std + mean
+    tubelets = normalised(take_tubelets(video, wanted, patch, tubelet))  # and back: to the last bit as published
+    mean, std = (torch.tensor(x, device=video.device).to(tubelets.dtype)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return tubelets * std + mean
 
 
 def tubelet_statistics(tubelets):
     """Mean, and standard deviation plus 1e-6, of each tubelet and channel: (B, Nm, 3, 1) each."""
-    var, mean = torch.var_mean(tubelets, dim=-1, keepdim=True)
-    return mean, var.sqrt() + 1e-6
+    mean = tubelets.mean(dim=-1, keepdim=True)
+    length = (tubelets - mean).norm(dim=-1, keepdim=True)  # on a CPU a tenth of the time of torch.var_mean
+    return mean, length / (tubelets.shape[-1] - 1) ** 0.5 + 1e-6
 
 
 def reconstruction_loss(prediction, target, weight=None, *, count=None):
@@ -617,11 +671,11 @@ def reconstruction_loss(prediction, target, weight=None, *, count=None):
     count               with weights, what the sum is divided by; default: their sum. When several
                         processes share a batch: the sum over all / processes.
     """
-    error = (prediction.float() - target.float()) ** 2 if prediction.dtype != torch.float64 \
-        else (prediction - target) ** 2
+    if prediction.dtype != torch.float64:
+        prediction, target = prediction.float(), target.float()
     if weight is None:
-        return error.mean()
-    weight = weight.to(error.dtype)
+        return F.mse_loss(prediction, target)
+    error, weight = (prediction - target) ** 2, weight.to(prediction.dtype)
     return (error.mean(dim=-1) * weight).sum() / (weight.sum() if count is None else count)
 
 

@@ -43,6 +43,7 @@ Numbers: the default run takes minutes on two CPU cores; README.md has the table
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -68,6 +69,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import annotations
+import attention
 import caption_decoder
 import caption_metrics
 import clip_video
@@ -132,6 +134,14 @@ class Stage:
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
                           choices=("auto", "bf16", "fp32"))
+    attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and mask, see attention.choose",
+                          choices=("auto", "written_out", "fused", "flex"))
+    onednn: str = flag("auto", "CPU: float32 matrix products by oneDNN; auto = where a probe finds that faster and as exact",
+                       choices=("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half a minute and gains at "
+                        "most 4 percent", choices=("auto", "on", "off"))
+    cuda_graphs: bool = flag(False, "with --compile on CUDA: replay whole blocks as CUDA graphs, for small models; never "
+                             "tried on a GPU so far")
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
     workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0)
@@ -149,6 +159,10 @@ class Stage:
         """Run networks, not losses, in bfloat16 where --precision says so."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def faster(self, function):
+        """The function, compiled into one kernel where --compile says so."""
+        return compiled(function) if self.compile == "on" else function
 
     def batches(self, train_set, first):
         """What each micro-batch holds, from step `first` on; a function of (seed, step) alone."""
@@ -229,6 +243,10 @@ class MAE(Stage):
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
     decoder_width: int = flag(0, "width of the decoder; 0 = as the size says (paper: half of the encoder's)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
+    pack_frames: str = flag("", "train on clips of several lengths, drawn for each clip, in one row without padding, "
+                            "as 4,6,8: at most --num-frames (paper: all the same)")
+    pack_ratios: str = flag("", "the same for mask ratios, as 0.6,0.75,0.9 (paper: all the same)")
+    pack = None  # both lists, once `build` has read them
 
     def build(self):
         if self.weights:
@@ -249,10 +267,21 @@ class MAE(Stage):
             except ValueError as error:
                 raise Mistake(f"--num-frames, --input-size: {error}") from None
         t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
-        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
-        if not 0 < int(self.mask_ratio * places) < places:
-            raise Mistake(f"--mask-ratio {self.mask_ratio}: must hide at least one of the {places} {unit} "
-                          "and leave at least one")
+        frames, ratios = numbers(self.pack_frames, "pack-frames"), numbers(self.pack_ratios, "pack-ratios", float)
+        for T in frames or ():
+            if T % model.encoder.tubelet or not 0 < T <= self.num_frames:
+                raise Mistake(f"--pack-frames {self.pack_frames}: {T} is not a multiple of {model.encoder.tubelet} "
+                              f"up to --num-frames {self.num_frames}")
+        if (frames or ratios) and (self.dual_mask or self.drop_path):
+            raise Mistake("--pack-frames, --pack-ratios: not with --dual-mask or --drop-path, which treat rows, not clips")
+        self.pack = (frames or [self.num_frames], ratios or [self.mask_ratio]) if frames or ratios else None
+        for name, values in (("mask-ratio", [self.mask_ratio]), ("pack-ratios", ratios or ())):
+            shortest = min(frames or [self.num_frames]) // model.encoder.tubelet
+            places, unit = (shortest, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
+            for ratio in values:
+                if not 0 < int(ratio * places) < places:
+                    raise Mistake(f"--{name} {ratio}: must hide at least one of the {places} {unit} "
+                                  "and leave at least one")
         if self.dual_mask and (h % 2 or w % 2):
             raise Mistake(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
         model.recompute(self.recompute)
@@ -262,7 +291,9 @@ class MAE(Stage):
         return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, transform=self.transform)
 
     def loss(self, model, batch, rng):
-        video = data.normalise(batch["video"], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), still bytes
+        if self.pack and model.training:
+            return self.packed_loss(model, video, rng)
         grid = model.encoder.grid_of(*video.shape[2:])
         rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
         hidden = mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
@@ -273,7 +304,8 @@ class MAE(Stage):
             wanted = ~skipped
             weight = mae.gather(hidden[..., None], mae.split(wanted)[1])[..., 0].to(video.device)
             count = processes.mean(weight.float().sum()) if model.training else None
-        target = mae.reconstruction_target(video, wanted, self.normalise, patch=patch, tubelet=tubelet)
+        index = mae.split(wanted)[1].to(video.device)
+        target = self.faster(mae.target_of)(video, index, self.normalise, patch, tubelet)
         with self.autocast():
             prediction = model(video, hidden, skipped)
         loss = mae.reconstruction_loss(prediction, target, weight, count=count)
@@ -281,6 +313,22 @@ class MAE(Stage):
         if self.normalise and not model.training:
             metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target, weight)
         return loss, metrics
+
+    def packed_loss(self, model, video, rng):
+        """The mean over all hidden numbers of all clips, so that a long clip counts as much as its tubelets do."""
+        rows, mine = processes.joined(len(video))
+        patch, tubelet = model.encoder.patch, model.encoder.tubelet
+        lengths, ratios = ([choices[i] for i in torch.randint(len(choices), (rows,), generator=rng)] for choices in self.pack)
+        hidden = [mae.MASKS[self.mask_type](1, model.encoder.grid_of(T, *video.shape[3:]), ratio, rng)
+                  for T, ratio in zip(lengths, ratios)][mine]
+        videos = [clip[:, :T] for clip, T in zip(video, lengths[mine])]
+        target = torch.cat([mae.reconstruction_target(clip[None], mask, self.normalise, patch=patch, tubelet=tubelet)
+                            for clip, mask in zip(videos, hidden)], dim=1)[0]
+        with self.autocast():
+            prediction = model.packed(videos, [mask[0] for mask in hidden])
+        weight = torch.ones(len(target), device=video.device)
+        loss = mae.reconstruction_loss(prediction, target, weight, count=processes.mean(weight.sum()))
+        return loss, {"loss": loss.detach()}
 
     def note(self):
         if not self.normalise:
@@ -1653,13 +1701,14 @@ class Answer(Stage):
         return [folder / "answers.png"]
 
 
-def numbers(text, name):
+def numbers(text, name, kind=int):
     """"2,5,8" -> [2, 5, 8], "" -> None; Mistake where it is neither."""
+    one, example = (r"\d+", "2,5,8") if kind is int else (r"\d*\.?\d+", "0.6,0.75,0.9")
     if not text:
         return None
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise Mistake(f"--{name} {text}: give numbers with commas, as 2,5,8")
-    return [int(number) for number in text.split(",")]
+    if not re.fullmatch(f"{one}(,{one})*", text):
+        raise Mistake(f"--{name} {text}: give numbers with commas, as {example}")
+    return [kind(number) for number in text.split(",")]
 
 
 def merge_views(logits):
@@ -1888,6 +1937,70 @@ def choose_precision(name, device):
     return "bf16" if fast else "fp32"
 
 
+def choose_products(choice):
+    """Let oneDNN multiply float32 matrices on a CPU, or not -> "on" or "off", and why.
+
+    PyTorch's other library reaches half the rate of some AMD processors. The switch permits bfloat16 units,
+    which oneDNN takes only where there are AMX units; elsewhere it goes on in float32. So it is tried: one
+    product, which must be right to 1e-5 and clearly faster."""
+    setting = torch.backends.mkldnn.matmul
+    setting.fp32_precision = "none"
+    if choice == "off" or not torch.backends.mkldnn.is_available():
+        return "off", "as asked" if choice == "off" else "not there"
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    exact, seconds, error = a.double() @ b.double(), {}, {}
+    for precision in ("none", "bf16"):
+        setting.fp32_precision, tries = precision, []
+        for _ in range(8):
+            started = time.perf_counter()
+            product = a @ b
+            tries.append(time.perf_counter() - started)
+        seconds[precision] = min(tries)
+        error[precision] = float((product - exact).abs().max() / exact.abs().max())
+    gain = seconds["none"] / seconds["bf16"]
+    take = choice == "on" or (error["bf16"] < 1e-5 and gain > 1.2)
+    setting.fp32_precision = "bf16" if take else "none"
+    return "on" if take else "off", f"{gain:.1f} times as fast, error {error['bf16']:.0e} in place of {error['none']:.0e}"
+
+
+def keep_memory():
+    """Linux: the C library gives large tensors back to the system when they are freed and asks for them again,
+    page by page, a moment later: up to a quarter of a large step on a CPU. Let it keep them. Elsewhere: nothing."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            library.mallopt(option, value)
+
+
+# Modules whose forward pass is compiled, each by itself; subclasses of Block too.
+COMPILED = (Block, caption_decoder.SelfBlock, caption_decoder.CrossBlock, fusion.CrossModelAttention)
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(function):
+    return torch.compile(function, fullgraph=True, backend=attention.BACKEND)
+
+
+def choose_compile(stage):
+    """"on" or "off", and why. Blocks of one shape share their code; the rest of the network stays as it is."""
+    cuda = stage.device.startswith("cuda")
+    if stage.compile == "off" or (stage.compile == "auto" and not cuda):
+        return "off", ""
+    if stage.shard:
+        return "off", "--shard moves weights in and out around each block, which cannot be compiled"
+    reason = attention.no_compiler("cuda" if cuda else "cpu")
+    return ("off", f"nothing can be compiled here: {reason}") if reason else ("on", "")
+
+
+def compile_blocks(model, cuda_graphs=False):
+    """Compile the blocks in place: names and weights stay. fullgraph: a graph break is an error, not a slow
+    block. One piece of code serves encoder and decoder, training and evaluation, so it may have many versions."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for module in model.modules():
+        if isinstance(module, COMPILED):
+            module.compile(fullgraph=True, backend=attention.BACKEND, **{"mode": "reduce-overhead"} if cuda_graphs else {})
+
+
 def memory_mib(device):
     """Most memory used so far, in MiB: of the GPU, or of this process."""
     if device.startswith("cuda"):
@@ -1909,7 +2022,8 @@ def clips_in(batch):
 # Checkpoints
 
 FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
-                  "eval_clips", "eval_batch", "dry_run", "weights", "shard", "max_bad"}
+                  "eval_clips", "eval_batch", "dry_run", "weights", "shard", "max_bad", "attention", "onednn", "compile",
+                  "cuda_graphs"}
 
 
 FACTS_OF_A_RUN = {"step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict, "bad": dict}
@@ -2116,9 +2230,17 @@ def fit(stage, name):
     stage.out = str(out)
     stage.device = processes.start(choose_device(stage.device))
     stage.precision = choose_precision(stage.precision, stage.device)
+    stage.compile, why_compile = choose_compile(stage)
+    kernels = attention.use(stage.attention, stage.device)
+    if stage.device == "cpu":
+        stage.onednn, why_products = choose_products(stage.onednn)
+        if stage.attention == "flex" and stage.steps:
+            raise Mistake("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, written_out or fused")
     first_process = processes.rank() == 0
     torch.manual_seed(stage.seed)
     model = stage.build().to(stage.device)
+    if stage.compile == "on":
+        compile_blocks(model, stage.cuda_graphs)
     if stage.dry_run:
         return dry_run(stage, model)
     try:
@@ -2150,6 +2272,9 @@ def fit(stage, name):
     print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips, peak "
           f"lr {stage.lr or stage.blr * clips_per_step(stage) / 256:.2e}, {stage.device}, {stage.precision}{shared}, "
           f"{torch.get_num_threads()} threads -> {out}")
+    print(f"attention: {kernels}; blocks {'compiled' if stage.compile == 'on' else 'as they are'}"
+          + f" ({why_compile})" * bool(why_compile)
+          + (f"; oneDNN for float32 {stage.onednn} ({why_products})" if stage.device == "cpu" else ""))
     print("settings: " + json.dumps(dataclasses.asdict(stage)))
     if stage.note():
         print("note: " + stage.note())
@@ -2230,6 +2355,8 @@ def fit(stage, name):
                     raise data.DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
                                          f"{stage.max_bad}, the last: {reason}; `python data.py PATH` lists all such files")
                 files += batch.get("path", ())
+                if stage.cuda_graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
                 with processes.exchange(take_step, on=part == stage.accum - 1):
                     loss, values = take_step(to_device(batch, stage.device), generator(stage.seed, "loss", step, part))
                     (loss / stage.accum).backward()
@@ -2492,6 +2619,7 @@ def compare(out, seed, clips=1000):
 def main(argv=None):
     """Run a stage, or the default run; returns the exit code: 0, 2 for a user's mistake, 1 for a failure."""
     argv = sys.argv[1:] if argv is None else argv
+    keep_memory()
     if int(os.environ.get("RANK", 0)) > 0:  # of several processes one speaks; any may say why it ends
         sys.stdout = open(os.devnull, "w")
     try:

@@ -15,6 +15,7 @@ def one_thread_and_a_seed():
     """Two busy threads on two busy cores are slower than one; and no test depends on another."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # train.py may have switched it
 
 
 def values(name, count):

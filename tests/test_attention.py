@@ -1,6 +1,7 @@
 """What is proved about attention.py:
 
-every kernel gives the written-out attention, values and gradients, for every mask;
+every kernel gives the written-out attention, values and gradients, for every mask; a kernel compiled
+for a mask does, too, and batch and length may change without a kernel for each;
 the future is invisible under a causal mask; a key bias changes nothing; a query that may look at
 nothing gets zeros; packed clips are what they would be alone; the last block may answer for some
 tokens only; sinusoids know distances; DropPath keeps the mean.
@@ -9,19 +10,24 @@ tokens only; sinusoids know distances; DropPath keeps the mean.
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
-from attention import (Attention, Block, DropPath, Mask, attention, gelu, quick_gelu, run_blocks,
+import attention as attention_file
+from attention import (Attention, Block, DropPath, Mask, attention, choose, gelu, quick_gelu, run_blocks,
                        sinusoid_table, written_out)
 
 
 def masks(queries, keys):
-    """Every kind of mask, alone and together."""
+    """Every kind of mask, alone and together; some queries may look at nothing."""
     is_token = torch.rand(2, keys) > 0.3
-    segments = torch.sort(torch.randint(0, 3, (2, keys)))[0]
-    asking = torch.sort(torch.randint(0, 3, (2, queries)))[0]
+    segments = torch.randint(0, 3, (2, keys))
+    asking = torch.randint(0, 4, (2, queries))
+    frames, at = torch.arange(keys)[None] // 3, torch.arange(queries)[None] // 2
     return {"none": None, "causal": Mask(causal=True), "padding": Mask(is_token=is_token),
             "segments": Mask(segments=segments, query_segments=asking), "empty": Mask(),
-            "all": Mask(causal=True, is_token=is_token, segments=segments, query_segments=asking),
+            "frames": Mask(frames=frames, query_frames=at), "window": Mask(frames=frames, query_frames=at, window=1),
+            "all": Mask(causal=True, is_token=is_token, segments=segments, query_segments=asking, frames=frames,
+                        query_frames=at, window=1),
             "nothing": Mask(is_token=torch.zeros(2, keys, dtype=torch.bool))}
 
 
@@ -46,6 +52,8 @@ def test_every_kernel_is_the_written_out_attention(kind, queries, keys, heads):
                     allowed[b, i, j] = False
                 if mask.segments is not None and mask.segments[b, j] != mask.query_segments[b, i]:
                     allowed[b, i, j] = False
+                if mask.frames is not None and abs(mask.frames[0, j] - mask.query_frames[0, i]) > mask.window:
+                    allowed[b, i, j] = False
     q, k, v = inputs
     scores = torch.einsum("bhik,bhjk->bhij", q, k.expand(-1, 3, -1, -1)) / 8**0.5
     weights = scores.exp() * allowed[:, None]
@@ -53,18 +61,151 @@ def test_every_kernel_is_the_written_out_attention(kind, queries, keys, heads):
     expected = torch.einsum("bhij,bhjk->bhik", weights, v.expand(-1, 3, -1, -1))
     upstream = torch.randn_like(expected)
     reference = torch.autograd.grad(expected, inputs, upstream)
-    for kernel in ("auto", "written_out", "fused"):
+    for kernel in ("auto", "written_out", "fused") + ("apart",) * (kind == "segments"):
         out = attention(q, k, v, mask, kernel=kernel)
         torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-10)
         for got, want in zip(torch.autograd.grad(out, inputs, upstream), reference):
             torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
 
 
-def test_a_query_that_may_look_at_nothing_gets_zeros_in_every_kernel():
-    q = torch.randn(1, 2, 3, 4)
-    mask = Mask(is_token=torch.zeros(1, 3, dtype=torch.bool))
-    for kernel in ("written_out", "fused"):
-        assert attention(q, q, q, mask, kernel=kernel).eq(0).all()
+@pytest.fixture
+def traced(monkeypatch):
+    """FlexAttention traced and run by torch's own operators: what is compiled, without the minute of compiling.
+    Returns a function that says how many graphs were made so far."""
+    monkeypatch.setattr(attention_file, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    attention_file._kernel.cache_clear()
+    attention_file.no_compiler.cache_clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    attention_file._kernel.cache_clear()
+    attention_file.no_compiler.cache_clear()
+
+
+@torch.no_grad()
+def assert_flex_is_written_out(mask, q, k, v, atol=1e-5):
+    out = attention(q, k, v, mask, kernel="flex")
+    expected = attention(q, k, v, mask, kernel="written_out")
+    assert out.dtype == q.dtype and out.shape == q.shape
+    torch.testing.assert_close(out, expected, atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "all", "nothing"])
+def test_a_kernel_made_for_the_mask_is_the_written_out_attention(kind, traced):
+    """Odd sizes, one query, one key, more than one block of 128, one head of keys, not contiguous."""
+    for queries, keys, heads in [(5, 9, 3), (1, 1, 3), (130, 261, 1)]:
+        mask = masks(queries, keys)[kind]
+        q, k, v = (torch.randn(2, n, size, 16).transpose(1, 2)
+                   for n, size in ((queries, 3), (keys, heads), (keys, heads)))
+        assert_flex_is_written_out(mask, q, k, v)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize("kind", masks(1, 1))
+def test_so_is_the_compiled_one(kind, dtype, atol):
+    if kind in ("frames", "window", "all") and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 writes C++ for windows that does not compile; the dispatch goes on without")
+    for queries, keys in [(7, 7), (1, 9), (300, 300)]:
+        q, k, v = (torch.randn(2, 3, n, 16).to(dtype) for n in (queries, keys, keys))
+        assert_flex_is_written_out(masks(queries, keys)[kind], q, k, v, atol)
+
+
+def test_the_blocks_of_a_mask_hold_all_that_may_be_looked_at_and_little_else():
+    """Three packed clips of 256 tokens: of 36 blocks of 128 x 128, 12 are computed; of a window of frames, the band."""
+    mask = Mask(segments=torch.arange(768)[None] // 256)
+    assert mask.blocks(4, 768, 768, "cpu").to_dense().sum() == 12
+    for kind, mask in masks(300, 400).items():
+        if mask is not None and mask.kind:
+            dense = mask.blocks(2, 300, 400, "cpu").to_dense().bool()        # (2 or 1, 1, 3, 4)
+            allowed = F.pad(mask.allowed(300, 400, "cpu"), (0, 112, 0, 84))
+            needed = allowed.unflatten(3, (4, 128)).unflatten(2, (3, 128)).any(dim=(3, 5))
+            assert torch.equal(dense, needed.expand_as(dense)), kind
+            assert mask.blocks(2, 300, 400, "cpu") is mask.blocks(2, 300, 400, "cpu")  # kept
+
+
+def test_new_batches_and_lengths_make_one_more_kernel_each_and_never_fall_back(traced):
+    """Training and evaluation differ in both. Past the limit of torch.compile, 8 versions, an exception says so."""
+    def graphs_for(kind, batch, length):
+        q = torch.randn(batch, 2, length, 16)
+        segments = (torch.arange(length)[None] // 60).expand(batch, -1)
+        mask = {"none": None, "causal": Mask(causal=True), "segments": Mask(segments=segments)}[kind]
+        before = traced()
+        assert_flex_is_written_out(mask, q, q, q)
+        return traced() - before
+
+    for kind in ("none", "causal", "segments"):
+        assert graphs_for(kind, 4, 200) == 1
+        assert graphs_for(kind, 6, 200) <= 1                                  # another batch
+        assert graphs_for(kind, 6, 300) <= 1                                  # another length
+        for batch, length in ((4, 200), (8, 200), (4, 333), (3, 517), (16, 140)):
+            assert graphs_for(kind, batch, length) == 0, (kind, batch, length)
+
+    attention_file._kernel.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=1, automatic_dynamic_shapes=False):
+        graphs_for("none", 4, 200)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            graphs_for("none", 4, 300)
+
+
+def test_where_no_kernel_can_be_compiled_the_choice_says_so_once_and_goes_on(traced, monkeypatch):
+    mask = Mask(frames=torch.arange(600)[None] // 60, window=1)
+    q = torch.randn(1, 2, 600, 16)
+    with torch.no_grad():
+        assert choose(q, q, mask) == "flex", attention_file.no_compiler("cpu")
+    assert choose(q, q, mask) == "written_out"                               # no gradients from a CPU's FlexAttention
+    with pytest.raises(ValueError, match="no backward pass on a CPU"):
+        attention(q.requires_grad_(), q, q, mask, kernel="flex")
+
+    def broken(*_, **__):
+        raise torch._dynamo.exc.TorchDynamoException("no such unit")
+    monkeypatch.setattr(attention_file, "flex", broken)
+    with torch.no_grad(), pytest.warns(UserWarning, match="no compiled kernel for frames here.*no such unit"):
+        out = attention(q, q, q, mask)
+    torch.testing.assert_close(out, attention(q, q, q, mask, kernel="written_out"))
+    assert choose(q, q, mask) == "written_out"
+    attention_file._failed.clear()
+    monkeypatch.setattr(torch, "compile", broken)
+    attention_file.no_compiler.cache_clear()
+    assert attention_file.no_compiler("cpu") == "no such unit"
+    with torch.no_grad():
+        assert choose(q, q, mask) == "written_out"
+
+
+def test_packed_clips_taken_one_by_one_cost_only_their_own_pairs():
+    from torch.utils.flop_counter import FlopCounterMode
+    q = torch.randn(1, 2, 100, 16)
+    mask = Mask(segments=torch.tensor([[0] * 10 + [1] * 60 + [2] * 30]))
+    assert choose(q, q, mask) == "apart"
+    flops = {}
+    for kernel in ("apart", "written_out"):
+        with FlopCounterMode(display=False) as counter:
+            attention(q, q, q, mask, kernel=kernel)
+        flops[kernel] = counter.get_total_flops()
+    assert flops["apart"] / flops["written_out"] == (10**2 + 60**2 + 30**2) / 100**2
+
+
+def test_the_flag_of_train_py_rules_all_attentions_that_name_no_kernel():
+    calls = []
+    q = torch.randn(1, 1, 4, 16)
+    try:
+        assert attention_file.use("fused") == "fused for all"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_file, "fused", lambda q, *rest: calls.append(1) or q)
+            attention(q, q, q)
+    finally:
+        assert "written out" in attention_file.use("auto")
+    attention(q, q, q)
+    assert calls == [1]
+
+
+def test_a_query_that_may_look_at_nothing_gets_zeros_and_gives_no_gradient_in_every_kernel():
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    nothing = Mask(is_token=torch.zeros(1, 3, dtype=torch.bool))
+    elsewhere = Mask(segments=torch.zeros(1, 3, dtype=torch.int), query_segments=torch.ones(1, 3, dtype=torch.int))
+    for kernel, mask in (("written_out", nothing), ("fused", nothing), ("written_out", elsewhere), ("apart", elsewhere)):
+        out = attention(q, q, q, mask, kernel=kernel)
+        assert out.eq(0).all() and torch.autograd.grad(out.sum(), q)[0].eq(0).all(), kernel
 
 
 def test_bfloat16_kernels_agree_within_their_rounding():
@@ -76,7 +217,7 @@ def test_bfloat16_kernels_agree_within_their_rounding():
 
 
 def test_an_unknown_kernel_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="auto, written_out or fused"):
+    with pytest.raises(ValueError, match="auto, written_out, fused, flex or apart"):
         attention(*torch.zeros(3, 1, 1, 1, 1), kernel="flash")
 
 

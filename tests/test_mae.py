@@ -2,7 +2,8 @@
 
 tubes are constant in time and exactly as many as asked; patches go out and come back unchanged; the
 encoder never meets a hidden pixel; the loss never meets a visible one; targets have mean 0 and
-variance 1 per tubelet and channel; the short cuts give the numbers of the plain form; the official
+variance 1 per tubelet and channel; the short cuts give the numbers of the plain form; packed
+clips are what they would be alone, for fewer FLOPs than padded ones; the official
 VideoMAE, VideoMAE V2 and Hugging Face numbers come out, and a file that does not fit is refused
 with the names of what is wrong; a batch is learned.
 """
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_summary, official_fill, values
 
+import attention
+import data
 import mae
 import weights
 from attention import sinusoid_table
@@ -145,6 +148,18 @@ def test_the_target_follows_the_official_recipe_step_by_step():
         torch.testing.assert_close(got[0], torch.stack(rows), atol=1e-5, rtol=1e-5)
 
 
+def test_bytes_go_straight_in_with_the_numbers_of_normalised_clips():
+    """Only the tubelets that are looked at become floats; the numbers are the same to the last bit."""
+    clip = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    video = data.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    raw, model = clip.permute(0, 4, 1, 2, 3), toy()
+    hidden = tube_mask(2, model.grid, 0.5)
+    assert torch.equal(model(raw, hidden), model(video, hidden))
+    assert torch.equal(model.encoder(raw), model.encoder(video))
+    for normalise in (True, False):
+        assert torch.equal(reconstruction_target(raw, hidden, normalise), reconstruction_target(video, hidden, normalise))
+
+
 def test_a_mask_that_does_not_fit_the_clip_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
         reconstruction_target(clip(), torch.ones(2, 30, dtype=torch.bool), patch=8)
@@ -199,6 +214,49 @@ def test_the_short_cuts_give_the_numbers_of_the_plain_form(dual):
     for a, b in zip(torch.autograd.grad(quick, list(model.parameters()), upstream),
                     torch.autograd.grad(plain, list(model.parameters()), upstream)):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "written_out", "fused"])
+def test_clips_packed_in_one_row_are_what_they_would_be_alone(kernel):
+    """Lengths, sizes and mask ratios may differ; loss and gradients are those of the clips one by one."""
+    model = toy(positions="axes").double()
+    videos = [torch.randn(3, *shape, dtype=torch.float64) for shape in ((4, 32, 32), (2, 32, 32), (6, 16, 24), (4, 32, 32))]
+    hidden = [tube_mask(1, model.encoder.grid_of(*video.shape[1:]), ratio)[0]
+              for video, ratio in zip(videos, (0.5, 0.9, 0.75, 0.3))]
+
+    def alone():
+        return torch.cat([model(video[None], mask[None])[0] for video, mask in zip(videos, hidden)])
+
+    target = torch.cat([reconstruction_target(video[None], mask[None], patch=8)[0] for video, mask in zip(videos, hidden)])
+    losses, gradients = [], []
+    try:
+        for form, forward in (("auto", alone), (kernel, lambda: model.packed(videos, hidden))):
+            attention.use(form)
+            loss = reconstruction_loss(forward(), target)
+            losses.append(loss.item())
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    finally:
+        attention.use("auto")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+
+
+def test_packing_costs_what_the_clips_cost_alone_and_less_than_padding():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = toy(positions="axes")
+    videos = [torch.randn(3, T, 32, 32) for T in (4, 8, 16, 4)]
+    hidden = [tube_mask(1, model.encoder.grid_of(*video.shape[1:]), 0.5)[0] for video in videos]
+
+    def flops(run):
+        with FlopCounterMode(display=False) as counter:
+            run().sum().backward()
+        return counter.get_total_flops()
+
+    packed = flops(lambda: model.packed(videos, hidden))
+    alone = sum(flops(lambda: model(video[None], mask[None])) for video, mask in zip(videos, hidden))
+    padded = flops(lambda: model(torch.randn(4, 3, 16, 32, 32), hidden[2].expand(4, -1)))
+    assert packed == alone < 0.5 * padded
 
 
 def test_tokens_that_the_encoder_saw_weigh_nothing_in_the_dual_mask_loss():

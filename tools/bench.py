@@ -1,19 +1,33 @@
 """Measure what the text claims: ratios of two things, interleaved in one run, medians.
 
-    python tools/bench.py                    all cases
-    python tools/bench.py cache loss         some
+    python tools/bench.py                    all subjects
+    python tools/bench.py mae caption        some: mae, clip, video, caption, fuse, attention, decode ...
     python tools/bench.py --list
 
-A time alone says more about the machine than about the code, so every line is a ratio: both forms take
-turns, and the median of each counts. First the two are compared: a fast form with other numbers is no
+A time alone says more about the machine than about the code, so every line is a ratio: the forms take
+turns, and the median of each counts. First they are compared: a fast form with other numbers is no
 gain. Peak memory is taken in a process of its own per form (on CUDA: of the allocator). Nothing here
-is a test; what came out, and on which machine, belongs into LOG.md.
+is a test; what came out, and on which machine, belongs into LOG.md, and all of it into --json FILE.
+
+Others' implementations come from PyPI, in an environment of the bench's own; none is a dependency:
+
+    pip install transformers open_clip_torch
+
+With OMP_NUM_THREADS=1 (and, on a machine that others use, `taskset -c 0` before it) times are seconds of the
+processor, which a busy neighbour leaves nearly alone; otherwise, and on CUDA, seconds of the clock.
+"share" is of the rate of plain matrix products measured at the start: how far there is to go.
 """
 
 import argparse
 import contextlib
+import ctypes
+import datetime
+import importlib.util
+import json
+import math
 import multiprocessing
 import os
+import platform
 import resource
 import statistics
 import sys
@@ -23,17 +37,28 @@ import unittest.mock
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import attention  # noqa: E402
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
 import data  # noqa: E402
 import fusion  # noqa: E402
 import mae  # noqa: E402
+import train  # noqa: E402
 import uniformerv2  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = []  # of all tables, for --json
+
+
+def clock():
+    """Seconds, once the device is idle."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() if DEVICE == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def times(forms, rounds=5):
@@ -41,18 +66,112 @@ def times(forms, rounds=5):
     found = {name: [] for name in forms}
     for i in range(rounds + 1):
         for name, run in forms.items():
-            started = time.perf_counter()
+            started = clock()
             run()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
             if i:
-                found[name].append(time.perf_counter() - started)
+                found[name].append(clock() - started)
     return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def products(precision):
+    """Let float32 products go where train.py lets them go: PRODUCTS for ours, the default for others'."""
+    if DEVICE == "cpu":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if precision == "ours" and PRODUCTS == "on" else "none"
+
+
+PRODUCTS = "off"  # main asks train.choose_products
+
+
+def rate(precision):
+    """Operations a second of plain matrix products: what a perfect network would reach."""
+    n = 8192 if DEVICE == "cuda" else 1536
+    a, b = torch.randn(2, n, n, device=DEVICE, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    products("ours")
+    seconds = []
+    for _ in range(8):
+        started = clock()
+        for _ in range(10 if DEVICE == "cuda" else 1):
+            a @ b
+        seconds.append((clock() - started) / (10 if DEVICE == "cuda" else 1))
+    return 2 * n**3 / min(seconds[2:])
+
+
+def added_product(into, a, b, *_, **__):
+    return 2 * a[0] * a[1] * b[1]
+
+
+def convolved_back(grad, x, kernel, *_, **__):
+    """Twice the forward pass, also where channels do not mix (torch counts those as if they did)."""
+    return 4 * math.prod(grad) * math.prod(kernel[1:])
+
+
+def flops(run):
+    """Of one call, backward pass included: products and convolutions, 2 for a multiplication and an addition."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product,
+                                                        torch.ops.aten.convolution_backward: convolved_back}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def table(title, case, forms, clips, rounds=5, tolerance=1e-3, memory=True):
+    """Measure `case(form)` for all forms; one table, how many times as long as "ours" each takes.
+
+    tolerance   by how much results may differ, relative; 0 = another network, whose numbers say nothing
+    forms  tuples of a name, "fp32" or "bf16", and whatever else the case needs
+    case   form -> a function that takes a step and returns its loss, or anything to compare
+    clips  in a step
+    """
+    runs = {}
+    for form in forms:
+        try:
+            runs[form] = case(form)
+        except ImportError as error:
+            print(f"{title}: no {form[0]} here ({error}); pip install transformers open_clip_torch")
+    first = {form: run() for form, run in runs.items()}
+    ours = {form[1]: form for form in runs if form[0] == "ours"}
+    for form, loss in first.items():
+        if tolerance and form[1] == "fp32" and "fp32" in ours:
+            close(loss, first[ours["fp32"]], tolerance)
+    work = {form: flops(run) for form, run in runs.items()}
+    seconds = times(runs, rounds)
+    rates = {precision: rate(precision) for precision in sorted({form[1] for form in runs})}
+    del runs
+    peaks = {form: peak_mib(case, form) if memory else float("nan") for form in seconds}
+    print(f"{title} ({', '.join(f'{p}: {r / 1e9:,.0f} GFLOP/s' for p, r in rates.items())})")
+    print(f"  {'form':26}{'':6}{'ms':>9}{'clips/s':>9}" + "".join(f"{'x ' + p:>9}" for p in ours)
+          + f"{'peak MiB':>10}{'GFLOP':>9}{'share':>7}")
+    for form, value in seconds.items():
+        ratios = {p: value / seconds[ours[p]] for p in ours}
+        due = work[ours[form[1]] if tolerance and form[1] in ours else form]  # the same network needs no more than ours
+        share = due / value / rates[form[1]]
+        print(f"  {form[0]:26}{form[1]:6}{1e3 * value:9.1f}{clips / value:9.2f}"
+              + "".join(f"{ratio:9.2f}" for ratio in ratios.values())
+              + f"{peaks[form]:10.0f}{work[form] / 1e9:9.1f}{share:7.0%}", flush=True)
+        ROWS.append(dict(table=title, form=form[0], precision=form[1], ms=1e3 * value, clips_per_s=clips / value,
+                         peak_mib=peaks[form], gflop=work[form] / 1e9, share=share,
+                         **{f"times_ours_{p}": ratio for p, ratio in ratios.items()}))
+
+
+def training(model, loss, precision, ours):
+    """A step of AdamW as a function; `loss()` runs under autocast where precision says so."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def run():
+        products("ours" if ours else "theirs")
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        value.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        return value.detach()
+    return run
 
 
 def report(what, seconds, slow, fast):
     print(f"{what}: {slow} {1e3 * seconds[slow]:.1f} ms, {fast} {1e3 * seconds[fast]:.1f} ms, "
           f"{seconds[slow] / seconds[fast]:.2f} times faster", flush=True)
+    ROWS.append(dict(table=what, form=fast, against=slow, ms=1e3 * seconds[fast], against_ms=1e3 * seconds[slow],
+                     ratio=seconds[slow] / seconds[fast]))
 
 
 def close(a, b, tolerance=1e-3):
@@ -70,6 +189,9 @@ def peak_mib(case, form):
 
 
 def peak_of(case, form):
+    train.keep_memory()
+    globals()["PRODUCTS"] = train.choose_products("auto")[0] if DEVICE == "cpu" else "off"
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     run = case(form)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -78,6 +200,8 @@ def peak_of(case, form):
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
     if status.exists():  # Linux: forget the peak of starting up, which may be higher, then read the new one
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what building has freed counts as new when it is used again
         Path("/proc/self/clear_refs").write_text("5")
         before = kib(status, "VmRSS")
         run()
@@ -125,31 +249,100 @@ def bench_cache():
 
 
 def caption_case(form):
+    """form: (name, precision). 32 sentences of 77 places, of which a third is padding, 49,408 words."""
+    name, precision = form
     torch.manual_seed(0)
     decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=1, visual_width=64, vocabulary=49408,
                                              queries=4).to(DEVICE)
     hidden = torch.randn(32, 76, 512, device=DEVICE, requires_grad=True)
     ids = torch.randint(49408, (32, 77), device=DEVICE)
-    is_text = torch.ones(32, 77, dtype=torch.bool, device=DEVICE)
+    is_text = torch.arange(77, device=DEVICE) < torch.linspace(26, 77, 32, device=DEVICE).long()[:, None]
 
     def run():
+        products("ours" if name == "ours" else "theirs")
         decoder.zero_grad(set_to_none=True)
-        if form == "plain":
-            loss = caption_decoder.caption_loss(decoder.logits(hidden), ids, is_text)
-        else:
-            loss = caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+            if name == "plain":
+                loss = caption_decoder.caption_loss(decoder.logits(hidden), ids, is_text)
+            else:
+                loss = caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
         loss.backward()
         return loss.detach()
     return run
 
 
-def bench_loss():
-    """The captioning loss over 49,408 words, 32 x 76 tokens: whole against in chunks."""
-    forms = {form: caption_case(form) for form in ("plain", "chunked")}
-    close(forms["chunked"](), forms["plain"]())
-    report("caption loss", times(forms, 3), "plain", "chunked")
-    plain, chunked = (peak_mib(caption_case, form) for form in forms)
-    print(f"caption loss: peak memory plain {plain:.0f} MiB, chunked {chunked:.0f} MiB, {chunked / plain:.2f} of it")
+def coca_case(form):
+    """form: (name, precision, pairs). A step of CoCa ViT-B/32 on pictures: contrastive and captioning loss."""
+    import open_clip
+    (name, precision), pairs = form[:2], form[2]
+    torch.manual_seed(0)
+    pictures, ids = torch.randn(pairs, 3, 224, 224, device=DEVICE), torch.randint(1, 49000, (pairs, 77), device=DEVICE)
+    if name == "ours":
+        clip = clip_video.VideoCLIP(uniformerv2.Size(768, 12, 12, 3072, 32), text_size="b16", kind="frames", frames=1)
+        decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=12, visual_width=768, vocabulary=49408, queries=256)
+        model = train.VideoText(clip, decoder).to(DEVICE).train()
+        ids[:, -1] = 49407
+        is_text = torch.ones_like(ids, dtype=torch.bool)
+
+        def loss():
+            seen, read, hidden = model.encode(pictures[:, :, None], ids)
+            return clip_video.contrastive_loss(seen, read, clip.logit_scale) \
+                + 2 * caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
+    else:
+        model = open_clip.create_model("coca_ViT-B-32", pretrained=None).to(DEVICE).train()
+        compare = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
+
+        def loss():
+            return sum(compare(**{key: value for key, value in model(pictures, ids[:, :76]).items()}))
+    return training(model, loss, precision, name == "ours")
+
+
+def bench_caption():
+    """The captioning loss over 49,408 words, plain against in chunks; a step of a CoCa against open_clip's."""
+    forms = [(name, precision) for precision in ("fp32", "bf16") for name in ("plain", "ours")]
+    table("caption loss, 32 x 76 of 49,408 words, a third padding", caption_case, forms, 32, rounds=3)
+    pairs = 8 if DEVICE == "cpu" else 128
+    table(f"caption, ViT-B/32, {pairs} pictures (12 layers each, not the same network)", coca_case,
+          [(name, precision, pairs) for precision in ("fp32", "bf16") for name in ("open_clip CoCa", "ours")], pairs,
+          rounds=3, tolerance=0)
+
+
+ATTENTIONS = {  # (B, heads, N, K), mask
+    "encoder S": (8, 6, 40, 64), "decoder S": (8, 3, 392, 64), "encoder B": (2, 12, 160, 64),
+    "decoder B": (2, 6, 1568, 64), "frames of CLIP B": (8, 12, 197, 64),
+    "caption, causal": (8, 8, 77, 64), "8 packed clips of 128": (1, 8, 1024, 64), "window of 3 frames": (2, 8, 1568, 64)}
+
+
+def bench_attention():
+    """Every kernel on the shapes of the networks, forward and with backward; the choice has a star."""
+    for what, shape in ATTENTIONS.items():
+        B, _, N, _ = shape
+        mask = {"caption": attention.Mask(causal=True), "8 packe": attention.Mask(segments=torch.arange(N, device=DEVICE)[None] // 128),
+                "window ": attention.Mask(frames=torch.arange(N, device=DEVICE)[None] // 196, window=1)}.get(what[:7])
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            q, k, v = torch.randn(3, *shape, device=DEVICE, dtype=dtype)
+            for way in ("forward", "forward and backward"):
+                learn = way != "forward"
+                inputs = [x.requires_grad_(learn) for x in (q, k, v)]
+
+                def form(kernel):
+                    def run():
+                        products("ours")
+                        with torch.set_grad_enabled(learn):
+                            out = attention.attention(*inputs, mask, kernel=kernel)
+                        if learn:
+                            torch.autograd.grad(out.sum(), inputs)
+                    return run
+                kernels = ["written_out", "fused"] + ["apart"] * (what[:1] == "8")
+                if mask is not None and not (DEVICE == "cpu" and learn) and not attention.no_compiler(DEVICE):
+                    kernels.append("flex")
+                with torch.set_grad_enabled(learn):
+                    chosen = attention.choose(*inputs[:2], mask)
+                seconds = times({kernel: form(kernel) for kernel in kernels}, 7)
+                print(f"attention, {what} {shape}, {precision}, {way}: " + ", ".join(
+                    f"{kernel}{'*' * (kernel == chosen)} {1e3 * value:.2f} ms" for kernel, value in seconds.items()), flush=True)
+                ROWS.append(dict(table="attention", what=what, shape=shape, precision=precision, way=way, chosen=chosen,
+                                 **{kernel: 1e3 * value for kernel, value in seconds.items()}))
 
 
 def contrastive_case(form):
@@ -195,7 +388,162 @@ def bench_conv():
         report("temporal convolution", seconds, "conv3d", name)
 
 
+def hugging_face(size, pixels, frames, attend):
+    """transformers' VideoMAE of one of our sizes."""
+    from transformers import VideoMAEConfig, VideoMAEForPreTraining
+    torch.manual_seed(0)
+    config = VideoMAEConfig(
+        image_size=pixels, patch_size=size.patch, num_frames=frames, hidden_size=size.width, num_hidden_layers=size.depth,
+        num_attention_heads=size.heads, intermediate_size=size.mlp_width, decoder_hidden_size=size.decoder_width,
+        decoder_num_hidden_layers=size.decoder_depth, decoder_num_attention_heads=size.decoder_heads,
+        decoder_intermediate_size=size.decoder_mlp_width, use_mean_pooling=False, attn_implementation=attend)
+    return VideoMAEForPreTraining(config)
+
+
+def mae_case(form):
+    """form: (name, precision, size, pixels, clips). From a batch of bytes on the device to the new weights."""
+    (name, precision), size, pixels, clips = form[:2], *form[2:]
+    size, frames = mae.SIZES[size], 16
+    grid = (frames // 2, pixels // size.patch, pixels // size.patch)
+    clip = torch.randint(256, (clips, frames, pixels, pixels, 3), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    hidden = mae.tube_mask(clips, grid, 0.9, torch.Generator().manual_seed(0))
+    if name.startswith("ours"):
+        if importlib.util.find_spec("transformers"):  # the same weights, so that losses can be compared
+            model = mae.VideoMAE.from_official(hugging_face(size, pixels, frames, "eager").state_dict(),
+                                               frames=frames, image_size=pixels, decoder_heads=size.decoder_heads)
+        else:
+            model = mae.VideoMAE(size, frames=frames, image_size=pixels)
+        card = train.MAE(compile="on" if "compiled" in name else "off")
+        model = model.to(DEVICE).train()
+        if card.compile == "on":
+            train.compile_blocks(model)
+        visible, wanted = (index.to(DEVICE) for index in mae.split(hidden))
+
+        def loss():
+            video = clip.permute(0, 4, 1, 2, 3)
+            with torch.autocast(DEVICE, enabled=False):
+                target = card.faster(mae.target_of)(video, wanted, True, size.patch, 2)
+            return mae.reconstruction_loss(model.reconstruct(video, visible, wanted), target)
+    else:
+        model = hugging_face(size, pixels, frames, name.split()[-1]).to(DEVICE).train()
+        mask = hidden.to(DEVICE)
+
+        def loss():
+            video = data.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD).transpose(1, 2)
+            return model(video, mask).loss
+    return training(model, loss, precision, name.startswith("ours"))
+
+
 def bench_mae():
+    """A training step of VideoMAE against transformers' (eager and SDPA), from the same weights."""
+    sizes = (("small", 112, 8), ("base", 224, 2)) if DEVICE == "cpu" else (("base", 224, 32), ("large", 224, 32))
+    for size, pixels, clips in sizes:
+        names = ("transformers eager", "transformers sdpa", "ours") + ("ours compiled",) * (DEVICE == "cuda")
+        forms = [(name, precision, size, pixels, clips) for precision in ("fp32", "bf16") for name in names
+                 if precision == "bf16" or DEVICE == "cpu"]
+        table(f"mae, {size}, {clips} x 16x{pixels}x{pixels}", mae_case, forms, clips, rounds=5 if size == "small" else 3)
+
+
+def clip_case(form):
+    """form: (name, precision, pairs). Pictures and sentences, contrastive loss; CLIP ViT-B/16."""
+    import open_clip
+    (name, precision), pairs = form[:2], form[2]
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("ViT-B-16-quickgelu", pretrained=None)
+    pictures, ids = torch.randn(pairs, 3, 224, 224), torch.randint(1, 49000, (pairs, 77))
+    ids[:, 40] = 49407  # the end of each sentence is its largest number
+    pictures, ids = pictures.to(DEVICE), ids.to(DEVICE)
+    if name == "ours":
+        model = clip_video.VideoCLIP.from_official(theirs.state_dict(), frames=1).to(DEVICE).train()
+
+        def loss():
+            return clip_video.contrastive_loss(*model(pictures, ids))
+    else:
+        model, compare = theirs.to(DEVICE).train(), open_clip.loss.ClipLoss()
+
+        def loss():
+            return compare(*model(pictures, ids))
+    return training(model, loss, precision, name == "ours")
+
+
+def bench_clip():
+    """A contrastive step of CLIP ViT-B/16 against open_clip, from the same weights; then the loss alone."""
+    pairs = 8 if DEVICE == "cpu" else 256
+    table(f"clip, ViT-B/16, {pairs} pictures", clip_case,
+          [(name, precision, pairs) for precision in ("fp32", "bf16") for name in ("open_clip", "ours")], pairs, rounds=3)
+    bench_contrastive()
+
+
+def plain_read(block, query, context):
+    """A global block's reading with keys and values of all tokens, as the paper has it."""
+    heads = block.attn.heads
+    q, k, v = (torch.nn.functional.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2) for x, w, b in zip(
+        (query, context, context), block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return block.attn.proj(out.transpose(1, 2).flatten(2))
+
+
+def video_case(form):
+    """form: (name, precision, train or infer). UniFormerV2-B/16 with local units, 8 frames; torchvision's models."""
+    (name, precision), way = form[:2], form[2]
+    torch.manual_seed(0)
+    video, answer = torch.randn(1, 3, 8, 224, 224, device=DEVICE), torch.tensor([3], device=DEVICE)
+    if name in ("ours", "plain"):
+        model = uniformerv2.UniFormerV2("b16", classes=400, local_units=2, global_mlp_dropout=0.0, head_dropout=0.0)
+        for part in model.modules():  # what starts silent is made to speak
+            if isinstance(part, uniformerv2.LocalUnit):
+                torch.nn.init.normal_(part.expand.weight, std=0.02)
+    else:
+        import torchvision
+        model = getattr(torchvision.models.video, name.split()[-1])(num_classes=400)
+        if "mvit" in name:
+            video = torch.randn(1, 3, 16, 224, 224, device=DEVICE)
+    model.to(DEVICE).train(way == "train")
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def loss():
+        with contextlib.ExitStack() as patches:
+            if name == "plain":
+                for place, plain in (
+                        (uniformerv2.__name__ + ".fastest", lambda *_: "conv3d"),
+                        (uniformerv2.__name__ + ".GlobalBlock.read", plain_read),
+                        (attention.__name__ + ".choose", lambda *_: "fused")):
+                    patches.enter_context(unittest.mock.patch(place, plain))
+            return torch.nn.functional.cross_entropy(model(video).float(), answer)
+
+    if way == "train":
+        step = training(model, loss, precision, name == "ours")
+        first = []
+
+        def run():
+            if not first:  # running statistics move with every step: the first one is compared
+                model.load_state_dict(start)
+            first.append(1)
+            return step()
+        return run
+
+    model.requires_grad_(False)
+
+    @torch.no_grad()
+    def run():
+        products("ours" if name == "ours" else "theirs")
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+            return loss()
+    return run
+
+
+def bench_video():
+    """UniFormerV2-B/16 with local units on 8 frames of 224 pixels: as the paper writes it, and as uniformerv2.py
+    does; beside it torchvision's video models (other networks: read their clips/s and share)."""
+    for way in ("infer", "train"):
+        forms = [(name, precision, way) for precision in ("fp32", "bf16") for name in ("plain", "ours")]
+        table(f"UniFormerV2-B/16, {way}", video_case, forms, 1, rounds=3)
+        table(f"torchvision, {way}", video_case, [("ours", "fp32", way)] + [
+            (f"torchvision {name}", "fp32", way) for name in ("r3d_18", "swin3d_t", "mvit_v2_s")], 1, rounds=3, tolerance=0)
+
+
+def bench_shortcuts():
     """A training step of VideoMAE-S at 224 pixels: embedding all tubelets and decoding all positions,
     against what mae.py does."""
     torch.manual_seed(0)
@@ -389,25 +737,51 @@ def bench_fuse():
             f"{way} {peak:.0f} MiB ({peak / peaks['all']:.2f} of all)" for way, peak in peaks.items()))
 
 
-CASES = {"cache": bench_cache, "loss": bench_loss, "contrastive": bench_contrastive, "conv": bench_conv,
-         "mae": bench_mae, "fuse": bench_fuse, "decode": bench_decode, "memory": bench_memory}
+CASES = {"mae": bench_mae, "clip": bench_clip, "video": bench_video, "caption": bench_caption, "fuse": bench_fuse,
+         "attention": bench_attention, "decode": bench_decode, "cache": bench_cache, "contrastive": bench_contrastive,
+         "conv": bench_conv, "shortcuts": bench_shortcuts, "memory": bench_memory}
+
+
+def machine():
+    """What the numbers depend on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[-1].splitlines()[0]
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "torchvision", "transformers", "open_clip")
+                if importlib.util.find_spec(name)}
+    return dict(date=str(datetime.date.today()), versions=versions, python=platform.python_version(),
+                device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu, threads=torch.get_num_threads(),
+                clock="seconds of the processor" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "seconds",
+                onednn=PRODUCTS)
 
 
 def main():
-    """Run the cases asked for."""
+    """Run the subjects asked for."""
+    global PRODUCTS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help="default: all; see --list")
-    parser.add_argument("--list", action="store_true", help="name the cases")
+    parser.add_argument("cases", nargs="*", help="subjects; default: all; see --list")
+    parser.add_argument("--list", action="store_true", help="name the subjects")
+    parser.add_argument("--json", default="runs/bench.json", help="file for all numbers (default: runs/bench.json)")
     args = parser.parse_args()
     for name in args.cases:
-        if name not in CASES:
-            parser.exit(2, f"bench.py: no case {name!r}: choose {', '.join(CASES)}\n")
+        if name not in CASES and name != "all":
+            parser.exit(2, f"bench.py: no case {name!r}: choose all, {', '.join(CASES)}\n")
     if args.list:
         print("\n".join(f"{name:12}{case.__doc__.splitlines()[0]}" for name, case in CASES.items()))
         return
-    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
-    for name in args.cases or CASES:
+    train.keep_memory()
+    if DEVICE == "cpu":
+        PRODUCTS = train.choose_products("auto")[0]
+    else:
+        attention.use("auto", DEVICE)
+    about = machine()
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    for name in CASES if not args.cases or "all" in args.cases else args.cases:
         CASES[name]()
+        path = Path(args.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(about, rows=ROWS), indent=1) + "\n")
+    print(f"numbers: {args.json}")
 
 
 if __name__ == "__main__":
