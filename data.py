@@ -1713,19 +1713,31 @@ def _in_hand(path):
 
 
 def dead_worker(error):
-    """What a DataLoader says of a worker that died -> one line that names the file it had in hand, or None where
-    the error is another one."""
+    """What a DataLoader says of a worker that died, or a pipe to it that broke -> one line that names the file it had in
+    hand, or None where the error is another one."""
     found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: \w+|exited unexpectedly)",
                       str(error))
-    if not found:
-        return None
-    dead = found[1].split(", ")
     notes = [bytes(desk.tolist()).rstrip(b"\0").decode("utf-8", "replace").partition(" ")
              for desks in list(_desks) for desk in desks]
+    if found:
+        dead, how = found[1].split(", "), found[2]
+    else:
+        broken = isinstance(error, (ConnectionError, EOFError))
+        dead, how = [number for number, *_ in notes if broken and number and _has_ended(int(number))], "has ended"
+    if not dead:
+        return None
     files = [path for number, _, path in notes if number in dead and path]
-    return (f"a process that prepares clips (pid {found[1]}) {found[2]}, with {', '.join(files) or 'no file'} in "
+    return (f"a process that prepares clips (pid {', '.join(dead)}) {how}, with {', '.join(files) or 'no file'} in "
             "hand. Killed by nobody you know: out of memory, lower --workers; anything else: that file crashes the "
             "decoder, take it out")
+
+
+def _has_ended(number):
+    """True for a child of ours that no longer runs, whether or not somebody has asked for its exit code."""
+    try:
+        return os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def _load(dataset, plan, workers, **options):

@@ -2194,7 +2194,7 @@ def explained(fit):
     def run(stage, name):
         try:
             return fit(stage, name)
-        except (OSError, MemoryError, RuntimeError) as error:
+        except (OSError, EOFError, MemoryError, RuntimeError) as error:
             reason = trouble(error, stage)
             if not reason:
                 raise
@@ -2216,11 +2216,14 @@ def trouble(error, stage):
         lower += ["--recompute"] * (not stage.recompute) + ["--precision bf16"] * (stage.precision == "fp32")
         lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["fewer --workers"]
         return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
+    dead = data.dead_worker(error)
+    if dead:
+        return dead
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename or stage.out}: {error.strerror}"
     if processes.world() > 1 and re.search(r"[Cc]onnection|peer|NCCL|gloo", text):
         return "another process of this run has ended; its own line says why"
-    return data.dead_worker(error)
+    return None
 
 
 @explained

@@ -154,9 +154,24 @@ def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, 
     data = videos(tmp_path / "videos")
     assert run("--data", data, "--workers", "1", "--save-every", "1", out=tmp_path / "run", steps=50) == 1
     said = one_line(capsys)
-    assert "a process that prepares clips (pid" in said and "is killed by signal: Killed" in said
+    assert "a process that prepares clips (pid" in said and ("is killed by signal: Killed" in said or "has ended" in said)
     assert "in hand" in said and "the last good checkpoint is" in said
     assert run("--data", data, "--workers", "1", "--resume", "--save-every", "1", out=tmp_path / "run", steps=4) == 0
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_pipe_that_broke_because_a_worker_died_is_reported_as_that(monkeypatch, error):
+    """Where the worker dies while it hands over a clip, all that is heard is the pipe."""
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    desk = torch.zeros(1, 512, dtype=torch.uint8)
+    note = torch.tensor(list(f"{child.pid} a/b.mp4".encode()), dtype=torch.uint8)
+    desk[0, :len(note)] = note
+    monkeypatch.setattr(train.data, "_desks", [desk])
+    said = train.trouble(error, train.MAE())
+    assert said.startswith(f"a process that prepares clips (pid {child.pid}) has ended, with a/b.mp4 in hand")
+    monkeypatch.setattr(train.data, "_desks", [])
+    assert "clips" not in (train.trouble(error, train.MAE(out="runs/x")) or "")
 
 
 def test_data_of_which_most_cannot_be_read_stops_the_run(tmp_path, capsys):
