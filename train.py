@@ -2216,9 +2216,11 @@ def trouble(error, stage):
         lower += ["--recompute"] * (not stage.recompute) + ["--precision bf16"] * (stage.precision == "fp32")
         lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["fewer --workers"]
         return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
-    dead = data.dead_worker(error)
-    if dead:
-        return dead
+    chain = error  # the news of a dead worker comes at any time, also in the midst of writing a checkpoint
+    while chain is not None:
+        if dead := data.dead_worker(chain):
+            return dead
+        chain = chain.__context__
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename or stage.out}: {error.strerror}"
     if processes.world() > 1 and re.search(r"[Cc]onnection|peer|NCCL|gloo", text):
