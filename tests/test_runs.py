@@ -21,7 +21,6 @@ RUNS = {  # name -> stage and flags; {masked}, {clip}, {finished}: weights to st
     "mae": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5",
     "mae with everything on": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5 --dual-mask --accum 2 --ema 0.9 "
                               "--drop-path 0.2 --workers 2",
-    "clip": "clip --num-frames 2 --input-size 16",
     "clip with everything on": "clip --num-frames 2 --input-size 16 --temporal-downsample --ema 0.9 --workers 1",
     "retrieve": "retrieve --weights {finished} --num-frames 4 --input-size 16 --ema 0.9",
     "classify": "classify --weights {clip} --num-frames 4 --input-size 16",
@@ -74,7 +73,7 @@ def test_resuming_equals_never_stopping_bit_for_bit(start, tmp_path):
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("start", ["mae with everything on", "clip", "retrieve", "classify", "fuse", "answer"], indirect=True)
+@pytest.mark.parametrize("start", ["mae with everything on", "clip with everything on", "retrieve", "classify", "fuse", "answer"], indirect=True)
 def test_no_evaluation_depends_on_the_batches_of_training_or_on_workers(start, tmp_path):
     found = []
     for name, flags in (("a", ("--batch-size", "3", "--workers", "0")), ("b", ("--batch-size", "5", "--workers", "2"))):
