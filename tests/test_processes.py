@@ -14,6 +14,7 @@ The processes are forks of one program, this file, which imports and builds once
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,7 +100,9 @@ def learn(card, model):
 def fork(count, work):
     """work(rank) in so many forks of this process, treated as torchrun treats its own: it keeps their meeting
     place, and where one fails the others get SIGTERM, and after a while SIGKILL. Returns the exit codes."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # The place opens before the forks and its thread starts after them: a fork that falls into what a thread
+    # has locked never gets it back. Who comes early waits at the door.
+    door = socket.create_server(("127.0.0.1", 0), backlog=count)
     sys.stdout.flush()
     children = {}
     for rank in range(count):
@@ -108,7 +111,7 @@ def fork(count, work):
             code = 1
             try:
                 os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-                                   MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+                                   MASTER_PORT=str(door.getsockname()[1]), TORCHELASTIC_USE_AGENT_STORE="True")
                 code = work(rank) or 0
             except SystemExit as end:
                 code = end.code
@@ -119,6 +122,8 @@ def fork(count, work):
                 sys.stderr.flush()
                 os._exit(code)
         children[pid] = None
+    store = torch.distributed.TCPStore("127.0.0.1", door.getsockname()[1], is_master=True, wait_for_workers=False,
+                                       master_listen_fd=door.detach())
     began = failed = time.monotonic()
     while None in children.values():
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -132,6 +137,7 @@ def fork(count, work):
             for other in (other for other, code in children.items() if code is None):
                 os.kill(other, signal.SIGKILL)
         time.sleep(0.005)
+    del store
     return list(children.values())
 
 
