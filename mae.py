@@ -58,7 +58,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Block, Dropout, Mask, run_blocks, sinusoid_table
+from attention import Attention, Block, Dropout, Mask, run_blocks, sinusoid_table
 from weights import Rule, WeightsError
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
@@ -256,24 +256,55 @@ def pair(image_size):
     return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
+class DividedBlock(Block):
+    """First each place attends over time, then each time step over its places, then the MLP: divided space-time
+    attention (TimeSformer, arXiv 2102.05095, Sec. 3, Space-Time Self-Attention Models), the cheaper rival of
+    joint attention, in which every token sees every other. It is what `--space-time divided` compares with.
+
+    times    t, time steps of a clip; its N tokens are t times as many places, the same in every step: all of
+             them, or those that a tube mask leaves
+    Other arguments as Block; the layer over time has its own norm and weights.
+    """
+
+    def __init__(self, width, heads, times, **options):
+        super().__init__(width, heads, **options)
+        self.times = times
+        self.norm_time = nn.LayerNorm(width, eps=options["eps"])
+        self.attn_time = Attention(width, heads, bias=options["bias"], cosine=options["cosine"])
+
+    def forward(self, x, mask=None, last=None):
+        """x (B, N, D) -> (B, N, D)."""
+        if mask is not None or last is not None or x.shape[1] % self.times:
+            raise ValueError(f"divided attention is for whole clips of {self.times} time steps, the same places in each")
+        B, N, D = x.shape
+        along = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)                  # (B*V, t, D)
+        along = self.attn_time(self.norm_time(along)).unflatten(0, (B, -1)).transpose(1, 2)     # (B, t, V, D)
+        x = x + self.drop_path(along.reshape(B, N, D))
+        return super().forward(x.view(B * self.times, -1, D)).view(B, N, D)
+
+
 class Encoder(nn.Module):
     """A plain video transformer: tubelet embedding, position codes, blocks, norm.
 
     frames, image_size  what the grid is for; another clip is fine too, its codes are computed
+    space_time          "joint": every token attends to every other; "divided": see DividedBlock
     positions           "sinusoid", "resized", "axes" (see `position_codes`) or "stored": a table in the
                         weights, which is added but never trained (as the official code does)
     norm                LayerNorm after the blocks; False where the classifier norms the mean instead
     """
 
     def __init__(self, size, *, frames, image_size, channels=3, tubelet=2, positions="sinusoid",
-                 bias="qv", cosine=False, layer_scale=None, eps=1e-6, drop_path=0.0, norm=True):
+                 bias="qv", cosine=False, layer_scale=None, eps=1e-6, drop_path=0.0, norm=True, space_time="joint"):
         super().__init__()
-        self.patch, self.tubelet, self.kind = size.patch, tubelet, positions
+        if space_time not in ("joint", "divided"):
+            raise ValueError(f"space_time is {space_time!r}: choose joint or divided")
+        self.patch, self.tubelet, self.kind, self.space_time = size.patch, tubelet, positions, space_time
         self.grid = self.grid_of(frames, *pair(image_size))
         self.embed = nn.Linear(channels * tubelet * size.patch**2, size.width)
         rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
+        block = Block if space_time == "joint" else functools.partial(DividedBlock, times=self.grid[0])
         self.blocks = nn.ModuleList(
-            Block(size.width, size.heads, mlp_width=size.mlp_width, bias=bias, cosine=cosine, eps=eps,
+            block(size.width, size.heads, mlp_width=size.mlp_width, bias=bias, cosine=cosine, eps=eps,
                   drop_path=rate, layer_scale=layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(size.width, eps=eps) if norm else nn.Identity()
         if positions == "stored":
@@ -306,7 +337,10 @@ class Encoder(nn.Module):
 
     def begin(self, video, visible=None):
         """The tokens before the first block: embedded tubelets and position codes, (B, Nv, D)."""
-        codes = self.codes(self.grid_of(*video.shape[2:]), video)
+        grid = self.grid_of(*video.shape[2:])
+        if self.space_time == "divided" and grid[0] != self.grid[0]:
+            raise ValueError(f"divided attention was made for clips of {self.grid[0] * self.tubelet} frames, not of {video.shape[2]}")
+        codes = self.codes(grid, video)
         tokens = self.embed(normalised(take_tubelets(video, visible, self.patch, self.tubelet)).flatten(2))
         return tokens + (codes if visible is None else gather(codes, visible))
 
@@ -350,7 +384,7 @@ class VideoMAE(nn.Module):
 
     size        a name in SIZES or a Size
     frames, image_size, tubelet, channels   the clip: T, H (and W), frames per tubelet, colours
-    positions, bias, cosine, layer_scale, drop_path   see Encoder
+    positions, bias, cosine, layer_scale, drop_path, space_time   see Encoder; the decoder is joint
     eps, head_eps   of the LayerNorms in blocks and encoder; of the decoder's last one
     normalised  True = it predicts normalised pixels; only drawing needs to know
 
@@ -360,17 +394,17 @@ class VideoMAE(nn.Module):
 
     def __init__(self, size="base", *, frames=16, image_size=224, tubelet=2, channels=3,
                  positions="sinusoid", bias="qv", cosine=False, layer_scale=None, drop_path=0.0,
-                 eps=1e-6, head_eps=1e-6, normalised=True):
+                 eps=1e-6, head_eps=1e-6, normalised=True, space_time="joint"):
         super().__init__()
         size = SIZES[size] if isinstance(size, str) else size
         self.config = {"model": "VideoMAE", "size": asdict(size), "frames": frames,
                        "image_size": list(pair(image_size)), "tubelet": tubelet,
                        "channels": channels, "positions": positions, "bias": bias, "cosine": cosine,
                        "layer_scale": layer_scale, "eps": eps, "head_eps": head_eps,
-                       "normalised": normalised}
+                       "normalised": normalised, "space_time": space_time}
         block = dict(bias=bias, cosine=cosine, layer_scale=layer_scale, eps=eps)
         self.encoder = Encoder(size, frames=frames, image_size=image_size, channels=channels,
-                               tubelet=tubelet, positions=positions, drop_path=drop_path, **block)
+                               tubelet=tubelet, positions=positions, drop_path=drop_path, space_time=space_time, **block)
         self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
         self.decoder = Decoder(size, channels * tubelet * size.patch**2, head_eps=head_eps, **block)
@@ -404,6 +438,10 @@ class VideoMAE(nn.Module):
                  colour fastest, in the units of `reconstruction_target`
         """
         visible, wanted = split(hidden)
+        if self.encoder.space_time == "divided":
+            times = hidden.unflatten(1, (self.grid[0], -1))
+            if (times != times[:, :1]).any():
+                raise ValueError("divided attention needs the same places hidden in every frame: a tube mask")
         if skipped is not None:
             wanted, _ = split(skipped, "skipped")
         return self.reconstruct(video, visible.to(video.device), wanted.to(video.device))
@@ -455,7 +493,8 @@ class VideoMAE(nn.Module):
         """A VideoClassifier for Y classes whose encoder has these weights. The encoder's own norm is left
         behind, fc_norm and head start fresh: VideoMAE's way into fine-tuning. options: drop, drop_path,
         frames, image_size, ..."""
-        kept = ("size", "frames", "image_size", "tubelet", "channels", "positions", "bias", "cosine", "layer_scale", "eps")
+        kept = ("size", "frames", "image_size", "tubelet", "channels", "positions", "bias", "cosine", "layer_scale", "eps",
+                "space_time")
         return VideoClassifier(**_sized(self.config, kept) | options, classes=classes).take(self)
 
     @classmethod
@@ -512,7 +551,7 @@ class VideoClassifier(nn.Module):
 
     def __init__(self, size="base", *, classes, frames=16, image_size=224, tubelet=2, channels=3,
                  positions="sinusoid", bias="qv", cosine=False, layer_scale=None, drop_path=0.0,
-                 drop=0.0, pool="mean", eps=1e-6, head_eps=1e-6, head_scale=0.001):
+                 drop=0.0, pool="mean", eps=1e-6, head_eps=1e-6, head_scale=0.001, space_time="joint"):
         super().__init__()
         size = SIZES[size] if isinstance(size, str) else size
         if pool not in ("mean", "first"):
@@ -520,10 +559,12 @@ class VideoClassifier(nn.Module):
         self.config = {"model": "VideoClassifier", "size": asdict(size), "classes": classes,
                        "frames": frames, "image_size": list(pair(image_size)), "tubelet": tubelet,
                        "channels": channels, "positions": positions, "bias": bias, "cosine": cosine,
-                       "layer_scale": layer_scale, "pool": pool, "eps": eps, "head_eps": head_eps}
+                       "layer_scale": layer_scale, "pool": pool, "eps": eps, "head_eps": head_eps,
+                       "space_time": space_time}
         self.encoder = Encoder(size, frames=frames, image_size=image_size, channels=channels,
                                tubelet=tubelet, positions=positions, drop_path=drop_path, bias=bias,
-                               cosine=cosine, layer_scale=layer_scale, eps=eps, norm=pool == "first")
+                               cosine=cosine, layer_scale=layer_scale, eps=eps, norm=pool == "first",
+                               space_time=space_time)
         self.fc_norm = nn.LayerNorm(size.width, eps=head_eps) if pool == "mean" else nn.Identity()
         self.drop = Dropout(drop)
         self.head = nn.Linear(size.width, classes) if classes else nn.Identity()
@@ -844,6 +885,8 @@ def published(config):
     """The configuration, where the official code can express it; ValueError where not."""
     if config["positions"] not in ("sinusoid", "stored"):
         raise ValueError(f"position codes {config['positions']!r} are unknown to the official code; train with --positions sinusoid")
+    if config["space_time"] != "joint":
+        raise ValueError("divided attention is unknown to the official code; train with --space-time joint")
     return config
 
 

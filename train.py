@@ -240,6 +240,8 @@ class MAE(Stage):
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel (paper: yes)")
     positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of the token's number "
                           "(paper: sinusoid)", choices=("axes", "sinusoid"))
+    space_time: str = flag("joint", "attention of the encoder: joint = every token sees every other; divided = over time, then "
+                           "over space (paper: joint)", choices=("joint", "divided"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
     decoder_width: int = flag(0, "width of the decoder; 0 = as the size says (paper: half of the encoder's)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
@@ -263,7 +265,7 @@ class MAE(Stage):
             try:
                 model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
                                      positions=self.positions, drop_path=self.drop_path,
-                                     normalised=self.normalise)
+                                     normalised=self.normalise, space_time=self.space_time)
             except ValueError as error:
                 raise Mistake(f"--num-frames, --input-size: {error}") from None
         t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
@@ -282,6 +284,9 @@ class MAE(Stage):
                 if not 0 < int(ratio * places) < places:
                     raise Mistake(f"--{name} {ratio}: must hide at least one of the {places} {unit} "
                                   "and leave at least one")
+        if model.config["space_time"] == "divided" and (self.mask_type != "tube" or self.pack):
+            raise Mistake("--space-time divided: every frame must show the same places; only with --mask-type tube, not with "
+                          "--pack-frames or --pack-ratios")
         if self.dual_mask and (h % 2 or w % 2):
             raise Mistake(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
         model.recompute(self.recompute)
@@ -2413,7 +2418,8 @@ def fit(stage, name):
     finally:
         bar.close()
         for number, handler in previous:
-            signal.signal(number, handler)
+            # Of several processes the first that is gone makes torchrun ask the others to end: they are ending.
+            signal.signal(number, signal.SIG_IGN if stopping and processes.world() > 1 else handler)
         del batches
     if stopping and step < stage.steps:
         print(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: python train.py {name} "

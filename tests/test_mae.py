@@ -545,3 +545,37 @@ def test_numpy_is_not_needed_for_masks():
     state = np.random.get_state()[1].copy()
     tube_mask(2, (2, 4, 4), 0.5)
     assert (np.random.get_state()[1] == state).all()
+
+
+def test_divided_attention_is_joint_attention_under_two_masks():
+    """Over time: a token sees its own place; over space: its own time step. Both written out as masks over all
+    pairs, in float64, on the visible tokens of a tube mask."""
+    torch.manual_seed(0)
+    model = mae.VideoMAE("tiny", frames=8, image_size=40, space_time="divided").double()
+    hidden = mae.tube_mask(2, model.grid, 0.75, torch.Generator().manual_seed(0))
+    visible, _ = mae.split(hidden)
+    x = model.encoder.begin(torch.randn(2, 3, 8, 40, 40, dtype=torch.float64), visible)
+    block = model.encoder.blocks[0]
+    place, time = visible % 25, visible // 25
+    seen = x
+    for norm, layer, group in ((block.norm_time, block.attn_time, place), (block.norm1, block.attn, time)):
+        q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in layer.project(norm(seen), None, None))
+        scores = (q @ k.mT / q.shape[-1]**0.5).masked_fill(~(group[:, None, :, None] == group[:, None, None]), -torch.inf)
+        seen = seen + layer.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    seen = seen + block.mlp(block.norm2(seen))
+    assert (block(x) - seen).abs().max() < 1e-12
+
+
+def test_divided_attention_refuses_what_it_cannot_see_and_survives_a_classifier(tmp_path):
+    model = mae.VideoMAE("tiny", frames=8, image_size=40, space_time="divided").eval()
+    video = torch.randn(2, 3, 8, 40, 40)
+    with pytest.raises(ValueError, match="a tube mask"):
+        model(video, mae.random_mask(2, model.grid, 0.75, torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="made for clips of 8 frames, not of 16"):
+        model.encoder(torch.randn(1, 3, 16, 40, 40))
+    with pytest.raises(ValueError, match="unknown to the official code"):
+        model.to_official()
+    weights.save(tmp_path, model, model.config)
+    again = mae.VideoMAE.from_official(tmp_path)
+    assert torch.equal(again.with_head(5).eval().encoder.begin(video), model.encoder.begin(video))
+    assert torch.equal(again.encoder(video), model.encoder(video))
