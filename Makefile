@@ -22,7 +22,7 @@ train: install  ## the default run: every stage on generated clips, into runs/de
 	$(RUN) train.py
 
 test: install   ## the quick test suite
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 slow: install   ## the tests that take minutes
 	$(RUN) -m pytest -m slow

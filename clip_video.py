@@ -564,34 +564,35 @@ class VideoCLIP(nn.Module):
         global_layers after which layers InternVideo's global blocks read; default: the last ones
         frames        T; default 8, or as many as ViCLIP's table has. That table is cut, or stretched,
                       to another T
-        grow          turn plain CLIP into the start of the video model: fresh global blocks, which
-                      begin silent. The embedding is then CLIP's of 0.5 * the mean class token.
+        grow          turn plain CLIP, or a frame-wise run of ours, into the start of the video model: fresh
+                      global blocks, which begin silent. The embedding is then CLIP's of 0.5 * the mean class token.
         returns       the model in eval mode; `unused` names what was left in the file on purpose
         raises        WeightsError: not such a file, or one that does not fit to the last tensor.
                       Nothing tells QuickGELU, which is meant here, from the exact GELU of some
                       models trained later than OpenAI's.
         """
         file = OfficialFile(source)
+        if file.config and file.config.get("model") != "VideoCLIP":
+            raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, not a VideoCLIP")
+        config = dict(file.config) if file.config else file.sizes(heads, text_heads)
+        if grow and config["kind"] != "frames":
+            raise WeightsError(f"{file.name}: grow=True is for plain CLIP weights, these are "
+                               f"{file.layout or KINDS[config['kind']]}")
         if file.config:
-            if file.config.get("model") != "VideoCLIP":
-                raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, not a VideoCLIP")
-            config = dict(file.config)
             if frames and config["kind"] != "joint":
                 config["frames"] = frames
-            return weights.fill(cls.from_config(config), file.tensors, name=file.name).eval()
-        if grow and file.layout not in ("CLIP", "Hugging Face CLIP"):
-            raise WeightsError(f"{file.name}: grow=True is for plain CLIP weights, these are {file.layout}")
-        config = file.sizes(heads, text_heads)
-        config["frames"] = frames or config["frames"]
-        if config["kind"] == "video":
-            count, depth = file.depth("visual.transformer.dec."), config["size"].depth
-            layers = tuple(range(depth - count, depth)) if global_layers is None else global_layers
-            config.update(global_heads=global_heads, global_layers=layers)
-        model = cls(**config)
-        weights.fill(model, file.tensors, file.rules(model), name=file.name)
+            model = weights.fill(cls.from_config(config), file.tensors, name=file.name)
+        else:
+            config["frames"] = frames or config["frames"]
+            if config["kind"] == "video":
+                count, depth = file.depth("visual.transformer.dec."), config["size"].depth
+                layers = tuple(range(depth - count, depth)) if global_layers is None else global_layers
+                config.update(global_heads=global_heads, global_layers=layers)
+            model = cls(**config)
+            weights.fill(model, file.tensors, file.rules(model), name=file.name)
         if grow:
-            config.update(kind="video", global_heads=global_heads, global_layers=global_layers)
-            grown = cls(**config)
+            config = model.config | dict(kind="video", global_heads=global_heads, global_layers=global_layers)
+            grown = cls.from_config(config)
             grown.load_state_dict({**grown.state_dict(), **model.state_dict()}, strict=True)
             model = grown
         model.unused = file.unused

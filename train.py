@@ -443,6 +443,8 @@ class Clip(Stage):
                                "for motion: 2)", low=0, high=2)
     temporal_downsample: bool = flag(True, "embed three frames at a time, at every second one (UniFormerV2 "
                                             "for motion: yes)")
+    global_layers: str = flag("", "layers after which a global block reads the clip, as 8,9,10,11, or none; default: the last "
+                              "for small, the last four else (paper: the last four)")
     context: int = flag(32, "most tokens of a caption, start and end included (CLIP: 77)", low=3)
     vocabulary: int = flag(800, "most tokens of the vocabulary, learned from the captions (CLIP: 49,408)", low=515)
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside "
@@ -510,11 +512,19 @@ class Clip(Stage):
         size, text, layers = self.model, self.model, None
         if size == "small":  # one global block, after the last layer: two more cost time and brought nothing
             size, text, layers = SMALL, SMALL_TEXT, (SMALL.depth - 1,)
+        if self.global_layers:
+            layers = self.asked_layers()
         clip = clip_video.VideoCLIP(
             size, text_size=text, kind=self.kind, global_layers=layers, frames=self.num_frames, image_size=self.input_size,
             vocabulary=self.words.vocabulary, context=self.context, end=self.words.end,
             local_units=self.local_units, temporal_downsample=self.temporal_downsample)
         return VideoText(clip, self.fresh_decoder(clip))
+
+    def asked_layers(self):
+        """--global-layers as numbers."""
+        if self.kind != "video":
+            raise Mistake(f"--global-layers: belongs to --kind video, not {self.kind}")
+        return () if self.global_layers == "none" else numbers(self.global_layers, "global-layers")
 
     def fresh_decoder(self, clip):
         text = clip.config["text_size"]
@@ -523,10 +533,18 @@ class Clip(Stage):
             vocabulary=clip.config["vocabulary"], queries=self.queries)
 
     def load(self):
-        """From a run of ours, InternVideo-MM, ViCLIP, or CLIP, which grows into a video model."""
+        """From a run of ours, InternVideo-MM, ViCLIP, or CLIP; CLIP and a frame-wise run grow into a video model."""
         source = clip_video.OfficialFile(self.weights)
-        grow = self.kind == "video" and source.layout in ("CLIP", "Hugging Face CLIP")
-        clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames, grow=grow)
+        ours = self.steps and source.config.get("kind") == "frames"  # without steps it is measured as it is
+        grow = self.kind == "video" and bool(ours or source.layout in ("CLIP", "Hugging Face CLIP"))
+        if self.global_layers and not grow:
+            raise Mistake(f"--global-layers: {self.weights} is no image model that grows; it keeps the blocks it has")
+        layers = (source.config["size"]["depth"] - 1,) if ours else None  # one global block, as in `fresh`
+        layers = self.asked_layers() if self.global_layers else layers
+        clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames, grow=grow,
+                                                  global_layers=layers if grow else None)
+        if grow:
+            print(f"{self.weights} is an image model: it grows into a video model (--kind frames leaves it as it is)")
         size = clip.config["image_size"]
         if self.merge:
             try:
