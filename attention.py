@@ -552,3 +552,51 @@ def run_blocks(blocks, x, mask=None, last=None, recompute=False):
         else:
             x = block(x, mask, final)
     return x if last is None else x[:, -last:]
+
+
+# ------------------------------------------------------------------------------------------------
+# Try it
+
+
+@torch.no_grad()
+def main(argv=None):
+    """`python attention.py`: attention step by step, and a picture of what each mask lets a token see."""
+    import argparse
+    from pathlib import Path
+
+    import draw
+
+    parser = argparse.ArgumentParser(description="Attention, shape by shape, and its masks in a picture.")
+    parser.add_argument("--out", default="runs/masks.png", help="where the picture goes (.png)")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    layer, x = Attention(96, 4).eval(), torch.randn(2, 12, 96)
+    q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in layer.project(x, None, None))
+    scores = q @ k.mT * q.shape[-1]**-0.5
+    share = scores.softmax(dim=-1)
+    difference = (layer(x) - layer.proj((share @ v).transpose(1, 2).flatten(2))).abs().max()
+    for name, letters, value in (
+            ("tokens", "(B, N, D)", x), ("queries, and so keys and values", "(B, heads, N, K)", q),
+            ("scores: each query with each key, over sqrt K", "(B, heads, N, N)", scores),
+            ("shares: their softmax; each row sums to 1", "(B, heads, N, N)", share),
+            ("mixed values, heads side by side, projected", "(B, N, D)", layer(x))):
+        print(f"{name:50s} {letters:18s} {tuple(value.shape)}")
+    print(f"as written here and as Attention computes it ({choose(q, k)}): {difference:.0e} apart")
+    clips = torch.arange(12)[None] // torch.tensor([5])                     # 5, 5 and 2 tokens
+    masks = {"none": Mask(), "causal": Mask(causal=True), "padding: the last 3 are none": Mask(is_token=torch.arange(12)[None] < 9),
+             "three clips packed in a row": Mask(segments=clips), "frames of 3, window 1": Mask(frames=torch.arange(12)[None] // 3, window=1),
+             "the last 4 ask, causal": Mask(causal=True)}
+    tables = {}
+    for name, mask in masks.items():
+        queries = 4 if name.startswith("the last") else 12
+        allowed = mask.allowed(queries, 12, "cpu")
+        tables[name] = torch.ones(queries, 12, dtype=torch.bool) if allowed is None else allowed[0, 0]
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw.masks(tables, path)
+    print(f"drawn: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

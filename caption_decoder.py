@@ -619,38 +619,87 @@ def check_rotary(decoder, prefix, name):
 
 @torch.no_grad()
 def main(argv=None):
-    """`python caption_decoder.py VIDEO --weights RUN` writes a sentence about the video."""
+    """`python caption_decoder.py`: the shapes. With VIDEO and --weights: a sentence, and where each word looked."""
     import argparse
     import sys
+    from pathlib import Path
 
     import clip_video
     import data
+    import draw
 
     parser = argparse.ArgumentParser(description="Write a sentence about a video.")
-    parser.add_argument("video", help="a video file")
-    parser.add_argument("--weights", required=True, help="a run's folder, or InternVideo-MM weights")
+    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
+    parser.add_argument("--weights", help="a run's folder, or InternVideo-MM weights; default: an untrained tiny model")
     parser.add_argument("--tokenizer", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; "
                                             "default: the one in the run's folder")
     parser.add_argument("--method", default="greedy", choices=("greedy", "beam", "nucleus"))
     parser.add_argument("--maximum", type=int, default=30, help="most word pieces (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="of --method nucleus (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of --method nucleus, and of the generated clip (default: 0)")
+    parser.add_argument("--out", default="runs/caption.png", help="where the decoder looks as it writes; PNG")
     args = parser.parse_args(argv)
     try:
-        model = clip_video.VideoCLIP.from_official(args.weights)
-        decoder = CaptionDecoder.from_official(args.weights)
-        tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, model.config["vocabulary"])
+        if args.weights:
+            model = clip_video.VideoCLIP.from_official(args.weights)
+            decoder = CaptionDecoder.from_official(args.weights)
+            tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, model.config["vocabulary"])
+        else:
+            torch.manual_seed(args.seed)
+            world = data.MovingShapes("train", 4, 64)
+            tokenizer = clip_video.train_tokenizer([world[i]["caption"] for i in range(100)], 800)
+            model = clip_video.VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=32,
+                                         end=tokenizer.end).eval()
+            decoder = CaptionDecoder(128, heads=2, depth=2, visual_width=192, vocabulary=tokenizer.vocabulary, queries=8).eval()
         T, (H, W) = model.config["frames"], model.config["image_size"]
-        wanted = data.segment_indices(data.probe(args.video).frames, T)
-        clip = torch.as_tensor(data.read_clip(args.video, wanted, (H, W)))[None]
-        _, tokens = model.encode_video_tokens(data.normalise(clip, model.mean, model.std))
+        if args.video:
+            clip, told = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W)), None
+        else:
+            item = data.MovingShapes("test", T, (H, W), args.seed)[args.seed]
+            clip, told = item["video"], item["caption"]
+        _, tokens = model.encode_video_tokens(data.normalise(torch.as_tensor(clip)[None], model.mean, model.std))
         words = generate(decoder, model.text, tokens.flatten(1, 2), start=tokenizer.start,
                          end=tokenizer.end, maximum=min(args.maximum, model.config["context"] - 1),
                          method=args.method, generator=torch.Generator().manual_seed(args.seed))
-        print(tokenizer.decode(words)[0])
-    except (WeightsError, data.DataError, ValueError) as error:
+        sentence = tokenizer.decode(words)[0]
+        if not args.weights:
+            explain(model, decoder, tokenizer, tokens, told)
+        print(sentence)
+        if model.kind != "joint":  # whose tokens are not of single frames
+            ids = tokenizer.encode([sentence], model.config["context"], trim=True)[0]
+            path = Path(args.out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw.attention(clip, *looks(model, decoder, tokenizer, tokens, ids),
+                           f'where the decoder looks as it writes "{sentence}"', path)
+            print(f"drawn: {path}")
+    except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"caption_decoder.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def explain(model, decoder, tokenizer, tokens, told):
+    """Print what happens to a clip's tokens (1, t, 1+S, C) and its true sentence, shape by shape."""
+    ids, is_token = tokenizer.encode([told], model.config["context"], trim=True)
+    visual, text = tokens.flatten(1, 2), model.encode_text_tokens(ids)[1]
+    logits = decoder(visual, text[:, :-1])
+    for name, letters, value in (
+            ("the clip, as tokens of the visual tower", "(B, t, 1+S, C)", tokens), ("side by side", "(B, M, C)", visual),
+            (f"{len(decoder.queries)} questions to it, answered", "(B, Q, W)", decoder.pool(visual)),
+            ("a sentence", "(B, L)", ids), ("its tokens, of the text tower", "(B, L, W)", text),
+            ("for each but the last: scores of the next", "(B, L-1, V)", logits)):
+        print(f"{name:46s} {letters:16s} {tuple(value.shape)}")
+    loss = F.cross_entropy(logits[0], ids[0, 1:])
+    chance = torch.tensor(float(logits.shape[-1])).log()
+    print(f"captioning loss of {told!r}, untrained: {loss:.2f}; guessing costs ln V = {chance:.2f}. What it writes:")
+
+
+@torch.no_grad()
+def looks(model, decoder, tokenizer, tokens, ids):
+    """For a picture: where the decoder looks as it reads ids (1, L) and writes the next, given a clip's tokens
+    (1, t, 1+S, C) -> (L-1, t, h, w), no class tokens, and the words that it writes."""
+    found = word_attention(decoder, tokens.flatten(1, 2), model.encode_text_tokens(ids)[1][:, :-1].float())[0]
+    found = found.view(len(found), *tokens.shape[1:3])[:, :, 1:].unflatten(2, model.visual.grid)
+    return found.cpu(), [tokenizer.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
 
 
 if __name__ == "__main__":

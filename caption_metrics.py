@@ -122,3 +122,19 @@ def score(captions, references):
     """All three, times 100: {"BLEU-4": float, "ROUGE-L": float, "CIDEr-D": float}."""
     return {"BLEU-4": 100 * bleu(captions, references), "ROUGE-L": 100 * rouge_l(captions, references),
             "CIDEr-D": 100 * cider_d(captions, references)}
+
+
+def main(argv=None):
+    """`python caption_metrics.py`: what each number makes of a few captions."""
+    told = [["a red square moves to the left", "the red square goes left"], ["a blue ring grows", "the ring gets larger"],
+            ["two green stars meet", "a pair of green stars comes together"]]
+    for name, written in (
+            ("word for word", [sentences[0] for sentences in told]),
+            ("one wrong fact", ["a red square moves to the right", "a blue ring shrinks", "two green circles meet"]),
+            ("right, in other words", ["leftwards goes the red square", "the blue ring becomes bigger", "green stars approach each other"]),
+            ("the same for all", ["a red square moves to the left"] * 3)):
+        print(f"{name:24s}" + "   ".join(f"{metric} {value:6.1f}" for metric, value in score(written, told).items()))
+
+
+if __name__ == "__main__":
+    main()

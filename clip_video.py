@@ -1060,8 +1060,10 @@ def main(argv=None):
     """`python clip_video.py`: the shapes. With a video, texts and weights: which text fits."""
     import argparse
     import sys
+    from pathlib import Path
 
     import data
+    import draw
 
     parser = argparse.ArgumentParser(description="Which of these sentences belongs to the video?")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
@@ -1070,10 +1072,14 @@ def main(argv=None):
     parser.add_argument("--tokenizer", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; "
                                             "default: the one in the run's folder")
     parser.add_argument("--frames", type=int, help="frames to look at; default: what the model was made for")
+    parser.add_argument("--out", default="runs/similarity.png", help="without a video: the cosines of four; PNG")
     args = parser.parse_args(argv)
     try:
         if not args.video and not args.weights:
-            explain(data)
+            path = Path(args.out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw.similarity(*explain(data), path)
+            print(f"drawn, of an untrained model: {path}")
             return 0
         if not args.text or not args.weights or not args.video:
             raise ValueError("needs a video, --weights and at least one --text")
@@ -1097,7 +1103,8 @@ def main(argv=None):
 
 
 def explain(data):
-    """Print what happens to a few clips and sentences, shape by shape."""
+    """Print what happens to a few clips and sentences, shape by shape; returns their cosines (texts, clips), the
+    clips and the sentences."""
     world = data.MovingShapes("train", 4, 64)
     items = [world[i] for i in range(4)]
     captions = [item["caption"] for item in items]
@@ -1119,6 +1126,7 @@ def explain(data):
             ("contrastive loss, untrained (ln B = 1.386 at chance)",
              f"{contrastive_loss(seen, read, model.logit_scale):.3f}")):
         print(f"{name:53s} {value}")
+    return F.normalize(read, dim=-1) @ F.normalize(seen, dim=-1).T, [item["video"] for item in items], captions
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ def captions(videos, captions, written, path, rows=6):
     finish(figure, path)
 
 
-def attention(video, looks, words, sentence, path, most=8):
-    """Rows: words; columns: the time steps of the tokens; bright where the decoder looked (L, t, h, w).
+def attention(video, looks, words, title, path, most=8):
+    """Rows: words, or what else looks; columns: the time steps of the tokens; bright where it looked (L, t, h, w).
     Each row is scaled by its own brightest place."""
     words, steps = words[:most], looks.shape[1]
     frames = video[[t * len(video) // steps for t in range(steps)]]
@@ -124,7 +124,22 @@ def attention(video, looks, words, sentence, path, most=8):
         light = torch.nn.functional.interpolate(look[:, None] / look.max(), frames.shape[1:3], mode="bilinear")
         place.imshow(strip((frames * (0.25 + 0.75 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
         place.set_ylabel(plain(word), fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
-    figure.suptitle(f'where the decoder looks as it writes "{plain(sentence)}"', fontsize=9)
+    figure.suptitle(plain(title), fontsize=9)
+    finish(figure, path)
+
+
+def masks(tables, path):
+    """{name: (Nq, Nk) bool}: a field for each pair of query (row) and key (column), filled where it may look."""
+    figure, places = new_figure(2, (len(tables) + 1) // 2, 2.6 * ((len(tables) + 1) // 2), 5.6)
+    for place, (name, table) in zip(places.flat, tables.items()):
+        place.imshow(table.numpy(), cmap="Blues", vmin=-0.3, vmax=1.3, extent=(0, table.shape[1], table.shape[0], 0))
+        place.set_xticks(range(table.shape[1] + 1), [""] * (table.shape[1] + 1))
+        place.set_yticks(range(table.shape[0] + 1), [""] * (table.shape[0] + 1))
+        place.grid(color="white", lw=1)
+        place.tick_params(length=0)
+        place.set_title(name, fontsize=9)
+        place.set_xlabel("keys", fontsize=8)
+        place.set_ylabel("queries", fontsize=8)
     finish(figure, path)
 
 

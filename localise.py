@@ -452,10 +452,14 @@ class Localiser(nn.Module):
                 tick()
                 yield frame
 
-        features = look(self.encoder, frames(), self.stride, batch_size)
+        return self.find_in(frames(), video.info.timestamps, video.info.duration, batch_size)
+
+    def find_in(self, frames, timestamps, duration, batch_size=16):
+        """The same of frames, uint8 (H, W, 3), as they come: timestamps (T,) and duration in seconds."""
+        features = look(self.encoder, frames, self.stride, batch_size)
         found = [decode(scores, distances, first) for first, scores, distances in stream(self.head, features)]
-        times = step_times(video.info.timestamps, self.encoder.config["frames"], self.stride)
-        return soft_nms(in_seconds(np.concatenate(found), times, video.info.duration), most=None)
+        times = step_times(timestamps, self.encoder.config["frames"], self.stride)
+        return soft_nms(in_seconds(np.concatenate(found), times, duration), most=None)
 
     @classmethod
     def from_run(cls, folder):
@@ -471,7 +475,7 @@ class Localiser(nn.Module):
 
 
 def main(argv=None):
-    """`python localise.py VIDEO --weights RUN`: the segments of a video, as it streams by; returns the exit code."""
+    """`python localise.py`: the shapes, on a generated video. With VIDEO and --weights: its segments, as it streams by."""
     import argparse
     import sys
     from pathlib import Path
@@ -482,8 +486,8 @@ def main(argv=None):
     import draw
 
     parser = argparse.ArgumentParser(description="What happens when, in a video of any length.")
-    parser.add_argument("video", help="a video file")
-    parser.add_argument("--weights", required=True, help="folder of a localise run")
+    parser.add_argument("video", nargs="?", help="a video file; default: a generated one, and what is true of it")
+    parser.add_argument("--weights", help="folder of a localise run; default: an untrained tiny model")
     parser.add_argument("--top", type=int, default=20, help="segments to print, by time")
     parser.add_argument("--least", type=float, default=0.2, help="lowest score of a segment to print, in [0, 1]")
     parser.add_argument("--batch-size", type=int, default=16, help="windows at a time")
@@ -492,19 +496,33 @@ def main(argv=None):
     try:
         if args.top < 1 or args.batch_size < 1:
             raise ValueError("--top and --batch-size must be at least 1")
-        model = Localiser.from_run(args.weights)
+        if args.video and not args.weights:
+            raise ValueError("a video needs --weights, the folder of a localise run")
+        torch.manual_seed(0)
+        names = data.LongShapes("test").motions
+        model = Localiser.from_run(args.weights) if args.weights else Localiser(
+            VideoClassifier("tiny", classes=0, frames=8, image_size=40), Head(96, len(names)), names, 4).eval()
         if model.encoder is None:
             raise ValueError(f"--weights {args.weights}: was trained on features from files and has no encoder to look at "
                              "a video; train it with --weights as well")
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        with data.Video(args.video) as video:
-            info = video.info
-            shown = dict.fromkeys(data.segment_indices(info.frames, 12).tolist())
-            with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
-                      mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
-                found = model.find(video, args.batch_size, bar.update)
-            strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
-        print(f"{args.video}: {info.duration:.1f} s, {info.frames} frames, a step every {model.stride} of them; "
+        if args.video:
+            with data.Video(args.video) as video:
+                info, true = video.info, None
+                shown = dict.fromkeys(data.segment_indices(info.frames, 12).tolist())
+                with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
+                          mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+                    found = model.find(video, args.batch_size, bar.update)
+                strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
+            name, frames, duration = args.video, info.frames, info.duration
+        else:
+            world = data.LongShapes("test", model.encoder.config["image_size"])
+            item = world[0]
+            name, frames, duration, true = item["path"], len(item["video"]), item["duration"], item["segments"]
+            explain(model, item, world.FPS)
+            found = model.find_in(item["video"], np.arange(frames) / world.FPS, duration, args.batch_size)
+            strip = draw.strip(item["video"], 24)
+        print(f"{name}: {duration:.1f} s, {frames} frames, a step every {model.stride} of them; "
               f"{len(found)} segments, {(found[:, 2] >= args.least).sum()} of them with a score of {args.least:g} or more")
         best = found[found[:, 2] >= args.least][:args.top]
         best = best[np.argsort(best[:, 0])]
@@ -512,12 +530,32 @@ def main(argv=None):
             print(f"{start:9.2f} s to {end:9.2f} s   {score:4.0%}  {model.names[int(label)]}")
         path = Path(args.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw.segments([(Path(args.video).name, strip, info.duration, None, clearest(found, args.least))], model.names, path)
+        draw.segments([(Path(name).name, strip, duration, true, clearest(found, args.least))], model.names, path)
         print(f"drawn: {path}")
     except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"localise.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@torch.no_grad()
+def explain(model, item, rate):
+    """Print what happens to a generated video (see data.LongShapes) of `rate` frames a second, shape by shape."""
+    window = model.encoder.config["frames"]
+    features = torch.cat(list(look(model.encoder, item["video"], model.stride)))
+    logits, distances = model.head(features[None])
+    times = step_times(np.arange(len(item["video"])) / rate, window, model.stride)
+    steps = [(*np.interp(segment[:2], *clock(times.tolist())[::-1]), segment[2]) for segment in item["segments"]]
+    labels, _ = assign(len(features), steps)
+    for name, letters, shape in (
+            ("the video", "(T, H, W, 3)", item["video"].shape),
+            (f"windows of {window} frames, one every {model.stride}: features", "(T', F)", features.shape),
+            ("score of each class at each step", "(B, T', Y)", logits.shape),
+            ("steps from there to start and end", "(B, T', 2)", distances.shape)):
+        print(f"{name:52s} {letters:14s} {tuple(shape)}")
+    print(f"{int((labels >= 0).sum())} of {len(labels)} steps answer for one of the {len(steps)} true segments:")
+    for start, end, label in item["segments"]:
+        print(f"{start:9.2f} s to {end:9.2f} s   {model.names[label]}")
 
 
 if __name__ == "__main__":

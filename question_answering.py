@@ -134,33 +134,71 @@ class VideoQA(nn.Module):
 
 @torch.no_grad()
 def main(argv=None):
-    """`python question_answering.py VIDEO QUESTION --weights RUN` prints the likeliest answers."""
+    """`python question_answering.py`: the shapes. With VIDEO, QUESTION and --weights: the likeliest answers."""
     import argparse
 
     import data
 
     parser = argparse.ArgumentParser(description="Answer a question about a video.")
-    parser.add_argument("video", help="a video file")
-    parser.add_argument("question", help="in words; what its answer can be, training has decided")
-    parser.add_argument("--weights", required=True, help="a run of `train.py answer`")
+    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip and a question about it")
+    parser.add_argument("question", nargs="?", help="in words; what its answer can be, training has decided")
+    parser.add_argument("--weights", help="a run of `train.py answer`; default: an untrained tiny model")
     parser.add_argument("--tokenizer", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; "
                                             "default: the one in the run's folder")
     args = parser.parse_args(argv)
     try:
-        model = VideoQA.from_run(args.weights)
+        if args.video and not (args.question and args.weights):
+            raise ValueError("a video needs a question and --weights, a run of `train.py answer`")
+        if args.weights:
+            model = VideoQA.from_run(args.weights)
+            tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, model.clip.config["vocabulary"])
+        else:
+            model, tokenizer = untrained(data)
         config = model.clip.config
-        tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, config["vocabulary"])
         T, (H, W) = config["frames"], config["image_size"]
-        clip = torch.as_tensor(data.read_clip(
-            args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W)))[None]
+        if args.video:
+            clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W))
+        else:
+            item = data.QuestionShapes("test", T, (H, W))[0]
+            clip, args.question = item["video"], item["question"]
+            print(f"a generated clip; {item['question']!r} is to be answered with {item['answer']!r}")
         ids, _ = tokenizer.encode([args.question], config["context"], trim=True)
-        share = model(data.normalise(clip, model.clip.mean, model.clip.std), ids)[0].softmax(dim=-1)
+        video = data.normalise(torch.as_tensor(clip)[None], model.clip.mean, model.clip.std)
+        scores = model(video, ids)
+        if not args.weights:
+            explain(model, video, ids, scores)
+        share = scores[0].softmax(dim=-1)
         for p, i in zip(*(found.tolist() for found in share.topk(min(5, len(share))))):
             print(f"{100 * p:5.1f} %  {model.answers[i]}")
     except (weights.WeightsError, data.DataError, ValueError) as error:
         print(f"question_answering.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def untrained(data):
+    """A tiny model that knows nothing, and its tokenizer; data: the module."""
+    torch.manual_seed(0)
+    world = data.QuestionShapes("train", 4, 64)
+    items = [world[i] for i in range(100)]
+    tokenizer = clip_video.train_tokenizer([item["question"] for item in items], 600)
+    clip = clip_video.VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=32, end=tokenizer.end)
+    decoder = caption_decoder.CaptionDecoder(128, heads=2, depth=2, visual_width=192, vocabulary=tokenizer.vocabulary, queries=8)
+    return VideoQA(clip, decoder, answer_table([item["answer"] for item in items])).eval(), tokenizer
+
+
+def explain(model, video, ids, scores):
+    """Print what happens to video (1, C, T, H, W) and question ids (1, L), shape by shape."""
+    seen, tokens = model.clip.visual.encode(video)
+    words = model.clip.text.tokens(ids)
+    found = model.caption_decoder.hidden(tokens.flatten(1, 2), words)
+    at_end = model.clip.text.at_end(found, ids)
+    for name, letters, value in (
+            ("the video", "(B, C, T, H, W)", video), ("what is seen", "(B, D)", seen),
+            ("its tokens, side by side", "(B, M, D)", tokens.flatten(1, 2)), ("the question", "(B, L)", ids),
+            ("its tokens", "(B, L, W)", words), ("what the decoder makes of both", "(B, L, W)", found),
+            ("the same at the question's end", "(B, W)", at_end), ("scores of the answers", "(B, Y)", scores)):
+        print(f"{name:34s} {letters:16s} {tuple(value.shape)}")
 
 
 if __name__ == "__main__":

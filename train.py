@@ -807,14 +807,9 @@ class Clip(Stage):
         if not self.caption_weight:
             return paths[:2]
         draw.captions(raw, captions, written, paths[2])
-        grid = getattr(model.clip.visual, "grid", None)
         ids = self.encode(written[:1], video.device)
-        words = model.clip.encode_text_tokens(ids)[1][:, :-1]
-        looks = caption_decoder.word_attention(model.caption_decoder, tokens[:1].float().flatten(1, 2), words.float())[0]
-        looks = looks.view(looks.shape[0], *tokens.shape[1:3])[:, :, 1:]             # (L, t, S), no class tokens
-        looks = looks.reshape(len(looks), -1, *grid).cpu()                            # (L, t, h, w)
-        spoken = [self.words.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
-        draw.attention(raw[0], looks, spoken, written[0], paths[3])
+        where, spoken = caption_decoder.looks(model.clip, model.caption_decoder, self.words, tokens[:1].float(), ids)
+        draw.attention(raw[0], where, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
         return paths
 
 

@@ -345,15 +345,25 @@ class GlobalBlock(Block):
         out = torch.einsum("bhd,hkd->bhk", seen, to_v).flatten(1) + bias_v
         return self.attn.proj(out)[:, None]
 
-    def forward(self, token, tokens, grid):
-        """token (B, 1, D), tokens (B, t, 1+S, D), grid (h, w) -> token (B, 1, D)."""
+    def context(self, tokens, grid):
+        """What the token reads: tokens (B, t, 1+S, D), grid (h, w) -> (B, t*(1+S), D)."""
         patches = tokens[:, :, 1:]
         near = grid_conv(patches.unflatten(2, grid), self.near.weight, self.near.bias).flatten(2, 3)
         context = torch.cat([tokens[:, :, :1], patches + near], dim=2).flatten(1, 2)
-        context = self.norm_context(context)                                 # (B, t*(1+S), D)
-        token = token + self.drop_path(self.read(self.norm1(token), context))
+        return self.norm_context(context)
+
+    def forward(self, token, tokens, grid):
+        """token (B, 1, D), tokens (B, t, 1+S, D), grid (h, w) -> token (B, 1, D)."""
+        token = token + self.drop_path(self.read(self.norm1(token), self.context(tokens, grid)))
         hidden = self.dropout(quick_gelu(self.mlp.fc1(self.norm2(token))))
         return token + self.drop_path(self.mlp.fc2(hidden))
+
+    def looks(self, token, tokens, grid):
+        """Where the token looks, arguments as `forward`: (B, t, 1+S), mean over heads, each clip's sum 1."""
+        q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for y in
+                self.attn.project(torch.cat([self.norm1(token), self.context(tokens, grid)], dim=1), None, None)[:2])
+        share = (q[:, :, :1] @ k[:, :, 1:].mT * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
+        return share.view(tokens.shape[:3])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -763,29 +773,57 @@ def as_kernel(*shape):
 
 
 def main(argv=None):
-    """`python uniformerv2.py`: what happens to a clip, shape by shape."""
+    """`python uniformerv2.py [VIDEO --weights RUN]`: what happens to a clip, shape by shape, and where it looks."""
     import argparse
     import sys
+    from pathlib import Path
 
     import data
+    import draw
 
-    parser = argparse.ArgumentParser(description="An image model, armed to watch video: its steps on one "
-                                                 "generated clip.")
+    parser = argparse.ArgumentParser(description="An image model, armed to watch video: its steps on one clip.")
+    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
+    parser.add_argument("--weights", help="a run of `train.py classify` on this encoder, or an official file; default: an "
+                                          "untrained tiny model")
     parser.add_argument("--family", default="motion", choices=("scenes", "motion", "frozen"),
-                        help="which of the paper's configurations; see preset()")
+                        help="without weights: which of the paper's configurations; see preset()")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the clip")
+    parser.add_argument("--out", default="runs/global_token.png", help="where the global token looks; PNG")
     args = parser.parse_args(argv)
     try:
         torch.manual_seed(args.seed)
-        world = data.MovingShapes("train", 16, SIZES["tiny"].image_size, args.seed)
-        clip = torch.as_tensor(world[0]["video"])                            # (T, H, W, 3)
-    except ValueError as error:
+        model = UniFormerV2.from_official(args.weights) if args.weights else \
+            UniFormerV2("tiny", classes=16, **{"frames": 16} | preset(args.family, "tiny"))
+        T, (H, W) = model.config["frames"], model.config["image_size"]
+        if args.video:
+            clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W))
+        else:
+            clip = data.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
+        video = data.normalise(torch.as_tensor(clip)[None], model.mean, model.std)
+        explain(model.eval(), video)
+        path = Path(args.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = looks(model, video)
+        if found:
+            title = "where the global token looks" + ("" if args.weights else ": everywhere, for nothing is trained")
+            draw.attention(clip, torch.cat(list(found.values())), [f"after layer {i}" for i in found], title, path)
+            print(f"drawn: {path}")
+    except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"uniformerv2.py: {error}", file=sys.stderr)
         return 2
-    video = ((clip / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(3, 0, 1, 2)[None]
-    model = UniFormerV2("tiny", classes=len(world.motions), **preset(args.family, "tiny")).eval()
-    explain(model, video)
     return 0
+
+
+@torch.no_grad()
+def looks(model, video):
+    """{number of a layer: where the global block after it looks (B, t, h, w), patches alone}, rising."""
+    token, found, reader = None, {}, model.readers()
+    for i, x in enumerate(model.layers(video)):
+        if i in reader:
+            token = model.global_token.expand(len(video), -1, -1) if token is None else token
+            found[i] = reader[i].looks(token, x, model.grid)[:, :, 1:].unflatten(2, model.grid)
+            token = reader[i](token, x, model.grid)
+    return found
 
 
 @torch.no_grad()
@@ -811,8 +849,10 @@ def explain(model, video):
     for name, letters, shape in rows:
         print(f"{name:50s} {letters:16s} {tuple(shape)}")
     scale = (feature * mean).sum() / mean.square().sum()
-    print(f"{count:.1f} M parameters. Untrained, the new parts are silent: "
-          f"feature = {scale:.3f} * mean class token")
+    along = F.cosine_similarity(feature, mean).item()
+    print(f"{count:.1f} M parameters. The feature is {scale:.3f} times the mean class token"
+          + ("" if along > 0.9999 else f", and something of its own (cosine {along:.2f})")
+          + "; untrained, when the new parts are silent, half of it and nothing else")
 
 
 if __name__ == "__main__":

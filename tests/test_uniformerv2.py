@@ -492,7 +492,24 @@ def test_published_sizes_have_the_published_numbers_of_parameters():
     assert 2e6 < sum(p.numel() for p in UniFormerV2("tiny").parameters()) < 3e6
 
 
-def test_the_command_explains_itself(capsys):
-    assert uniformerv2.main(["--family", "scenes"]) == 0
+def test_the_command_explains_itself(capsys, tmp_path):
+    assert uniformerv2.main(["--family", "scenes", "--out", str(tmp_path / "looks.png")]) == 0
     said = capsys.readouterr().out
-    assert "(1, 3, 16, 64, 64)" in said and "feature = 0.500 * mean class token" in said
+    assert "(1, 3, 16, 64, 64)" in said and "feature is 0.500 times the mean class token;" in said
+
+
+def test_the_global_token_gets_what_its_looks_say():
+    """`read` never makes the keys; `looks` does, for a picture. Mixing the values by those shares gives what the token read."""
+    torch.manual_seed(0)
+    model = uniformerv2.UniFormerV2("tiny", frames=4, global_layers=(3,)).double().eval()
+    block = model.global_blocks[0]
+    torch.nn.init.normal_(block.attn.proj.weight)
+    *_, tokens = model.layers(torch.randn(2, 3, 4, 64, 64, dtype=torch.float64))
+    token = torch.randn(2, 1, 192, dtype=torch.float64)
+    block.attn.heads = 1  # a mean over one head is that head
+    share = block.looks(token, tokens, model.grid)
+    values = torch.nn.functional.linear(block.context(tokens, model.grid), *(x.chunk(3)[2] for x in (
+        block.attn.qkv.weight, block.attn.qkv.bias)))
+    read = block.attn.proj(share.flatten(1)[:, None] @ values)
+    assert (read - block.read(block.norm1(token), block.context(tokens, model.grid))).abs().max() < 1e-12
+    assert (share.sum(dim=(1, 2)) - 1).abs().max() < 1e-12
