@@ -7,6 +7,7 @@
     figures/captions.png        what the caption decoder writes about held-out clips
     figures/gates.png           the bridge between the two encoders opening
     figures/table.png           what each encoder knows alone, and both together
+    figures/claims.png          with claims.md: what `make claims` found, where it ran
 
 Every figure comes from the weights and logs of a run, never by hand. Refuses to run without one.
 """
@@ -120,6 +121,10 @@ def main():
             print(f"figures.py: {path} is missing; run `make train` to its end first", file=sys.stderr)
             return 2
         shutil.copy(path, out / path.name)
+    claims = ROOT / "runs" / "claims" / "claims.md"
+    if claims.exists():
+        (ROOT / "claims.md").write_text(claims.read_text().replace("](claims.png)", "](figures/claims.png)"))
+        shutil.copy(claims.with_suffix(".png"), out / "claims.png")
     for path in sorted(out.iterdir()):
         print(f"{path.relative_to(ROOT)}  {path.stat().st_size // 1024} KiB")
     return 0
