@@ -626,6 +626,7 @@ def main(argv=None):
 
     import clip_video
     import data
+    import moving_shapes
     import draw
 
     parser = argparse.ArgumentParser(description="Write a sentence about a video.")
@@ -645,7 +646,7 @@ def main(argv=None):
             tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, model.config["vocabulary"])
         else:
             torch.manual_seed(args.seed)
-            world = data.MovingShapes("train", 4, 64)
+            world = moving_shapes.MovingShapes("train", 4, 64)
             tokenizer = clip_video.train_tokenizer([world[i]["caption"] for i in range(100)], 800)
             model = clip_video.VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=32,
                                          end=tokenizer.end).eval()
@@ -654,7 +655,7 @@ def main(argv=None):
         if args.video:
             clip, told = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W)), None
         else:
-            item = data.MovingShapes("test", T, (H, W), args.seed)[args.seed]
+            item = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[args.seed]
             clip, told = item["video"], item["caption"]
         _, tokens = model.encode_video_tokens(data.normalise(torch.as_tensor(clip)[None], model.mean, model.std))
         words = generate(decoder, model.text, tokens.flatten(1, 2), start=tokenizer.start,

@@ -3,7 +3,7 @@
 Why these: they are what captioning papers report. None of them understands a sentence. BLEU asks how
 much of the caption is in the references, ROUGE-L how much of a reference comes in the same order, and CIDEr
 weighs words by how much they tell: what every caption says counts nothing. On the generated world, whose facts are
-known, `data.parse_caption` says more than any of them; beside it one sees what they miss: a caption with a wrong
+known, `moving_shapes.parse_caption` says more than any of them; beside it one sees what they miss: a caption with a wrong
 "left" for "right" loses one word of eight.
 
     ["a dog runs"], [["a dog is running", "the dog runs"]]  ->  {"BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}

@@ -1063,6 +1063,7 @@ def main(argv=None):
     from pathlib import Path
 
     import data
+    import moving_shapes
     import draw
 
     parser = argparse.ArgumentParser(description="Which of these sentences belongs to the video?")
@@ -1078,7 +1079,7 @@ def main(argv=None):
         if not args.video and not args.weights:
             path = Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw.similarity(*explain(data), path)
+            draw.similarity(*explain(moving_shapes), path)
             print(f"drawn, of an untrained model: {path}")
             return 0
         if not args.text or not args.weights or not args.video:
@@ -1102,10 +1103,10 @@ def main(argv=None):
     return 0
 
 
-def explain(data):
+def explain(moving_shapes):
     """Print what happens to a few clips and sentences, shape by shape; returns their cosines (texts, clips), the
     clips and the sentences."""
-    world = data.MovingShapes("train", 4, 64)
+    world = moving_shapes.MovingShapes("train", 4, 64)
     items = [world[i] for i in range(4)]
     captions = [item["caption"] for item in items]
     tokenizer = train_tokenizer([world[i]["caption"] for i in range(100)], 800)

@@ -405,6 +405,7 @@ def main(argv=None):
     from pathlib import Path
 
     import data
+    import moving_shapes
     import draw
 
     parser = argparse.ArgumentParser(description="Two experts and a bridge: their answers to one clip.")
@@ -433,7 +434,7 @@ def main(argv=None):
             top, left = (clip.shape[1] - H) // 2, (clip.shape[2] - W) // 2
             clip = clip[:, top:top + H, left:left + W]
         else:
-            item = data.MovingShapes("test", T, (H, W), args.seed)[args.seed]
+            item = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[args.seed]
             clip = item["video"]
             print(f"a generated clip: {item['caption']}")
         explain(model, torch.as_tensor(clip)[None], questions, args.top)

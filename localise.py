@@ -483,6 +483,7 @@ def main(argv=None):
     from tqdm import tqdm
 
     import data
+    import moving_shapes
     import draw
 
     parser = argparse.ArgumentParser(description="What happens when, in a video of any length.")
@@ -499,7 +500,7 @@ def main(argv=None):
         if args.video and not args.weights:
             raise ValueError("a video needs --weights, the folder of a localise run")
         torch.manual_seed(0)
-        names = data.LongShapes("test").motions
+        names = moving_shapes.LongShapes("test").motions
         model = Localiser.from_run(args.weights) if args.weights else Localiser(
             VideoClassifier("tiny", classes=0, frames=8, image_size=40), Head(96, len(names)), names, 4).eval()
         if model.encoder is None:
@@ -516,7 +517,7 @@ def main(argv=None):
                 strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
             name, frames, duration = args.video, info.frames, info.duration
         else:
-            world = data.LongShapes("test", model.encoder.config["image_size"])
+            world = moving_shapes.LongShapes("test", model.encoder.config["image_size"])
             item = world[0]
             name, frames, duration, true = item["path"], len(item["video"]), item["duration"], item["segments"]
             explain(model, item, world.FPS)
@@ -540,7 +541,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def explain(model, item, rate):
-    """Print what happens to a generated video (see data.LongShapes) of `rate` frames a second, shape by shape."""
+    """Print what happens to a generated video (see moving_shapes.LongShapes) of `rate` frames a second, shape by shape."""
     window = model.encoder.config["frames"]
     features = torch.cat(list(look(model.encoder, item["video"], model.stride)))
     logits, distances = model.head(features[None])

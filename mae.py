@@ -972,6 +972,7 @@ def main(argv=None):
     from pathlib import Path
 
     import data
+    import moving_shapes
 
     parser = argparse.ArgumentParser(description="Hide most of a video and paint it back.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
@@ -991,7 +992,7 @@ def main(argv=None):
             top, left = (clip.shape[1] - H) // 2, (clip.shape[2] - W) // 2
             clip = clip[:, top:top + H, left:left + W]
         else:
-            clip = data.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
+            clip = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
         t, h, w = model.grid
         if not 0 < int(args.mask_ratio * h * w) < h * w:
             raise ValueError(f"--mask-ratio {args.mask_ratio}: must leave at least one of the "

@@ -138,6 +138,7 @@ def main(argv=None):
     import argparse
 
     import data
+    import moving_shapes
 
     parser = argparse.ArgumentParser(description="Answer a question about a video.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip and a question about it")
@@ -153,13 +154,13 @@ def main(argv=None):
             model = VideoQA.from_run(args.weights)
             tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, model.clip.config["vocabulary"])
         else:
-            model, tokenizer = untrained(data)
+            model, tokenizer = untrained(moving_shapes)
         config = model.clip.config
         T, (H, W) = config["frames"], config["image_size"]
         if args.video:
             clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W))
         else:
-            item = data.QuestionShapes("test", T, (H, W))[0]
+            item = moving_shapes.QuestionShapes("test", T, (H, W))[0]
             clip, args.question = item["video"], item["question"]
             print(f"a generated clip; {item['question']!r} is to be answered with {item['answer']!r}")
         ids, _ = tokenizer.encode([args.question], config["context"], trim=True)
@@ -176,10 +177,10 @@ def main(argv=None):
     return 0
 
 
-def untrained(data):
-    """A tiny model that knows nothing, and its tokenizer; data: the module."""
+def untrained(moving_shapes):
+    """A tiny model that knows nothing, and its tokenizer; moving_shapes: the module."""
     torch.manual_seed(0)
-    world = data.QuestionShapes("train", 4, 64)
+    world = moving_shapes.QuestionShapes("train", 4, 64)
     items = [world[i] for i in range(100)]
     tokenizer = clip_video.train_tokenizer([item["question"] for item in items], 600)
     clip = clip_video.VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=32, end=tokenizer.end)

@@ -74,6 +74,7 @@ import caption_decoder
 import caption_metrics
 import clip_video
 import data
+import moving_shapes
 import draw
 import fusion
 import localise
@@ -357,7 +358,7 @@ class MAE(Stage):
 # The towers of the clip card's default run, made for four minutes on a laptop.
 SMALL = uniformerv2.Size(96, 3, 4, 384, 8, 40)
 SMALL_TEXT = clip_video.TextSize(96, 2, 2)
-FACTS = {"motion": data.MOTIONS, "shape": data.SHAPES, "colour": tuple(data.COLOURS)}
+FACTS = {"motion": moving_shapes.MOTIONS, "shape": moving_shapes.SHAPES, "colour": tuple(moving_shapes.COLOURS)}
 
 
 class VideoText(torch.nn.Module):
@@ -581,13 +582,13 @@ class Clip(Stage):
                 print(f"{source.source}: {len(source.missing)} of {len(source)} files are missing and will be "
                       f"skipped, e.g. {source.missing[0]}")
         captions = self.sets[0].captions or [] if self.data else [
-            data.describe(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
+            moving_shapes.describe(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
         return captions + (self.stills.captions if self.image_data else [])
 
     def images(self):
         """The single pictures and their sentences, as clips of one frame."""
         if not self.data and not self.image_data:
-            return data.StillShapes("train", self.num_frames, self.input_size, self.seed)
+            return moving_shapes.StillShapes("train", self.num_frames, self.input_size, self.seed)
         part = "all" if self.image_data or self.val_data else "train"
         return data.open_clips(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
                                flip=False, part=part, transform=self.transform, decoder=self.decoder)
@@ -649,7 +650,7 @@ class Clip(Stage):
         classes = None if self.data else self.embed_facts(model)
         metrics = self.measure(model, batches, classes, "val_")
         if not self.data:
-            world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
+            world = moving_shapes.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
             unseen = self.held_out(world, self.eval_clips, self.eval_batch)
             metrics |= self.measure(model, unseen, classes, "unseen_")
         return metrics
@@ -679,7 +680,7 @@ class Clip(Stage):
                 chosen = clip_video.zero_shot(seen, classes[fact], model.clip.logit_scale, "embeddings").argmax(dim=1)
                 right = [names[c] == facts[fact] for c, facts in zip(chosen.tolist(), found["facts"])]
                 metrics[f"zero_shot_{fact}"] = 100 * float(np.mean(right))
-            said = [data.parse_caption(text) for text in found["said"]]
+            said = [moving_shapes.parse_caption(text) for text in found["said"]]
             right = np.array([[a.get(fact) == b[fact] for fact in FACTS] for a, b in zip(said, found["facts"])])
             metrics |= {f"captions_{fact}": 100 * float(share) for fact, share in zip(FACTS, right.mean(axis=0))}
             metrics["captions_all_three"] = 100 * float(right.all(axis=1).mean())
@@ -727,7 +728,7 @@ class Clip(Stage):
             video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
             number = range(batch["number"] * self.eval_batch, self.eval_clips)
             if "facts" in batch:
-                asked = [data.choices(facts, np.random.default_rng((self.seed, i))) for facts, i in zip(batch["facts"], number)]
+                asked = [moving_shapes.choices(facts, np.random.default_rng((self.seed, i))) for facts, i in zip(batch["facts"], number)]
             else:
                 asked = [(options, options.index(text)) for options, text in zip(batch.get("candidates", ()), batch["caption"])]
             with self.autocast():
@@ -735,12 +736,12 @@ class Clip(Stage):
                     chosen = clip_video.choose(model.clip, video, [self.encode(list(options), video.device) for options, _ in asked])
                     choices += [(batch["number"], [c == right for c, (_, right) in zip(chosen.tolist(), asked)])]
                 if self.caption_weight:
-                    told = [data.phrasings(facts) for facts in batch["facts"]] if "facts" in batch else \
+                    told = [moving_shapes.phrasings(facts) for facts in batch["facts"]] if "facts" in batch else \
                         batch.get("captions") or [[text] for text in batch["caption"]]
                     said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
         metrics = {}
         if self.test and not self.data:
-            world = data.MovingShapes("test", self.num_frames, self.input_size, self.seed)
+            world = moving_shapes.MovingShapes("test", self.num_frames, self.input_size, self.seed)
             metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), self.embed_facts(model), "test_")
         if self.data and self.sets[1].classes and self.sets[1].captions:
             metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
@@ -758,7 +759,7 @@ class Clip(Stage):
         """Sentences for every class of motion, shape and colour: {fact: (prompts, classes, E)}. One table of two
         sentences for each of 16 * 6 * 8 combinations serves all three: what is not asked for is averaged."""
         shape = [len(names) for names in FACTS.values()]
-        texts = [data.describe(dict(zip(FACTS, facts)), np.random.default_rng((self.seed, i, j)))
+        texts = [moving_shapes.describe(dict(zip(FACTS, facts)), np.random.default_rng((self.seed, i, j)))
                  for i, facts in enumerate(itertools.product(*FACTS.values())) for j in range(2)]
         with self.autocast():
             table = torch.cat([model.clip.encode_text(self.encode(texts[i:i + 256], model.clip.scale.device))
@@ -837,7 +838,7 @@ class Retrieve(Clip):
 
     def open(self):
         return super().open() if self.data else tuple(
-            data.ActShapes(split, self.num_frames, self.input_size, self.seed) for split in ("train", "val"))
+            moving_shapes.ActShapes(split, self.num_frames, self.input_size, self.seed) for split in ("train", "val"))
 
     def evaluate(self, model, batches):
         """Loss and R@1 both ways, raw and dual softmax."""
@@ -1025,7 +1026,7 @@ class Labels(Stage):
         """Accuracies over several views of each held-out video: softmax per view, averaged in memory. With --test, on the
         test split."""
         if self.test and not self.data:
-            world = data.MovingShapes("test", self.num_frames, self.input_size, self.seed)
+            world = moving_shapes.MovingShapes("test", self.num_frames, self.input_size, self.seed)
             return self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), "test_")
         if self.test_clips * self.test_crops == 1:
             return {}
@@ -1050,7 +1051,7 @@ class Labels(Stage):
         for pairs of shape and colour that were never shown."""
         metrics = self.measure(model, batches, "val_", keep=True)
         if not self.data:
-            world = data.MovingShapes("unseen", self.num_frames, self.input_size, self.seed).only(self.sets[1].shown)
+            world = moving_shapes.MovingShapes("unseen", self.num_frames, self.input_size, self.seed).only(self.sets[1].shown)
             metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), "unseen_")
         return metrics
 
@@ -1448,7 +1449,7 @@ class Localise(Stage):
             if encoder is None:
                 raise Mistake("--weights: localise needs an encoder; give a run of mae, clip or classify, or an official file")
             size = encoder.config["image_size"]
-            sets = [data.LongShapes(split, size, self.seed) for split in ("train", "val")]
+            sets = [moving_shapes.LongShapes(split, size, self.seed) for split in ("train", "val")]
             return sets[0].motions, sets, encoder.config["size"]["width"]
         if not self.annotations:
             raise Mistake("--annotations: --data is a folder of features; name the JSON that says what happens when")
@@ -1469,7 +1470,7 @@ class Localise(Stage):
         return names, sets, first["features"].shape[1]
 
     def datasets(self):
-        if isinstance(self.sets[0], data.LongShapes):
+        if isinstance(self.sets[0], moving_shapes.LongShapes):
             self.sets = self.features()
         for items in self.sets:
             for item in items:
@@ -1580,7 +1581,7 @@ class Localise(Stage):
         for i in batch["video"].tolist()[:4]:
             item, frames = self.sets[1][i], None
             if not self.data:
-                world = data.LongShapes("val", self.model.encoder.config["image_size"], self.seed)
+                world = moving_shapes.LongShapes("val", self.model.encoder.config["image_size"], self.seed)
                 frames = draw.strip(world[i]["video"], 24)
             found = localise.clearest(self.found(model, item))
             rows.append((item["path"], frames, item["duration"], item["segments"], found))
@@ -1640,8 +1641,8 @@ class Answer(Stage):
                                   "video, question and answer")
             asked = [(row.question, row.answer) for row in self.sets[0].rows]
         else:
-            self.sets = tuple(data.QuestionShapes(split, self.num_frames, size, self.seed) for split in ("train", "val"))
-            asked = [data.ask(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
+            self.sets = tuple(moving_shapes.QuestionShapes(split, self.num_frames, size, self.seed) for split in ("train", "val"))
+            asked = [moving_shapes.ask(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
         self.question_only = question_answering.QuestionOnly(*zip(*asked))
         self.most = self.question_only.most
         self.table = model.answers if run else question_answering.answer_table((answer for _, answer in asked), self.answers)
@@ -1779,8 +1780,8 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="p
     """(training set, held-out set) of what --data names, or of moving shapes. flip: mirrored clips in
     training, too; not where a caption may say left. augment: more for the training set, see VideoFiles."""
     if not stage.data:
-        return (data.MovingShapes("train", frames, size, stage.seed),
-                data.MovingShapes("val", frames, size, stage.seed))
+        return (moving_shapes.MovingShapes("train", frames, size, stage.seed),
+                moving_shapes.MovingShapes("val", frames, size, stage.seed))
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed,
                    flip=flip, transform=transform, decoder=stage.decoder)
     part = "all" if stage.val_data else "train"
@@ -2591,7 +2592,7 @@ def compare(out, seed, clips=1000):
     models = {name: load_encoder(out / name).to(card.device).eval() for name in ("scratch", "masked", "multimodal")}
     found = {}
     for split in ("val", "test", "unseen"):
-        world = data.MovingShapes(split, card.num_frames, card.input_size, seed)
+        world = moving_shapes.MovingShapes(split, card.num_frames, card.input_size, seed)
         said, answers = {name: [] for name in (*models, "bridge")}, []
         for batch in data.held_out(world, clips, 100):
             batch = to_device(batch, card.device)

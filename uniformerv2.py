@@ -65,7 +65,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Block, Dropout, DropPath, attention, quick_gelu, sinusoid_table
+from attention import Block, Dropout, attention, quick_gelu, sinusoid_table
 from processes import gather_with_gradient, world
 from weights import Rule, WeightsError, commonest
 
@@ -779,6 +779,7 @@ def main(argv=None):
     from pathlib import Path
 
     import data
+    import moving_shapes
     import draw
 
     parser = argparse.ArgumentParser(description="An image model, armed to watch video: its steps on one clip.")
@@ -798,7 +799,7 @@ def main(argv=None):
         if args.video:
             clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W))
         else:
-            clip = data.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
+            clip = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
         video = data.normalise(torch.as_tensor(clip)[None], model.mean, model.std)
         explain(model.eval(), video)
         path = Path(args.out)

@@ -4,8 +4,8 @@ A card of train.py is a dataclass: its fields become flags, its methods say what
 and resuming included. Write a stage that plays half of the clips backwards and learns to tell which. Half of the batch is reversed
 by a coin from `rng` alone, so that a resumed run is the run. Evaluation gives "val_accuracy" in percent.
 
-On moving shapes this must fail! Twins are each other's reverse, equally likely: see the head of data.py. So let your data be
-`data.MovingShapes(...).only(["grow"])`, where time shows, and see that without `only` it stays at 50 %.
+On moving shapes this must fail! Twins are each other's reverse, equally likely: see the head of moving_shapes.py. So let your data be
+`moving_shapes.MovingShapes(...).only(["grow"])`, where time shows, and see that without `only` it stays at 50 %.
 
 `train.Classify` and `train.Stage.evaluate` are the places to look at. Test it as it runs: the test calls train.py's `fit`.
 """

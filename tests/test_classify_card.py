@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import clip_video
 import data
+import moving_shapes
 import mae
 import train
 import uniformerv2
@@ -250,9 +251,9 @@ def test_official_files_of_both_encoders_load_for_fine_tuning(tmp_path):
 def test_few_labels_are_the_same_few_clips_over_and_over(tmp_path):
     card = train.Classify(num_frames=2, input_size=16, train_clips=5, encoder="masked")
     card.ask()
-    world, whole = card.sets[0], data.MovingShapes("train", 2, 16)
+    world, whole = card.sets[0], moving_shapes.MovingShapes("train", 2, 16)
     assert (world[13]["video"] == whole[3]["video"]).all() and (world[4]["video"] == whole[4]["video"]).all()
-    assert (card.sets[1][13]["video"] == data.MovingShapes("val", 2, 16)[13]["video"]).all()
+    assert (card.sets[1][13]["video"] == moving_shapes.MovingShapes("val", 2, 16)[13]["video"]).all()
     for name in ("wave", "jump"):
         (tmp_path / name).mkdir()
         for i in range(4):

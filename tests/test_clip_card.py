@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import caption_decoder
 import clip_video
 import data
+import moving_shapes
 import train
 from test_train import lines, write_video
 
@@ -84,12 +85,12 @@ def test_videos_and_images_alternate(finished):
 
 
 def test_a_picture_of_the_generated_world_is_one_frame_of_its_clip_with_a_true_sentence():
-    clips, stills = data.MovingShapes("train", 6, 32, 0), data.StillShapes("train", 6, 32, 0)
+    clips, stills = moving_shapes.MovingShapes("train", 6, 32, 0), moving_shapes.StillShapes("train", 6, 32, 0)
     for i in range(40):
         clip, still = clips[i], stills[i]
         assert still["video"].shape == (1, 32, 32, 3) and still["facts"] == clip["facts"]
         assert any((still["video"][0] == frame).all() for frame in clip["video"])
-        assert data.parse_caption(still["caption"]) == {key: clip["facts"][key] for key in ("shape", "colour")}
+        assert moving_shapes.parse_caption(still["caption"]) == {key: clip["facts"][key] for key in ("shape", "colour")}
 
 
 def test_every_nth_batch_is_of_images_and_no_clip_comes_twice_wherever_one_begins():
@@ -194,9 +195,9 @@ def test_frozen_towers_do_not_move(tmp_path):
 def test_a_still_shows_what_its_sentence_says():
     rng = np.random.default_rng(0)
     facts = dict(motion="vanish", shape="star", colour="orange", size="small")
-    assert data.still(facts, 8, rng) == (0, "an orange star")
-    assert data.still(facts | {"motion": "appear"}, 8, rng)[0] == 7
-    assert data.still(facts | {"motion": "meet"}, 8, rng)[1] == "two orange stars"
+    assert moving_shapes.still(facts, 8, rng) == (0, "an orange star")
+    assert moving_shapes.still(facts | {"motion": "appear"}, 8, rng)[0] == 7
+    assert moving_shapes.still(facts | {"motion": "meet"}, 8, rng)[1] == "two orange stars"
 
 
 def test_both_commands_read_a_run(finished, tmp_path, capsys):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import moving_shapes
 import fusion
 import train
 from conftest import official_fill
@@ -50,7 +51,7 @@ def test_a_run_starts_as_late_fusion_keeps_what_is_frozen_and_loads_alone(pair, 
         assert len(kept) > 20 and all(torch.equal(tensors[part + key], value) for key, value in kept.items())
     assert any(p.abs() > 0 for name, p in whole.named_parameters() if "gate_" in name)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    world = data.MovingShapes("val", 4, 16, 0)
+    world = moving_shapes.MovingShapes("val", 4, 16, 0)
     batch = next(data.held_out(world, 10, 10))
     alone = [train.load_encoder(source).eval() for source in pair[1::2]]
     with torch.no_grad():

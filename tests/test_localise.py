@@ -1,4 +1,4 @@
-"""What is proved about localise.py, and the long videos of data.py:
+"""What is proved about localise.py, and the long videos of moving_shapes.py:
 
 precision, soft-NMS, targets and both losses by numbers derived here; the head gives in pieces what it gives for
 the whole, and is not disturbed by padding; streamed features are those of tools/extract.py; it learns; long
@@ -17,6 +17,7 @@ import torch
 import torchvision
 
 import data
+import moving_shapes
 import localise
 from localise import Head, mean_average_precision, soft_nms
 from test_train import write_video
@@ -214,8 +215,8 @@ def test_the_head_learns_to_find_what_the_features_tell():
 
 
 def test_a_long_video_is_a_function_of_its_number_and_its_motions_lie_within_stillness():
-    world = data.LongShapes("train", 16)
-    item, again = world[3], data.LongShapes("train", 16)[3]
+    world = moving_shapes.LongShapes("train", 16)
+    item, again = world[3], moving_shapes.LongShapes("train", 16)[3]
     assert (item["video"] == again["video"]).all() and item["segments"] == again["segments"]
     assert item["duration"] == len(item["video"]) / world.FPS and len(world.motions) == 14
     ends = [0.0, *(second for start, end, _ in item["segments"] for second in (start, end)), item["duration"]]
@@ -226,17 +227,17 @@ def test_a_long_video_is_a_function_of_its_number_and_its_motions_lie_within_sti
         assert len(scene.noise) - before - after == round((end - start) * world.FPS)
         # Without the camera's trembling, drift and noise, the picture changes in the motion and nowhere else.
         calm = dataclasses.replace(scene, drift=0 * scene.drift, shake=0 * scene.shake, noise=0 * scene.noise)
-        changes = (np.diff(data.render(calm).astype(int), axis=0) != 0).any(axis=(1, 2, 3))
+        changes = (np.diff(moving_shapes.render(calm).astype(int), axis=0) != 0).any(axis=(1, 2, 3))
         assert not changes[:before].any() and not changes[len(changes) - after:].any()
         assert changes[before:len(changes) - after].mean() > 0.9
-        assert (data.render(scene.reversed()) == data.render(scene)[::-1]).all()
+        assert (moving_shapes.render(scene.reversed()) == moving_shapes.render(scene)[::-1]).all()
 
 
 def test_a_world_shows_only_the_motions_it_is_told_to():
-    world = data.MovingShapes("val", 2, 16)
+    world = moving_shapes.MovingShapes("val", 2, 16)
     usual = [world.scene(i).motion for i in range(40)]
-    few = data.MovingShapes("val", 2, 16).only(("grow", "left"))
+    few = moving_shapes.MovingShapes("val", 2, 16).only(("grow", "left"))
     assert {few.scene(i).motion for i in range(40)} == {"grow", "left"} < set(usual)
     assert [i for i, motion in enumerate(usual) if motion in ("grow", "left")] == [
         i for i, motion in enumerate(usual) if motion in ("grow", "left") and motion == few.scene(i).motion]
-    assert few[0]["label"] == data.MOTIONS.index(few.scene(0).motion)
+    assert few[0]["label"] == moving_shapes.MOTIONS.index(few.scene(0).motion)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import annotations
 import data
+import moving_shapes
 import localise
 import train
 from test_classify_card import encoders  # noqa: F401
@@ -145,7 +146,7 @@ def test_unknown_motions_are_left_out_of_training_and_scored(tmp_path, unknown, 
         assert run_classify("--unknown", unknown, out=tmp_path) == 0
     assert seen and not seen & set(left)
     known = json.loads((tmp_path / "questions.json").read_text())["motion"]
-    assert known == [motion for motion in data.MOTIONS if motion not in left]
+    assert known == [motion for motion in moving_shapes.MOTIONS if motion not in left]
     assert load_file(tmp_path / "model.safetensors")["head.weight"].shape[0] == 30 - len(left)
     assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["val_unknown_auroc"] <= 100
 

@@ -14,6 +14,7 @@ import torch
 import caption_decoder
 import clip_video
 import data
+import moving_shapes
 import question_answering
 import train
 from question_answering import AnswerHead, QuestionOnly, VideoQA, answer_table, normalised
@@ -39,14 +40,14 @@ def metrics(folder):
 
 def test_questions_are_true_half_of_the_time_and_never_hold_their_answer():
     rng, kinds, true = np.random.default_rng(0), {}, []
-    world = data.MovingShapes("val", 2, 16)
+    world = moving_shapes.MovingShapes("val", 2, 16)
     for i in range(2000):
         facts = world.scene(i).facts
-        question, answer = data.ask(facts, rng)
+        question, answer = moving_shapes.ask(facts, rng)
         kind = " ".join(question.strip("?").split()[:2])
         kinds[kind] = kinds.get(kind, 0) + 1
         if kind == "is it":
-            said = data.parse_caption(question)
+            said = moving_shapes.parse_caption(question)
             assert (all(facts[fact] == said[fact] for fact in ("motion", "shape", "colour"))) == (answer == "yes")
             true.append(answer == "yes")
         else:
@@ -57,18 +58,18 @@ def test_questions_are_true_half_of_the_time_and_never_hold_their_answer():
 
 
 def test_a_question_is_a_function_of_the_clips_number():
-    world, again = (data.QuestionShapes("val", 2, 16, seed=3) for _ in range(2))
+    world, again = (moving_shapes.QuestionShapes("val", 2, 16, seed=3) for _ in range(2))
     again[7]
     assert world[5]["question"] == again[5]["question"] and world[5]["answer"] == again[5]["answer"]
-    assert (world[5]["video"] == data.MovingShapes("val", 2, 16, seed=3)[5]["video"]).all()
+    assert (world[5]["video"] == moving_shapes.MovingShapes("val", 2, 16, seed=3)[5]["video"]).all()
 
 
 def test_of_five_choices_one_is_true_and_the_others_differ_in_one_fact():
     rng, places = np.random.default_rng(0), []
     for i in range(50):
-        facts = data.MovingShapes("val", 2, 16).scene(i).facts
-        sentences, right = data.choices(facts, rng)
-        wrong = [[fact for fact in ("motion", "shape", "colour") if data.parse_caption(text)[fact] != facts[fact]]
+        facts = moving_shapes.MovingShapes("val", 2, 16).scene(i).facts
+        sentences, right = moving_shapes.choices(facts, rng)
+        wrong = [[fact for fact in ("motion", "shape", "colour") if moving_shapes.parse_caption(text)[fact] != facts[fact]]
                  for text in sentences]
         assert wrong[right] == [] and sorted(len(facts) for facts in wrong) == [0, 1, 1, 1, 1]
         assert sorted(sum(wrong, [])) == ["colour", "motion", "motion", "shape"]
@@ -77,21 +78,21 @@ def test_of_five_choices_one_is_true_and_the_others_differ_in_one_fact():
 
 
 def test_clips_of_two_acts_come_in_pairs_that_only_order_tells_apart():
-    world = data.ActShapes("val", frames=7, size=32, seed=1)
+    world = moving_shapes.ActShapes("val", frames=7, size=32, seed=1)
     for k in range(20):
         a, b = world[2 * k], world[2 * k + 1]
         order = [[], []]
         for clip, motions in zip((a, b), order):
             text = clip["caption"].removeprefix("first ")
             parts = text.replace(", but before that", ", then").replace(" and later ", ", then ").split(", then ")
-            motions += [data.parse_caption(part)["motion"] for part in parts]
+            motions += [moving_shapes.parse_caption(part)["motion"] for part in parts]
             if "but before that" in clip["caption"]:
                 motions.reverse()
-            assert clip["video"].shape == (7, 32, 32, 3) and clip["label"] == data.MOTIONS.index(motions[0])
+            assert clip["video"].shape == (7, 32, 32, 3) and clip["label"] == moving_shapes.MOTIONS.index(motions[0])
         assert order[0] == order[1][::-1] and len(set(order[0])) == 2
-        looks = [{key: data.parse_caption(clip["caption"])[key] for key in ("shape", "colour")} for clip in (a, b)]
+        looks = [{key: moving_shapes.parse_caption(clip["caption"])[key] for key in ("shape", "colour")} for clip in (a, b)]
         assert looks[0] == looks[1]
-    assert (world[6]["video"] == data.ActShapes("val", frames=7, size=32, seed=1)[6]["video"]).all()
+    assert (world[6]["video"] == moving_shapes.ActShapes("val", frames=7, size=32, seed=1)[6]["video"]).all()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import moving_shapes
 import train
 
 ROOT = Path(train.__file__).parent
@@ -312,6 +313,6 @@ def test_two_thirds_of_nothing_is_an_error_not_a_hang(tmp_path, capsys):
 def test_held_out_clips_do_not_depend_on_the_training_length(tmp_path):
     stage = train.MAE()
     _, held_out = stage.datasets()
-    assert isinstance(held_out, data.MovingShapes)
+    assert isinstance(held_out, moving_shapes.MovingShapes)
     first = next(iter(data.held_out(held_out, 4, 4)))["video"]
     assert torch.equal(first, next(iter(data.held_out(held_out, 8, 4)))["video"])

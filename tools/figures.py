@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import moving_shapes  # noqa: E402
 import mae  # noqa: E402
 import weights  # noqa: E402
 
@@ -30,7 +31,7 @@ CLIP = 3  # which held-out clip README shows; the first one with a motion across
 
 # (left, bottom, width, height), in a plane about 100 wide; (file or stage, what it does), colour
 BOXES = {
-    "clip": ((0, 18, 15, 10), "data.py\nannotations.py", "clips, captions,\nlabels", "#eeeeee"),
+    "clip": ((0, 18, 15, 10), "moving_shapes.py\ndata.py", "clips, captions,\nlabels", "#eeeeee"),
     "masked": ((23, 30, 22, 12), "mae.py", "VideoMAE: sees a quarter,\nattends in space and time", "#cfe3f7"),
     "paint": ((52, 33, 20, 9), "mae.py", "decoder: paints\nwhat was hidden", "#cfe3f7"),
     "video": ((23, 12, 22, 12), "uniformerv2.py", "CLIP's frames, local and\nglobal units for time", "#d9efd2"),
@@ -72,13 +73,13 @@ def system(path):
     plt.close(figure)
 
 
-def moving_shapes(path):
+def motions(path):
     """Eight clips, one of each pair of motions, four frames each."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    world = data.MovingShapes("train", frames=8, size=64)
+    world = moving_shapes.MovingShapes("train", frames=8, size=64)
     first = {}
     for index in range(400):
         item = world[index]
@@ -96,7 +97,7 @@ def moving_shapes(path):
 def reconstruction(run, path):
     """The strip of mae.draw for one held-out clip, hidden as in training."""
     model = mae.VideoMAE.from_official(run)
-    item = data.MovingShapes("val", model.config["frames"], tuple(model.config["image_size"]), 0)[CLIP]
+    item = moving_shapes.MovingShapes("val", model.config["frames"], tuple(model.config["image_size"]), 0)[CLIP]
     video = data.normalise(torch.as_tensor(item["video"])[None], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
     hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
     mae.draw(model, video, hidden, path, f"held-out clip: {item['caption']}")
@@ -113,7 +114,7 @@ def main():
         print(f"figures.py: {error}; run `make train` first", file=sys.stderr)
         return 2
     (out / "reconstruction.gif").unlink()  # the README shows the strip
-    moving_shapes(out / "moving_shapes.png")
+    motions(out / "moving_shapes.png")
     system(out / "system.png")
     for path in (run / "loss.png", default / "clip" / "captions.png", default / "fuse" / "gates.png",
                  default / "table.png"):

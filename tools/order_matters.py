@@ -19,6 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+import moving_shapes  # noqa: E402
 import mae  # noqa: E402
 import train  # noqa: E402
 
@@ -37,7 +38,7 @@ def accuracy(seed, shuffle, steps, batch_size=32):
     """Held-out accuracy in [0, 1] of a classifier that sees frames in order, or shuffled."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
-    world = data.MovingShapes("train", FRAMES, SIZE, seed)
+    world = moving_shapes.MovingShapes("train", FRAMES, SIZE, seed)
     size = mae.Size(128, 4, 4, 512, 8, 64, 1, 2, 256)
     model = mae.VideoClassifier(size, classes=len(world.motions), frames=FRAMES, image_size=SIZE, head_scale=1.0)
     recipe = train.MAE(lr=2e-3, steps=steps, device="cpu", precision=train.choose_precision("auto", "cpu"))
@@ -56,7 +57,7 @@ def accuracy(seed, shuffle, steps, batch_size=32):
     right = total = 0
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for batch in data.held_out(data.MovingShapes("val", FRAMES, SIZE, seed), 2048, 128):
+        for batch in data.held_out(moving_shapes.MovingShapes("val", FRAMES, SIZE, seed), 2048, 128):
             right += (model(as_input(batch["video"], shuffle, rng)).argmax(1) == batch["label"]).sum().item()
             total += len(batch["label"])
     return right / total

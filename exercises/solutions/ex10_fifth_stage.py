@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import data
+import moving_shapes
 import mae
 import train
 
@@ -22,7 +23,7 @@ class Arrow(train.Stage):
         return mae.VideoClassifier("tiny", classes=2, frames=self.num_frames, image_size=self.input_size, head_scale=1.0)
 
     def datasets(self):
-        worlds = [data.MovingShapes(split, self.num_frames, self.input_size, self.seed) for split in ("train", "val")]
+        worlds = [moving_shapes.MovingShapes(split, self.num_frames, self.input_size, self.seed) for split in ("train", "val")]
         return worlds if self.motions == "all" else [world.only(self.motions.split(",")) for world in worlds]
 
     def loss(self, model, batch, rng):
