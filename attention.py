@@ -529,11 +529,15 @@ class Block(nn.Module):
             self.gamma1 = nn.Parameter(torch.full((width,), float(layer_scale)))
             self.gamma2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
+    def look(self, x, mask, last):
+        """What the tokens see in each other; mae.DividedBlock looks otherwise."""
+        return self.attn(x, mask=mask, last=last)
+
     def forward(self, x, mask=None, last=None):
         """x (B, N, D) -> (B, N, D), or (B, last, D): the output for the last `last` tokens alone,
         which still look at all N. It is the full result cut short, without the wasted work."""
         kept = x if last is None else x[:, -last:]
-        seen = self.attn(self.norm1(x), mask=mask, last=last)
+        seen = self.look(self.norm1(x), mask, last)
         x = kept + self.drop_path(seen if self.gamma1 is None else self.gamma1 * seen)
         digested = self.mlp(self.norm2(x))
         return x + self.drop_path(digested if self.gamma2 is None else self.gamma2 * digested)

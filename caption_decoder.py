@@ -653,7 +653,7 @@ def main(argv=None):
             decoder = CaptionDecoder(128, heads=2, depth=2, visual_width=192, vocabulary=tokenizer.vocabulary, queries=8).eval()
         T, (H, W) = model.config["frames"], model.config["image_size"]
         if args.video:
-            clip, told = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W)), None
+            clip, told = data.one_clip(args.video, T, (H, W)), None
         else:
             item = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[args.seed]
             clip, told = item["video"], item["caption"]

@@ -1089,8 +1089,7 @@ def main(argv=None):
         model = VideoCLIP.from_official(args.weights, frames=args.frames)
         tokenizer = tokenizer_of(args.weights, args.tokenizer, model.config["vocabulary"])
         T, (H, W) = args.frames or model.config["frames"], model.config["image_size"]
-        wanted = data.segment_indices(data.probe(args.video).frames, T)
-        clip = torch.as_tensor(data.read_clip(args.video, wanted, (H, W)))[None]
+        clip = torch.as_tensor(data.one_clip(args.video, T, (H, W)))[None]
         video = data.normalise(clip, model.mean, model.std)                  # (1, 3, T, H, W)
         ids, _ = tokenizer.encode(args.text, model.config["context"])
         classes = F.normalize(model.encode_text(ids), dim=-1)[None]

@@ -366,6 +366,14 @@ def read_clip(path, times_or_indices, size=None, info=None):
         return video.read(times_or_indices, size)
 
 
+def one_clip(path, frames, size):
+    """(T, H, W, 3) uint8: what evaluation with the plain transform sees of a file, `frames` spread over the video,
+    resized to cover `size` and cut out of the middle."""
+    clips = _Clips()
+    clips.prepare(frames, size, sampling="segment", train=False)
+    return clips.clip(path, None)
+
+
 def _frame_numbers(info, wanted):
     wanted = np.atleast_1d(np.asarray(wanted))
     if wanted.dtype.kind not in "iuf" or not wanted.size:
@@ -1092,6 +1100,8 @@ def dead_worker(error):
 
 def _has_ended(number):
     """True for a child of ours that no longer runs, whether or not somebody has asked for its exit code."""
+    if not hasattr(os, "waitid"):  # macOS, before Python 3.13
+        return False
     try:
         return os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
@@ -1181,8 +1191,14 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
         yield batch
 
 
+def spread(n, count):
+    """Numbers of `count` of n items, evenly from the first on, rising; of all where there are no more."""
+    return [i * n // min(n, count) for i in range(min(n, count))]
+
+
 def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
-    """Iterate over the first `count` items in order, once, as dicts like those of `batches`.
+    """Iterate over `count` items in order, once, as dicts like those of `batches`: the first ones of an endless
+    dataset, of a finite one every n-th (`spread`), for lists come class by class.
 
     "number" counts the batches. Of several processes each gets every world-th of the same batches, so
     that together they see every item once, however many there are.
@@ -1194,8 +1210,8 @@ def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
     """
     if hasattr(dataset, "__len__"):
         count = len(dataset) if count is None else min(count, len(dataset))
-    plan = [list(range(first, min(first + batch_size, count)))
-            for first in range(0, count, batch_size)]
+    chosen = spread(len(dataset), count) if hasattr(dataset, "__len__") else range(count)
+    plan = [list(chosen[first:first + batch_size]) for first in range(0, count, batch_size)]
     found = _load(dataset, plan[rank::world], workers)
     if isinstance(dataset, VideoShards):
         samples = itertools.islice(map(describe_sample, dataset.samples(dataset.shards)), count)

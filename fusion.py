@@ -430,9 +430,7 @@ def main(argv=None):
         T = max(part.config["frames"] for part in (model.masked, *model.multimodal))
         H, W = (max(sides) for sides in zip(*(part.config["image_size"] for part in (model.masked, *model.multimodal))))
         if args.video:
-            clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), max(H, W))
-            top, left = (clip.shape[1] - H) // 2, (clip.shape[2] - W) // 2
-            clip = clip[:, top:top + H, left:left + W]
+            clip = data.one_clip(args.video, T, (H, W))
         else:
             item = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[args.seed]
             clip = item["video"]

@@ -279,8 +279,11 @@ class DividedBlock(Block):
         B, N, D = x.shape
         along = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)                  # (B*V, t, D)
         along = self.attn_time(self.norm_time(along)).unflatten(0, (B, -1)).transpose(1, 2)     # (B, t, V, D)
-        x = x + self.drop_path(along.reshape(B, N, D))
-        return super().forward(x.view(B * self.times, -1, D)).view(B, N, D)
+        return super().forward(x + self.drop_path(along.reshape(B, N, D)))
+
+    def look(self, x, mask, last):
+        """Over space: the tokens of each time step among themselves."""
+        return self.attn(x.unflatten(1, (self.times, -1)).flatten(0, 1)).view(x.shape)
 
 
 class Encoder(nn.Module):

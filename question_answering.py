@@ -122,13 +122,13 @@ class VideoQA(nn.Module):
         return self.head(torch.cat([at_end(found, ids), self.clip.visual_norm(seen), at_end(words, ids)], dim=-1))
 
     @classmethod
-    def from_run(cls, folder):
-        """Load a run of the answer card, in eval mode. Raises WeightsError."""
+    def from_run(cls, folder, drop=0.0):
+        """Load a run of the answer card, in eval mode; drop: as above, to train on. Raises WeightsError."""
         tensors, config = weights.read(folder)
         if config.get("model") != "VideoQA":
             raise weights.WeightsError(f"{folder}: not a run of `train.py answer`")
         model = cls(clip_video.VideoCLIP.from_config(config["clip"]),
-                    caption_decoder.CaptionDecoder.from_config(config["caption_decoder"]), config["answers"])
+                    caption_decoder.CaptionDecoder.from_config(config["caption_decoder"]), config["answers"], drop)
         return weights.fill(model, tensors, name=str(folder)).eval()
 
 
@@ -158,7 +158,7 @@ def main(argv=None):
         config = model.clip.config
         T, (H, W) = config["frames"], config["image_size"]
         if args.video:
-            clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W))
+            clip = data.one_clip(args.video, T, (H, W))
         else:
             item = moving_shapes.QuestionShapes("test", T, (H, W))[0]
             clip, args.question = item["video"], item["question"]

@@ -156,6 +156,13 @@ class Stage:
     log_every: int = flag(10, "steps between lines of log.jsonl", low=1)
     dry_run: bool = flag(False, "print parameters, FLOPs per clip and memory, then stop")
 
+    def decided(self, **own):
+        """What --weights have decided: Mistake where a flag asks for something else than these values."""
+        for name, value in own.items():
+            asked, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if asked not in (usual, value):
+                raise Mistake(f"--{name.replace('_', '-')} {asked}: {self.weights} keeps its own, {value}; leave it out")
+
     def autocast(self):
         """Run networks, not losses, in bfloat16 where --precision says so."""
         kind = torch.device(self.device).type
@@ -255,6 +262,10 @@ class MAE(Stage):
         if self.weights:
             model = mae.VideoMAE.from_official(self.weights, frames=self.num_frames,
                                                image_size=self.input_size)
+            size = model.config["size"]
+            self.decided(positions=model.config["positions"], space_time=model.config["space_time"],
+                      decoder_depth=size["decoder_depth"], decoder_width=size["decoder_width"], drop_path=0.0,
+                      model=size_named(size, mae.SIZES))
         else:
             size = mae.SIZES[self.model]
             if self.decoder_depth:
@@ -559,6 +570,7 @@ class Clip(Stage):
         if self.context > clip.config["context"]:
             raise Mistake(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
         self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
+        self.decided(kind=clip.kind, local_units=clip.config["local_units"], temporal_downsample=clip.config["temporal_downsample"])
         self.local_units = clip.config["local_units"]
         if any(key.startswith("caption_decoder.") for key in weights.read(self.weights)[0]):
             return VideoText(clip, caption_decoder.CaptionDecoder.from_official(self.weights))
@@ -647,11 +659,10 @@ class Clip(Stage):
         same for pairs of shape and colour that were never shown. Of files without captions, zero-shot classes."""
         if self.data and self.sets[1].captions is None:
             return self.recognise(model, batches)
-        classes = None if self.data else self.embed_facts(model)
+        classes = None if self.data else self.classes_of(model)
         metrics = self.measure(model, batches, classes, "val_")
         if not self.data:
-            world = moving_shapes.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
-            unseen = self.held_out(world, self.eval_clips, self.eval_batch)
+            unseen = self.held_out(self.world("unseen"), self.eval_clips, self.eval_batch)
             metrics |= self.measure(model, unseen, classes, "unseen_")
         return metrics
 
@@ -741,8 +752,8 @@ class Clip(Stage):
                     said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
         metrics = {}
         if self.test and not self.data:
-            world = moving_shapes.MovingShapes("test", self.num_frames, self.input_size, self.seed)
-            metrics |= self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), self.embed_facts(model), "test_")
+            metrics |= self.measure(model, self.held_out(self.world("test"), self.eval_clips, self.eval_batch),
+                                    self.classes_of(model), "test_")
         if self.data and self.sets[1].classes and self.sets[1].captions:
             metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
         if found := sum((part for _, part in processes.collect(choices)), []):
@@ -754,6 +765,14 @@ class Clip(Stage):
     def encode(self, captions, device):
         """Sentences to token numbers (B, L), on the device."""
         return self.words.encode(captions, self.context, trim=True)[0].to(device)
+
+    def world(self, split):
+        """Generated clips of a split."""
+        return moving_shapes.MovingShapes(split, self.num_frames, self.input_size, self.seed)
+
+    def classes_of(self, model):
+        """Sentences for the classes of generated clips, embedded; None where clips have no one class."""
+        return self.embed_facts(model)
 
     def embed_facts(self, model):
         """Sentences for every class of motion, shape and colour: {fact: (prompts, classes, E)}. One table of two
@@ -777,15 +796,19 @@ class Clip(Stage):
             return (f"protocol: zero-shot recognition of {min(self.eval_clips, len(self.sets[1]))} held-out files of {self.sets[1].source}, "
                     f"{len(self.sets[1].classes)} classes; the mean over {len(self.sentences())} prompts of the softmax over classes; "
                     f"one view of {self.num_frames} frames, {self.input_size} px; chance is {100 / len(self.sets[1].classes):.1f} %")
-        texts = sum(map(len, list(self.sets[1].told.values())[:videos])) if files and self.sets[1].told else videos
-        line = clip_video.protocol(
+        told = list(self.sets[1].told.values()) if files and self.sets[1].told else []
+        texts = sum(len(told[i]) for i in data.spread(len(told), self.eval_clips)[:videos]) if told else videos
+        return clip_video.protocol(
             self.sets[1].source if self.data else "moving shapes", videos=videos, captions=texts, frames=self.num_frames,
             size=self.input_size, crop="centre", sampling="one from each segment" if self.data else "all of the clip",
-            merge=self.merge_share if self.merge else None, grouped=True)
-        return line + ("" if self.data else
-                       f"; zero-shot, multiple choice (four of five sentences are wrong in one fact) and captions (scored against "
-                       f"every phrasing of the facts) on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
-                       "colour never shown in training; chance is 6 % for motion, 17 % for shape, 12 % for colour")
+            merge=self.merge_share if self.merge else None, grouped=True) + self.tasks()
+
+    def tasks(self):
+        """Of the protocol what is not retrieval."""
+        return "" if self.data else (
+            "; zero-shot, multiple choice (four of five sentences are wrong in one fact) and captions (scored against "
+            f"every phrasing of the facts) on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
+            "colour never shown in training; chance is 6 % for motion, 17 % for shape, 12 % for colour")
 
     @torch.no_grad()
     def pictures(self, model, batch, folder):
@@ -833,12 +856,20 @@ class Retrieve(Clip):
     def build(self):
         if not self.weights:
             raise Mistake("--weights: fine-tuning starts from a model; give a run of clip, or an official file")
+        if self.gallery != type(self).gallery or not self.data and self.motion_words != 1:
+            raise Mistake("--gallery: here all of --eval-clips are in it; --motion-words: clips of two acts name both motions; "
+                          "leave them out")
         self.gallery, self.eval_every = self.eval_clips, self.eval_every or max(1, self.steps)
         return super().build()
 
     def open(self):
-        return super().open() if self.data else tuple(
-            moving_shapes.ActShapes(split, self.num_frames, self.input_size, self.seed) for split in ("train", "val"))
+        return super().open() if self.data else (self.world("train"), self.world("val"))
+
+    def world(self, split):
+        return moving_shapes.ActShapes(split, self.num_frames, self.input_size, self.seed)
+
+    def classes_of(self, model):
+        return None
 
     def evaluate(self, model, batches):
         """Loss and R@1 both ways, raw and dual softmax."""
@@ -853,11 +884,11 @@ class Retrieve(Clip):
                     f"{self.ranks[f'{kind}{way}_{rank}']:8.1f}" for rank in ("R@1", "R@5", "R@10", "MdR", "MnR")))
         return self.ranks | super().finish(model)
 
-    def note(self):
+    def tasks(self):
         what = "" if self.data else (
             "; clips of two acts, in pairs with the same shape, colour and motions in either order: without the order "
             "R@1 cannot pass 50 %")
-        return super().note().split("; zero-shot and captions")[0] + what + f"; chance is {100 / self.videos():.1f} %"
+        return what + f"; chance is {100 / self.videos():.1f} %"
 
 
 class AttentiveProbe(torch.nn.Module):
@@ -966,6 +997,8 @@ class Labels(Stage):
         """Open the data sets and set the questions; returns Y, the number of all answers."""
         if not self.data and (self.test_clips > 1 or self.test_crops > 1 or self.repeats > 1):
             raise Mistake("--test-clips, --test-crops, --repeats: for video files; a clip of moving shapes is all there is")
+        if self.data and self.test:
+            raise Mistake("--test: is for moving shapes; measure files on a test split with --val-data and --steps 0")
         if self.batch_size % self.repeats:
             raise Mistake(f"--batch-size {self.batch_size}: must be a multiple of --repeats {self.repeats}")
         self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip, self.transform,
@@ -1026,7 +1059,7 @@ class Labels(Stage):
         """Accuracies over several views of each held-out video: softmax per view, averaged in memory. With --test, on the
         test split."""
         if self.test and not self.data:
-            world = moving_shapes.MovingShapes("test", self.num_frames, self.input_size, self.seed)
+            world = moving_shapes.MovingShapes("test", self.num_frames, self.input_size, self.seed).only(self.sets[1].shown)
             return self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), "test_")
         if self.test_clips * self.test_crops == 1:
             return {}
@@ -1035,7 +1068,7 @@ class Labels(Stage):
                                 part="all" if self.val_data else "val", transform=self.transform, decoder=self.decoder,
                                 views=(self.test_clips, self.test_crops))
         rows = []
-        for batch in self.held_out(views, None, 1):
+        for batch in self.held_out(views, self.eval_clips, 1):
             video = batch["video"][0]                                        # (1 + views, T, H, W, 3)
             logits = [self.logits(model, {"video": part})[0] for part in video.split(self.eval_batch)]
             rows.append((batch["number"], torch.cat(logits), batch["label"]))
@@ -1140,7 +1173,7 @@ class Classify(Labels):
             question = next(iter(self.questions))
             strange = torch.cat([self.split(self.logits(model, to_device(batch, self.device))[0])[question].softmax(
                 dim=1).amax(dim=1) for batch in data.held_out(self.strangers, self.eval_clips, self.eval_batch)])
-            metrics["val_unknown_auroc"] = 100 * auroc(self.sureness, strange)
+            metrics |= {"val_unknown_auroc": 100 * auroc(self.sureness, strange), "val_unknown_clips": len(strange)}
         return metrics
 
     def note(self):
@@ -1172,8 +1205,12 @@ class Classify(Labels):
 
     def encoder_for(self, classes):
         if self.weights:
-            return load_encoder(self.weights, classes, frames=self.num_frames, image_size=self.input_size,
-                                drop=self.drop, drop_path=self.drop_path)
+            found = load_encoder(self.weights, classes, frames=self.num_frames, image_size=self.input_size,
+                                 drop=self.drop, drop_path=self.drop_path)
+            masked = isinstance(found, mae.VideoClassifier)
+            self.decided(encoder="masked" if masked else "multimodal",
+                      model=size_named(found.config["size"], mae.SIZES if masked else uniformerv2.SIZES))
+            return found
         if self.encoder == "masked":
             if self.model not in ("small", *mae.SIZES):
                 raise Mistake(f"--model {self.model}: is a UniFormerV2; add --encoder multimodal")
@@ -1242,7 +1279,7 @@ class Classify(Labels):
             yield from super().batches(train_set, first)
             return
         features, targets = self.features
-        for step in range(first, self.steps):
+        for step in range(first * self.accum, self.steps * self.accum):
             rows, mine = processes.joined(self.batch_size)
             chosen = torch.randint(len(features), (rows,), generator=generator(self.seed, "probe", step))[mine]
             yield {"features": features[chosen].float(), "target": targets[chosen]}
@@ -1313,10 +1350,12 @@ class Fuse(Labels):
         self.input_size = self.input_size or max(max(expert.config["image_size"]) for expert in experts)
         classes = self.ask()
         if model:
+            self.decided(masked="", multimodal="", second="", before="", layers="", heads=0, way="both", bridges=True,
+                      source=model.config["source"], gates=model.config["gates"])
             if model.masked.config["classes"] != classes:
                 raise Mistake(f"--weights {self.weights}: names {model.masked.config['classes']} classes, the data "
                               f"has {classes}")
-            return model
+            return model.requires_grad_(True) if self.thaw else model
         experts = [expert if expert.config["classes"] == classes else expert.with_head(classes) for expert in experts]
         try:
             if self.way == "multimodal" and (self.before or self.layers):
@@ -1366,17 +1405,20 @@ class Fuse(Labels):
         return super().note() + ("; untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
                 "there on is what training the bridge, heads and weights adds")
 
-    @torch.no_grad()
-    def confusions(self):
-        """Late fusion of the two experts as they came, with equal weights, and what training made of it."""
-        after, classes = {"after": self.confusion}, sum(map(len, self.questions.values()))
+    def finish(self, model):
+        """As all cards with labels; before that, for a picture, late fusion of the two experts as they came, with
+        equal weights. Here, where all processes are, for they share the clips."""
+        self.before_training, classes = {}, sum(map(len, self.questions.values()))
         experts = [] if self.weights else self.experts()
-        if not experts or any(expert.config["classes"] != classes for expert in experts):
-            return after  # nothing that could answer these questions came in
-        late = fusion.InternVideo(experts[0], experts[1:], bridges=False).to(self.device).eval()
-        self.measure(late, (to_device(batch, self.device) for batch in
-                            data.held_out(self.sets[1], self.eval_clips, self.eval_batch)), "", keep=True)
-        return {"late fusion before": self.confusion} | after
+        if experts and all(expert.config["classes"] == classes for expert in experts):  # else nothing could answer
+            late, kept = fusion.InternVideo(experts[0], experts[1:], bridges=False).to(self.device).eval(), self.confusion
+            self.measure(late, self.held_out(self.sets[1], self.eval_clips, self.eval_batch), "", keep=True)
+            self.before_training, self.confusion = {"late fusion before": self.confusion}, kept
+        return super().finish(model)
+
+    def confusions(self):
+        """Of late fusion, and of what training made of it."""
+        return self.before_training | {"after": self.confusion}
 
     def pictures(self, model, batch, folder):
         paths = super().pictures(model, batch, folder) + [folder / "gates.png"]
@@ -1486,8 +1528,12 @@ class Localise(Stage):
     def features(self):
         """Look at every generated video once, and keep what was seen in --out/features.pt."""
         path = Path(self.out) / "features.pt"
+        settings = {name: getattr(self, name) for name in ("weights", "videos", "eval_clips", "stride", "seed", "precision")}
         if self.resume and path.exists():
-            return torch.load(path, weights_only=True)
+            with contextlib.suppress(Exception):  # damaged, or of another recipe: looking again costs little
+                saved = weights.load(path)
+                if saved["settings"] == settings:
+                    return saved["sets"]
         encoder = self.model.encoder.eval()
         counts, started = [1, 1] if self.dry_run else [self.videos, self.eval_clips], time.monotonic()
         with tqdm(total=sum(counts), desc="features", unit="video", disable=processes.rank() > 0 or None) as bar:
@@ -1504,7 +1550,7 @@ class Localise(Stage):
                     bar.update(processes.world())
                 sets.append([item for _, item in processes.collect(rows)])
         if not self.dry_run and processes.rank() == 0:
-            weights.write_aside(path, lambda aside: torch.save(sets, aside))
+            weights.write_torch(path, dict(sets=sets, settings=settings))
         print(f"features of {sum(counts)} videos: {time.monotonic() - started:.0f} s")
         return sets
 
@@ -1624,7 +1670,8 @@ class Answer(Stage):
         run = weights.read(self.weights)[1].get("model") == "VideoQA"
         try:
             if run:
-                model = question_answering.VideoQA.from_run(self.weights)
+                model = question_answering.VideoQA.from_run(self.weights, self.drop)
+                self.decided(answers=len(model.answers))
             else:
                 clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames or None)
                 decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
@@ -1718,6 +1765,11 @@ class Answer(Stage):
         draw.captions(batch["video"].cpu().numpy(), [f"{question} {answer}" for question, answer in zip(
             batch["question"], batch["answer"])], said, folder / "answers.png")
         return [folder / "answers.png"]
+
+
+def size_named(size, known):
+    """The name, in a table of sizes, of a model's size (a dict)."""
+    return next((name for name, one in known.items() if (one.width, one.depth) == (size["width"], size["depth"])), "of its own")
 
 
 def numbers(text, name, kind=int):
@@ -2045,7 +2097,7 @@ FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_e
                   "cuda_graphs"}
 
 
-FACTS_OF_A_RUN = {"step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict, "bad": dict}
+FACTS_OF_A_RUN = {"left_out": int, "step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict, "bad": dict}
 
 
 def recipe_of(stage):
@@ -2256,6 +2308,7 @@ def fit(stage, name):
     stage.precision = choose_precision(stage.precision, stage.device)
     stage.compile, why_compile = choose_compile(stage)
     kernels = attention.use(stage.attention, stage.device)
+    products = stage.onednn
     if stage.device == "cpu":
         stage.onednn, why_products = choose_products(stage.onednn)
         if stage.attention == "flex" and stage.steps:
@@ -2282,11 +2335,15 @@ def fit(stage, name):
     optimisers = optimisers_of(model, stage)
     average = Average(model, stage.ema) if stage.ema else None
     found = resume_from(out, stage, tensors_of(model, [], average)) if stage.resume else None
-    first, seconds_before, usual, initial, bad = 0, 0.0, None, {}, {}
+    first, seconds_before, usual, initial, bad, left_out = 0, 0.0, None, {}, {}, 0
     if found:
         restore(found[1], model, optimisers, average)
-        first, seconds_before, usual, initial, bad = (found[0][key] for key in
-                                                      ("step", "seconds", "usual", "initial", "bad"))
+        first, seconds_before, usual, initial, bad, left_out = (
+            found[0][key] for key in ("step", "seconds", "usual", "initial", "bad", "left_out"))
+        before = found[0]["settings"].get("onednn")
+        if products == "auto" and before in ("on", "off") and before != stage.onednn:
+            stage.onednn, why_products = choose_products(before)  # a stopwatch does not change a run in its midst
+            why_products += ", as the run began"
     del found
     processes.wait()
 
@@ -2308,7 +2365,7 @@ def fit(stage, name):
     def save(step):
         tensors = tensors_of(model, optimisers, average)
         facts = dict(step=step, settings=dataclasses.asdict(stage), seconds=seconds_before + time.monotonic() - started,
-                     processes=processes.world(), usual=usual, initial=initial, bad=bad,
+                     processes=processes.world(), usual=usual, initial=initial, bad=bad, left_out=left_out,
                      tensors=[len(group) for group in tensors.values()])
         save_checkpoint(out, facts, tensors, stage.keep,
                         stage.shard and processes.world() > 1)
@@ -2354,7 +2411,7 @@ def fit(stage, name):
     batches = iter(stage.batches(train_set, first))
     window = time.monotonic()
     waited = seen = 0.0
-    asked_for = unreadable = left_out = 0
+    asked_for = unreadable = 0
     latest = {}  # a stage may report some numbers in some steps only
     step, stopping = first, False
     try:
@@ -2539,7 +2596,8 @@ def parse(card, name, argv):
     """Command line -> card; Mistake where a value is out of range."""
     argv = ["--" + arg[2:].split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]):]
             if arg.startswith("--") else arg for arg in argv]
-    argv = [arg for i, arg in enumerate(argv) if not (arg == "auto" and i and argv[i - 1] == "--resume")]  # it always is
+    argv = ["--resume" if arg == "--resume=auto" else arg for i, arg in enumerate(argv)
+            if not (arg == "auto" and i and argv[i - 1] == "--resume")]  # it always is
     stage = card(**vars(parser_of(card, name).parse_args(argv)))
     for field in dataclasses.fields(stage):
         value, info = getattr(stage, field.name), field.metadata

@@ -797,7 +797,7 @@ def main(argv=None):
             UniFormerV2("tiny", classes=16, **{"frames": 16} | preset(args.family, "tiny"))
         T, (H, W) = model.config["frames"], model.config["image_size"]
         if args.video:
-            clip = data.read_clip(args.video, data.segment_indices(data.probe(args.video).frames, T), (H, W))
+            clip = data.one_clip(args.video, T, (H, W))
         else:
             clip = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
         video = data.normalise(torch.as_tensor(clip)[None], model.mean, model.std)

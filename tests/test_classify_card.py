@@ -261,3 +261,10 @@ def test_few_labels_are_the_same_few_clips_over_and_over(tmp_path):
     card = train.Classify(num_frames=2, input_size=16, train_clips=3, data=str(tmp_path), val_data=str(tmp_path))
     card.ask()
     assert len(card.sets[0]) == 3 and len(card.sets[1]) == 8
+
+
+def test_a_probe_takes_steps_in_pieces_and_open_sets_have_a_test_split(encoders, tmp_path):
+    assert run("--weights", encoders["masked"][0], "--mode", "probe", "--accum", "2", out=tmp_path / "probe") == 0
+    assert run("--unknown", "4", "--test", "--steps", "1", out=tmp_path / "open") == 0
+    found = json.loads((tmp_path / "open" / "metrics.json").read_text())
+    assert 0 <= found["test_motion"] <= 100 and found["val_unknown_clips"] == 10

@@ -599,3 +599,14 @@ def test_a_check_decodes_to_the_end(tmp_path):
     whole.write_bytes(content)
     result, = data.check(whole)
     assert "damaged" in result["bad"] and result["info"].frames == 30
+
+
+def test_part_of_a_list_that_comes_class_by_class_holds_all_classes(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            write_video(tmp_path / name / f"{i}.mp4", frames=2)
+    files = VideoFiles(tmp_path, 1, 16, train=False)
+    labels = [batch["label"].tolist() for batch in held_out(files, 3, 2)]
+    assert labels == [[0, 1], [2]]
+    assert data.spread(9, 3) == [0, 3, 6] and data.spread(5, 3) == [0, 1, 3] and data.spread(2, 5) == [0, 1]

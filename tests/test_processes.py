@@ -29,16 +29,22 @@ JOINED, WORLDS, CLIPS = 8, (1, 2, 4), 13
 TINY = dict(device="cpu", precision="fp32", workers=0)
 
 
+def encoders(folder):
+    """Two small classifiers of moving shapes, in folder/masked and folder/multimodal."""
+    import train
+    for name in ("masked", "multimodal"):
+        torch.manual_seed(1)
+        card = train.Classify(encoder=name, **TINY, num_frames=4, input_size=40, batch_size=JOINED)
+        model = card.build()
+        train.weights.save(folder / name, model, model.config)
+
+
 def cards(folder):
     """{name: card}, one for each stage and more, all that is random turned on; batch_size is the joined one."""
     import train
     size = dict(num_frames=4, input_size=32)
     labels = dict(**TINY, **size, batch_size=JOINED)
-    for name, encoder in (("masked", "masked"), ("multimodal", "multimodal")):
-        torch.manual_seed(1)
-        card = train.Classify(encoder=encoder, **labels | dict(input_size=40))
-        model = card.build()
-        train.weights.save(folder / name, model, model.config)
+    encoders(folder)
     clip = dict(**TINY, num_frames=4, vocabulary=600)
     pretrained = train.Clip(**clip)
     model = pretrained.build()
@@ -179,11 +185,11 @@ def runs(folder, cut=True):
         loss.calls = 0
         return loss
 
-    def run(name, count, *more, happen=None):
+    def run(name, count, *more, happen=None, stage=("mae", *FLAGS)):
         def work(rank):
             if happen:
                 train.MAE.loss = accident(happen)
-            return train.main(["mae", *FLAGS, "--out", str(folder / name), "--batch-size", str(8 // count), *more])
+            return train.main([*stage, "--out", str(folder / name), "--batch-size", str(8 // count), *more])
 
         codes[name] = fork(count, work)
 
@@ -201,6 +207,9 @@ def runs(folder, cut=True):
 
     run("asked", 2, happen=asked)
     run("failing", 2, happen=failing)
+    encoders(folder)
+    run("fused", 2, "--masked", str(folder / "masked"), "--multimodal", str(folder / "multimodal"),
+        stage="fuse --workers 0 --precision fp32 --device cpu --eval-clips 5 --eval-batch 2 --steps 1".split())
     if cut:
         run("alone", 1)
         run("whole", 2, "--shard")
@@ -257,6 +266,8 @@ def test_one_process_that_is_asked_to_stop_or_fails_ends_all(tmp_path):
     assert codes["asked"] == [130, 130] and out.count("stopped at step 1 of 4, saved in") == 1
     assert torch.load(tmp_path / "asked" / "last.pt", weights_only=True)["step"] == 1
     assert codes["failing"][1] == 2 and codes["failing"][0] != 0
+    assert codes["fused"] == [0, 0]  # a stage that measures once more at its end, for a picture
+    assert (tmp_path / "fused" / "metrics.json").exists() and (tmp_path / "fused" / "confusion.png").exists()
     assert error.count("train.py: process 1: the disk of process 1 is gone\n") == 1 and "Traceback" not in error
 
 

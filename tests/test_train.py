@@ -316,3 +316,10 @@ def test_held_out_clips_do_not_depend_on_the_training_length(tmp_path):
     assert isinstance(held_out, moving_shapes.MovingShapes)
     first = next(iter(data.held_out(held_out, 4, 4)))["video"]
     assert torch.equal(first, next(iter(data.held_out(held_out, 8, 4)))["video"])
+
+
+def test_what_weights_have_decided_no_flag_can_ask_otherwise(tmp_path, capsys):
+    assert run(out=tmp_path / "run", steps=1) == 0
+    for flags in (("--space-time", "divided"), ("--decoder-depth", "1"), ("--positions", "sinusoid"), ("--model", "base")):
+        assert run("--weights", str(tmp_path / "run"), *flags, out=tmp_path / "again", steps=1) == 2
+        assert f"{flags[0]} {flags[1]}: {tmp_path / 'run'} keeps its own" in capsys.readouterr().err

@@ -3,7 +3,8 @@
     python tools/claims.py [--seeds 5]      make claims; a run that is there already is not done again
 
 Every experiment is a line of train.py on moving shapes, two at a time with one thread each; the two things that a claim compares
-have the same budget of steps and clips and differ in one flag. Numbers are of the test split, on which nothing was tuned. Leaves
+see the same number of clips and differ in what the claim is about: one flag in most; where the claim is that more pretraining, or another
+expert, pays, in that. Numbers are of the test split, on which nothing was tuned. Leaves
 claims.md, claims.json and claims.png in --out (default runs/claims), and all runs in SEED/NAME there; `make figures` takes the first
 and the last to where README shows them.
 
@@ -237,7 +238,7 @@ def costs():
     return [(*row, 1000 * statistics.median(times[row[0]][1:])) for row in rows]
 
 
-def report(out, seeds, seconds):
+def report(out, seeds, seconds, jobs):
     """claims.json, claims.md and claims.png from the runs that are there."""
     found = []
     for number, claim, paper, metric, pairs, *margin in CLAIMS:
@@ -256,7 +257,7 @@ def report(out, seeds, seconds):
         found.append(dict(number=number, claim=claim, paper=paper, metric=metric, values=values, compared=compared, seconds=cost, digits=2 if "per second" in metric else 1,
                           verdict=judge([row["verdict"] for row in compared])))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    facts = dict(date=str(date.today()), machine=machine, seeds=seeds, seconds=round(seconds), claims=found, costs=costs())
+    facts = dict(date=str(date.today()), machine=machine, seeds=seeds, jobs=jobs, seconds=round(seconds), claims=found, costs=costs())
     (out / "claims.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "claims.md").write_text(as_text(facts))
     draw(found, out / "claims.png")
@@ -265,7 +266,7 @@ def report(out, seeds, seconds):
 def named(metric):
     """A claim's measure in words."""
     names = metric if isinstance(metric, (tuple, list)) else [metric]
-    return " and ".join(name.removeprefix("test_").removeprefix("val_").replace("_", " ") for name in names) + (
+    return " and ".join(name.removeprefix("test_").replace("val_", "validation ").replace("_", " ") for name in names) + (
         ", mean of both" if len(names) > 1 else "")
 
 
@@ -273,10 +274,10 @@ def as_text(facts):
     """claims.md."""
     lines = ["# The paper's claims, in miniature", "",
              f"{facts['date']}, {facts['machine']}, {facts['seeds']} seed{'s' * (facts['seeds'] > 1)}; by `make claims`. Moving shapes, "
-             "test split, percent; mean and standard deviation over seeds; seconds of one run on one thread, two runs at a time.", "",
+             f"test split, percent; mean and standard deviation over seeds; seconds of one run on one thread, {facts['jobs']} at a time.", "",
              "How to read it. These are models of a million parameters that trained for a minute: what holds here need not hold "
-             "for the paper's, nor the reverse. What is compared has the same budget and differs in one flag; no flag was tuned for "
-             "one side, the defaults were chosen on the validation split, and the test split was looked at once, here. For each "
+             "for the paper's, nor the reverse. What is compared sees the same number of clips and differs in what the claim is about, mostly one flag "
+             "(listed at the end); no flag was tuned for one side, the defaults were chosen on the validation split, and the test split was looked at once, here. For each "
              "comparison the difference is taken seed by seed; *supported* means that the 95 % interval of its mean lies above 0 (or, "
              "where a claim says *within*, above minus that margin), *not supported* that it lies below, *undecided at this scale* "
              "anything else; a claim is as good as the worst of its comparisons. With five seeds the interval is wide: undecided says "
@@ -338,7 +339,7 @@ def main(argv=None):
     out, started = Path(args.out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     run_all(out, args.seeds, args.jobs)
-    report(out, args.seeds, time.monotonic() - started)
+    report(out, args.seeds, time.monotonic() - started, args.jobs)
     print(f"{out}/claims.md, claims.json, claims.png")
     return 0
 

@@ -47,6 +47,9 @@ def main(argv=None):
     parser.add_argument("--memory", type=float, default=80, help="of one GPU, GB (default: 80)")
     parser.add_argument("--rows", default="", help="only rows whose name holds this")
     args = parser.parse_args(argv)
+    if min(args.gpus, args.tflops, args.memory) <= 0:
+        print("estimate.py: --gpus, --tflops and --memory must be above 0", file=sys.stderr)
+        return 2
     print(f"| estimates: {args.gpus} GPUs of {args.memory:g} GB that keep up {args.tflops:g} TFLOP/s | parameters | TFLOP per clip | "
           "clips per GPU that fit | micro-batches | clips per step | GB per GPU | days | clips to decode per second |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -1,6 +1,6 @@
-"""What can only be seen on a GPU, in ten minutes: are all kernels right there, and how far from the limit is a step?
+"""What can only be seen on a GPU: are all kernels right there, and how far from the limit is a step?
 
-    python tools/gpu_check.py                      all parts; about eight minutes on one H200
+    python tools/gpu_check.py                      all parts; meant for ten minutes, never run on a GPU so far
     python tools/gpu_check.py kernels masks        some
     python tools/gpu_check.py --toy                toy sizes, also on a CPU: does this file itself work?
 

@@ -48,9 +48,9 @@ def half_written(out):
 
 def run_and_kill(stage, out, delay, wait_for_write):
     """One start. Returns (seconds it lived, what was being written or "") of one that was killed, None of one that ended."""
-    log = open(out.parent / "cut.log", "a")
+    with open(out.parent / "cut.log", "a") as log:
+        process = subprocess.Popen(command(stage, out), stdout=log, stderr=log, start_new_session=True)
     started = time.monotonic()
-    process = subprocess.Popen(command(stage, out), stdout=log, stderr=log, start_new_session=True)
     while process.poll() is None:
         lived = time.monotonic() - started
         part = half_written(out) if lived > delay else None
