@@ -202,8 +202,9 @@ def test_a_still_shows_what_its_sentence_says():
 
 def test_both_commands_read_a_run(finished, tmp_path, capsys):
     write_video(tmp_path / "v.mp4")
-    assert caption_decoder.main([str(tmp_path / "v.mp4"), "--weights", str(finished)]) == 0
-    assert capsys.readouterr().out.count("\n") == 1
+    picture = tmp_path / "words.png"
+    assert caption_decoder.main([str(tmp_path / "v.mp4"), "--weights", str(finished), "--out", str(picture)]) == 0
+    assert capsys.readouterr().out.endswith(f"\ndrawn: {picture}\n") and picture.stat().st_size > 0
     assert clip_video.main([str(tmp_path / "v.mp4"), "--weights", str(finished), "--text", "a red star",
                             "--text", "a blue ring"]) == 0
     shares = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
