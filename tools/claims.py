@@ -98,6 +98,8 @@ CLAIMS = (
      [("clip", "no local units"), ("clip", "no global block"), ("clip", "frame-wise")]),
     ("8", "Captioning beside contrast improves retrieval", "CoCa (arXiv 2205.01917) trains both from one pass, and InternVideo, Sec. 3.2, follows", "test_t2v_R@1",
      [("clip", "no captions")]),
+    ("8b", "... and makes words come out: motion, shape and colour all right in a sentence", "InternVideo, Sec. 3.2", "test_captions_all_three",
+     [("clip", "no captions")]),
     ("9", "More negatives help: 31 beside each true sentence, not 7",
      "CLIP and InternVideo train with batches of tens of thousands", "test_t2v_R@1", [("clip", "few negatives")]),
     ("10", "Language features lead on appearance, by a linear probe", "InternVideo, Sec. 3.2: the two encoders complement each other",
