@@ -1,16 +1,17 @@
-"""Every network here is the same block with a different mask and a different source of keys.
+"""Attention, and the block that the encoders are made of: what differs is who may look at whom.
 
 Why: a masked autoencoder, a frame-wise CLIP, a caption decoder and the bridge between two encoders
-are told apart by what each token may look at, hardly by anything else. So attention is written
-once, here, and the rest of the repository is about what to look at ("Attention Is All You Need",
-arXiv 1706.03762, Sec. 3.2, Attention; "An Image Is Worth 16x16 Words", arXiv 2010.11929, Sec. 3.1,
-Vision Transformer).
+are told apart by what each token may look at, hardly by anything else. (The caption decoder arranges
+its layers otherwise than `Block`, but its attention is this one too.) So attention is written once,
+here, and the rest of the repository is about what to look at ("Attention Is All You Need", arXiv
+1706.03762, Sec. 3.2, Attention; "An Image Is Worth 16x16 Words", arXiv 2010.11929, Sec. 3.1, Vision
+Transformer).
 
     x (B, N, D) -+- norm1 -> attention -> (+) -+- norm2 -> mlp -> (+) -> x (B, N, D)
                  |_________________________|   |____________________|
 
-The letters, used in every file. Capital = a count in the input or the model, small = a count on
-the token grid.
+The letters, used in every file. Small t, h, w are the three axes of the token grid; all other counts
+are capitals.
 
     letter     meaning                                                        ViT-B value
     B          clips in the batch                                             -
@@ -24,6 +25,8 @@ the token grid.
     D          model width                                                    768
     heads, K   attention heads, width of one head, D = heads*K                12, 64
     L V        text tokens, vocabulary size                                   77, 49408
+    M          video tokens that a text or another encoder looks at           -
+    W          width of the text encoder, where H and W are not pixels        512
     E          width of the joint video-text space                            512
     Q          learned queries                                                256
     Y          classes                                                        400
@@ -34,8 +37,9 @@ Queries, keys and values are always (B, heads, N, K).
 The idea, in steps:
 1. `Mask` says in words what a query may look at: the past, real tokens, its own segment, nearby
    frames. `Mask.rule` says the same as a function of two numbers, a query's and a key's.
-2. `written_out`: a soft dictionary. A query is compared with every key, the similarities become
-   weights that sum to one, and the weights mix the values. With unit-variance entries a dot
+2. `written_out`: a soft dictionary. Each token asks with its query and answers with its key and its
+   value: a query is compared with every key, the similarities become weights that sum to one, and the
+   weights mix the values. With unit-variance entries a dot
    product of K numbers has variance K; dividing by sqrt(K) keeps the softmax away from saturation.
 3. `fused`, `flex` and `apart` give the same numbers, faster: by a ready-made kernel that never stores
    the scores; by one that torch.compile writes for the mask's rule; clip by clip.

@@ -2,9 +2,11 @@
 
 Why: a contrastive loss asks which of these captions belongs to this clip, and two coarse summaries
 answer that. A captioning loss asks for every word of the caption in turn, so the video tokens have
-to keep what a summary drops: who, what, how many, in which order. The two share one forward pass of
-both encoders, and InternVideo simply adds them. (CoCa, arXiv 2205.01917, Sec. 3.2, Contrastive
-Captioners Pretraining; InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining.)
+to keep what a summary drops: who, what, how many, in which order. "Align before fuse": each encoder
+first works alone, the contrastive loss aligns their summaries, and only then does this decoder let
+words look at the video. So one forward pass of both encoders serves both losses, and InternVideo
+simply adds them. (CoCa, arXiv 2205.01917, Sec. 3.2, Contrastive Captioners Pretraining; InternVideo,
+arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining.)
 
     video tokens (B, M, C) -- Q learned queries ask --> pooled (B, Q, W) ---+ once per video
                                                                             | keys and values
@@ -14,8 +16,8 @@ Captioners Pretraining; InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised
       text features:  <start>  a     dog   runs         position t has seen words 0..t
       must predict:   a        dog   runs  <end>        and answers for word t+1
 
-The letters are those of attention.py, and W: text width, C: width of a video token (not colours),
-M: number of video tokens, all of them, S+1 per frame with the class token of each.
+The letters are those of attention.py, but C: width of a video token (not colours). M: number of video
+tokens, all of them, S+1 per frame with the class token of each.
 
 The idea, in steps:
 1. `CaptionDecoder.pool`: M grows with frames and pixels (1576 for 8 frames of ViT-B), a caption
@@ -25,11 +27,11 @@ The idea, in steps:
    about time is inside the tokens. (Official: places slowest, frames fastest. Any order will do.)
 2. There is no word embedding. The input are the features of a causal text tower (CLIP's), whose
    token t has seen words 0..t and nothing later: half of the language model is there already.
-3. `SelfBlock` computes attention and MLP from one norm and one product, side by side instead of in
-   turn (PaLM, arXiv 2204.02311, Sec. 2, Model Architecture). All query heads share ONE head of keys
-   and values (arXiv 1911.02150, Sec. 3, Multi-Query Attention), so that the cache of a decoder is
-   `heads` times smaller. `rotate` turns queries and keys by their position, after which their
-   dot product knows only how far apart they are
+3. `SelfBlock` differs from `attention.Block` in three ways. Attention and MLP are computed side by side,
+   from one norm and one product, instead of in turn (PaLM, arXiv 2204.02311, Sec. 2, Model
+   Architecture). All query heads share ONE head of keys and values (arXiv 1911.02150, Sec. 3,
+   Multi-Query Attention), so that the cache of a decoder is `heads` times smaller. `rotate` turns
+   queries and keys by their position, after which their dot product knows only how far apart they are
    (arXiv 2104.09864, Sec. 3.2, Rotary Position Embedding).
 4. `CrossBlock` looks at the pooled answers. It has no mask: the video is not the future.
 5. `caption_loss`, teacher forcing: the true words are the input, whatever the model would have
@@ -242,7 +244,7 @@ class CaptionDecoder(nn.Module):
         self.vocabulary = nn.Linear(width, vocabulary)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02 * (768 / width)**0.5)  # narrow and 0.02: it starts deaf
+                nn.init.normal_(module.weight, std=0.02 * (768 / width)**0.5)  # CLIP's 0.02 at 768; a narrow decoder with 0.02 would start deaf
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -2,9 +2,10 @@
 
 Why: labels name one fact of a clip, captions name many, and the web is full of them. Nobody needs
 to know what is in the words. It is enough that in a batch of B pairs each video must find its own
-sentence among B, and each sentence its video: B*B questions for the price of 2*B encodings (CLIP,
-arXiv 2103.00020, Sec. 2.3, Selecting an Efficient Pre-Training Method; InternVideo, arXiv
-2212.03191, Sec. 3.2, Self-Supervised Video Pretraining). What comes out can name things it was
+sentence among B, and each sentence its video: 2*B questions of B answers each, all but one of them
+wrong ("negatives"), for the price of 2*B encodings (CLIP, arXiv 2103.00020, Sec. 2.3, Selecting an
+Efficient Pre-Training Method; InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video
+Pretraining). What comes out can name things it was
 never given labels for.
 
     video (B, C, T, H, W) --visual tower--> feature (B, D) --norm, project--> (B, E) --+
@@ -12,6 +13,10 @@ never given labels for.
                                                                                        | (B, B)
     text ids (B, L) --text tower, causal--> tokens (B, L, W) --at the end--> (B, E) ---+
     loss = cross entropy of exp(logit_scale) * cosines, rows and columns; the truth is the diagonal
+
+Cosines lie between -1 and 1: a softmax of them would be almost flat, however right they are. The factor
+exp(logit_scale), one over the temperature, is learned too; it starts at 1/0.07 and is kept within 1
+and 100.
 
 The idea, in steps:
 1. `Tokenizer` cuts sentences into pieces of words: the commonest pairs of symbols, merged again and
@@ -22,7 +27,8 @@ The idea, in steps:
 3. `VideoCLIP` joins it to one of three visual towers: UniFormerV2 ("video", InternVideo's own), the
    same without its video parts ("frames": plain CLIP, averaged over frames), or `JointTower`, where
    all tokens of all frames see each other ("joint": ViCLIP, arXiv 2307.06942, Sec. 4).
-4. `contrastive_loss` is the question above. Large batches make it hard and the embedding good:
+4. `contrastive_loss` is the question above. Two clips of a batch with one caption are not each other's
+   negatives: `targets` says so. Large batches make it hard and the embedding good:
    `BlockedLoss` never holds all B*B numbers, `gather_with_gradient` joins the batches of several
    processes, and `in_pieces` takes a batch that does not fit into memory bit by bit.
 5. `zero_shot` classifies with sentences in place of labels; `retrieval_metrics` counts how often
@@ -486,8 +492,8 @@ class VideoCLIP(nn.Module):
         nn.init.normal_(self.visual_proj.weight, std=size.width**-0.5)
         self.text = TextTower(text_size, vocabulary=vocabulary, context=context, embedding=embedding,
                               end=end, masked_text=masked_text)
-        # The logarithm of the scale, from a temperature of 0.07 (CLIP, Sec. 2.5, Training), or
-        # ViCLIP's temperature itself.
+        # What a file stores. CLIP and InternVideo: the logarithm of the factor on the cosines, from a temperature
+        # of 0.07 (CLIP, Sec. 2.5, Training). ViCLIP ("joint"): the temperature itself. `logit_scale` hides that.
         self.scale = nn.Parameter(torch.tensor(0.01) if kind == "joint" else torch.tensor(1 / 0.07).log())
         self.unused = []  # what from_official found in the file and had no use for
 
@@ -654,8 +660,9 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False, ro
 
     video, text  (B, E) embeddings, any length: they are normalised here; or (B, n, E), averaged first
     logit_scale  (), ln of the factor on the cosines
-    targets      (B,) int or None: pairs with equal numbers belong together and share the truth
-                 evenly (ViCLIP, where several clips may have one caption)
+    targets      (B,) int or None: a number for each pair; those with equal numbers (ViCLIP: several clips
+                 with one caption) are all right answers to each other and share the truth evenly. None: every
+                 pair is its own
     gather       join the batches of all processes first; every process needs the same B
     rows         None = choose; 0 = all at once; else rows per block, see BlockedLoss
     returns      () float32 (float64 for float64 inputs), also under autocast
@@ -839,6 +846,8 @@ def retrieval_metrics(similarity, owner=None, grouped=False):
         raise ValueError(f"owner {tuple(owner.shape)} must name a video for each of {texts} texts, and "
                          f"each of {videos} videos at least once")
     wanted = S * S.softmax(dim=0)                         # for each video: which text wants it most?
+    # For each text: which video wants it most? With several texts per video the published protocol takes the softmax
+    # over texts for both ways.
     other = wanted if texts > videos else S * S.softmax(dim=1)
     metrics = {}
     for name, to_video, to_text in (("", S, S), ("dsl_", wanted, other)):

@@ -11,8 +11,9 @@
 Why: masked modelling learns how things move, language what they are. InternVideo keeps both encoders
 as they are and lets them talk: tokens of the masked encoder ask the multimodal one at every stage, and
 at the end the multimodal class token asks the masked one (InternVideo, Sec. 3.2, Cross-Model
-Interaction). It scored 91.1 % on Kinetics-400; how much of that plain averaging would have given the
-paper does not say. `train.py fuse` measures it.
+Interaction). At several depths, because what an early block could use, edges and parts, the last layers no
+longer hold. It scored 91.1 % on Kinetics-400; how much of that plain averaging would have given the paper
+does not say. `train.py fuse` measures it.
 
 The idea, in steps:
 1. `CrossModelAttention` is the bridge: attention to the other model's tokens, then an MLP, each behind
@@ -20,27 +21,32 @@ The idea, in steps:
    for bit; of the bridge only the gates have a gradient. Once they open, the rest learns.
 2. `InternVideo` places bridges before chosen blocks of the masked encoder; each reads the multimodal
    encoder after a chosen layer. The last bridge goes the other way, with the class token as its query.
-3. Both heads give scores. Their weights are a softmax of learned numbers that start equal: at the
-   start the whole is exactly late fusion with equal weights, of two working models.
-4. `InternVideo.freeze`: trained are bridges, gates, score weights, the classification layers and the
-   multimodal query token. All else is frozen, stays in eval mode (BatchNorm, dropout), and runs without
+3. Both heads give scores. Their shares are a softmax of learned numbers that start equal: at the start
+   the whole is exactly the equal average of two working models' logits, late fusion without a bridge.
+4. `InternVideo.freeze`: trained are bridges, gates, shares, the classification layers with their norms, and
+   the multimodal query token. All else is frozen and stays in eval mode (BatchNorm, dropout). It runs without
    gradients where nothing trained comes before it: the frames of the multimodal encoder, and the masked
-   encoder up to the first bridge. The later the first bridge, the cheaper a step.
-5. `late_fusion` and `best_weight` are the baseline that every bridge must beat.
+   encoder up to the first bridge. Gradients do pass through frozen weights after that: through the masked
+   blocks above the first bridge, and through the global blocks that the query token climbs. The later
+   the first bridge, the cheaper a step.
+5. `late_fusion` (of probabilities, as published) and `best_weight` are the baselines that every bridge must
+   beat; the strictest is `train.py fuse --no-bridges`, which trains heads and shares on their sum, bridges
+   alone left out.
 
 Nothing of this was released: no code, no weights, no list of layers. The paper's sentences and figure
 give steps 1 to 4; what they leave open is an argument here, with a default that we inferred:
 where the bridges stand (paper: "all stages"; ours: four, evenly, the last before the last block), which
-multimodal layers they read (as far up as they stand themselves), which tokens give keys (all, with the
-class tokens), heads (the masked encoder's), gates (one number each), how scores combine (convex, of
-logits). With two multimodal encoders it is InternVideo-T of the paper: two bridges at each place, three
-scores.
+multimodal layers they read (as far up as the block that follows the bridge), which tokens give keys (all,
+with the class tokens), heads (the masked encoder's), gates (one number each), how scores combine (convex,
+of logits). With two multimodal encoders, a VideoMAE-H with UniFormerV2-B and -L, it is InternVideo-T, the
+paper's model for 91.1 %: two bridges at each place, three scores.
 
 Numbers: for VideoMAE-H and UniFormerV2-L a bridge has 19.0 M parameters and the last one 13.1 M; with
 heads 90.2 M train, beside 985 M frozen. InternVideo-T: 179.8 M beside 1339 M. A training step takes about
 half the time and memory of one with gradients for everything; with bridges in the last quarter alone a
-third to a half of the time and a quarter of the memory (tools/bench.py fuse). Freezing does that; no_grad
-adds nothing measurable, and says where nothing is learned.
+third to a half of the time and a quarter of the memory (tools/bench.py fuse). All of that comes from
+freezing: autograd keeps nothing for weights and inputs that need no gradient; writing `no_grad` there
+as well saves nothing measurable, it only tells the reader where nothing is learned.
 
 Try it: python fusion.py; python fusion.py VIDEO --weights runs/default/fuse
 
@@ -116,8 +122,8 @@ class InternVideo(nn.Module):
     before       numbers of the masked encoder's blocks, rising, before which a bridge stands;
                  None: four, evenly spread, the last before the last block (`evenly`)
     layers       for each of them, after which layer of the multimodal encoder it reads; None: the layer
-                 that is as far up its model as the block before the bridge is in its own. With two encoders
-                 a list for each
+                 that is as far up its model as the block that follows the bridge is in its own: for
+                 block 7 of 32, layer 5 of 24. With two encoders a list for each
     last         False: no bridge back, so that the multimodal class token asks nothing; and with before=[]
                  it alone asks. One direction at a time, for comparison
     heads        of the bridges; None: the masked encoder's. The last bridge has the multimodal encoder's.
@@ -142,7 +148,7 @@ class InternVideo(nn.Module):
         last = last and bridges
         if before != sorted(set(before) & set(range(depth))):
             raise ValueError(f"before {before}: name blocks 0 to {depth - 1} of the masked encoder, rising")
-        if layers is None:  # block b has b blocks behind it: the layer after the same share of the other model
+        if layers is None:  # as many layers of the other model, in proportion, as blocks with the one that follows
             layers = [[max(0, round((place + 1) * expert.config["size"]["depth"] / depth) - 1) for place in before]
                       for expert in experts]
         elif len(experts) == 1 and not any(isinstance(layer, (list, tuple)) for layer in layers):
@@ -229,13 +235,13 @@ class InternVideo(nn.Module):
         return found + [expert.head(self.drop(expert.norm(feature)))
                         for expert, feature in zip(self.multimodal, features)]
 
-    def weights(self):
+    def shares(self):
         """The share of each score, (1 + experts,): positive, sum 1; equal at the start."""
         return torch.cat([self.balance.new_zeros(1), self.balance]).softmax(dim=0)
 
     def combine(self, scores):
         """The learned convex combination: list of (B, Y) -> (B, Y)."""
-        return sum(weight * score for weight, score in zip(self.weights(), scores))
+        return sum(weight * score for weight, score in zip(self.shares(), scores))
 
     def forward(self, clip):
         """uint8 (B, T, H, W, 3) -> logits (B, Y)"""
@@ -486,7 +492,7 @@ def explain(model, clip, questions=None, top=3):
         if "gate_" in name:
             print(f"{name:45s} tanh = {float(gate.tanh()):+.3f}")
     scores = model.scores(clip)
-    shares = model.weights().tolist()
+    shares = model.shares().tolist()
     print("shares of the scores: " + ", ".join(f"{share:.2f}" for share in shares))
     print("what each says, having heard the other, and what they say together:")
     questions = questions or {"class": [str(i) for i in range(scores[0].shape[1])]}

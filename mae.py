@@ -3,7 +3,9 @@
 Why: labels are dear and pixels are free. A network that can paint the hidden part of a clip must
 have understood what moves where. Neighbouring frames are nearly equal, so hiding single patches
 at random would let it copy the answer from the frame before; hiding the same places in all frames
-(a tube) takes that short cut away, and the redundancy of video makes a ratio of 90 % bearable.
+(a tube) takes that short cut away. A still picture is best hidden to 75 % (MAE, arXiv 2111.06377,
+Fig. 5); a clip says most things several times over, so more must be hidden before the task is hard
+enough to teach, and 90 % is best.
 (VideoMAE, arXiv 2203.12602, Sec. 3.2, Characteristics of Video Data; the first stage of
 InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining.)
 
@@ -16,10 +18,13 @@ The idea, in steps:
 1. A tubelet is 2 frames x 16 x 16 pixels: 16 x 224 x 224 makes 8 x 14 x 14 = 1568 tokens.
    `take_tubelets` cuts out just the ones asked for.
 2. `tube_mask` hides int(0.9 * 196) = 176 places in every frame; 20 remain, 160 in the clip.
-3. `Encoder` runs joint space-time attention on those 160 only: a tenth of the tokens in the MLPs,
-   a hundredth of the pairs in the attention. That is why so large a ratio is also cheap.
-4. `Decoder`, half as wide and four blocks deep, sees all positions. The work is lopsided on
-   purpose: the encoder is kept, the decoder is thrown away.
+3. `Encoder` runs joint space-time attention, every token to every other, on those 160 only: a tenth
+   of the tokens in projections and MLPs, a hundredth of the pairs in the attention, a block 12.7 times
+   cheaper in all. (`DividedBlock` is the rival: first over time, then over space.)
+4. `Decoder` puts a mask token at every hidden place and so sees all N positions, ten times what the
+   encoder sees: it must be cheap. ViT-B's is half as wide and 4 blocks deep, to the encoder's 12. The
+   work is lopsided on purpose: the encoder is kept, the decoder is thrown away. (Our tiny one is not
+   lopsided: 96 wide and 4 deep beside 96 and 3; it has too little width to halve.)
 5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so that the loss
    is about structure. Predicting plain zeros, the mean of each tubelet, costs about 1.0: the
    trivial baseline, and the number to compare every curve with.
@@ -38,7 +43,7 @@ tokens stay in the order visible, then hidden; a "learnable" position table is d
 learns. The masks differ in which random places they draw.
 
 Numbers: ViT-B has 94 M parameters in pretraining (86 M kept) and 1568 tokens; our tiny one
-0.9 M, and 144 tokens of 8 frames of 48 x 48 pixels.
+0.9 M (0.4 M kept), and 100 tokens of 8 frames of 40 x 40 pixels.
 
 >>> video = torch.zeros(2, 3, 16, 64, 64)
 >>> model = VideoMAE("tiny", image_size=64)
@@ -277,8 +282,8 @@ class DividedBlock(Block):
         if mask is not None or last is not None or x.shape[1] % self.times:
             raise ValueError(f"divided attention is for whole clips of {self.times} time steps, the same places in each")
         B, N, D = x.shape
-        along = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)                  # (B*V, t, D)
-        along = self.attn_time(self.norm_time(along)).unflatten(0, (B, -1)).transpose(1, 2)     # (B, t, V, D)
+        along = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)                  # (B*places, t, D)
+        along = self.attn_time(self.norm_time(along)).unflatten(0, (B, -1)).transpose(1, 2)     # (B, t, places, D)
         return super().forward(x + self.drop_path(along.reshape(B, N, D)))
 
     def look(self, x, mask, last):

@@ -1395,7 +1395,7 @@ class Fuse(Labels):
     def loss(self, model, batch, rng):
         loss = self.error(self.logits(model, batch)[0], self.target(batch))
         metrics = {"loss": loss.detach()} | {
-            "share_" + name: share for name, share in zip(("masked", "multimodal", "second"), model.weights().detach())}
+            "share_" + name: share for name, share in zip(("masked", "multimodal", "second"), model.shares().detach())}
         for name, parameter in model.named_parameters():
             if "gate_" in name:
                 metrics["gate_" + name.replace(".gate_", ".")] = parameter.detach().tanh()

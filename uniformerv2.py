@@ -27,12 +27,14 @@ The idea, in steps:
    Global UniBlock). A 3x3x3 convolution first tells each token about its neighbours, the only
    trace of order here; the frames' own stream never sees it. The token goes on to the next global
    block, "sequential" among the four ways of Sec. 3, Multi-Stage Fusion Block.
-4. A learned balance w per channel: feature = (1 - w) * token + w * mean class token.
+4. Every frame's class token (CLIP's summary of it) is averaged over frames, and a learned balance per channel,
+   w = sigmoid(balance), mixes the two: feature = (1 - w) * token that read the clip + w * mean class token.
 5. `temporal_conv` and `grid_conv`: the two convolutions in the form that the device runs fastest.
 
-The theorem that makes it work, and a test proves: at the start every new branch ends in zeros, the
-token is exactly 0 and the balance 1/2. So the network is the image model averaged over frames, times
-1/2, which the norm of any head removes; frames may come in any order. Yet those zeros have a gradient
+What makes it work, and a test proves: at the start every new branch ends in zeros, so the token that reads
+the clip is exactly 0; w is 1/2. The network is then the image model averaged over frames, times 1/2, which
+the norm of any head removes; frames may come in any order. (Two exceptions: a frozen tower, balance=False,
+is the token alone; and with `temporal_downsample` three frames make one, which no image model saw.) Yet those zeros have a gradient
 from the first step on: they are the last layers of their branches, and what feeds them is not zero.
 (The second local unit of the last layer waits one step: no one but the silent global block reads it.)
 
@@ -40,7 +42,7 @@ Where we differ from the official code (UniFormerV2 uniformerv2_model.py), with 
 first everywhere; convolutions of size 1 are matrices; keys and values of the single query are never
 computed (`GlobalBlock.read`). On purpose not equal: DropPath skips clips, where the official
 sequence-first code skips token positions in all clips at once. Equal, though the paper says it the
-other way round: the sigmoid weighs the mean class token, not the token that read the clip. Also equal:
+other way round: w weighs the mean class token, not the token that read the clip. Also equal:
 clips are normalised with MEAN and STD below though CLIP was not. Frames may be any number.
 
 Numbers: B/16 115 M parameters, L/14 354 M; with local units and more global blocks, for motion, 163 M

@@ -225,9 +225,9 @@ def test_each_direction_alone():
 
 def test_the_three_encoder_form_learns_three_shares_that_sum_to_one():
     model = whole(second=True)
-    assert torch.allclose(model.weights(), torch.full((3,), 1 / 3))
+    assert torch.allclose(model.shares(), torch.full((3,), 1 / 3))
     model.balance.data = torch.tensor([1.0, -2.0])
-    assert math.isclose(float(model.weights().sum().detach()), 1, rel_tol=1e-6)
+    assert math.isclose(float(model.shares().sum().detach()), 1, rel_tol=1e-6)
     scores = model.scores(clip())
     by_hand = sum(w * s for w, s in zip(torch.tensor([0.0, 1.0, -2.0]).softmax(0), scores))
     assert torch.allclose(model(clip()), by_hand, atol=1e-6)
