@@ -275,7 +275,7 @@ def named(metric):
 def as_text(facts):
     """claims.md."""
     lines = ["# The paper's claims, in miniature", "",
-             f"{facts['date']}, {facts['machine']}, {facts['seeds']} seed{'s' * (facts['seeds'] > 1)}; by `make claims`. Moving shapes, "
+             f"{facts['date']}, {facts['machine']}, {facts['seeds']} seed{'s' * (facts['seeds'] > 1)}; by `make claims`, which took {facts['seconds'] / 60:.0f} minutes (less where it went on with runs that were there). Moving shapes, "
              f"test split, percent; mean and standard deviation over seeds; seconds of one run on one thread, {facts['jobs']} at a time.", "",
              "How to read it. These are models of a million parameters that trained for a minute: what holds here need not hold "
              "for the paper's, nor the reverse. What is compared sees the same number of clips and differs in what the claim is about, mostly one flag "
