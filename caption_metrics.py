@@ -3,13 +3,14 @@
 Why these: they are what captioning papers report. None of them understands a sentence. BLEU asks how
 much of the caption is in the references, ROUGE-L how much of a reference comes in the same order, and CIDEr
 weighs words by how much they tell: what every caption says counts nothing. On the generated world, whose facts are
-known, `moving_shapes.parse_caption` says more than any of them; beside it one sees what they miss: a caption with a wrong
-"left" for "right" loses one word of eight.
+known, `moving_shapes.parse_caption` says more than any of them; beside it one sees what they miss: a caption that says
+"left" where it should say "right" is wrong, and for them it has one wrong word of eight.
 
     ["a dog runs"], [["a dog is running", "the dog runs"]]  ->  {"BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}
 
 Each function takes B captions (str) and, for each, a list of one or more references (str). `score` gives all three
-as papers print them: times 100. CIDEr-D, which may reach 10, is by custom counted so that 100 means 1.
+as papers print them: times 100. BLEU and ROUGE so reach 100. CIDEr-D holds a factor of 10 by definition and may reach
+1000; that is custom, and good captions get 100 or so on COCO.
 
 Where we differ: papers split words with a Java program (PTBTokenizer); `words` takes runs of letters and digits in
 lower case, which is the same but for "it's" and the like. On equal words the numbers are those of the COCO code

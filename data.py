@@ -14,19 +14,21 @@ The idea in steps.
 2. `choose_frames` and `crop_frames` are ours or, by name, the official ones of each family.
    annotations.py knows which files there are, and what is said of them.
 3. `batches` and `held_out` collate files, or clips of moving_shapes.py. Step k holds the same clips for any
-   number of workers and after any resume, because each draw is a function of (seed, index). `normalise`
-   makes of the bytes what a model takes.
+   number of workers and after any resume, because each draw is a function of (seed, index, epoch); tar
+   shards (`VideoShards`) are the exception, and say so. `normalise` makes of the bytes what a model takes.
 
 Where we differ. The official loaders put *another random video* in place of a corrupt one, even in
 evaluation (VideoMAE kinetics.py:118); here training names what it skipped, and evaluation never
 substitutes. VideoMAE fine-tuning spreads 16 frames over 64 with spacing 64/15; we use the exact
 stride of its pretraining. InternVideo's segment sampling never draws the last frame of a segment;
-ours can. The official rules are there by name.
+ours can. The official rules are there by name: `--sampling videomae-dense` is that of VideoMAE's
+fine-tuning, and so on.
 
 Numbers, one core: sixteen frames at stride 4 of a 640x360 h264 file take 70 to 125 ms; over
 eleven files of all kinds, 1.3 times the speed of torchcodec and 1.4 times that of decord2
-(tools/bench.py decode, where both are installed; ours skips frames that nothing depends on). So
-torchcodec, an option, pays where that cannot be done: VP8 and MPEG-4, by a fifth. It needs FFmpeg's libraries.
+(tools/bench.py decode, where both are installed; ours skips frames that nothing depends on).
+torchcodec, an option, is faster by a fifth where there is nothing to skip: VP8, whose decoder cannot, and
+MPEG-4 files in which every frame depends on the one before. It needs FFmpeg's libraries.
 
     python data.py PATH                 checks a data set: bad files and why, statistics, a sheet of pictures
     python data.py PATH --cache DIR     writes small copies, for epochs that cost a fraction

@@ -15,9 +15,10 @@ The idea, in steps.
    from i * stride to i * stride + window - 1.
 2. `Head` is anchor-free (AFSD, arXiv 2103.13137; ActionFormer, arXiv 2202.07925): no list of candidate segments.
    Each step says which class is going on, and how far away its start and its end are.
-3. `assign` makes the targets: only the steps in the middle of a segment answer for it (centre sampling), for
-   there both ends are seen equally well. `head_loss` is the focal loss of the scores (arXiv 1708.02002), as
-   nearly all steps show nothing, and one minus the distance-IoU (arXiv 1911.08287) of the segments.
+3. `assign` makes the targets: only the steps in the middle of a segment are taught its class and its ends
+   (centre sampling), for there both ends are seen equally well. `head_loss` is a pair of losses: the focal loss
+   of the scores (arXiv 1708.02002), as nearly all steps show nothing, and one minus the distance-IoU (arXiv
+   1911.08287) of the segments.
 4. `decode` turns answers into segments; neighbouring steps name nearly the same one. `soft_nms` (arXiv
    1704.04503) lowers the score of whatever overlaps a better one of its class, and deletes nothing outright.
 5. `mean_average_precision` is the official measure of ActivityNet and THUMOS: at a given temporal IoU each true
@@ -28,8 +29,9 @@ The idea, in steps.
 
 Where we differ. ActionFormer reads with attention in windows, over a pyramid of six time scales, each with its
 own range of lengths; ours reads with a few dilated convolutions at one scale, which suits actions whose lengths
-differ by a factor of some ten, and streams exactly. It samples 1.5 steps around a centre, per scale; with one
-scale, a share of the length. Its scores are averaged with those of a video classifier on ActivityNet; ours not.
+differ by a factor of some ten, and streams exactly. ActionFormer's targets are the steps within 1.5 of a
+segment's centre, at its scale; with one scale ours are a share of the segment's length. On ActivityNet it averages
+its scores with those of a video classifier; we do not.
 
 Numbers. InternVideo: mAP 71.58 on THUMOS14 (mean over tIoU 0.3 to 0.7), 39.00 on ActivityNet 1.3 (0.5 to 0.95),
 17.57 on FineAction. The head of the default run has 0.3 M parameters and trains in seconds, on features that
@@ -251,7 +253,7 @@ def soft_nms(candidates, sigma=0.5, least=0.001, most=200):
     returns     (n, 4), the best first
 
     Candidates that no chain of overlaps joins cannot touch each other's scores, so each such group is treated by
-    itself: an hour of video costs no more than sixty minutes.
+    itself, and the cost grows with the length of the video, not with its square.
     """
     kept = [np.empty((0, 4))]
     for label in np.unique(candidates[:, 3]):

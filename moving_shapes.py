@@ -180,12 +180,12 @@ def ask(facts, rng):
     false differs in one fact alone, of motions the reversed one. No question gives away what it asks for.
     """
     motion, shape, colour = facts["motion"], facts["shape"], facts["colour"]
-    kind = rng.integers(5)
+    kind = rng.integers(5)  # 0 what happens, 1 which way, 2 what shape, 3 what colour, 4 is it
     if kind == 1 and motion in ("right", "left", "down", "up"):
         return f"which way does the {colour} {shape} go?", motion
     if kind == 1 and "clockwise" in motion:
         return f"which way does the {colour} {shape} turn?", motion.split()[-1]
-    if kind < 2:
+    if kind < 2:  # also where a motion has no way to go or turn
         return "what happens?", motion
     if kind == 2:
         return ("what shape is it?", f"what shape is {colour}?")[rng.integers(2)], shape
@@ -292,7 +292,7 @@ def draw_scene(rng, frames, height, width, looks, motion=None):
     radius = RADII[size] * short * rng.uniform(0.94, 1.06)
 
     name = PAIRS[pair][0]
-    # Minutes must suffice to learn this world, so its questions are put plainly (LOG.md): clock hands and
+    # Minutes must suffice to learn this world, so its motions are drawn plainly (LOG.md): hands that spin and
     # orbits pass the top, two shapes meet side by side, and what does not spin stands nearly upright.
     heading = rng.uniform(-0.5, 0.5)
     angle = rng.uniform(-0.8, 0.8) if name == "spin clockwise" else rng.uniform(-0.3, 0.3)

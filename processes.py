@@ -14,14 +14,15 @@ and gradients equal within rounding. DDP alone does not give that. What it takes
 2. Random numbers: each process draws those of the joined batch from the same generator and keeps its
    own rows (`joined`). They are then a function of (seed, step, row) and of nothing else.
 3. Whatever compares rows (contrastive loss, batch statistics) gathers them first, with gradient
-   (`gather_with_gradient`); whatever divides by a count divides by the mean count (`mean`).
+   (`gather_with_gradient`); whatever divides its sum by a count of its own (words, say) divides by the
+   mean count of all processes (`mean`), so that the mean of the quotients is the quotient of the sums.
 4. Gradients: the mean over processes, by DDP, or by FSDP2, which also cuts weights, gradients and
    optimiser states into W parts (`parallel`).
 5. Evaluation deals whole batches out and puts results together in their old order (`collect`), so that
    it is the same sum whatever W is, and every clip counts once.
 
-Differences from common code: a single run draws nothing differently for it. Official loaders pad the
-last batch of an evaluation, so some clips count twice (VideoMAE engine_for_finetuning.py); not here.
+Differences from common code: one process draws the same random numbers as before, so its results do not
+depend on any of this. Official loaders pad the last batch of an evaluation, so some clips count twice (VideoMAE engine_for_finetuning.py); not here.
 
 Numbers: two or four gloo processes agree with one to 1e-6 in every stage (tests/test_processes.py).
 
@@ -220,7 +221,7 @@ def parallel(model, loss, shard=False, parts=()):
 
 
 def scalars(model):
-    """Single numbers cannot be cut: every process keeps them, and `settle` averages their gradients."""
+    """Single numbers cannot be cut: every process keeps them, and `clip` averages their gradients."""
     return {parameter for parameter in model.parameters() if parameter.ndim == 0}
 
 

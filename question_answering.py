@@ -6,16 +6,17 @@ a question in place of a caption, and at the question's end it holds what the vi
 answers of the benchmarks are mostly one word, so a classifier over the commonest of them does, as in all the work
 that the paper compares with (InternVideo, arXiv 2212.03191, Sec. 4.4, video question answering; its code).
 
-    video -> visual tower -+------------------------------- norm -- what is seen (B, D) ----------+
-                           | tokens                                                               |
-                           +-> caption decoder -- at the question's end (B, W) ---------------- concat -> head -> (B, Y)
-                           +-> reads both ^                                                       |
-    question -> text tower +------------------------------- at its end (B, W) -- what is asked ---+
+    video -> visual tower --+------------------------------- norm -- what is seen (B, D) ---------+
+                            | tokens                                                              |
+                            +--> caption decoder -- at the question's end (B, W) -------------- concat -> head -> (B, Y)
+                            | tokens                                                              |
+    question -> text tower -+------------------------------- at its end (B, W) -- what is asked --+
 
 The idea, in steps:
 1. `answer_table` makes the list: the commonest answers of the training questions. Rarer ones are lost, and
    in evaluation count as wrong, always.
-2. `VideoQA` is all of the video-text model, less what only its own losses need, and `AnswerHead`.
+2. `VideoQA` is the video-text model and, on top, `AnswerHead`. Left out is what only contrast and captioning
+   need: the two projections, the scale, the layers from the decoder to words.
 3. `QuestionOnly` is the baseline to beat: it never sees a video, and says the answer that this very question
    mostly has. On real benchmarks that alone is right surprisingly often ("Making the V in VQA Matter", arXiv
    1612.00837), so a number without it says little.

@@ -18,7 +18,7 @@ dataclass whose fields are the recipe (and, generated from them, the flags) and 
 the behaviour. One loop, `fit`, runs any card and knows none by name.
 
     card.build() ----------> model --+
-    card.datasets() --batches--------+--> fit: loss, backward, clip, AdamW, schedule, log,
+    card.datasets() --batches--------+--> fit: loss, backward, clip, optimiser, schedule, log,
     card.loss(model, batch, rng) ----+         evaluate, checkpoint, resume ----> out/
 
 The idea, in steps:
@@ -27,9 +27,8 @@ The idea, in steps:
 3. Randomness is a function of (seed, step) alone: masks, dropout and the choice of clips are drawn
    from generators seeded so. There is no loader state to save, and a run that was killed and
    resumed ends with the same weights, bit for bit. Nor does it matter how many workers load clips,
-   or, within rounding, how many processes share a batch.
+   or, within rounding, how many processes share a batch. (Tar shards alone are not repeatable so.)
 4. Evaluation seeds itself: the same held-out clips, the same masks, every time.
-
 5. What goes wrong ends in one line: a `Mistake` of the user's, exit code 2; a `Failure` of the machine
    or of the numbers, exit code 1, which says where the last good checkpoint is.
 

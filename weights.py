@@ -9,11 +9,11 @@ names that are missing, unknown or of another shape.
 
 The idea, in steps:
 1. `read` opens safetensors and torch files (never executing code from them), unwraps the usual
-   envelopes ("model", "module", "state_dict", "model_state") and widens half precision. The archives in
+   dictionaries around them ("model", "module", "state_dict", "model_state") and widens half precision. The archives in
    which OpenAI published CLIP are programs; `TensorsOnly` takes their tensors out and runs nothing.
 2. A component owns its key map: a list of `Rule`s, in network order, each naming one of our
    tensors and the official tensor(s) that it is made of. Reading the list teaches both layouts.
-3. `fill` applies the rules and demands the balance.
+3. `fill` applies the rules, and accepts nothing missing, nothing left over and no other shape.
 4. `describe` tells from the names alone which family a file belongs to, and who loads it.
 5. `official` goes the other way, so that others can load what we train; `python weights.py RUN --official NEW`.
 6. `save` writes our own runs: model.safetensors, which carries its configuration and a checksum in its

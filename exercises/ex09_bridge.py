@@ -1,8 +1,9 @@
 """A bridge that starts silent and can still learn.
 
 `Bridge` lets tokens x ask other tokens: x + tanh(gate) * attention(norm(x), context), with a gate that starts at zero (as
-Flamingo, arXiv 2204.14198, Sec. 3.1.2). At the start x must pass bit for bit, and yet the gate must have a gradient at
-the first step. Then say which parameters have a gradient of exactly zero at that first step, and why that does not matter.
+Flamingo, arXiv 2204.14198, Sec. 3.1.2). Any attention will do, attention.Attention or one of torch's; the parameter is called
+`gate`. At the start x must pass bit for bit, and yet the gate must have a gradient at the first step. Then say which
+parameters have a gradient of exactly zero at that first step, and why that does not matter.
 """
 
 from torch import nn
@@ -19,5 +20,6 @@ class Bridge(nn.Module):
 
 
 def silent_at_step_one():
-    """-> set of names of direct children of Bridge, "gate" among the candidates, whose gradients are zero at step one."""
+    """-> set of the first parts of the names in Bridge.named_parameters() ("attn" of "attn.proj.weight", "gate") whose
+    gradients are all exactly zero at step one, as you named them."""
     raise NotImplementedError

@@ -31,11 +31,11 @@ def load(name):
 
 def test_ex01_visible_tokens():
     count = load("ex01_visible_tokens").visible_tokens
-    assert count(16, 224, 224, 0.9) == 160
+    assert count(16, 224, 224, 0.9) == 160, "20 of 196 places in each of 8 time steps"
     for frames, height, width, ratio, patch in ((8, 40, 40, 0.75, 8), (4, 32, 48, 0.3, 16), (2, 16, 16, 0.0, 8)):
         model = mae.VideoMAE(mae.Size(16, 1, 1, 16, patch, 16, 1, 1, 16), frames=frames, image_size=(height, width))
         hidden = mae.tube_mask(1, model.grid, ratio, torch.Generator())
-        assert count(frames, height, width, ratio, patch) == int((~hidden).sum())
+        assert count(frames, height, width, ratio, patch) == int((~hidden).sum()), f"int() is taken of each step's places: {model.grid}"
 
 
 def test_ex02_attention():
@@ -54,8 +54,8 @@ def test_ex03_cost():
         block, x = attention.Block(width, 4), torch.randn(1, tokens, width)
         with FlopCounterMode(display=False) as counter:
             block(x)
-        assert cost.block_flops(tokens, width) == counter.get_total_flops()
-    assert cost.saving(1568, 160, 768) == pytest.approx(12.7, abs=0.05)
+        assert cost.block_flops(tokens, width) == counter.get_total_flops(), "as torch counts; off by 2: adds count as well"
+    assert cost.saving(1568, 160, 768) == pytest.approx(12.7, abs=0.05), "more than 9.8, the share of tokens, for pairs save more"
 
 
 def test_ex04_tubes():
@@ -63,7 +63,8 @@ def test_ex04_tubes():
     hidden = hide(2000, (3, 4, 5), 0.75, torch.Generator().manual_seed(0))
     assert hidden.shape == (2000, 60) and hidden.dtype == torch.bool
     frames = hidden.view(2000, 3, 20)
-    assert (frames.sum(dim=2) == 15).all() and (frames == frames[:, :1]).all()
+    assert (frames.sum(dim=2) == 15).all(), "int(0.75 * 20) places of every frame"
+    assert (frames == frames[:, :1]).all(), "the same places in all frames"
     assert (frames[:, 0].float().mean(dim=0) - 0.75).abs().max() < 0.05
     assert torch.equal(hidden, hide(2000, (3, 4, 5), 0.75, torch.Generator().manual_seed(0)))
     assert not torch.equal(hidden, hide(2000, (3, 4, 5), 0.75, torch.Generator().manual_seed(1)))
@@ -82,8 +83,9 @@ def test_ex06_contrast():
     write = load("ex06_contrast").contrastive_loss
     torch.manual_seed(0)
     video, text, scale = torch.randn(6, 9), torch.randn(6, 9), torch.tensor(1.3)
-    assert torch.allclose(write(video, text, scale), clip_video.contrastive_loss(video, text, scale), atol=1e-5)
-    assert torch.allclose(write(5 * video, text, scale), write(video, text, scale), atol=1e-5)
+    expected = clip_video.contrastive_loss(video, text, scale)
+    assert torch.allclose(write(video, text, scale), expected, atol=1e-5), "the mean of two cross-entropies, in nats"
+    assert torch.allclose(write(5 * video, text, scale), write(video, text, scale), atol=1e-5), "cosines know no length"
 
 
 def test_ex07_retrieval():
@@ -110,10 +112,11 @@ def test_ex09_bridge():
     torch.manual_seed(0)
     bridge = exercise.Bridge(16, 24, 4)
     x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 24)
-    assert torch.equal(bridge(x, context), x)
+    assert torch.equal(bridge(x, context), x), "at the start x passes bit for bit"
     bridge(x, context).square().sum().backward()
     silent = {name.split(".")[0] for name, p in bridge.named_parameters() if p.grad is None or not p.grad.any()}
-    assert "gate" not in silent and exercise.silent_at_step_one() == silent
+    assert "gate" not in silent, "the gate itself must learn from the first step on"
+    assert exercise.silent_at_step_one() == silent, "what stands behind a closed gate"
     with torch.no_grad():
         bridge.gate.fill_(1.0)
     assert not torch.allclose(bridge(x, context), x)
