@@ -41,9 +41,10 @@ The idea, in steps:
    value: a query is compared with every key, the similarities become weights that sum to one, and the
    weights mix the values. With unit-variance entries a dot
    product of K numbers has variance K; dividing by sqrt(K) keeps the softmax away from saturation.
-3. `fused`, `flex` and `apart` give the same numbers, faster: by a ready-made kernel that never stores
-   the scores; by one that torch.compile writes for the mask's rule; clip by clip.
-4. `attention` is what the networks call; `choose` picks one of the four and says why.
+3. `piecewise`, `fused`, `flex` and `apart` give the same numbers with less: piece by piece, computed again
+   for the backward pass in place of being kept; by a ready-made kernel that never stores the scores;
+   by one that torch.compile writes for the mask's rule; clip by clip.
+4. `attention` is what the networks call; `choose` picks one of the five and says why.
 5. `Attention` adds the projections, `Mlp` the other half, `Block` the pre-norm residuals.
    `DropPath` and `sinusoid_table` complete the kit.
 
@@ -61,6 +62,7 @@ torch.Size([2, 3, 32])
 """
 
 import functools
+import itertools
 import time
 import warnings
 from dataclasses import dataclass
@@ -73,11 +75,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from processes import joined
 
-KERNELS = ("auto", "written_out", "fused", "flex", "apart")
+KERNELS = ("auto", "written_out", "piecewise", "fused", "flex", "apart")
 
-# On a CPU the written-out form keeps all scores for the backward pass. Above this many bytes the
-# fused kernel, which never stores them, is used instead.
-SCORES_LIMIT = 256 * 2**20
+# On a CPU the written-out form keeps all scores for the backward pass, up to KEPT bytes of them. Above, they
+# are computed in pieces of at most PIECE bytes, which stay in the processor's cache (LOG.md).
+KEPT, PIECE = 8 * 2**20, 4 * 2**20
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ class Mask:
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention, once in plain words and three times fast
+# Attention, once in plain words and four times with less
 
 
 def written_out(q, k, v, allowed=None, scale=None):
@@ -187,6 +189,56 @@ def written_out(q, k, v, allowed=None, scale=None):
     if allowed is not None:
         weights = weights.masked_fill(~allowed, 0)  # a row with nothing allowed: zeros, not a mean
     return weights.to(v.dtype) @ v
+
+
+def piecewise(q, k, v, mask=None, scale=None):
+    """The same numbers by `written_out`, on a part of clips, heads or queries at a time; the backward pass computes
+    each part again. All the scores are never there at once, and a piece fits into the cache, which
+    on a CPU is worth more than what is computed twice."""
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))                # one key head, shared
+    allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
+    if torch.is_autocast_enabled(q.device.type):  # as it would do to every product
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        return Piecewise.apply(q, k, v, allowed, scale)
+
+
+class Piecewise(torch.autograd.Function):
+    """See `piecewise`; one head of keys for each of queries, allowed a table or None."""
+
+    @staticmethod
+    def pieces(q, k, allowed):
+        """(place in q, place in k and v, that part of the table), piece by piece: some clips, or some heads of one, or
+        some queries of one head."""
+        (B, heads, Nq, _), row = q.shape, k.shape[2] * q.element_size()
+        most = [max(1, PIECE // (row * Nq * heads)), max(1, PIECE // (row * Nq)), max(1, PIECE // row)]
+        for starts in itertools.product(*(range(0, count, step) for count, step in zip((B, heads, Nq), most))):
+            clips, some, queries = (slice(start, start + step) for start, step in zip(starts, most))
+            part = None if allowed is None else allowed[clips if len(allowed) > 1 else slice(None), :, queries]
+            yield (clips, some, queries), (clips, some), part
+
+    @staticmethod
+    def forward(ctx, q, k, v, allowed, scale):
+        ctx.save_for_backward(q, k, v, allowed)
+        ctx.scale = scale
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # as the projection reads it
+        for of_q, of_k, part in Piecewise.pieces(q, k, allowed):
+            out[of_q] = written_out(q[of_q], k[of_k], v[of_k], part, scale)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, allowed = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+        for of_q, of_k, part in Piecewise.pieces(q, k, allowed):
+            inputs = [x.detach().requires_grad_() for x in (q[of_q], k[of_k], v[of_k])]
+            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+                out = written_out(*inputs, part, ctx.scale)
+            for whole, place, gradient in zip((grad_q, grad_k, grad_v), (of_q, of_k, of_k),
+                                              torch.autograd.grad(out, inputs, grad[of_q])):
+                whole[place] += gradient
+        return grad_q, grad_k, grad_v, None, None
 
 
 def fused(q, k, v, mask=None, scale=None):
@@ -308,7 +360,7 @@ def use(kernel, device="cpu"):
     if kernel != "auto":
         return f"{kernel} for all"
     if torch.device(device).type == "cpu":
-        return (f"written out up to {SCORES_LIMIT >> 20} MiB of scores, fused above; packed clips one by one; windows of "
+        return (f"written out up to {KEPT >> 20} MiB of scores, in pieces above; packed clips one by one; windows of "
                 "frames, without gradients, by FlexAttention")
     quickest = ", ".join(f"{name} {ms:.2f} ms" for name, ms in fastest_fused(device).items())
     reason = no_compiler("cuda")
@@ -321,10 +373,10 @@ def choose(q, k, mask=None):
 
     CUDA  No mask, or the past: `fused` (flash or cuDNN, see `fastest_fused`). Other masks: `flex`, from 128
           queries on; below that, or without a compiler, a table for `fused` is cheap.
-    CPU   `written_out`: its matrix products use the fast bfloat16 units, which the fused CPU kernel does
-          not (2 to 4 times, forward and backward). `fused` where the scores would fill the memory, and for
-          the past of more than 512 float32 tokens, half of which it leaves out. Packed clips: `apart`.
-          Windows of frames, without gradients: `flex`, for most blocks are empty.
+    CPU   `written_out`, and where its scores would not fit into the cache, `piecewise`: matrix products use the
+          fast bfloat16 units, which the fused CPU kernel does not (2 to 4 times, forward and backward).
+          `fused` for the past of more than 512 float32 tokens, half of which it leaves out. Packed clips:
+          `apart`. Windows of frames, without gradients: `flex`, for most blocks are empty.
     """
     kind, Nq, Nk = () if mask is None else mask.kind, q.shape[2], k.shape[2]
     compiling, cpu = torch.compiler.is_compiling(), q.device.type == "cpu"
@@ -340,7 +392,7 @@ def choose(q, k, mask=None):
     if kind == ("causal",) and Nq == Nk > 512 and q.dtype == torch.float32:
         return "fused"
     scores = q.shape[0] * q.shape[1] * Nq * Nk * q.element_size()
-    return "written_out" if scores <= SCORES_LIMIT else "fused"
+    return "written_out" if scores <= KEPT or compiling else "piecewise"
 
 
 def _known(kernel):
@@ -356,7 +408,7 @@ def attention(q, k, v, mask=None, *, scale=None, kernel=None):
     k, v    (B, heads, Nk, K) float, or (B, 1, Nk, K): one head of keys and values for all queries
     mask    Mask or None (every query sees every key)
     scale   factor on q k^T; default 1/sqrt(K)
-    kernel  "auto", "written_out", "fused", "flex" or "apart"; default: what `use` was told, "auto"
+    kernel  "auto", "written_out", "piecewise", "fused", "flex" or "apart"; default: what `use` was told, "auto"
     returns (B, heads, Nq, K)
     """
     kernel = chosen = _known(kernel or _always)
@@ -375,7 +427,7 @@ def attention(q, k, v, mask=None, *, scale=None, kernel=None):
     if kernel == "written_out":
         allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
         return written_out(q, k, v, allowed, scale)
-    return fused(q, k, v, mask, scale) if kernel == "fused" else apart(q, k, v, mask, scale)
+    return {"piecewise": piecewise, "fused": fused, "apart": apart}[kernel](q, k, v, mask, scale)
 
 
 # ------------------------------------------------------------------------------------------------

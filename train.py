@@ -135,7 +135,7 @@ class Stage:
     precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
                           choices=("auto", "bf16", "fp32"))
     attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and mask, see attention.choose",
-                          choices=("auto", "written_out", "fused", "flex"))
+                          choices=("auto", "written_out", "piecewise", "fused", "flex"))
     onednn: str = flag("auto", "CPU: float32 matrix products by oneDNN; auto = where a probe finds that faster and as exact",
                        choices=("auto", "on", "off"))
     compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half a minute and gains at "
@@ -2311,7 +2311,7 @@ def fit(stage, name):
     if stage.device == "cpu":
         stage.onednn, why_products = choose_products(stage.onednn)
         if stage.attention == "flex" and stage.steps:
-            raise Mistake("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, written_out or fused")
+            raise Mistake("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, written_out, piecewise or fused")
     first_process = processes.rank() == 0
     torch.manual_seed(stage.seed)
     model = stage.build().to(stage.device)

@@ -33,8 +33,9 @@ def masks(queries, keys):
 
 @pytest.mark.parametrize("kind", masks(1, 1))
 @pytest.mark.parametrize("queries, keys, heads", [(7, 7, 3), (1, 1, 3), (1, 9, 3), (4, 9, 3), (5, 5, 1)])
-def test_every_kernel_is_the_written_out_attention(kind, queries, keys, heads):
+def test_every_kernel_is_the_written_out_attention(kind, queries, keys, heads, monkeypatch):
     """The dispatch may pick what is fast only because the numbers are the same."""
+    monkeypatch.setattr(attention_file, "PIECE", 100)  # bytes: some heads or some queries at a time
     torch.manual_seed(queries * 10 + keys)
     mask = masks(queries, keys)[kind]
     inputs = [torch.randn(2, n, size, 8, dtype=torch.float64, requires_grad=True)
@@ -61,7 +62,7 @@ def test_every_kernel_is_the_written_out_attention(kind, queries, keys, heads):
     expected = torch.einsum("bhij,bhjk->bhik", weights, v.expand(-1, 3, -1, -1))
     upstream = torch.randn_like(expected)
     reference = torch.autograd.grad(expected, inputs, upstream)
-    for kernel in ("auto", "written_out", "fused") + ("apart",) * (kind == "segments"):
+    for kernel in ("auto", "written_out", "piecewise", "fused") + ("apart",) * (kind == "segments"):
         out = attention(q, k, v, mask, kernel=kernel)
         torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-10)
         for got, want in zip(torch.autograd.grad(out, inputs, upstream), reference):
@@ -203,7 +204,7 @@ def test_a_query_that_may_look_at_nothing_gets_zeros_and_gives_no_gradient_in_ev
     q = torch.randn(1, 2, 3, 4, requires_grad=True)
     nothing = Mask(is_token=torch.zeros(1, 3, dtype=torch.bool))
     elsewhere = Mask(segments=torch.zeros(1, 3, dtype=torch.int), query_segments=torch.ones(1, 3, dtype=torch.int))
-    for kernel, mask in (("written_out", nothing), ("fused", nothing), ("written_out", elsewhere), ("apart", elsewhere)):
+    for kernel, mask in (("written_out", nothing), ("piecewise", nothing), ("fused", nothing), ("written_out", elsewhere), ("apart", elsewhere)):
         out = attention(q, q, q, mask, kernel=kernel)
         assert out.eq(0).all() and torch.autograd.grad(out.sum(), q)[0].eq(0).all(), kernel
 
@@ -211,13 +212,34 @@ def test_a_query_that_may_look_at_nothing_gets_zeros_and_gives_no_gradient_in_ev
 def test_bfloat16_kernels_agree_within_their_rounding():
     q, k, v = torch.randn(3, 2, 4, 50, 16)
     exact = written_out(q, k, v)
-    for kernel in ("written_out", "fused"):
+    for kernel in ("written_out", "piecewise", "fused"):
         rough = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), kernel=kernel)
         assert (rough.float() - exact).abs().max() < 0.03
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = attention(q, k, v, kernel=kernel)
+        assert rough.dtype == torch.bfloat16 and (rough.float() - exact).abs().max() < 0.03
+
+
+def test_in_pieces_no_scores_are_kept_and_large_ones_are_taken_so(monkeypatch):
+    monkeypatch.setattr(attention_file, "KEPT", 4 * 3 * 2 * 50 * 50)
+    monkeypatch.setattr(attention_file, "PIECE", 4 * 20 * 50)
+    q, k, v = torch.randn(3, 3, 2, 50, 8, requires_grad=True).unbind()
+
+    def kept(kernel):
+        most = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: most.append(x.numel()) or x, lambda x: x):
+            out = attention(q, k, v, kernel=kernel)
+        return max(most), torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    (scores, whole), (inputs, pieces) = kept("written_out"), kept("piecewise")
+    assert scores == 3 * 2 * 50 * 50 and inputs == q.numel()
+    for a, b in zip(whole, pieces):
+        torch.testing.assert_close(a, b)
+    assert choose(q, k) == "written_out" and choose(q, k.repeat(1, 1, 2, 1)) == "piecewise"
 
 
 def test_an_unknown_kernel_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="auto, written_out, fused, flex or apart"):
+    with pytest.raises(ValueError, match="auto, written_out, piecewise, fused, flex or apart"):
         attention(*torch.zeros(3, 1, 1, 1, 1), kernel="flash")
 
 

@@ -216,7 +216,7 @@ def test_the_short_cuts_give_the_numbers_of_the_plain_form(dual):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "written_out", "fused"])
+@pytest.mark.parametrize("kernel", ["auto", "written_out", "piecewise", "fused"])
 def test_clips_packed_in_one_row_are_what_they_would_be_alone(kernel):
     """Lengths, sizes and mask ratios may differ; loss and gradients are those of the clips one by one."""
     model = toy(positions="axes").double()

@@ -333,7 +333,7 @@ def bench_attention():
                         if learn:
                             torch.autograd.grad(out.sum(), inputs)
                     return run
-                kernels = ["written_out", "fused"] + ["apart"] * (what[:1] == "8")
+                kernels = ["written_out", "piecewise", "fused"] + ["apart"] * (what[:1] == "8")
                 if mask is not None and not (DEVICE == "cpu" and learn) and not attention.no_compiler(DEVICE):
                     kernels.append("flex")
                 with torch.set_grad_enabled(learn):

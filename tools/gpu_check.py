@@ -74,7 +74,7 @@ def part_kernels():
                 exact = [x.detach().double().requires_grad_() for x in inputs]
                 expected = attention.attention(*exact, mask, kernel="written_out")
                 reference = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
-                for kernel in ("written_out", "fused", "flex", "auto"):
+                for kernel in ("written_out", "piecewise", "fused", "flex", "auto"):
                     learn = not (DEVICE == "cpu" and kernel == "flex")
                     try:
                         with torch.set_grad_enabled(learn):
