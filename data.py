@@ -11,7 +11,10 @@ The idea in steps.
 1. A `Video` finds out when each frame is shown, then seeks to the last keyframe before a wanted one
    and decodes from there. Frames are known by their time, never by counting. Rotation, the shape of
    pixels and the matrix of colours are applied.
-2. `choose_frames` and `crop_frames` are ours or, by name, the official ones of each family.
+2. `choose_frames` takes, by `dense` (the default of stage one), every 4th frame, from a random start in training
+   and from the middle in evaluation; by `segment` (of the other stages), one frame of each of T equal parts, a
+   random one in training and the middle one in evaluation; or, by name, as the official code of each family
+   does. So does `crop_frames` with what it cuts out.
    annotations.py knows which files there are, and what is said of them.
 3. `batches` and `held_out` collate files, or clips of moving_shapes.py. Step k holds the same clips for any
    number of workers and after any resume, because each draw is a function of (seed, index, epoch); tar

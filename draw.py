@@ -6,7 +6,7 @@
     captions     frames of a clip, what the model writes, what it was told
     attention    where the caption decoder looks at each word
     confusion    what was said for what
-    gates        the bridge opening: gates and score weights over training
+    gates        the bridge opening: gates and shares over training
     looks        where tokens of one model look in another
     segments     what happens when in long videos: truth and what was found
     table        the rows of the default run
@@ -186,7 +186,7 @@ def confusion(tables, names, path):
 
 
 def gates(lines, path):
-    """Gates and score weights over training, from the lines of log.jsonl; keys with "gate" or "share"."""
+    """Gates and shares over training, from the lines of log.jsonl; keys with "gate" or "share"."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), facecolor="white", layout="constrained")
     for axis, word, label in zip(axes, ("gate", "share"), ("tanh of each gate", "share of each score")):

@@ -22,7 +22,8 @@ The idea, in steps:
 2. `InternVideo` places bridges before chosen blocks of the masked encoder; each reads the multimodal
    encoder after a chosen layer. The last bridge goes the other way, with the class token as its query.
 3. Both heads give scores. Their shares are a softmax of learned numbers that start equal: at the start
-   the whole is exactly the equal average of two working models' logits, late fusion without a bridge.
+   the whole is exactly the equal average of two working models' logits (which `late_fusion`, below, is not:
+   it averages probabilities). An expert whose classes are others than the data's gets a fresh head first.
 4. `InternVideo.freeze`: trained are bridges, gates, shares, the classification layers with their norms, and
    the multimodal query token. All else is frozen and stays in eval mode (BatchNorm, dropout). It runs without
    gradients where nothing trained comes before it: the frames of the multimodal encoder, and the masked
@@ -35,10 +36,10 @@ The idea, in steps:
 
 Nothing of this was released: no code, no weights, no list of layers. The paper's sentences and figure
 give steps 1 to 4; what they leave open is an argument here, with a default that we inferred:
-where the bridges stand (paper: "all stages"; ours: four, evenly, the last before the last block), which
-multimodal layers they read (as far up as the block that follows the bridge), which tokens give keys (all,
-with the class tokens), heads (the masked encoder's), gates (one number each), how scores combine (convex,
-of logits). With two multimodal encoders, a VideoMAE-H with UniFormerV2-B and -L, it is InternVideo-T, the
+where the bridges stand (paper: "all stages"; ours: four, evenly, the last before the last block; before each
+of fewer blocks), which multimodal layers they read (as far up as the block that follows the bridge), which
+tokens give keys (all, with the class tokens), heads (the masked encoder's), gates (one number each), how
+scores combine (convex, of logits); flags change all but the form of gates and sum. With two multimodal encoders, a VideoMAE-H with UniFormerV2-B and -L, it is InternVideo-T, the
 paper's model for 91.1 %: two bridges at each place, three scores.
 
 Numbers: for VideoMAE-H and UniFormerV2-L a bridge has 19.0 M parameters and the last one 13.1 M; with
@@ -123,12 +124,12 @@ class InternVideo(nn.Module):
                  None: four, evenly spread, the last before the last block (`evenly`)
     layers       for each of them, after which layer of the multimodal encoder it reads; None: the layer
                  that is as far up its model as the block that follows the bridge is in its own: for
-                 block 7 of 32, layer 5 of 24. With two encoders a list for each
+                 block 7 of 32, layer 5 of 24, both counted from 0. With two encoders a list for each
     last         False: no bridge back, so that the multimodal class token asks nothing; and with before=[]
                  it alone asks. One direction at a time, for comparison
     heads        of the bridges; None: the masked encoder's. The last bridge has the multimodal encoder's.
     source       "all": keys and values from patch and class tokens; "patches": without class tokens
-    gates        False: bridges without gates (the start is then no longer late fusion)
+    gates        False: bridges without gates (the start is then no longer the experts' average)
     bridges      False: none at all, before=[] and last=False: only heads and the learned sum of scores
     drop         dropout before both heads, a probability (paper: 0.9)
 
@@ -203,7 +204,7 @@ class InternVideo(nn.Module):
         self.frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
 
     def learned(self):
-        """The modules and parameters that train (InternVideo, Sec. 3.2: bridges, gates, score weights,
+        """The modules and parameters that train (InternVideo, Sec. 3.2: bridges, gates, shares,
         classification layers, and the multimodal encoder's query token). Of the masked encoder's two norms
         one is the classifier's, the other an Identity: see `pool` of mae.VideoClassifier."""
         yield from (self.bridges, self.last, self.balance, self.masked.encoder.norm, self.masked.fc_norm,

@@ -25,7 +25,8 @@ The idea, in steps.
    segment may be found once, and the area under precision over recall counts. `MeanSegments` is the trivial
    baseline: it knows the training set's habits and looks at no video.
 6. `stream` runs the head as features arrive. It consists of convolutions, so a step depends on `margin` steps to
-   either side and no more: in pieces it gives what it gives for the whole, and memory stays flat.
+   either side and no more: in pieces its answers are those for the whole, and frames and features take a
+   fixed part of memory; only segments, a few numbers each, pile up.
 
 Where we differ. ActionFormer reads with attention in windows, over a pyramid of six time scales, each with its
 own range of lengths; ours reads with a few dilated convolutions at one scale, which suits actions whose lengths

@@ -114,15 +114,19 @@ _VOCABULARY = {  # fact -> value -> every phrase that states it
 
 
 def phrasings(facts):
-    """Every sentence that `describe` may choose for these facts, as a list of str.
+    """Every sentence that `describe` may choose for these facts, as a tuple of str.
 
     facts   dict with "motion" and any of "shape", "colour", "size"; what is absent is not said
     """
-    motion, colour = facts["motion"], facts.get("colour")
+    return _phrasings(*(facts.get(fact) for fact in ("motion", "shape", "colour", "size")))
+
+
+@functools.lru_cache(maxsize=None)  # a few thousand facts, asked for with every clip
+def _phrasings(motion, shape, colour, size):
     sizes = ("",)  # for no mention; a growing thing is neither small nor large
-    if "size" in facts and motion not in ("grow", "shrink"):
-        sizes += SIZE_WORDS[facts["size"]]
-    noun, determiners = facts.get("shape", "shape"), ("a", "the")
+    if size and motion not in ("grow", "shrink"):
+        sizes += SIZE_WORDS[size]
+    noun, determiners = shape or "shape", ("a", "the")
     if motion in ("meet", "part"):
         noun, determiners = _PLURALS[noun], ("two", "the two")
     sentences = []
@@ -134,7 +138,7 @@ def phrasings(facts):
             words.insert(0, determiner)
         for template, verb in itertools.product(TEMPLATES, MOTION_PHRASES[motion]):
             sentences.append(template.format(it=" ".join(words), verb=verb))
-    return sentences
+    return tuple(sentences)
 
 
 def describe(facts, rng):

@@ -26,7 +26,7 @@ The idea, in steps:
 2. Equations live in the components (mae.reconstruction_loss), choices on the cards (mask ratio).
 3. Randomness is a function of (seed, step) alone: masks, dropout and the choice of clips are drawn
    from generators seeded so. There is no loader state to save, and a run that was killed and
-   resumed ends with the same weights, bit for bit. Nor does it matter how many workers load clips,
+   resumed on the same processor, with as many threads, ends with the same weights, bit for bit. Nor does it matter how many workers load clips,
    or, within rounding, how many processes share a batch. (Tar shards alone are not repeatable so.)
 4. Evaluation seeds itself: the same held-out clips, the same masks, every time.
 5. What goes wrong ends in one line: a `Mistake` of the user's, exit code 2; a `Failure` of the machine
@@ -104,8 +104,13 @@ def flag(default, help, low=None, high=None, choices=None):
 
 @dataclass
 class Stage:
-    """A recipe. Cards inherit the fields below and define `build`, `datasets`, `loss`; they may
-    redefine `evaluate`, `note` and `pictures`."""
+    """A recipe. Cards inherit the fields below; `STAGES`, at the end of the cards, gives them their names. A card defines
+
+    build()                  -> the model, untrained or from weights, with a dict `config` of what it was made with
+    datasets()               -> (training set, held-out set); an item is a dict with "video", see data.py
+    loss(model, batch, rng)  -> (loss, {name: number}); chance comes from the generator `rng` alone
+
+    and may redefine `evaluate`, `note` (the protocol in words), `pictures`, and whatever else it does otherwise."""
 
     data: str = flag("", "folder of videos, or a list of `path label` lines; default: generated moving shapes")
     val_data: str = flag("", "the same for evaluation; default: every tenth file of --data")
@@ -130,6 +135,7 @@ class Stage:
     spike: float = flag(0.0, "leave out steps whose loss is more than so many times its running mean; 0 = none", low=0)
     ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; 0 = none",
                       low=0, high=1)
+    figures: bool = flag(True, "pictures at the end of the run; --no-figures saves some seconds")
     seed: int = flag(0, "of everything random", low=0)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
@@ -1121,7 +1127,7 @@ class Classify(Labels):
     Fine-tune all of it, or leave it frozen and train a probe on its features, which are computed once. On moving
     shapes three questions at once, motion, shape and colour, each with a softmax of its own; else the label."""
 
-    steps: int = flag(500, "optimiser steps; 0 = evaluate only (paper: 35 to 100 epochs of Kinetics-400)", low=0)
+    steps: int = flag(500, "optimiser steps; 0 = evaluate only (VideoMAE, UniFormerV2: 35 to 100 epochs of Kinetics-400)", low=0)
     lr: float = flag(6e-3, "learning rate as it is; overrides --blr when above 0 (papers: 5e-4 to 2e-3 per 256 clips "
                            "for VideoMAE, 1e-5 for UniFormerV2)", low=0)
     mode: str = flag("finetune", "finetune = train everything; probe = a linear layer, attentive = a query that asks "
@@ -1310,7 +1316,7 @@ class Classify(Labels):
 @dataclass
 class Fuse(Labels):
     """Stage four: a bridge between two frozen experts, and a learned sum of their scores (InternVideo, Sec. 3.2,
-    Cross-Model Interaction). Only bridges, gates, score weights, heads and query tokens train."""
+    Cross-Model Interaction). Only bridges, gates, shares, heads with their norms and query tokens train."""
 
     num_frames: int = flag(0, "frames per clip; 0 = the most that an encoder looks at (paper: 16)", low=0)
     input_size: int = flag(0, "height and width in pixels; 0 = the largest that an encoder looks at (paper: 224)", low=0)
@@ -1321,7 +1327,7 @@ class Fuse(Labels):
     batch_size: int = flag(32, "clips per process and step (paper: 64)", low=1)
     lr: float = flag(3e-3, "learning rate as it is; overrides --blr when above 0 (paper: 5e-5, or 5e-6: it prints "
                            "5 x 10^5)", low=0)
-    scalar_scale: float = flag(30.0, "factor on the learning rate of gates and score weights: a step of AdamW moves each "
+    scalar_scale: float = flag(30.0, "factor on the learning rate of gates and shares: a step of AdamW moves each "
                                      "number alike, and these few have far to go (paper: none named)", low=0)
     warmup: float = flag(0.2, "share of the steps that warm up linearly from 0 (paper: 1 of 5 epochs)", low=0, high=1)
     weight_decay: float = flag(0.001, "weight decay, on matrices only (paper: 0.001)", low=0)
@@ -1401,22 +1407,22 @@ class Fuse(Labels):
         return loss, metrics
 
     def note(self):
-        return super().note() + ("; untrained, the bridges are silent: step 0 is late fusion with equal weights, and what is gained from "
-                "there on is what training the bridge, heads and weights adds")
+        return super().note() + ("; untrained, the bridges are silent: step 0 is the equal average of both experts' logits, and what is "
+                                 "gained from there on is what training bridges, heads and shares adds")
 
     def finish(self, model):
-        """As all cards with labels; before that, for a picture, late fusion of the two experts as they came, with
-        equal weights. Here, where all processes are, for they share the clips."""
+        """As all cards with labels; before that, for a picture, the equal average of the experts' logits as they came.
+        Here, where all processes are, for they share the clips."""
         self.before_training, classes = {}, sum(map(len, self.questions.values()))
-        experts = [] if self.weights else self.experts()
+        experts = [] if self.weights or not self.figures else self.experts()
         if experts and all(expert.config["classes"] == classes for expert in experts):  # else nothing could answer
             late, kept = fusion.InternVideo(experts[0], experts[1:], bridges=False).to(self.device).eval(), self.confusion
             self.measure(late, self.held_out(self.sets[1], self.eval_clips, self.eval_batch), "", keep=True)
-            self.before_training, self.confusion = {"late fusion before": self.confusion}, kept
+            self.before_training, self.confusion = {"equal average, before": self.confusion}, kept
         return super().finish(model)
 
     def confusions(self):
-        """Of late fusion, and of what training made of it."""
+        """Of the experts' average, and of what training made of it."""
         return self.before_training | {"after": self.confusion}
 
     def pictures(self, model, batch, folder):
@@ -2526,8 +2532,9 @@ def leave(stage, name, model, tensors, batch, report):
     out = Path(stage.out)
     weights.save(out, tensors, model.config)
     stage.extras(out)
-    drawn = stage.pictures(model, batch, out) + (draw.curve(out, name) if stage.steps else [])
-    print("pictures: " + ", ".join(str(path) for path in drawn))
+    if stage.figures:
+        drawn = stage.pictures(model, batch, out) + (draw.curve(out, name) if stage.steps else [])
+        print("pictures: " + ", ".join(str(path) for path in drawn))
     weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
 
 
@@ -2679,7 +2686,7 @@ def compare(out, seed, clips=1000):
             ("masked encoder", alone("masked"), runs["masked"]["trained"], cost["mae"] + cost["masked"]),
             ("multimodal encoder", alone("multimodal"), runs["multimodal"]["trained"], cost["clip"] + cost["multimodal"]),
             ("late fusion, equal", lambda split: late(split, 0.5), 0, experts),
-            (f"late fusion, tuned ({1 - share:.2f}, {share:.2f})", lambda split: late(split, share), 1, experts),
+            (f"late fusion, tuned on validation ({1 - share:.2f}, {share:.2f})", lambda split: late(split, share), 1, experts),
             ("cross-model attention", alone("bridge"), runs["fuse"]["trained"], experts + cost["fuse"])):
         rows[name] = {key.replace("_", " "): value for key, value in score("test").items()}
         rows[name] |= {"unseen " + key.replace("_", " "): value for key, value in score("unseen").items()}

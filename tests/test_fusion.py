@@ -1,6 +1,6 @@
 """What is proved about fusion.py:
 
-at the start every stream is what it was, bit for bit, and the sum is late fusion with equal weights; only
+at the start every stream is what it was, bit for bit, and the sum is the equal average of logits; only
 gates have a gradient then, and the rest later; frozen tensors never move and stay in eval mode; running them
 without gradients changes no gradient; the experts listen to each other once gates open; a saved whole loads
 alone; each option does what it says; what cannot work is refused in one line; late fusion by hand.

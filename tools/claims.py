@@ -157,7 +157,7 @@ def do(out, seed, name):
     flags = [str(folder(out, seed, part[1:-1])) if part.startswith("{") else part for part in RUNS[name].split()]
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "run.log", "a") as log:
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--seed", str(seed), "--resume", "--out", str(place)],
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--seed", str(seed), "--no-figures", "--resume", "--out", str(place)],
                               stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"claims.py: {name}, seed {seed}, ended with exit code {done.returncode}; see {place}/run.log")
@@ -308,7 +308,7 @@ def as_text(facts):
             lines += [f"| {ratio:.0%} | {seen} | {flops:.0f} | {both:.0f} | {ms:.0f} |"
                       for ratio, seen, flops, both, ms in facts["costs"]]
         lines.append("")
-    lines += ["## The runs", "", "`{name}` is the folder of that run; each also has `--seed`.", "", "| run | flags of train.py |", "|---|---|"]
+    lines += ["## The runs", "", "`{name}` is the folder of that run; each also has `--seed` and `--no-figures`.", "", "| run | flags of train.py |", "|---|---|"]
     lines += [f"| {name} | `{RUNS[name]}` |" for name in wanted()]
     return "\n".join(lines) + "\n"
 
