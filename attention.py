@@ -77,8 +77,9 @@ from processes import joined
 
 KERNELS = ("auto", "written_out", "piecewise", "fused", "flex", "apart")
 
-# On a CPU the written-out form keeps all scores for the backward pass, up to KEPT bytes of them. Above, they
-# are computed in pieces of at most PIECE bytes, which stay in the processor's cache (LOG.md).
+# On a CPU the written-out form keeps all weights for the backward pass, up to KEPT bytes of them. Above, they
+# are computed in pieces of at most PIECE bytes, twice: some percent more time, and no more memory than
+# fused kernels take (LOG.md).
 KEPT, PIECE = 8 * 2**20, 4 * 2**20
 
 
@@ -177,34 +178,37 @@ class Mask:
 
 
 def written_out(q, k, v, allowed=None, scale=None):
-    """softmax(q k^T / sqrt(K)) v, in five lines (arXiv 1706.03762, Sec. 3.2.1, Scaled Dot-Product).
+    """softmax(q k^T / sqrt(K)) v, in a few lines (arXiv 1706.03762, Sec. 3.2.1, Scaled Dot-Product).
 
     q (B, heads, Nq, K), k and v (B, heads or 1, Nk, K); allowed as `Mask.allowed`; returns as q.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q * scale) @ k.transpose(-2, -1)                               # (B, heads, Nq, Nk)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1)
-    if allowed is not None:
-        weights = weights.masked_fill(~allowed, 0)  # a row with nothing allowed: zeros, not a mean
-    return weights.to(v.dtype) @ v
+    return weights_of(q * scale, k, allowed).to(v.dtype) @ v
+
+
+def weights_of(q, k, allowed=None):
+    """How much of each value a query takes: (B, heads, Nq, Nk), rows sum to one, or to zero where nothing is allowed."""
+    scores = q @ k.transpose(-2, -1)
+    if allowed is None:
+        return scores.softmax(dim=-1)
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return weights.masked_fill(~allowed, 0)  # a row with nothing allowed: zeros, not a mean
 
 
 def piecewise(q, k, v, mask=None, scale=None):
-    """The same numbers by `written_out`, on a part of clips, heads or queries at a time; the backward pass computes
-    each part again. All the scores are never there at once, and a piece fits into the cache, which
-    on a CPU is worth more than what is computed twice."""
+    """The same numbers, for a part of clips, heads or queries at a time; the backward pass computes the weights of
+    each part again. All the weights are never there at once."""
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))                # one key head, shared
     allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
     if torch.is_autocast_enabled(q.device.type):  # as it would do to every product
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
         return Piecewise.apply(q, k, v, allowed, scale)
 
 
 class Piecewise(torch.autograd.Function):
-    """See `piecewise`; one head of keys for each of queries, allowed a table or None."""
+    """See `piecewise`; there is a head of keys for each of queries, allowed is a table or None."""
 
     @staticmethod
     def pieces(q, k, allowed):
@@ -219,25 +223,29 @@ class Piecewise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, allowed, scale):
-        ctx.save_for_backward(q, k, v, allowed)
-        ctx.scale = scale
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # as the projection reads it
         for of_q, of_k, part in Piecewise.pieces(q, k, allowed):
-            out[of_q] = written_out(q[of_q], k[of_k], v[of_k], part, scale)
+            out[of_q] = weights_of(q[of_q] * scale, k[of_k], part).to(v.dtype) @ v[of_k]
+        ctx.save_for_backward(q, k, v, allowed, out)
+        ctx.scale = scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v, allowed = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+        q, k, v, allowed, out = ctx.saved_tensors
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        # A softmax sends back w * (g - sum of w * g over keys), and that sum is the output times its gradient
+        # (FlashAttention, arXiv 2205.14135, Appendix B.2, Memory-efficient backward pass).
+        share = (grad * out).sum(dim=-1, keepdim=True)                       # (B, heads, Nq, 1)
+        # (a^T b)^T in place of b^T a: the large matrix as it lies is read twice as fast.
         for of_q, of_k, part in Piecewise.pieces(q, k, allowed):
-            inputs = [x.detach().requires_grad_() for x in (q[of_q], k[of_k], v[of_k])]
-            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-                out = written_out(*inputs, part, ctx.scale)
-            for whole, place, gradient in zip((grad_q, grad_k, grad_v), (of_q, of_k, of_k),
-                                              torch.autograd.grad(out, inputs, grad[of_q])):
-                whole[place] += gradient
+            scaled, upstream = q[of_q] * ctx.scale, grad[of_q]
+            weights = weights_of(scaled, k[of_k], part)
+            grad_v[of_k] += (upstream.transpose(-2, -1) @ weights.to(v.dtype)).transpose(-2, -1)
+            scores = (upstream @ v[of_k].transpose(-2, -1)).sub_(share[of_q]).mul_(weights)
+            grad_q[of_q] = (scores @ k[of_k]).mul_(ctx.scale)
+            grad_k[of_k] += (scaled.transpose(-2, -1) @ scores).transpose(-2, -1)
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -373,8 +381,8 @@ def choose(q, k, mask=None):
 
     CUDA  No mask, or the past: `fused` (flash or cuDNN, see `fastest_fused`). Other masks: `flex`, from 128
           queries on; below that, or without a compiler, a table for `fused` is cheap.
-    CPU   `written_out`, and where its scores would not fit into the cache, `piecewise`: matrix products use the
-          fast bfloat16 units, which the fused CPU kernel does not (2 to 4 times, forward and backward).
+    CPU   `written_out`, and where its scores would take much memory, `piecewise`: matrix products use the fast
+          bfloat16 units, which the fused CPU kernel does not (2 to 4 times, forward and backward).
           `fused` for the past of more than 512 float32 tokens, half of which it leaves out. Packed clips:
           `apart`. Windows of frames, without gradients: `flex`, for most blocks are empty.
     """
