@@ -41,6 +41,7 @@ import itertools
 import math
 import operator
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -497,6 +498,30 @@ def render(scene, only=slice(None)):
     return video
 
 
+KEPT = 1 << 15  # clips of each kind that `keep` has room for
+_shelf = None  # the folder of `keep`
+
+
+def keep(folder):
+    """From now on this process, and those it forks, write clips that MovingShapes renders into files in `folder`, and read what is
+    there already: for many runs that see the same clips, one after the other or at the same time. None ends it.
+
+    One sparse file for each split, size and seed: KEPT records of a byte, 1 = there, and the pixels. Two who render
+    the same clip at once write the same bytes.
+    """
+    global _shelf
+    _shelf = folder and Path(folder)
+    if folder:
+        _shelf.mkdir(parents=True, exist_ok=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _records(path, size):
+    with open(path, "ab") as file:
+        file.truncate(KEPT * size)
+    return np.memmap(path, np.uint8, "r+", shape=(KEPT, size))
+
+
 class MovingShapes:
     """An endless, deterministic world of one coloured shape doing one of 16 motions.
 
@@ -554,6 +579,18 @@ class MovingShapes:
         index = index % self.count if self.count else index
         return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
 
+    def _pixels(self, index, scene):
+        """render(scene), or what `keep` has kept of it."""
+        index = index % self.count if self.count else index
+        if not _shelf or index >= KEPT or self.shown != MOTIONS:
+            return render(scene)
+        shape = (self.frames, *self.size, 3)
+        record = _records(_shelf / f"{self.split}-{'x'.join(map(str, shape))}-{self.seed}", 1 + math.prod(shape))[index]
+        if not record[0]:
+            record[1:] = render(scene).ravel()
+            record[0] = 1  # last: whoever sees it sees the pixels
+        return np.array(record[1:]).reshape(shape)
+
     def scene(self, index):
         """The `Scene` behind self[index]."""
         return self._draw(index)[0]
@@ -562,7 +599,7 @@ class MovingShapes:
         scene, rng = self._draw(index)
         silent = self.told < 1 and rng.random() >= self.told
         caption = still(scene.facts, self.frames, rng)[1] if silent else describe(scene.facts, rng)
-        return {"video": render(scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
+        return {"video": self._pixels(index, scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
                 "caption": caption}
 
 

@@ -474,7 +474,7 @@ class Clip(Stage):
     image_batch: int = flag(64, "pairs in a batch of images, per process (paper: 86,016 in all, 6 times the videos)",
                             low=1)
     image_data: str = flag("", "pictures and sentences, a list like that of --data; default: frames of the videos")
-    test: bool = flag(False, "moving shapes: at the end measure on the test split, too, which no choice has ever seen")
+    test: int = flag(0, "moving shapes: at the end measure on so many clips of the test split, too, which no choice has ever seen", low=0)
     motion_words: float = flag(1.0, "moving shapes: share of captions that name the motion; the others say what one "
                                "frame shows, as most captions of the web do", low=0, high=1)
     freeze_text: bool = flag(False, "do not train the text tower")
@@ -757,7 +757,7 @@ class Clip(Stage):
                     said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
         metrics = {}
         if self.test and not self.data:
-            metrics |= self.measure(model, self.held_out(self.world("test"), self.eval_clips, self.eval_batch),
+            metrics |= self.measure(model, self.held_out(self.world("test"), self.test, self.eval_batch),
                                     self.classes_of(model), "test_")
         if self.data and self.sets[1].classes and self.sets[1].captions:
             metrics |= self.recognise(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
@@ -984,7 +984,7 @@ class Labels(Stage):
                          choices=tuple(data.SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
                           "the published models (paper: videomae, uniformerv2)", choices=tuple(data.TRANSFORMS))
-    test: bool = flag(False, "moving shapes: at the end measure on the test split, too, which no choice has ever seen")
+    test: int = flag(0, "moving shapes: at the end measure on so many clips of the test split, too, which no choice has ever seen", low=0)
     train_clips: int = flag(0, "train on so many clips, over and over, to see what few labels are worth; 0 = all", low=0)
     flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
     area: float = flag(0.0, "files: smallest share of a frame that a random crop keeps; 0 = as --transform has it (paper: 0.08)",
@@ -1065,7 +1065,7 @@ class Labels(Stage):
         test split."""
         if self.test and not self.data:
             world = moving_shapes.MovingShapes("test", self.num_frames, self.input_size, self.seed).only(self.sets[1].shown)
-            return self.measure(model, self.held_out(world, self.eval_clips, self.eval_batch), "test_")
+            return self.measure(model, self.held_out(world, self.test, self.eval_batch), "test_")
         if self.test_clips * self.test_crops == 1:
             return {}
         views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,

@@ -205,7 +205,7 @@ def test_mistakes_get_one_line(finished, tmp_path, capsys, flags, complaint):  #
 def test_fine_tuned_retrieval_reports_all_ranks_and_its_protocol(finished, tmp_path, capsys):  # noqa: F811
     small = ("retrieve", "--weights", str(finished), "--num-frames", "4", "--input-size", "16")
     assert run(*small, "--gallery", "5", out=tmp_path / "run") == 2 and "--gallery: here all of" in capsys.readouterr().err
-    assert run(*small, "--test", out=tmp_path / "run") == 0
+    assert run(*small, "--test", "10", out=tmp_path / "run") == 0
     told = capsys.readouterr().out
     assert "zero-shot" not in told and "without the order R@1 cannot pass 50 %; chance" in told
     assert "moving shapes: 10 videos, 10 captions; 4 frames" in told and "chance is 10.0 %" in told

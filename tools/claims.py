@@ -2,7 +2,8 @@
 
     python tools/claims.py [--seeds 5]      make claims; a run that is there already is not done again
 
-Every experiment is a line of train.py on moving shapes, two at a time with one thread each; the two things that a claim compares
+Every experiment is a line of train.py on moving shapes, two at a time with one thread each, in processes forked from one that has
+imported it already and with the clips that another run has rendered (`moving_shapes.keep`); the two things that a claim compares
 see the same number of clips and differ in what the claim is about: one flag in most; where the claim is that more pretraining, or another
 expert, pays, in that. Numbers are of the test split, on which nothing was tuned. Leaves
 claims.md, claims.json and claims.png in --out (default runs/claims), and all runs in SEED/NAME there; `make figures` takes the first
@@ -19,10 +20,11 @@ import concurrent.futures
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
+import shutil
 import statistics
-import subprocess
 import sys
 import time
 from datetime import date
@@ -35,14 +37,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import mae  # noqa: E402, for what hiding costs; all else goes through train.py
+import moving_shapes  # noqa: E402
+import train  # noqa: E402
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t, two-sided, n - 1
 
 SIZE = "--input-size 32"
 MAE = f"mae --steps 900 --eval-every 900 --eval-clips 128 {SIZE}"
-LABELS = f"classify --steps 400 --eval-every 400 --eval-clips 500 --test {SIZE}"
-CLIP = f"clip --steps 700 --eval-every 700 --eval-clips 300 --gallery 300 --test --image-every 0 {SIZE}"
+LABELS = f"classify --steps 400 --eval-every 400 --eval-clips 32 --test 500 {SIZE}"
+CLIP = f"clip --steps 700 --eval-every 700 --eval-clips 32 --gallery 300 --test 300 --image-every 0 {SIZE}"
 GROWN = f"{CLIP} --local-units 0 --no-temporal-downsample --steps 400 --eval-every 400"
-FUSE = "fuse --masked {masked} --multimodal {multimodal} --steps 150 --eval-every 150 --eval-clips 500 --test"
+FUSE = "fuse --masked {masked} --multimodal {multimodal} --steps 150 --eval-every 150 --eval-clips 32 --test 500"
 SEGMENTS = "localise --steps 150 --eval-every 150 --videos 100"
 PRETRAINED = {  # stage one, and what one flag changes
     "random": "--mask-type random", "frame": "--mask-type frame", "half": "--mask-ratio 0.5", "divided": "--space-time divided",
@@ -59,8 +63,8 @@ RUNS = {  # name -> flags of train.py; {name} is the folder of that run
     "few negatives": f"{CLIP} --batch-size 8 --steps 2800 --eval-every 2800 --lr 1e-3",  # as many clips
     "images": f"clip --kind frames --image-every 1 --image-batch 32 --steps 500 --eval-every 500 --eval-clips 100 {SIZE}",
     "from images": f"{GROWN} --weights {{images}}", "from nothing": GROWN,
-    "probe of masked": f"classify --mode probe --weights {{tube}} --test --eval-clips 500 {SIZE}",
-    "probe of multimodal": f"classify --mode probe --weights {{clip}} --test --eval-clips 500 {SIZE}",
+    "probe of masked": f"classify --mode probe --weights {{tube}} --test 500 --eval-clips 32 {SIZE}",
+    "probe of multimodal": f"classify --mode probe --weights {{clip}} --test 500 --eval-clips 32 {SIZE}",
     "segments of masked": f"{SEGMENTS} --weights {{tube}}", "segments of post-pretrained": f"{SEGMENTS} --weights {{masked}}",
     "multimodal": f"{LABELS} --weights {{clip}} --steps 200 --eval-every 200 --lr 2e-3 --layer-decay 0.75",
     "fusion": FUSE, "late, equal": f"{FUSE} --steps 0", "late, learned": f"{FUSE} --no-bridges",
@@ -149,6 +153,25 @@ def folder(out, seed, name):
     return out / str(seed) / name.replace(" ", "_").replace(",", "")
 
 
+def clips_of(out, seed):
+    """Where the clips of a seed lie while its runs go on."""
+    return out / str(seed) / "clips"
+
+
+FORKS = multiprocessing.get_context("forkserver")  # the server forks before anything has started a thread
+FORKS.set_forkserver_preload(["train"])
+
+
+def train_with(flags, log, clips):
+    """What a process of its own does: train.py with these flags, all that it says in a file."""
+    with open(log, "a", buffering=1) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    multiprocessing.set_start_method("fork", force=True)  # of the runs' own workers, as if train.py had been started
+    moving_shapes.keep(clips)
+    raise SystemExit(train.main(flags))
+
+
 def do(out, seed, name):
     """One run, unless its metrics are there; returns whether it was needed."""
     place = folder(out, seed, name)
@@ -156,11 +179,12 @@ def do(out, seed, name):
         return False
     flags = [str(folder(out, seed, part[1:-1])) if part.startswith("{") else part for part in RUNS[name].split()]
     place.mkdir(parents=True, exist_ok=True)
-    with open(place / "run.log", "a") as log:
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--seed", str(seed), "--no-figures", "--resume", "--out", str(place)],
-                              stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"claims.py: {name}, seed {seed}, ended with exit code {done.returncode}; see {place}/run.log")
+    flags += ["--seed", str(seed), "--no-figures", "--resume", "--out", str(place)]
+    process = FORKS.Process(target=train_with, args=(flags, str(place / "run.log"), str(clips_of(out, seed))))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"claims.py: {name}, seed {seed}, ended with exit code {process.exitcode}; see {place}/run.log")
     return True
 
 
@@ -180,6 +204,9 @@ def run_all(out, seeds, jobs):
                 made += future.result()
                 done.add(running.pop(future))
                 bar.update()
+            for seed in range(seeds):
+                if all((seed, name) in done for name in wanted()):
+                    shutil.rmtree(clips_of(out, seed), ignore_errors=True)
     return made
 
 
@@ -344,6 +371,7 @@ def main(argv=None):
         print("claims.py: --seeds must be 1 to 10, --jobs at least 1", file=sys.stderr)
         return 2
     out, started = Path(args.out), time.monotonic()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs, which inherit it
     out.mkdir(parents=True, exist_ok=True)
     made, before = run_all(out, args.seeds, args.jobs), out / "claims.json"
     again = not made and before.exists()  # a report anew, of runs that took what they took
