@@ -48,9 +48,12 @@ The idea, in steps:
 5. `Attention` adds the projections, `Mlp` the other half, `Block` the pre-norm residuals.
    `DropPath` and `sinusoid_table` complete the kit.
 
-Where we differ from common code: a key bias adds the same number to all scores of a query and
-softmax cannot see it, which is why VideoMAE has biases on queries and values only (bias="qv").
-DropPath drops samples, also where the official sequence-first code drops token positions.
+Biases are what each projection adds to all queries, keys or values. One on the keys adds the same number to
+all scores of a query, and softmax cannot see it, which is why VideoMAE has them on queries and values
+only (bias="qv").
+
+Where we differ from common code: DropPath drops samples, also where the official sequence-first code drops
+token positions.
 
 Numbers: one block of ViT-B holds 7.1 M parameters, 2.4 M of them in the attention.
 
@@ -174,7 +177,7 @@ class Mask:
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention, once in plain words and four times with less
+# Attention, once in plain words and four times with less memory or time
 
 
 def written_out(q, k, v, allowed=None, scale=None):

@@ -26,9 +26,10 @@ The idea, in steps:
    position code is added on the way, so the order of the tokens is irrelevant here: what is known
    about time is inside the tokens. (Official: places slowest, frames fastest. Any order will do.)
 2. There is no word embedding. The input are the features of a causal text tower (CLIP's), whose
-   token t has seen words 0..t and nothing later: half of the language model is there already.
+   token t has seen words 0..t and nothing later: half of the language model is there already. So one causal tower
+   serves both losses: contrast takes its token at the end, projected, captioning all tokens, not projected.
 3. `SelfBlock` differs from `attention.Block` in three ways. Attention and MLP are computed side by side,
-   from one norm and one product, instead of in turn (PaLM, arXiv 2204.02311, Sec. 2, Model
+   from one norm and one product, instead of in turn ("parallel blocks": PaLM, arXiv 2204.02311, Sec. 2, Model
    Architecture). All query heads share ONE head of keys and values (arXiv 1911.02150, Sec. 3,
    Multi-Query Attention), so that the cache of a decoder is `heads` times smaller. `rotate` turns
    queries and keys by their position, after which their dot product knows only how far apart they are
@@ -38,12 +39,14 @@ The idea, in steps:
    said, so all L-1 predictions are one pass. `chunked_caption_loss` is the same number with the
    same gradients, without ever holding (B*L, V) logits.
 6. `generate`, decoding: now its own words are the input and they come one by one. `step` keeps keys
-   and values of the past in a cache and gives the numbers that the full pass would give.
+   and values of the past in a cache, those of the text tower and of this decoder, and, once, those of the pooled
+   video; computed for each new word are its own queries, keys, values, MLPs and logits. The numbers are those of the full pass.
 
 Tied, masked, ignored: the vocabulary layer is NOT tied to the text tower's embedding. Attention
 over text is causal and needs no padding mask, since padding comes last. Padding is ignored in the
 loss; the end token is not: a decoder that never learns to predict it never stops. The start token
-is never a target, and the text features of the last position are never an input.
+is never a target, and the text features of the last position are never an input. (Without that shift the loss falls to
+zero: the model is asked for the word that it has just read.)
 
 Where we differ from the official code (CoTrain clip_decoders.py, coca.py), with equal numbers:
 cross attention runs as ONE head with L*heads queries, which saves all transposes; the loss skips

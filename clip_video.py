@@ -16,7 +16,7 @@ never given labels for.
 
 Cosines lie between -1 and 1: a softmax of them would be almost flat, however right they are. The factor
 exp(logit_scale), one over the temperature, is learned too; it starts at 1/0.07 and is kept within 1
-and 100.
+and 100 (ViCLIP's: at most 100).
 
 The idea, in steps:
 1. `Tokenizer` cuts sentences into pieces of words: the commonest pairs of symbols, merged again and
@@ -833,8 +833,8 @@ def retrieval_metrics(similarity, owner=None, grouped=False):
                 number of others at least as similar: ties count against us, and a model that
                 calls everything equal comes out last.
 
-    dsl_: dual softmax (CAMoE, arXiv 2109.04290, Dual Softmax Loss). Each similarity is weighted by
-    how strongly the other side wants the pair, a softmax over all queries of the test. It knows the
+    dsl_: dual softmax (CAMoE, arXiv 2109.04290, Dual Softmax Loss). Each similarity is multiplied by its own softmax
+    over all queries of the test, S * softmax(S): how much this query wants it, among all that could. It knows the
     whole test set, as no user would, and so is never shown without the raw numbers.
     """
     S = torch.as_tensor(similarity).detach().double().cpu()

@@ -1094,7 +1094,12 @@ def dead_worker(error):
         dead, how = found[1].split(", "), found[2]
     else:
         broken = isinstance(error, (ConnectionError, EOFError))
-        dead, how = [number for number, *_ in notes if broken and number and _has_ended(int(number))], "has ended"
+        numbers = [number for number, *_ in notes if broken and number]
+        for _ in range(40 if numbers else 0):  # a process closes its pipes a moment before it has ended
+            if any(_has_ended(int(number)) for number in numbers):
+                break
+            time.sleep(0.05)
+        dead, how = [number for number in numbers if _has_ended(int(number))], "has ended"
     if not dead:
         return None
     files = [path for number, _, path in notes if number in dead and path]

@@ -4,31 +4,34 @@
                     |                                       ^                     ^                |
                     |                                 keys, values           keys, values          |
                     |                                       |                     |                v
-                    +--> multimodal encoder (UniFormerV2) --+---------------------+--> class token asks -> score M
+                    +--> multimodal encoder (UniFormerV2) --+---------------------+--> global token asks -> score M
 
                     logits = (1 - u) * score A + u * score M,  u learned
 
 Why: masked modelling learns how things move, language what they are. InternVideo keeps both encoders
 as they are and lets them talk: tokens of the masked encoder ask the multimodal one at every stage, and
-at the end the multimodal class token asks the masked one (InternVideo, Sec. 3.2, Cross-Model
-Interaction). At several depths, because what an early block could use, edges and parts, the last layers no
+at the end the multimodal encoder's global token asks the masked one (InternVideo, Sec. 3.2, Cross-Model
+Interaction; the paper's "class token" and "query token", the one learned vector of uniformerv2.py that has read
+the clip; in a tower without global blocks, the mean class token). At several depths, because what an early block could use, edges and parts, the last layers no
 longer hold. It scored 91.1 % on Kinetics-400; how much of that plain averaging would have given the paper
 does not say. `train.py fuse` measures it.
 
 The idea, in steps:
 1. `CrossModelAttention` is the bridge: attention to the other model's tokens, then an MLP, each behind
    a gate tanh(g) that starts at 0. At the start nothing passes and every stream is what it was, bit
-   for bit; of the bridge only the gates have a gradient. Once they open, the rest learns.
+   for bit. Of tanh(g) * y the derivative by y is then tanh(0) = 0, by g it is y, which is not zero: of the bridge only
+   the gates have a gradient, and once they open, the rest learns.
 2. `InternVideo` places bridges before chosen blocks of the masked encoder; each reads the multimodal
-   encoder after a chosen layer. The last bridge goes the other way, with the class token as its query.
+   encoder after a chosen layer. The last bridge goes the other way, with the global token as its query.
 3. Both heads give scores. Their shares are a softmax of learned numbers that start equal: at the start
    the whole is exactly the equal average of two working models' logits (which `late_fusion`, below, is not:
    it averages probabilities). An expert whose classes are others than the data's gets a fresh head first.
 4. `InternVideo.freeze`: trained are bridges, gates, shares, the classification layers with their norms, and
-   the multimodal query token. All else is frozen and stays in eval mode (BatchNorm, dropout). It runs without
+   the global token's first value (the paper's query token). UniFormerV2's balance of its two tokens stays as it is;
+   all else, too, is frozen and stays in eval mode (BatchNorm, dropout). It runs without
    gradients where nothing trained comes before it: the frames of the multimodal encoder, and the masked
    encoder up to the first bridge. Gradients do pass through frozen weights after that: through the masked
-   blocks above the first bridge, and through the global blocks that the query token climbs. The later
+   blocks above the first bridge, and through the global blocks that the global token climbs. The later
    the first bridge, the cheaper a step.
 5. `late_fusion` (of probabilities, as published) and `best_weight` are the baselines that every bridge must
    beat; the strictest is `train.py fuse --no-bridges`, which trains heads and shares on their sum, bridges
@@ -125,7 +128,7 @@ class InternVideo(nn.Module):
     layers       for each of them, after which layer of the multimodal encoder it reads; None: the layer
                  that is as far up its model as the block that follows the bridge is in its own: for
                  block 7 of 32, layer 5 of 24, both counted from 0. With two encoders a list for each
-    last         False: no bridge back, so that the multimodal class token asks nothing; and with before=[]
+    last         False: no bridge back, so that the multimodal encoder's global token asks nothing; and with before=[]
                  it alone asks. One direction at a time, for comparison
     heads        of the bridges; None: the masked encoder's. The last bridge has the multimodal encoder's.
     source       "all": keys and values from patch and class tokens; "patches": without class tokens
@@ -486,7 +489,7 @@ def explain(model, clip, questions=None, top=3):
     for i, place in enumerate(model.before):
         rows.append((f"before block {place}: {masked.shape[1]} tokens ask layer "
                      + ", ".join(str(chosen[i]) for chosen in model.layers), "(B, N, D)", masked.shape))
-    rows += [("a class token asks the masked tokens, then", "(B, D)", feature.shape) for feature in features]
+    rows += [("its global token asks the masked tokens, then", "(B, D)", feature.shape) for feature in features]
     for name, letters, shape in rows:
         print(f"{name:45s} {letters:16s} {tuple(shape)}")
     for name, gate in model.named_parameters():

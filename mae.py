@@ -3,9 +3,10 @@
 Why: labels are dear and pixels are free. A network that can paint the hidden part of a clip must
 have understood what moves where. Neighbouring frames are nearly equal, so hiding single patches
 at random would let it copy the answer from the frame before; hiding the same places in all frames
-(a tube) takes that short cut away. A still picture is best hidden to 75 % (MAE, arXiv 2111.06377,
-Fig. 5); a clip says most things several times over, so more must be hidden before the task is hard
-enough to teach, and 90 % is best.
+(a tube) takes that short cut away. Every word of a sentence says something new, and BERT hides 15 %
+of them (arXiv 1810.04805, Sec. 3.1, Masked LM); a still picture repeats itself and is best hidden to 75 %
+(MAE, arXiv 2111.06377, Fig. 5); a clip says most things several times over, so still more must be hidden
+before the task is hard enough to teach, and 90 % is best.
 (VideoMAE, arXiv 2203.12602, Sec. 3.2, Characteristics of Video Data; the first stage of
 InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining.)
 
@@ -17,20 +18,24 @@ InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining.)
 The idea, in steps:
 1. A tubelet is 2 frames x 16 x 16 pixels: 16 x 224 x 224 makes 8 x 14 x 14 = 1568 tokens.
    `take_tubelets` cuts out just the ones asked for.
-2. `tube_mask` hides int(0.9 * 196) = 176 places in every frame; 20 remain, 160 in the clip.
+2. `tube_mask` hides int(0.9 * 196) = 176 places in every frame (89.8 %: int() rounds down); 20 remain,
+   160 in the clip.
 3. `Encoder` runs joint space-time attention, every token to every other, on those 160 only: a tenth
    of the tokens in projections and MLPs, a hundredth of the pairs in the attention, a block 12.7 times
-   cheaper in all. (`DividedBlock` is the rival: first over time, then over space.)
-4. `Decoder` puts a mask token at every hidden place and so sees all N positions, ten times what the
+   cheaper in all. It meets nothing but real tubelets, as later in fine-tuning, where a mask token would be
+   an input that never comes again. (`DividedBlock` is the rival: first over time, then over space.)
+4. `Decoder` puts a mask token at every hidden place, all of them alike but for the position code, which
+   says what is asked for there. So it sees all N positions, ten times what the
    encoder sees: it must be cheap. ViT-B's is half as wide and 4 blocks deep, to the encoder's 12. The
    work is lopsided on purpose: the encoder is kept, the decoder is thrown away. (Our tiny one is not
    lopsided: 96 wide and 4 deep beside 96 and 3; it has too little width to halve.)
 5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so that the loss
-   is about structure. Predicting plain zeros, the mean of each tubelet, costs about 1.0: the
-   trivial baseline, and the number to compare every curve with.
+   is about structure. Predicting plain zeros, the mean of each tubelet, costs (n-1)/n for n pixels of a
+   tubelet and channel (the deviation divides by n-1), 0.998 at 2 x 16 x 16 and 0.99 at 2 x 8 x 8: the trivial baseline, and the number to compare every curve with.
 6. `VideoMAE.packed` takes clips of different length or mask ratio in one row, without padding: a mask
    keeps them apart, and no pair of tokens of different clips costs anything.
-7. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear.
+7. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear. The mean, for there is no
+   class token, and pretraining asks no single token to speak for the clip.
 
 What the features are good and bad at: motion and fine detail early on; names of things only after
 labels, which is what the other encoder of InternVideo is for.
@@ -176,8 +181,9 @@ MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 def running_cell_mask(batch, grid, generator=None):
     """Which tokens the decoder leaves out in VideoMAE V2: half of each 2 x 2 cell, running on in time.
 
-    Returns (batch, t*h*w) bool, True = not decoded. Every cell is decoded in full within four time
-    steps; each sample starts at a random one. (VideoMAE V2, arXiv 2303.16727, Sec. 3.2, Dual Masking.)
+    Returns (batch, t*h*w) bool, True = not decoded. The decoder, which sees all places, has half the
+    tokens to do. Every cell is decoded in full within three time steps; each sample starts at a random
+    one of four. (VideoMAE V2, arXiv 2303.16727, Sec. 3.2, Dual Masking.)
     """
     t, h, w = grid
     if h % 2 or w % 2:
@@ -263,8 +269,10 @@ def pair(image_size):
 
 class DividedBlock(Block):
     """First each place attends over time, then each time step over its places, then the MLP: divided space-time
-    attention (TimeSformer, arXiv 2102.05095, Sec. 3, Space-Time Self-Attention Models), the cheaper rival of
-    joint attention, in which every token sees every other. It is what `--space-time divided` compares with.
+    attention (TimeSformer, arXiv 2102.05095, Sec. 3, Space-Time Self-Attention Models), the rival of joint
+    attention, in which every token sees every other. A token meets t + N/t others in place of N, but the attention
+    over time has projections of its own: at ViT-B's width a block costs 3 % more than a joint one on all 1568 tokens,
+    29 % more on the 160 visible ones, and pays on longer clips. `--space-time divided` compares the two.
 
     times    t, time steps of a clip; its N tokens are t times as many places, the same in every step: all of
              them, or those that a tube mask leaves
@@ -548,8 +556,9 @@ class VideoClassifier(nn.Module):
     """The encoder on all tokens, their mean, a norm and a linear layer (VideoMAE, Sec. 4, fine-tuning).
 
     classes    Y; 0 = no head, forward returns the features
-    pool       "mean": mean over tokens, then norm. "first": norm, then the first token (there is no
-               class token; an option of the official code that no released model uses)
+    pool       "mean": mean over tokens, then fc_norm; the encoder's own norm, which saw each token, is left out.
+               "first": norm, then the first token, which is no class token: an option of the official
+               code that no released model uses
     drop       dropout before the head, a probability
     head_scale factor on the head's first weights
     Other arguments as VideoMAE.
@@ -1032,7 +1041,7 @@ def explain(model, video, hidden):
             ("hidden in every frame", f"{int(hidden[0, :h * w].sum())} of {h * w} places"),
             ("shown to the encoder (B, Nv, D)", tuple(encoded.shape)),
             ("to be painted (B, Nm, P)", tuple(target.shape)),
-            ("loss on this clip (painting nothing costs 1)", f"{loss:.3f}")):
+            ("loss on this clip (painting means alone costs 0.99)", f"{loss:.3f}")):
         print(f"{name:48s} {value}")
 
 

@@ -355,7 +355,7 @@ class MAE(Stage):
     def note(self):
         if not self.normalise:
             return "targets are pixels in [0, 1]: the loss is a squared brightness error"
-        return ("painting every hidden tubelet with its mean alone costs 1.0: that is the trivial baseline. "
+        return ("painting every hidden tubelet with its mean alone costs 0.99 to 1.0: that is the trivial baseline. "
                 "A good loss is not near 0, for fine texture and noise cannot be foreseen")
 
     def pictures(self, model, batch, folder):
@@ -1340,7 +1340,7 @@ class Fuse(Labels):
     heads: int = flag(0, "heads of the bridges; 0 = as the masked encoder", low=0)
     source: str = flag("all", "keys and values from all tokens, or from patches only", choices=("all", "patches"))
     gates: bool = flag(True, "tanh gates that start at 0 (paper: yes)")
-    way: str = flag("both", "who asks: both, only the masked encoder, or only the multimodal encoder's class token (paper: both)",
+    way: str = flag("both", "who asks: both, only the masked encoder, or only the multimodal encoder's global token (paper: both)",
                     choices=("both", "masked", "multimodal"))
     thaw: bool = flag(False, "train everything, both encoders too (paper: no)")
     bridges: bool = flag(True, "cross-model attention; --no-bridges: only heads and the sum of scores train")

@@ -20,22 +20,23 @@ tower of InternVideo, arXiv 2212.03191).
 
 The idea, in steps:
 1. `UniFormerV2.embed_frames`: every frame is an image to CLIP. Nothing tells one frame from another.
-   For data about motion three frames go into one (`temporal_downsample`), t = T/2.
+   For data about motion an embedding takes three frames, at every second one (`temporal_downsample`), so t = T/2.
 2. `LocalUnit` mixes neighbouring frames, place by place: a depth-wise convolution over time in a
-   narrower space (Sec. 3, Local UniBlock). `FrameBlock` is CLIP's block with up to two of them.
-3. `GlobalBlock`: one query gathers from all tokens of all frames what matters for the clip (Sec. 3,
-   Global UniBlock). A 3x3x3 convolution first tells each token about its neighbours, the only
+   narrower space (Sec. 3, Local UniBlock; its "local MHRA"). `FrameBlock` is CLIP's block with up to two of them.
+3. `GlobalBlock`: one query, a learned vector, zero at the start and alike for every clip (`global_token`), gathers
+   from all N tokens of all frames what matters for the clip: N pairs, not N*N (Sec. 3, Global UniBlock). A 3x3x3 convolution first tells each token about its neighbours, the only
    trace of order here; the frames' own stream never sees it. The token goes on to the next global
-   block, "sequential" among the four ways of Sec. 3, Multi-Stage Fusion Block.
+   block: "sequential" among the four ways of Sec. 3, Multi-Stage Fusion Block, and the only one here (the others
+   are parallel, hierarchical by keys and values, and hierarchical by queries).
 4. Every frame's class token (CLIP's summary of it) is averaged over frames, and a learned balance per channel,
    w = sigmoid(balance), mixes the two: feature = (1 - w) * token that read the clip + w * mean class token.
 5. `temporal_conv` and `grid_conv`: the two convolutions in the form that the device runs fastest.
 
 What makes it work, and a test proves: at the start every new branch ends in zeros, so the token that reads
 the clip is exactly 0; w is 1/2. The network is then the image model averaged over frames, times 1/2, which
-the norm of any head removes; frames may come in any order. (Two exceptions: a frozen tower, balance=False,
-is the token alone; and with `temporal_downsample` three frames make one, which no image model saw.) Yet those zeros have a gradient
-from the first step on: they are the last layers of their branches, and what feeds them is not zero.
+the norm of any head removes; frames may come in any order. (A frozen tower, balance=False, is the token alone. With
+`temporal_downsample` the embedding begins as the middle one of its three frames, so the network is the image model
+on frames 0, 2, 4 ...) Yet those zeros have a gradient from the first step on: they are the last layers of their branches, and what feeds them is not zero.
 (The second local unit of the last layer waits one step: no one but the silent global block reads it.)
 
 Where we differ from the official code (UniFormerV2 uniformerv2_model.py), with equal numbers: batch
@@ -245,7 +246,8 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class LocalUnit(nn.Module):
-    """What each place learns from the frames next to it (UniFormerV2, Sec. 3, Local UniBlock).
+    """What each place learns from the frames next to it: the local multi-head relation aggregator (MHRA) of UniFormerV2,
+    Sec. 3, Local UniBlock.
 
     out = expand(temporal_conv(reduce(BatchNorm(x)))), x (B, t, S, D), inside int(D // reduction) wide.
     The norm's statistics are per channel over all clips, frames and places: torch's BatchNorm3d, seen
@@ -469,7 +471,7 @@ class UniFormerV2(nn.Module):
 
         The official strided convolution, as a matrix: cut into patches first."""
         t, h, w = self.grid_of(*video.shape[2:])
-        if self.window > 1:  # a black frame before the first; behind the last none is ever reached
+        if self.window > 1:  # zeros, the mean colour, before the first frame; behind the last none is ever reached
             video = F.pad(video, (0, 0, 0, 0, 1, 0))
         p = self.patch
         cut = video.unfold(2, self.window, self.stride).unfold(3, p, p).unfold(4, p, p)

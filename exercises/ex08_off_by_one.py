@@ -8,5 +8,5 @@ import torch.nn.functional as F
 
 
 def caption_loss(logits, ids, is_text):
-    """logits (B, L, V), ids (B, L) int64, is_text (B, L) bool, True = a real token -> mean loss (), in nats."""
+    """logits (B, L, V), those of the last position included (`caption_decoder.caption_loss` gets L-1 of them), ids (B, L) int64, is_text (B, L) bool, True = a real token -> mean loss (), in nats."""
     return F.cross_entropy(logits[is_text], ids[is_text])

@@ -3,7 +3,7 @@
 `Bridge` lets tokens x ask other tokens: x + tanh(gate) * attention(norm(x), context), with a gate that starts at zero (as
 Flamingo, arXiv 2204.14198, Sec. 3.1.2). Any attention will do, attention.Attention or one of torch's; the parameter is called
 `gate`. At the start x must pass bit for bit, and yet the gate must have a gradient at the first step. Then say which
-parameters have a gradient of exactly zero at that first step, and why that does not matter.
+parameters have a gradient of exactly zero at that first step, and, in a comment, why that does not matter.
 """
 
 from torch import nn

@@ -65,9 +65,9 @@ def test_ex04_tubes():
     frames = hidden.view(2000, 3, 20)
     assert (frames.sum(dim=2) == 15).all(), "int(0.75 * 20) places of every frame"
     assert (frames == frames[:, :1]).all(), "the same places in all frames"
-    assert (frames[:, 0].float().mean(dim=0) - 0.75).abs().max() < 0.05
-    assert torch.equal(hidden, hide(2000, (3, 4, 5), 0.75, torch.Generator().manual_seed(0)))
-    assert not torch.equal(hidden, hide(2000, (3, 4, 5), 0.75, torch.Generator().manual_seed(1)))
+    assert (frames[:, 0].float().mean(dim=0) - 0.75).abs().max() < 0.05, "all places are equally likely"
+    assert torch.equal(hidden, hide(2000, (3, 4, 5), 0.75, torch.Generator().manual_seed(0))), "chance comes from `generator` alone"
+    assert not torch.equal(hidden, hide(2000, (3, 4, 5), 0.75, torch.Generator().manual_seed(1))), "another generator, another mask"
 
 
 def test_ex05_target():
@@ -83,8 +83,10 @@ def test_ex06_contrast():
     write = load("ex06_contrast").contrastive_loss
     torch.manual_seed(0)
     video, text, scale = torch.randn(6, 9), torch.randn(6, 9), torch.tensor(1.3)
+    plain = clip_video.contrastive_loss(video, text, torch.tensor(0.0))
+    assert torch.allclose(write(video, text, torch.tensor(0.0)), plain, atol=1e-5), "cosines; the mean of two cross-entropies, in nats"
     expected = clip_video.contrastive_loss(video, text, scale)
-    assert torch.allclose(write(video, text, scale), expected, atol=1e-5), "the mean of two cross-entropies, in nats"
+    assert torch.allclose(write(video, text, scale), expected, atol=1e-5), "the factor is exp(logit_scale)"
     assert torch.allclose(write(5 * video, text, scale), write(video, text, scale), atol=1e-5), "cosines know no length"
 
 
@@ -104,7 +106,12 @@ def test_ex08_off_by_one():
     torch.manual_seed(0)
     ids = torch.tensor([[8, 1, 2, 9, 0, 0], [8, 3, 4, 5, 6, 9]])
     real, logits = torch.tensor([[True] * 4 + [False] * 2, [True] * 6]), torch.randn(2, 6, 10)
-    assert torch.allclose(write(logits, ids, real), caption_decoder.caption_loss(logits[:, :-1], ids, real), atol=1e-5)
+    try:
+        found = write(logits, ids, real)
+    except (ValueError, IndexError) as error:
+        raise AssertionError("as many logits as targets: what of the last position, which has nothing to answer for?") from error
+    assert torch.allclose(found, caption_decoder.caption_loss(logits[:, :-1], ids, real), atol=1e-5), \
+        "logits[:, t] answer for ids[:, t+1]; the end counts, padding does not"
 
 
 def test_ex09_bridge():

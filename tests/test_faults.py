@@ -161,9 +161,8 @@ def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
 def test_a_pipe_that_broke_because_a_worker_died_is_reported_as_that(monkeypatch, error):
-    """Where the worker dies while it hands over a clip, all that is heard is the pipe."""
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    child.wait()
+    """Where the worker dies while it hands over a clip, all that is heard is the pipe, and a moment before it has ended."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"])
     desk = torch.zeros(1, 512, dtype=torch.uint8)
     note = torch.tensor(list(f"{child.pid} a/b.mp4".encode()), dtype=torch.uint8)
     desk[0, :len(note)] = note

@@ -60,7 +60,7 @@ def open_gates(model, amount=0.5):
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("options", [{}, dict(source="patches"), dict(before=[0, 2], heads=4), dict(bridges=False),
                                      dict(before=[]), dict(last=False)])
-def test_at_the_start_the_experts_are_themselves_bit_for_bit_and_the_sum_is_equal_late_fusion(second, options):
+def test_at_the_start_the_experts_are_themselves_bit_for_bit_and_the_sum_is_the_equal_average_of_their_logits(second, options):
     masked, others = experts(second=second)
     x = clip()
     with torch.no_grad():

@@ -67,7 +67,7 @@ def test_nothing_happens_at_import(name):
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_every_public_class_and_function_says_what_it_is(name):
     tree = ast.parse(MODULES[name].read_text())
-    assert len(ast.get_docstring(tree).splitlines()) >= 15
+    assert ast.get_docstring(tree)
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             short = isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < 6
@@ -90,8 +90,8 @@ def test_every_file_and_target_that_the_readme_names_exists():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     for target in set(re.findall(r"`make ([a-z]+)`|^make ([a-z]+)", readme, re.M)):
         assert (target[0] or target[1]) in targets, f"README names make {target}"
-    for name in set(re.findall(r"\]\((figures/[^)]+)\)", readme)):
-        assert (ROOT / name).exists(), f"README shows {name}"
+    for name in set(re.findall(r"\]\(((?!https?:)[^)#]+)\)", readme)):
+        assert (ROOT / name).exists(), f"README links to {name}"
 
 
 def test_every_training_command_of_the_readme_parses():
