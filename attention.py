@@ -305,7 +305,10 @@ def _kernel(kind, heads, width, dtype, device, grad, scale):
 
 def apart(q, k, v, mask, scale=None):
     """The same numbers for packed clips, one clip at a time: no pair of different clips is computed. For a
-    CPU, where `segments` can be read without waiting for a device. The mask may hold segments only."""
+    CPU, where `segments` can be read without waiting for a device. Raises ValueError for a mask of anything but
+    segments."""
+    if mask is None or mask.kind != ("segments",):
+        raise ValueError("apart is for packed clips: a mask of segments alone")
     asking = mask.segments[:, k.shape[2] - q.shape[2]:] if mask.query_segments is None else mask.query_segments
     rows = []
     for b in range(len(q)):

@@ -50,7 +50,8 @@ zero: the model is asked for the word that it has just read.)
 
 Where we differ from the official code (CoTrain clip_decoders.py, coca.py), with equal numbers:
 cross attention runs as ONE head with L*heads queries, which saves all transposes; the loss skips
-padding before the vocabulary layer. The official project never released a way to generate text, nor
+padding before the vocabulary layer. Not equal: fresh weights have a deviation of 0.02 * sqrt(768 / W), for with 0.02 a
+narrow decoder attends evenly to everything for hundreds of steps (LOG.md). The official project never released a way to generate text, nor
 the recipe that trains this decoder: step 6 is ours. The norms' offset `beta` is a buffer there,
 zero and never trained; ours is too, and a file with another beta is honoured.
 
@@ -247,7 +248,7 @@ class CaptionDecoder(nn.Module):
         self.vocabulary = nn.Linear(width, vocabulary)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02 * (768 / width)**0.5)  # CLIP's 0.02 at 768; a narrow decoder with 0.02 would start deaf
+                nn.init.normal_(module.weight, std=0.02 * (768 / width)**0.5)  # official: 0.02 whatever the width
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -25,6 +25,7 @@ Sources: BLEU, Papineni et al. 2002, Sec. 2.1 to 2.3. ROUGE-L, Lin 2004, Sec. 3.
 (One clip alone: each of its words is in the references of all clips, so CIDEr finds that none tells anything.)
 """
 
+import argparse
 import math
 import re
 from collections import Counter
@@ -127,6 +128,7 @@ def score(captions, references):
 
 def main(argv=None):
     """`python caption_metrics.py`: what each number makes of a few captions."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     told = [["a red square moves to the left", "the red square goes left"], ["a blue ring grows", "the ring gets larger"],
             ["two green stars meet", "a pair of green stars comes together"]]
     for name, written in (

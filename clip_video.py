@@ -1105,7 +1105,7 @@ def main(argv=None):
         found = zero_shot(model.encode_video(video), classes, model.logit_scale)[0]
         for share, text in sorted(zip(found.tolist(), args.text), reverse=True):
             print(f"{share:8.4f}  {text}")
-    except (WeightsError, data.DataError, ValueError) as error:
+    except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"clip_video.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -1119,7 +1119,8 @@ def explain(moving_shapes):
     captions = [item["caption"] for item in items]
     tokenizer = train_tokenizer([world[i]["caption"] for i in range(100)], 800)
     model = VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=24).eval()
-    video = torch.stack([torch.as_tensor(item["video"]) for item in items]).permute(0, 4, 1, 2, 3) / 255
+    pixels = torch.stack([torch.as_tensor(item["video"]) for item in items]).permute(0, 4, 1, 2, 3) / 255
+    video = (pixels - torch.tensor(model.mean).view(3, 1, 1, 1)) / torch.tensor(model.std).view(3, 1, 1, 1)
     ids, is_token = tokenizer.encode(captions, 24, trim=True)
     seen, patches = model.encode_video_tokens(video)
     read, words = model.encode_text_tokens(ids)

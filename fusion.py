@@ -42,8 +42,8 @@ give steps 1 to 4; what they leave open is an argument here, with a default that
 where the bridges stand (paper: "all stages"; ours: four, evenly, the last before the last block; before each
 of fewer blocks), which multimodal layers they read (as far up as the block that follows the bridge), which
 tokens give keys (all, with the class tokens), heads (the masked encoder's), gates (one number each), how
-scores combine (convex, of logits); flags change all but the form of gates and sum. With two multimodal encoders, a VideoMAE-H with UniFormerV2-B and -L, it is InternVideo-T, the
-paper's model for 91.1 %: two bridges at each place, three scores.
+scores combine (convex, of logits); flags change all but the form of gates and sum. With two multimodal encoders, a VideoMAE-H
+with two UniFormerV2-L, it is InternVideo-T, the paper's model for 91.1 %: two bridges at each place, three scores.
 
 Numbers: for VideoMAE-H and UniFormerV2-L a bridge has 19.0 M parameters and the last one 13.1 M; with
 heads 90.2 M train, beside 985 M frozen. InternVideo-T: 179.8 M beside 1339 M. A training step takes about

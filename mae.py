@@ -1021,7 +1021,7 @@ def main(argv=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(model, video, hidden, path, "" if args.weights else "an untrained model: pass --weights")
         print(f"drawn: {path} and {path.with_suffix('.gif')}")
-    except (WeightsError, data.DataError, ValueError) as error:
+    except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"mae.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -1033,15 +1033,17 @@ def explain(model, video, hidden):
     visible, wanted = split(hidden)
     t, h, w = model.grid
     encoded = model.encoder(video, visible)
-    target = reconstruction_target(video, hidden, patch=model.encoder.patch, tubelet=model.encoder.tubelet)
+    normalised, patch, tubelet = model.config["normalised"], model.encoder.patch, model.encoder.tubelet
+    target = reconstruction_target(video, hidden, normalised, patch=patch, tubelet=tubelet)
     loss = reconstruction_loss(model(video, hidden), target)
+    pixels = tubelet * patch**2
     for name, value in (
             ("video (B, C, T, H, W)", tuple(video.shape)),
             (f"token grid t x h x w = {t} x {h} x {w}", f"N = {t * h * w} tokens"),
             ("hidden in every frame", f"{int(hidden[0, :h * w].sum())} of {h * w} places"),
             ("shown to the encoder (B, Nv, D)", tuple(encoded.shape)),
             ("to be painted (B, Nm, P)", tuple(target.shape)),
-            ("loss on this clip (painting means alone costs 0.99)", f"{loss:.3f}")):
+            ("loss on this clip" + f" (means alone cost {(pixels - 1) / pixels:.3f})" * normalised, f"{loss:.3f}")):
         print(f"{name:48s} {value}")
 
 

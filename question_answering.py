@@ -172,7 +172,7 @@ def main(argv=None):
         share = scores[0].softmax(dim=-1)
         for p, i in zip(*(found.tolist() for found in share.topk(min(5, len(share))))):
             print(f"{100 * p:5.1f} %  {model.answers[i]}")
-    except (weights.WeightsError, data.DataError, ValueError) as error:
+    except (weights.WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"question_answering.py: {error}", file=sys.stderr)
         return 2
     return 0

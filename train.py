@@ -127,7 +127,7 @@ class Stage:
     lr: float = flag(0.0, "learning rate as it is; overrides --blr when above 0", low=0)
     min_lr: float = flag(0.01, "final learning rate as a fraction of the peak", low=0, high=1)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0", low=0, high=1)
-    optimizer: str = flag("muon", "muon = Muon for the matrices inside blocks, AdamW for the rest; adamw = AdamW for "
+    optimizer: str = flag("muon", "muon = Muon for the matrices of numbered layers (blocks, bridges, heads of several), AdamW for the rest; adamw = AdamW for "
                           "all (paper: adamw)", choices=("muon", "adamw"))
     weight_decay: float = flag(0.05, "weight decay, on matrices only", low=0)
     beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=1)
@@ -268,6 +268,8 @@ class MAE(Stage):
             model = mae.VideoMAE.from_official(self.weights, frames=self.num_frames,
                                                image_size=self.input_size)
             size = model.config["size"]
+            self.decided(normalise=model.config["normalised"])
+            self.normalise = model.config["normalised"]
             self.decided(positions=model.config["positions"], space_time=model.config["space_time"],
                       decoder_depth=size["decoder_depth"], decoder_width=size["decoder_width"], drop_path=0.0,
                       model=size_named(size, mae.SIZES))
@@ -575,10 +577,13 @@ class Clip(Stage):
         if self.context > clip.config["context"]:
             raise Mistake(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
         self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
-        self.decided(kind=clip.kind, local_units=clip.config["local_units"], temporal_downsample=clip.config["temporal_downsample"])
+        self.decided(kind=clip.kind, local_units=clip.config["local_units"], temporal_downsample=clip.config["temporal_downsample"],
+                     vocabulary=clip.config["vocabulary"], model=size_named(clip.config["size"], uniformerv2.SIZES | {"small": SMALL}))
         self.local_units = clip.config["local_units"]
         if any(key.startswith("caption_decoder.") for key in weights.read(self.weights)[0]):
-            return VideoText(clip, caption_decoder.CaptionDecoder.from_official(self.weights))
+            decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
+            self.decided(caption_depth=decoder.config["depth"], queries=decoder.config["queries"])
+            return VideoText(clip, decoder)
         print(f"{self.weights} holds no caption decoder: that starts from scratch")
         return VideoText(clip, self.fresh_decoder(clip))
 
@@ -914,6 +919,16 @@ class AttentiveProbe(torch.nn.Module):
         self.attn = Attention(width, heads, context_width=width)
         self.head = torch.nn.Linear(width, classes)
 
+    @classmethod
+    def from_run(cls, folder):
+        """Load a run of `classify --mode attentive`, in eval mode. Raises WeightsError."""
+        tensors, config = weights.read(folder)
+        if config.get("model") != "AttentiveProbe":
+            raise weights.WeightsError(f"{folder}: not a run of `train.py classify --mode attentive`")
+        family = mae.VideoClassifier if config["encoder"]["model"] == "VideoClassifier" else uniformerv2.UniFormerV2
+        probe = cls(family.from_config(config["encoder"]), config["classes"], config["heads"])
+        return weights.fill(probe, tensors, name=str(folder)).eval()
+
     def read(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
         return self.head(self.attn(self.query.expand(len(tokens), -1, -1), self.norm(tokens))[:, 0])
@@ -986,7 +1001,7 @@ class Labels(Stage):
                           "the published models (paper: videomae, uniformerv2)", choices=tuple(data.TRANSFORMS))
     test: int = flag(0, "moving shapes: at the end measure on so many clips of the test split, too, which no choice has ever seen", low=0)
     train_clips: int = flag(0, "train on so many clips, over and over, to see what few labels are worth; 0 = all", low=0)
-    flip: bool = flag(False, "mirror half of the training clips: not where labels know left from right")
+    flip: bool = flag(False, "files: mirror half of the training clips: not where labels know left from right")
     area: float = flag(0.0, "files: smallest share of a frame that a random crop keeps; 0 = as --transform has it (paper: 0.08)",
                        low=0, high=1)
     rand_augment: int = flag(0, "files: RandAugment operations per clip; 0 = none (paper: 4)", low=0)
@@ -1000,10 +1015,6 @@ class Labels(Stage):
 
     def ask(self):
         """Open the data sets and set the questions; returns Y, the number of all answers."""
-        if not self.data and (self.test_clips > 1 or self.test_crops > 1 or self.repeats > 1):
-            raise Mistake("--test-clips, --test-crops, --repeats: for video files; a clip of moving shapes is all there is")
-        if self.data and self.test:
-            raise Mistake("--test: is for moving shapes; measure files on a test split with --val-data and --steps 0")
         if self.batch_size % self.repeats:
             raise Mistake(f"--batch-size {self.batch_size}: must be a multiple of --repeats {self.repeats}")
         self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip, self.transform,
@@ -1015,7 +1026,7 @@ class Labels(Stage):
         self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
         if self.data and len(self.sets[0].classes) < 2:
             raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
-                          "or a list of `path label` lines, with two or more")
+                          "or a list of `path label` lines, with two or more (shards serve mae and clip)")
         return sum(map(len, self.questions.values()))
 
     def datasets(self):
@@ -1190,11 +1201,17 @@ class Classify(Labels):
 
     def build(self):
         classes = self.ask()
+        probed = bool(self.weights) and weights.read(self.weights)[1].get("model") == "AttentiveProbe"
+        if probed and self.mode != "attentive":
+            raise Mistake(f"--weights {self.weights}: is an attentive probe; add --mode attentive")
         try:
-            model = self.encoder_for(classes)
-            self.check(model)
-            self.depth = model.config["size"]["depth"]
-            if self.mode == "attentive":
+            model = AttentiveProbe.from_run(self.weights) if probed else self.encoder_for(classes)
+            if probed and model.config["classes"] != classes:
+                raise Mistake(f"--weights {self.weights}: names {model.config['classes']} classes, the data has {classes}")
+            encoder = model.encoder if probed else model
+            self.check(encoder)
+            self.depth = encoder.config["size"]["depth"]
+            if self.mode == "attentive" and not probed:
                 model = AttentiveProbe(model.with_head(0), classes, model.config["size"]["heads"])
         except ValueError as error:
             raise Mistake(str(error)) from None
@@ -1360,6 +1377,7 @@ class Fuse(Labels):
             if model.masked.config["classes"] != classes:
                 raise Mistake(f"--weights {self.weights}: names {model.masked.config['classes']} classes, the data "
                               f"has {classes}")
+            model.recompute(self.recompute)
             return model.requires_grad_(True) if self.thaw else model
         experts = [expert if expert.config["classes"] == classes else expert.with_head(classes) for expert in experts]
         try:
@@ -1369,6 +1387,7 @@ class Fuse(Labels):
             model = fusion.InternVideo(
                 experts[0], experts[1:], before=before, layers=self.layers_for(len(experts) - 1), last=self.way != "masked",
                 heads=self.heads or None, source=self.source, gates=self.gates, bridges=self.bridges, drop=self.drop)
+            model.recompute(self.recompute)
             return model.requires_grad_(True) if self.thaw else model
         except ValueError as error:
             raise Mistake(str(error)) from None
@@ -1469,7 +1488,7 @@ class Localise(Stage):
     steps: int = flag(400, "optimiser steps; 0 = evaluate only", low=0)
     batch_size: int = flag(16, "videos per step", low=1)
     lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (paper: 1e-4)", low=0)
-    optimizer: str = flag("adamw", "muon = Muon for the matrices inside blocks, AdamW for the rest; adamw = AdamW for "
+    optimizer: str = flag("adamw", "muon = Muon for the matrices of numbered layers (blocks, bridges, heads of several), AdamW for the rest; adamw = AdamW for "
                           "all (paper: adamw)", choices=("muon", "adamw"))
     weight_decay: float = flag(0.05, "weight decay, on matrices only (paper: 0.05)", low=0)
     width: int = flag(128, "of the head (paper: 512)", low=1)
@@ -1698,7 +1717,9 @@ class Answer(Stage):
         self.question_only = question_answering.QuestionOnly(*zip(*asked))
         self.most = self.question_only.most
         self.table = model.answers if run else question_answering.answer_table((answer for _, answer in asked), self.answers)
-        return model if run else question_answering.VideoQA(clip, decoder, self.table, self.drop)
+        model = model if run else question_answering.VideoQA(clip, decoder, self.table, self.drop)
+        model.clip.recompute(self.recompute)
+        return model
 
     def datasets(self):
         return self.sets
@@ -1917,9 +1938,9 @@ class Muon(torch.optim.Muon):
 def optimisers_of(model, stage):
     """The optimisers of a recipe, as a list; their learning rates are set before each step.
 
-    AdamW decays matrices only: not biases, norms, nor learned tokens, whose size means something. `Muon`
-    moves the matrices inside a stack of blocks; scaled to the step size of AdamW, one learning rate serves
-    both.
+    AdamW decays matrices only: not biases, norms, nor class, mask and global tokens, whose size means something. `Muon`
+    moves the matrices of numbered layers: those of blocks and bridges, and of heads that have several; scaled to the step size of
+    AdamW, one learning rate serves both.
     """
     hidden, others = {}, {}
     for name, parameter in model.named_parameters():
@@ -2304,6 +2325,45 @@ def trouble(error, stage):
     return None
 
 
+class HeldOut:
+    """The held-out batches of this process, each time they are iterated over: looked at once and kept where they are
+    small, decoded again by the workers where they are not. After a pass:
+
+    clips    how many could be read, of all processes
+    bad      [(path, reason), ...] of those that could not
+    first    the first batch, for pictures; None where this process has none
+
+    The pass ends in DataError where no clip can be read. All processes must come to its end.
+    """
+
+    KEPT = 2**28  # bytes
+
+    def __init__(self, dataset, stage):
+        self.dataset, self.stage = dataset, stage
+        self.first = self.clips = self.bad = self.kept = None
+
+    def __iter__(self):
+        if self.kept is not None:
+            yield from self.kept
+            return
+        self.first, kept, size, rows = None, [], 0, []
+        for batch in data.held_out(self.dataset, self.stage.eval_clips, self.stage.eval_batch, self.stage.workers,
+                                   processes.rank(), processes.world()):
+            seen = batch["video"] is not None
+            rows.append((batch["number"], len(batch["video"]) if seen else 0, batch.get("bad", ())))
+            if not seen:
+                continue
+            self.first = self.first or batch
+            size += batch["video"].nbytes
+            kept = [*kept, batch] if kept is not None and size <= self.KEPT else None
+            yield batch
+        rows = processes.collect(rows)
+        self.clips, self.bad = sum(count for _, count, _ in rows), [pair for *_, bad in rows for pair in bad]
+        if not self.clips:
+            raise data.DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
+        self.kept = kept
+
+
 @explained
 def fit(stage, name):
     """Train, evaluate and save one stage; returns its metrics. Names no stage."""
@@ -2355,7 +2415,9 @@ def fit(stage, name):
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shared = f", {processes.world()} processes{' with a part of the weights each' * stage.shard}" * (processes.world() > 1)
-    print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips, peak "
+    epochs = f", {stage.steps * clips_per_step(stage) / len(train_set):.3g} epochs" if \
+        hasattr(train_set, "__len__") and not isinstance(train_set, data.VideoShards) else ""
+    print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips{epochs}, peak "
           f"lr {stage.lr or stage.blr * clips_per_step(stage) / 256:.2e}, {stage.device}, {stage.precision}{shared}, "
           f"{torch.get_num_threads()} threads -> {out}")
     print(f"attention: {kernels}; blocks {'compiled' if stage.compile == 'on' else 'as they are'}"
@@ -2375,25 +2437,20 @@ def fit(stage, name):
         save_checkpoint(out, facts, tensors, stage.keep,
                         stage.shard and processes.world() > 1)
 
-    held_out = None
+    held_out = HeldOut(held_out_set, stage)
 
     def averaged():
         return average.in_place(model) if average else contextlib.nullcontext()
 
     def evaluate(step):
-        nonlocal held_out
-        if held_out is None:
-            held_out = list(data.held_out(held_out_set, stage.eval_clips, stage.eval_batch,
-                                          rank=processes.rank(), world=processes.world()))
-        mine = [batch for batch in held_out if batch["video"] is not None]
-        counts = [count for _, count in processes.collect([(batch["number"], len(batch["video"])) for batch in mine])]
-        if not counts:
-            raise data.DataError(f"none of the held-out clips can be read; {held_out[0]['bad'][0][1]}")
         model.eval()
         with torch.no_grad(), averaged(), processes.unsharded(take_step):
-            metrics = stage.evaluate(model, (to_device(batch, stage.device) for batch in mine))
+            batches = iter(held_out)
+            metrics = stage.evaluate(model, (to_device(batch, stage.device) for batch in batches))
+            for _ in batches:  # a stage may look at other things
+                pass
         model.train()
-        metrics["val_clips"] = sum(counts)
+        metrics["val_clips"] = held_out.clips
         log.write(step=step, **metrics)
         return metrics
 
@@ -2418,7 +2475,7 @@ def fit(stage, name):
     waited = seen = 0.0
     asked_for = unreadable = 0
     latest = {}  # a stage may report some numbers in some steps only
-    step, stopping = first, False
+    step, stopping, slow = first, False, False
     try:
         model.train()
         while step < stage.steps and not stopping:
@@ -2484,6 +2541,10 @@ def fit(stage, name):
                           seconds=seconds_before + time.monotonic() - started)
                 bar.set_postfix_str(f"loss {sums['loss']:.3f}, lr {rate:.1e}, {speed['clips_per_s']:.0f} clips/s, "
                                     f"data {speed['data_wait']:.0%}, {speed['memory_mib']} MiB")
+                if speed["data_wait"] > 0.2 and step >= first + 3 * stage.log_every and not slow:
+                    slow = True
+                    bar.write(f"the step waits for clips {speed['data_wait']:.0%} of the time: raise --workers"
+                              + (", or make small copies with data.py --cache" if stage.data else ""))
                 window, waited, seen = time.monotonic(), 0.0, 0.0
             if step % eval_every == 0 or step == stage.steps:
                 metrics = evaluate(step)
@@ -2508,14 +2569,12 @@ def fit(stage, name):
         with torch.no_grad(), processes.unsharded(take_step):
             metrics |= stage.finish(model)
             bad = dict(pair for _, pairs in processes.collect([(processes.rank(), list(bad.items()))]) for pair in pairs)
-            held_bad = [pair for _, pairs in processes.collect([(batch["number"], batch.get("bad", ())) for batch in held_out])
-                        for pair in pairs]
-            report = dict(stage=name, step=step, **metrics, **initial, parameters=parameters, trained=trained,
+            held_bad = held_out.bad
+            report = dict(stage=name, step=step, protocol=stage.note(), **metrics, **initial, parameters=parameters, trained=trained,
                           seconds=round(seconds_before + time.monotonic() - started, 1), processes=processes.world(),
                           left_out=left_out, bad_files=bad | dict(held_bad), settings=dataclasses.asdict(stage))
             if first_process:
-                batch = next(batch for batch in held_out if batch["video"] is not None)
-                leave(stage, name, model, tensors, to_device(batch, stage.device), report)
+                leave(stage, name, model, tensors, held_out.first and to_device(held_out.first, stage.device), report)
     if held_bad:
         print(f"evaluated {metrics['val_clips']} of {metrics['val_clips'] + len(held_bad)} held-out files; not readable: "
               + "; ".join(reason for _, reason in held_bad))
@@ -2528,11 +2587,11 @@ def fit(stage, name):
 
 
 def leave(stage, name, model, tensors, batch, report):
-    """Write what a run leaves, metrics.json last: where that is, all is."""
+    """Write what a run leaves, metrics.json last: where that is, all is. batch: held-out clips to draw, or None."""
     out = Path(stage.out)
     weights.save(out, tensors, model.config)
     stage.extras(out)
-    if stage.figures:
+    if stage.figures and batch:
         drawn = stage.pictures(model, batch, out) + (draw.curve(out, name) if stage.steps else [])
         print("pictures: " + ", ".join(str(path) for path in drawn))
     weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
@@ -2613,6 +2672,11 @@ def parse(card, name, argv):
         if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) or (most is not None and value > most):
             limits = f"at least {info['low']}" + (f" and at most {most}" if most is not None else "")
             raise Mistake(f"--{field.name.replace('_', '-')} {value}: must be {limits}")
+    for field in dataclasses.fields(stage):  # a flag that would change nothing is a mistake, not a wish
+        world = field.metadata["help"].partition(":")[0]
+        if getattr(stage, field.name) != field.default and world == ("moving shapes" if stage.data else "files"):
+            raise Mistake(f"--{field.name.replace('_', '-')}: is for " + ("moving shapes; leave it or --data out" if stage.data else
+                          "video files; a clip of moving shapes is all there is; give --data or leave it out"))
     return stage
 
 

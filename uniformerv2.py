@@ -577,6 +577,9 @@ class UniFormerV2(nn.Module):
         file = OfficialFile(source)
         if file.config.get("model") == "UniFormerV2":
             return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
+        if file.config:
+            raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, no UniFormerV2 alone; give a run of `train.py "
+                               "classify` on one, as runs/default/multimodal")
         size, options = file.measures(heads, global_layers)
         frames = frames or (16 if options["temporal_downsample"] else 8)
         model = cls(size, frames=frames, global_heads=global_heads, **options)
@@ -635,6 +638,7 @@ class OfficialFile:
     def __init__(self, source, prefix=None):
         self.tensors, self.config = weights.read(source)
         self.name = "the dict of weights" if isinstance(source, dict) else str(source)
+        self.prefix = ""
         if self.config:
             return
         if prefix is None:

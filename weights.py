@@ -250,9 +250,8 @@ def unwrap(tensors, name):
     others = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise WeightsError(f"{name}: expected tensors only, found {listed(others)}")
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key[len(prefix):]: value for key, value in tensors.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)), None):
+        tensors = {key[len(prefix):]: value for key, value in tensors.items()}
     return {key: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
             for key, value in tensors.items()}
 

@@ -1,8 +1,8 @@
 """A fifth stage: which way does time run? ("Learning and Using the Arrow of Time", CVPR 2018.)
 
 A card of train.py is a dataclass: its fields become flags, its methods say what is learned; `fit` does the rest, checkpoints
-and resuming included. Write a stage that plays half of the clips backwards and learns to tell which. Half of the batch is reversed
-by a coin from `rng` alone, so that a resumed run is the run. Evaluation gives "val_accuracy" in percent.
+and resuming included. Write a stage that plays clips backwards, each with probability a half, and learns to tell which. The coins come
+from `rng` alone, so that a resumed run is the run. Evaluation gives "val_accuracy" in percent.
 
 On moving shapes this must fail! Twins are each other's reverse, equally likely: see the head of moving_shapes.py. So let your data be
 `moving_shapes.MovingShapes(...).only(["grow"])`, where time shows, and see that without `only` it stays at 50 %.

@@ -2,10 +2,10 @@
 
     python tools/claims.py [--seeds 5]      make claims; a run that is there already is not done again
 
-Every experiment is a line of train.py on moving shapes, two at a time with one thread each, in processes forked from one that has
+Every experiment is a line of train.py on moving shapes, `--jobs` at a time with one thread each, in processes forked from one that has
 imported it already and with the clips that another run has rendered (`moving_shapes.keep`); the two things that a claim compares
 see the same number of clips and differ in what the claim is about: one flag in most; where the claim is that more pretraining, or another
-expert, pays, in that. Numbers are of the test split, on which nothing was tuned. Leaves
+expert, pays, in that. Numbers are of the test split (of claim 11, the validation split), on which nothing was tuned. Leaves
 claims.md, claims.json and claims.png in --out (default runs/claims), and all runs in SEED/NAME there; `make figures` takes the first
 and the last to where README shows them.
 
@@ -307,7 +307,7 @@ def as_text(facts):
     """claims.md."""
     lines = ["# The paper's claims, in miniature", "",
              f"{facts['date']}, {facts['machine']}, {facts['seeds']} seed{'s' * (facts['seeds'] > 1)}; by `make claims`, which took {facts['seconds'] / 60:.0f} minutes (less where it went on with runs that were there). Moving shapes, "
-             f"test split, percent; mean and standard deviation over seeds; seconds of one run on one thread, {facts['jobs']} at a time.", "",
+             f"test split (claim 11: validation split), percent; mean and standard deviation over seeds; seconds of one run on one thread, {facts['jobs']} at a time.", "",
              "How to read it. These are models of a million parameters that trained for a minute: what holds here need not hold "
              "for the paper's, nor the reverse. What is compared sees the same number of clips and differs in what the claim is about, mostly one flag "
              "(listed at the end); no flag was tuned for one side, the defaults were chosen on the validation split, and the test split was looked at once, here. For each "

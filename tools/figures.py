@@ -74,7 +74,7 @@ def system(path):
 
 
 def motions(path):
-    """Eight clips, one of each pair of motions, four frames each."""
+    """Eight clips, one of each pair of motions, eight frames each."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
