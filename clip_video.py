@@ -497,6 +497,16 @@ class VideoCLIP(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.01) if kind == "joint" else torch.tensor(1 / 0.07).log())
         self.unused = []  # what from_official found in the file and had no use for
 
+    def resized(self, image_size):
+        """The same model for frames of another size: see UniFormerV2.resized. Raises ValueError where patches do not
+        fit, and for "joint", whose table is one of places and times."""
+        if self.kind == "joint":
+            raise ValueError("a joint tower stays at its size")
+        model = VideoCLIP.from_config(self.config | {"image_size": image_size})
+        places = uniformerv2.resize_positions(self.visual.positions, self.visual.grid, model.visual.grid)
+        model.load_state_dict(self.state_dict() | {"visual.positions": places})
+        return model.train(self.training)
+
     @property
     def logit_scale(self):
         """(): ln of the factor on the cosines, between 0 and ln 100; may be negative in ViCLIP."""

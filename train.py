@@ -572,8 +572,10 @@ class Clip(Stage):
             except ValueError as error:
                 raise Mistake(f"--merge {self.merge}: {error}") from None
         if size != [self.input_size] * 2:
-            raise Mistake(f"--input-size {self.input_size}: the weights are for {size[0]} x {size[1]} pixels; pass "
-                          f"--input-size {size[0]}")
+            if self.input_size == type(self).input_size:
+                raise Mistake(f"--input-size {self.input_size}: the weights are for {size[0]} x {size[1]} pixels; pass "
+                              f"--input-size {size[0]}, or another, for which their table of places is interpolated")
+            clip = resized(clip, self.input_size)
         if self.context > clip.config["context"]:
             raise Mistake(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
         self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
@@ -1230,6 +1232,8 @@ class Classify(Labels):
             found = load_encoder(self.weights, classes, frames=self.num_frames, image_size=self.input_size,
                                  drop=self.drop, drop_path=self.drop_path)
             masked = isinstance(found, mae.VideoClassifier)
+            if not masked and found.config["image_size"] != [self.input_size] * 2 and self.input_size != type(self).input_size:
+                found = resized(found, self.input_size)
             self.decided(encoder="masked" if masked else "multimodal",
                       model=size_named(found.config["size"], mae.SIZES if masked else uniformerv2.SIZES))
             return found
@@ -1796,6 +1800,17 @@ class Answer(Stage):
 def size_named(size, known):
     """The name, in a table of sizes, of a model's size (a dict)."""
     return next((name for name, one in known.items() if (one.width, one.depth) == (size["width"], size["depth"])), "of its own")
+
+
+def resized(model, size):
+    """A UniFormerV2 or VideoCLIP for frames of another size, with a line that says so."""
+    try:
+        found = model.resized(size)
+    except ValueError as error:
+        raise Mistake(f"--input-size {size}: {error}") from None
+    height, width = model.config["image_size"]
+    print(f"--input-size {size}: the weights' table of places, made for {height} x {width} pixels, is interpolated")
+    return found
 
 
 def numbers(text, name, kind=int):

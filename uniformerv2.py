@@ -551,6 +551,15 @@ class UniFormerV2(nn.Module):
         assert not unknown and all(key.startswith(("norm.", "head.")) for key in missing), (missing, unknown)
         return model
 
+    def resized(self, image_size):
+        """The same model for frames of another size, H = W or (H, W): its table of places is interpolated, bicubic, as CLIP's
+        was for 336 pixels. Raises ValueError where patches do not fit."""
+        config = {key: value for key, value in self.config.items() if key != "model"}
+        model = UniFormerV2(**config | {"size": Size(**config["size"]), "image_size": image_size})
+        places = resize_positions(self.positions, self.grid, model.grid)
+        model.load_state_dict(self.state_dict() | {"positions": places})
+        return model.train(self.training)
+
     def recompute(self, on=True):
         """Save memory, spend time: keep no activations inside attention and MLP of the frames."""
         self._recompute = on

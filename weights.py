@@ -184,7 +184,9 @@ def read(source):
                                "folder or a file of weights")
         path = found[0]
     if not path.exists():
-        raise WeightsError(f"{path}: no such file of weights")
+        hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))) and not path.parent.exists()
+        raise WeightsError(f"{path}: no such file of weights" + hub * (
+            f"; a Hugging Face id? Download it first: hf download {source} --local-dir FOLDER"))
     config = {}
     try:
         with open(path, "rb") as file:

@@ -231,3 +231,12 @@ def test_weights_are_averaged_for_evaluation_only_and_the_protocol_says_so(tmp_p
     assert numbers["a", 0] == pytest.approx(numbers["a", 0.5], abs=1e-5) and numbers["b", 1] != numbers["a", 0]
     assert run("--weights", str(tmp_path / "a"), "--merge", str(tmp_path / "a"), out=tmp_path / "c", steps=1) == 2
     assert "--steps 0" in capsys.readouterr().err
+
+
+def test_another_input_size_interpolates_the_places_and_the_usual_one_by_accident_does_not(finished, tmp_path, capsys):
+    assert run("--weights", str(finished), "--input-size", "24", out=tmp_path / "large", steps=1) == 0
+    assert "--input-size 24: the weights' table of places, made for 16 x 16 pixels, is interpolated" in capsys.readouterr().out
+    assert run("--weights", str(finished), "--input-size", "40", out=tmp_path / "usual", steps=1) == 2
+    assert "the weights are for 16 x 16 pixels; pass --input-size 16" in capsys.readouterr().err
+    assert run("--weights", str(finished), "--input-size", "30", out=tmp_path / "odd", steps=1) == 2
+    assert "--input-size 30: frames of 30 x 30 pixels do not divide" in capsys.readouterr().err

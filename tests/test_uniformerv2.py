@@ -513,3 +513,18 @@ def test_the_global_token_gets_what_its_looks_say():
     read = block.attn.proj(share.flatten(1)[:, None] @ values)
     assert (read - block.read(block.norm1(token), block.context(tokens, model.grid))).abs().max() < 1e-12
     assert (share.sum(dim=(1, 2)) - 1).abs().max() < 1e-12
+
+
+def test_a_model_for_frames_of_another_size_has_its_places_interpolated_and_all_else_untouched():
+    model = UniFormerV2("tiny", classes=3, image_size=32, global_layers=(2, 3)).eval()
+    torch.nn.init.normal_(model.positions)
+    same, large = model.resized(32), model.resized((64, 48))
+    x = clip(4, 32)
+    assert torch.equal(same(x), model(x))
+    assert large.config["image_size"] == [64, 48] and not large.training and torch.equal(large.positions[0], model.positions[0])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in large.state_dict().items() if name != "positions")
+    flat = model.resized(32)
+    flat.positions.data[1:] = 0.5  # a table that is the same everywhere stays so
+    assert torch.allclose(flat.resized(64).positions[1:], torch.tensor(0.5))
+    with pytest.raises(ValueError, match="do not divide"):
+        model.resized(30)
