@@ -294,6 +294,7 @@ def tokenizer_of(source, given, vocabulary):
 
 
 def clip_block(width, heads, drop_path=0.0, mlp_width=None):
+    """attention.Block as in CLIP: all biases, QuickGELU, norms with epsilon 1e-5."""
     return Block(width, heads, mlp_width=mlp_width, bias="qkv", eps=1e-5, activation=quick_gelu,
                  drop_path=drop_path)
 
@@ -1059,6 +1060,7 @@ def key_map(model, layout, prefix=""):
 
 
 def transposed(matrix):
+    """A matrix turned round; a vector as it is. CLIP stores its projections input first."""
     return matrix.T if matrix.ndim == 2 else matrix
 
 
@@ -1098,7 +1100,8 @@ def main(argv=None):
         if not args.video and not args.weights:
             path = Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw.similarity(*explain(moving_shapes), path)
+            cosines, _, captions = explain(moving_shapes)
+            draw.similarity(cosines, captions, path)
             print(f"drawn, of an untrained model: {path}")
             return 0
         if not args.text or not args.weights or not args.video:

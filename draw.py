@@ -76,7 +76,7 @@ def strip(video, count=4):
     return np.concatenate([np.pad(video[t], ((0, 0), (0, 2), (0, 0)), constant_values=255) for t in chosen], axis=1)
 
 
-def similarity(cosines, videos, captions, path):
+def similarity(cosines, captions, path):
     """Cosines of all sentences (rows) and all clips (columns); the truth is the diagonal."""
     figure, ((axis,),) = new_figure(1, 1, 8.6, 5)
     picture = axis.imshow(cosines.numpy(), cmap="viridis")

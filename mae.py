@@ -786,6 +786,7 @@ class Names:
         return Rule(ours, name, convert, back)
 
     def pairs(self, ours, official):
+        """The two rules of a layer with weight and bias."""
         return [self.rule(ours + part, official + part) for part in ("weight", "bias")]
 
     def pretraining_rules(self, size, options):

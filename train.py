@@ -838,7 +838,7 @@ class Clip(Stage):
         seen, read = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (seen, read))
         cosines, raw = (read @ seen.T).cpu(), raw.cpu().numpy()
         paths = [folder / name for name in ("similarity.png", "retrieval.png", "captions.png", "attention.png")]
-        draw.similarity(cosines, raw, captions, paths[0])
+        draw.similarity(cosines, captions, paths[0])
         draw.retrieval(cosines, raw, captions, paths[1])
         if not self.caption_weight:
             return paths[:2]
@@ -1887,7 +1887,7 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="p
 
 
 # ------------------------------------------------------------------------------------------------
-# The loop
+# Chance, optimisers, log, machine
 
 
 def generator(seed, *parts):
@@ -2090,6 +2090,7 @@ COMPILED = (Block, caption_decoder.SelfBlock, caption_decoder.CrossBlock, fusion
 
 @functools.lru_cache(maxsize=None)
 def compiled(function):
+    """torch.compile without graph breaks, by the backend that attention.py uses."""
     return torch.compile(function, fullgraph=True, backend=attention.BACKEND)
 
 
@@ -2121,6 +2122,7 @@ def memory_mib(device):
 
 
 def to_device(batch, device):
+    """A batch, a dict, with its tensors on the device; from pinned memory without waiting."""
     return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for key, value in batch.items()}
 

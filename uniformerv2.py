@@ -297,10 +297,12 @@ class FrameBlock(Block):
         return x + self.drop_path(run(self.digest, x))
 
     def attend(self, x):
+        """(B, t, 1+S, D) -> the same: attention inside each frame."""
         frames = self.norm1(x).flatten(0, 1)                                 # (B*t, 1+S, D)
         return self.attn(frames).view(x.shape)
 
     def digest(self, x):
+        """(B, t, 1+S, D) -> the same: the MLP, token by token."""
         return self.mlp(self.norm2(x))
 
 
@@ -773,6 +775,7 @@ def block_rules(ours, official):
 
 
 def pairs(ours, official, convert=None, back=None):
+    """The two rules of a layer with weight and bias."""
     return [Rule(ours + part, official + part, convert, back) for part in ("weight", "bias")]
 
 

@@ -442,6 +442,54 @@ def describe(tensors):
     return None, ()
 
 
+def convert(path, target):
+    """Write the tensors of any file that `read` knows, or of a pickle with more in it, as safetensors; returns the
+    target. Says on stderr what was left out. Raises WeightsError."""
+    try:
+        tensors = read(path)[0]
+    except WeightsError as error:
+        try:
+            found, strange = take_out(path)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
+                IndexError, EOFError, RecursionError, OSError):
+            raise error from None
+        tensors = unwrap(found, str(path))
+        print(f"warning: left out of {path}, and not run: {listed(sorted(strange))}", file=sys.stderr)
+    write_aside(target, lambda aside: save_file({key: value.contiguous() for key, value in tensors.items()}, aside))
+    return target
+
+
+# model of a run -> (class, key under which the official code looks for the tensors in a .pth file)
+PUBLISHED = {"VideoMAE": ("mae.VideoMAE", "model"), "VideoClassifier": ("mae.VideoClassifier", "module"),
+             "UniFormerV2": ("uniformerv2.UniFormerV2", "model_state"), "VideoCLIP": ("clip_video.VideoCLIP", None),
+             "CaptionDecoder": ("caption_decoder.CaptionDecoder", None), "VideoText": ("train.VideoText", "state_dict")}
+
+
+def publish(source, target):
+    """Write a run under official names; returns what to say of it. Raises WeightsError where these cannot hold it."""
+    import importlib
+
+    target = Path(target)
+    if target.suffix not in (".safetensors", ".pth") or target.exists():
+        raise WeightsError(f"--official {target}: must be a new file whose name ends in .safetensors or .pth")
+    kind = read(source)[1].get("model")
+    if kind not in PUBLISHED:
+        raise WeightsError(f"{source}: holds {kind or 'no run of this project'}, for which there are no official names; there are "
+                           f"for runs of {listed(PUBLISHED)}")
+    module, name = PUBLISHED[kind][0].split(".")
+    family = getattr(importlib.import_module(module), name)
+    model = (family.from_run if kind == "VideoText" else family.from_official)(source)
+    try:
+        tensors, envelope = model.to_official(), PUBLISHED[kind][1]
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from None
+    if target.suffix == ".pth":
+        write_torch(target, {envelope: tensors} if envelope else tensors)
+    else:
+        write_aside(target, lambda aside: save_file(tensors, aside))
+    return f"{target}: {len(tensors)} tensors of {kind} under official names, family: {describe(unwrap(tensors, str(target)))[0]}"
+
+
 def main(argv=None):
     """Say what a file of weights is, whether it loads, and with what; the exit code is 0, or 2 where it does not."""
     import argparse
@@ -478,64 +526,16 @@ def main(argv=None):
         print(f"family: {family}")
         for loader in loaders:
             module, name = loader.split(".")
-            load = getattr(importlib.import_module(module), name).from_official
-            heads = [key for key in inspect.signature(load).parameters if key.endswith("heads") and args.heads
+            loader_of = getattr(importlib.import_module(module), name).from_official
+            heads = [key for key in inspect.signature(loader_of).parameters if key.endswith("heads") and args.heads
                      and module != "caption_decoder"]  # whose shapes tell
-            model = load(source, **dict.fromkeys(heads, args.heads))
+            model = loader_of(source, **dict.fromkeys(heads, args.heads))
             print(f"loads, to the last tensor: {loader}.from_official({str(source)!r})")
             print("sizes: " + json.dumps(model.config))
         return 0
     except (WeightsError, OSError) as error:
         print(f"weights.py: {error}", file=sys.stderr)
         return 2
-
-
-def convert(path, target):
-    """Write the tensors of any file that `read` knows, or of a pickle with more in it, as safetensors; returns the
-    target. Says on stderr what was left out. Raises WeightsError."""
-    try:
-        tensors = read(path)[0]
-    except WeightsError as error:
-        try:
-            found, strange = take_out(path)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
-                IndexError, EOFError, RecursionError, OSError):
-            raise error from None
-        tensors = unwrap(found, str(path))
-        print(f"warning: left out of {path}, and not run: {listed(sorted(strange))}", file=sys.stderr)
-    write_aside(target, lambda aside: save_file({key: value.contiguous() for key, value in tensors.items()}, aside))
-    return target
-
-
-# model of a run -> (class, key under which the official code looks for the tensors in a .pth file)
-PUBLISHED = {"VideoMAE": ("mae.VideoMAE", "model"), "VideoClassifier": ("mae.VideoClassifier", "module"),
-             "UniFormerV2": ("uniformerv2.UniFormerV2", "model_state"), "VideoCLIP": ("clip_video.VideoCLIP", None),
-             "CaptionDecoder": ("caption_decoder.CaptionDecoder", None), "VideoText": ("train.VideoText", "state_dict")}
-
-
-def publish(source, target):
-    """Write a run under official names; returns what to say of it. Raises WeightsError where these cannot hold it."""
-    import importlib
-
-    target = Path(target)
-    if target.suffix not in (".safetensors", ".pth") or target.exists():
-        raise WeightsError(f"--official {target}: must be a new file whose name ends in .safetensors or .pth")
-    kind = read(source)[1].get("model")
-    if kind not in PUBLISHED:
-        raise WeightsError(f"{source}: holds {kind or 'no run of this project'}, for which there are no official names; there are "
-                           f"for runs of {listed(PUBLISHED)}")
-    module, name = PUBLISHED[kind][0].split(".")
-    load = getattr(importlib.import_module(module), name)
-    model = (load.from_run if kind == "VideoText" else load.from_official)(source)
-    try:
-        tensors, envelope = model.to_official(), PUBLISHED[kind][1]
-    except ValueError as error:
-        raise WeightsError(f"{source}: {error}") from None
-    if target.suffix == ".pth":
-        write_torch(target, {envelope: tensors} if envelope else tensors)
-    else:
-        write_aside(target, lambda aside: save_file(tensors, aside))
-    return f"{target}: {len(tensors)} tensors of {kind} under official names, family: {describe(unwrap(tensors, str(target)))[0]}"
 
 
 if __name__ == "__main__":

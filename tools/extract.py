@@ -13,7 +13,8 @@ W = max(n - window, 0) // stride + 1 windows (a shorter one repeats its last fra
 w stride to w stride + window - 1. With t token times per window (16 frames, tubelets of 2: t = 8) and h w
 token places,
 
-    --pool all     feats (T', D), T' = W        what the model's head sees
+    --pool all     feats (T', D), T' = W        one feature per window: what the last norm before the
+                                                head sees (VideoMAE: has seen it; ViCLIP: the embedding)
     --pool space   feats (T', D), T' = W t      mean over places of the last layer's tokens
     --pool none    feats (T', h w, D), T' = W t the tokens themselves; ViCLIP's class token is left out
 
