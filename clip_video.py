@@ -585,10 +585,15 @@ class VideoCLIP(nn.Module):
                       global blocks, which begin silent. The embedding is then CLIP's of 0.5 * the mean class token.
         returns       the model in eval mode; `unused` names what was left in the file on purpose
         raises        WeightsError: not such a file, or one that does not fit to the last tensor.
-                      Nothing tells QuickGELU, which is meant here, from the exact GELU of some
-                      models trained later than OpenAI's.
+                      QuickGELU is meant; a Hugging Face folder whose config.json says otherwise is refused,
+                      and its numbers of heads are taken. A file alone tells neither.
         """
         file = OfficialFile(source)
+        if file.layout == "Hugging Face CLIP":
+            eyes, reader = (weights.hub_config(source).get(part) or {} for part in ("vision_config", "text_config"))
+            for part in (eyes, reader):
+                weights.activation(part, file.name, "quick_gelu")
+            heads, text_heads = heads or eyes.get("num_attention_heads"), text_heads or reader.get("num_attention_heads")
         if file.config and file.config.get("model") != "VideoCLIP":
             raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, not a VideoCLIP")
         config = dict(file.config) if file.config else file.sizes(heads, text_heads)
@@ -624,6 +629,9 @@ class VideoCLIP(nn.Module):
                              "--local-units 0 --no-temporal-downsample")
         if config["end"] not in (None, config["vocabulary"] - 1):
             raise ValueError(f"token {config['end']} ends a text; officially it is the last of the vocabulary")
+        depth, layers = config["size"]["depth"], config["global_layers"]
+        if layers != list(range(depth - len(layers), depth)):
+            raise ValueError(f"global blocks after layers {layers}; officially they stand after the last ones")
         layout = {"video": "InternVideo-MM", "frames": "CLIP", "joint": "ViCLIP"}[self.kind]
         return weights.official(self, key_map(self, layout))
 

@@ -178,8 +178,12 @@ class Video:
             self._info = self._probe()
         return self._info
 
+    def _bytes(self):
+        return len(self.path.content) if isinstance(self.path, Bytes) else os.path.getsize(self.path)
+
     def _probe(self):
         pts, keyframes, first = set(), set(), None
+        self._start_clock(self._bytes() / 2**20)  # all of it is read: a second more for each MiB
         codec = self.context.codec.canonical_name
         for packet in self._packets():
             if _is_shown(packet, codec):

@@ -517,9 +517,10 @@ def main(argv=None):
                 with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
                           mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
                     found = model.find(video, args.batch_size, bar.update)
-                strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
             name, frames, duration = args.video, info.frames, info.duration
         else:
+            if list(model.names) != names:
+                raise ValueError(f"--weights {args.weights}: knows other classes than the generated world; name a video")
             world = moving_shapes.LongShapes("test", model.encoder.config["image_size"])
             item = world[0]
             name, frames, duration, true = item["path"], len(item["video"]), item["duration"], item["segments"]
@@ -532,6 +533,9 @@ def main(argv=None):
         best = best[np.argsort(best[:, 0])]
         for start, end, score, label in best:
             print(f"{start:9.2f} s to {end:9.2f} s   {score:4.0%}  {model.names[int(label)]}")
+        if args.video:  # after the segments are said: whatever the pictures cost, those are there
+            with data.Video(args.video) as video:
+                strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
         path = Path(args.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         draw.segments([(Path(name).name, strip, duration, true, clearest(found, args.least))], model.names, path)

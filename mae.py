@@ -533,6 +533,9 @@ class VideoMAE(nn.Module):
         raises          WeightsError: not such a file, or one that does not fit to the last tensor
         """
         file = OfficialFile(source, pretraining=True)
+        told = file.hub_config(source)
+        heads = heads or told.get("num_attention_heads")
+        decoder_heads = decoder_heads or told.get("decoder_num_attention_heads")
         if file.config.get("model") == "VideoMAE":  # a run of ours
             return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
         if not (file.has("encoder_to_decoder.weight") or file.has("mask_token")):
@@ -596,23 +599,31 @@ class VideoClassifier(nn.Module):
             nn.init.zeros_(self.head.bias)
             self.head.weight.data.mul_(head_scale)
 
-    def with_head(self, classes, **options):
+    def with_head(self, classes, *, rows=None, **options):
         """A classifier for Y classes with these weights. As many classes: the head too. 400 after the 710 of
-        Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a fresh head."""
+        Kinetics-710: its first 400 rows, which are Kinetics-400 in InternVideo's order (not in VideoMAE V2's, and no shape tells
+        them apart). Any other number: a fresh head.
+
+        rows     which row of the old head each class is, Y numbers; default: as above
+        """
         model = VideoClassifier(**_sized(self.config, set(self.config) - {"model", "classes"}) | options,
                                 classes=classes).take(self)
         if self.pool == "mean":
             model.fc_norm.load_state_dict(self.fc_norm.state_dict())
-        if classes == self.config["classes"] or (self.config["classes"], classes) == (710, 400):
+        if classes and rows is None and (classes == self.config["classes"] or (self.config["classes"], classes) == (710, 400)):
+            rows = range(classes)
+        if rows is not None:
             with torch.no_grad():
-                model.head.weight.copy_(self.head.weight[:classes])
-                model.head.bias.copy_(self.head.bias[:classes])
+                model.head.weight.copy_(self.head.weight[list(rows)])
+                model.head.bias.copy_(self.head.bias[list(rows)])
         return model
 
     def take(self, other):
         """The encoder's weights of another model, but for its last norm; returns self."""
         tensors = {key: value for key, value in other.encoder.state_dict().items()
                    if key in self.encoder.state_dict() and not key.startswith("stored")}
+        if "stored" in self.encoder.state_dict() and hasattr(other.encoder, "stored"):
+            tensors["stored"] = resize_positions(other.encoder.stored, other.encoder.grid, self.encoder.grid)
         missing, unknown = self.encoder.load_state_dict(tensors, strict=False)
         assert not unknown and all(key == "stored" or key.startswith("norm.") for key in missing), (missing, unknown)
         return self
@@ -647,6 +658,7 @@ class VideoClassifier(nn.Module):
         feature extractor (classes = 0).
         """
         file = OfficialFile(source, pretraining=False)
+        heads = heads or file.hub_config(source).get("num_attention_heads")
         if file.config.get("model") == "VideoClassifier":
             return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
         if file.has("encoder_to_decoder.weight") or file.has("mask_token"):
@@ -837,12 +849,22 @@ class OfficialFile(Names):
     def __init__(self, source, pretraining):
         self.tensors, self.config = weights.read(source)
         self.name = "the dict of weights" if isinstance(source, dict) else str(source)
+        if any(key.startswith("embeddings.patch_embeddings.") for key in self.tensors):  # transformers' VideoMAEModel alone
+            self.tensors = {"videomae." + key: value for key, value in self.tensors.items()}
+        if "backbone.patch_embed.proj.weight" in self.tensors:  # an encoder inside somebody's larger model
+            self.tensors = {key.removeprefix("backbone."): value for key, value in self.tensors.items()}
         self.hugging_face = any(key.startswith("videomae.") for key in self.tensors)
         respellings = () if pretraining else FINE_TUNED
         if self.hugging_face:
             new = any(key.endswith("attention.query.bias") for key in self.tensors)
             respellings = HUGGING_FACE_5 if new else HUGGING_FACE
         super().__init__(respellings)
+
+    def hub_config(self, source):
+        """What transformers wrote beside its own file, else {}; WeightsError where it asks for what is not here."""
+        told = weights.hub_config(source) if self.hugging_face else {}
+        weights.activation(told, self.name, "gelu")
+        return told
 
     def sizes(self, name, axis=0, blocks=None):
         """What a tensor, or the same tensor of each block, says about a size: the majority wins, so

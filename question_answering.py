@@ -170,6 +170,8 @@ def main(argv=None):
         if not args.weights:
             explain(model, video, ids, scores)
         share = scores[0].softmax(dim=-1)
+        print(f"protocol: one view of {T} frames, spread over the video, {H} x {W} px; softmax over the {len(share)} answers that "
+              "training has decided")
         for p, i in zip(*(found.tolist() for found in share.topk(min(5, len(share))))):
             print(f"{100 * p:5.1f} %  {model.answers[i]}")
     except (weights.WeightsError, data.DataError, ValueError, OSError) as error:

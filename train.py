@@ -586,7 +586,9 @@ class Clip(Stage):
             decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
             self.decided(caption_depth=decoder.config["depth"], queries=decoder.config["queries"])
             return VideoText(clip, decoder)
-        print(f"{self.weights} holds no caption decoder: that starts from scratch")
+        if not self.steps:
+            self.caption_weight = 0.0
+        print(f"{self.weights} holds no caption decoder: " + ("that starts from scratch" if self.steps else "no captions are scored"))
         return VideoText(clip, self.fresh_decoder(clip))
 
     def check_captions(self):
@@ -761,6 +763,8 @@ class Clip(Stage):
                 if self.caption_weight:
                     told = [moving_shapes.phrasings(facts) for facts in batch["facts"]] if "facts" in batch else \
                         batch.get("captions") or [[text] for text in batch["caption"]]
+                    # References as the tokeniser would write them: "counter-clockwise" and "counter - clockwise" are one.
+                    told = [self.words.decode(self.words.encode(list(texts), 10**4, trim=True)[0]) for texts in told]
                     said += [(batch["number"], model.caption(video, self.words, self.context - 1), told)]
         metrics = {}
         if self.test and not self.data:
@@ -807,17 +811,23 @@ class Clip(Stage):
         if self.data and self.sets[1].captions is None:
             return (f"protocol: zero-shot recognition of {min(self.eval_clips, len(self.sets[1]))} held-out files of {self.sets[1].source}, "
                     f"{len(self.sets[1].classes)} classes; the mean over {len(self.sentences())} prompts of the softmax over classes; "
-                    f"one view of {self.num_frames} frames, {self.input_size} px; chance is {100 / len(self.sets[1].classes):.1f} %")
+                    f"one view of {self.num_frames} frames, {self.input_size} px, sampling {self.sampling}, transform {self.transform}; chance is {100 / len(self.sets[1].classes):.1f} %")
         told = list(self.sets[1].told.values()) if files and self.sets[1].told else []
         texts = sum(len(told[i]) for i in data.spread(len(told), self.eval_clips)[:videos]) if told else videos
         return clip_video.protocol(
             self.sets[1].source if self.data else "moving shapes", videos=videos, captions=texts, frames=self.num_frames,
-            size=self.input_size, crop="centre", sampling="one from each segment" if self.data else "all of the clip",
-            merge=self.merge_share if self.merge else None, grouped=True) + self.tasks()
+            size=self.input_size, crop=f"transform {self.transform}" if self.data else "all of the frame",
+            sampling=self.sampling if self.data else "all of the clip", merge=self.merge_share if self.merge else None,
+            grouped=True) + "; merged as published, blocks 12 and above left out" * bool(self.merge and self.merge_as_published) + self.tasks()
 
     def tasks(self):
         """Of the protocol what is not retrieval."""
-        return "" if self.data else (
+        if self.data:
+            rows = getattr(self.sets[1], "rows", None)
+            choice = f"; multiple choice among the sentences listed for each of {self.eval_clips} videos or fewer" if (
+                rows and rows[0].candidates) else ""
+            return choice + "; captions, greedy, scored against all sentences of their video" * bool(self.caption_weight)
+        return (
             "; zero-shot, multiple choice (four of five sentences are wrong in one fact) and captions (scored against "
             f"every phrasing of the facts) on {self.eval_clips} clips, in percent; unseen_ = pairs of shape and "
             "colour never shown in training; chance is 6 % for motion, 17 % for shape, 12 % for colour")
@@ -953,13 +963,15 @@ def feature_of(encoder, video):
     return feature if isinstance(encoder, mae.VideoClassifier) else encoder.norm(feature)
 
 
-def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0):
+def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0, rows=None, positions="sinusoid"):
     """Either encoder of InternVideo, with a head for Y classes, out of whatever holds it.
 
     source   a run of mae, clip or classify, or an official file: VideoMAE pretrained or fine-tuned, UniFormerV2,
              CLIP (which grows), InternVideo-MM. What the file is, its names tell
     classes  Y; None: the head that it has, or where it has none a fresh one of one class, to be replaced
-    returns  mae.VideoClassifier or uniformerv2.UniFormerV2; for heads see their `with_head`
+    rows     which row of the file's head each class is, where it has a head; default and heads: see their `with_head`
+    positions   of official VideoMAE files: see mae.position_codes
+    returns  mae.VideoClassifier or uniformerv2.UniFormerV2
     """
     tensors, config = weights.read(source)
     kind = config.get("model")
@@ -968,14 +980,18 @@ def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0
     if masked:
         pretrained = kind == "VideoMAE" or any(key.endswith("mask_token") for key in tensors) and not kind
         family = mae.VideoMAE if pretrained else mae.VideoClassifier
-        found = family.from_official(source, frames=frames, image_size=image_size)
+        found = family.from_official(source, frames=frames, image_size=image_size, positions=positions)
+        options = {"rows": rows} if of_the_head(source, found, classes, rows) else {}
         return found.with_head(classes or found.config.get("classes") or 1, frames=frames or found.config["frames"],
-                               image_size=image_size or found.config["image_size"], drop=drop, drop_path=drop_path)
+                               image_size=image_size or found.config["image_size"], drop=drop, drop_path=drop_path, **options)
     options = dict(head_dropout=drop, drop_path=drop_path)
     names = " ".join(tensors)
     if kind == "UniFormerV2" or not kind and "transformer.dec." in names and "text_projection" not in names:
         found = uniformerv2.UniFormerV2.from_official(source, frames=frames)
+        if of_the_head(source, found, classes, rows):
+            options["rows"] = rows
         return found.with_head(classes or found.config["classes"] or 1, **options)
+    of_the_head(source, None, classes, rows)
     if kind not in (None, "VideoCLIP", "VideoText"):
         raise weights.WeightsError(f"{source}: holds a {kind}, which is no encoder that `classify` knows")
     grow = not kind and clip_video.OfficialFile(source).layout in ("CLIP", "Hugging Face CLIP")
@@ -984,6 +1000,19 @@ def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0
         raise weights.WeightsError(f"{source}: ViCLIP's joint tower has no classifier here; use UniFormerV2, "
                                    "InternVideo-MM or CLIP weights")
     return clip.visual.with_head(classes or 1, norm=clip.visual_norm, mean=clip.mean, std=clip.std, **options)
+
+
+def of_the_head(source, model, classes, rows):
+    """True where `rows` names rows of the model's head; WeightsError where they cannot be. Says what shapes do not tell."""
+    had = model.config.get("classes", 0) if model is not None else 0
+    if rows is None:
+        if (had, classes) == (710, 400):
+            print(f"{source}: the first 400 of its 710 classes are taken for Kinetics-400, as in InternVideo and UniFormerV2; VideoMAE "
+                  "V2's are in another order, for which see --head-rows")
+        return False
+    if len(rows) != classes or not had or not all(0 <= row < had for row in rows):
+        raise weights.WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes out of a head with {had} of {source}")
+    return True
 
 
 @dataclass
@@ -1015,6 +1044,8 @@ class Labels(Stage):
                            low=1)
     test_crops: int = flag(1, "files: crops along the longer side of each (papers: 3)", low=1)
 
+    merge_views: str = flag("softmax", "files: what is averaged over views: softmax or logits (papers: softmax; logits on "
+                            "Something-Something)", choices=("softmax", "logits"))
     def ask(self):
         """Open the data sets and set the questions; returns Y, the number of all answers."""
         if self.batch_size % self.repeats:
@@ -1041,8 +1072,9 @@ class Labels(Stage):
                 "clips of moving shapes: motion, shape, colour, and all three; unseen_ = pairs of shape and colour never shown in "
                 "training")
         views = self.test_clips * self.test_crops
+        frames = f"sampling {self.sampling}, transform {self.transform}" if self.data and hasattr(self, "sampling") else ""
         return (f"protocol: accuracy in percent on {count} held-out {what}; one view of {self.num_frames} frames, {self.input_size} px"
-                + (f", at the end also the mean probability of {self.test_clips} x {self.test_crops} views" if views > 1 else ""))
+                + f", {frames}" * bool(frames) + (f", at the end also the mean {'probability' if self.merge_views == 'softmax' else 'logit'} of {self.test_clips} x {self.test_crops} views" if views > 1 else ""))
 
     def target(self, batch):
         """(B, Y): a one for the right answer to each question."""
@@ -1093,7 +1125,7 @@ class Labels(Stage):
         _, scores, answers = zip(*processes.collect(rows, self.device))
         answers = {"label": torch.cat(answers)}
         named = {"1 clip": [logits[0] for logits in scores],
-                 f"{self.test_clips} x {self.test_crops} views": [merge_views(logits[1:]) for logits in scores]}
+                 f"{self.test_clips} x {self.test_crops} views": [merge_views(logits[1:], self.merge_views) for logits in scores]}
         return {f"val_{name} ({kind})": value for kind, found in named.items()
                 for name, value in accuracies({"label": torch.stack(found)}, answers).items()}
 
@@ -1157,6 +1189,10 @@ class Classify(Labels):
     smoothing: float = flag(0.1, "label smoothing (paper: 0.1)", low=0, high=1)
     mixup: float = flag(0.0, "alpha of mixup, 0 = none (paper: 0.8)", low=0)
     cutmix: float = flag(0.0, "alpha of cutmix, 0 = none; with both, a coin chooses (paper: 1.0)", low=0)
+    head_rows: str = flag("", "a JSON list: which row of the head of --weights each class is, as VideoMAE V2's label_710to400.json; "
+                          "default: the first 400 of 710, the same where there are as many, else a fresh head")
+    positions: str = flag("sinusoid", "position codes of official VideoMAE weights on another grid: sinusoid = computed for it, "
+                          "resized = stretched (InternVideo's ViT-H at 384 px)", choices=("sinusoid", "resized"))
     probe_clips: int = flag(2000, "with a probe: training clips whose features are computed; 0 = all files of --data",
                             low=0)
     unknown: str = flag("", "open-set recognition: classes (or motions) to leave out of training, names with commas, or how "
@@ -1171,7 +1207,8 @@ class Classify(Labels):
         if self.test_clips * self.test_crops > 1 or self.data and annotations.is_shards(self.data):
             raise Mistake("--unknown: is evaluated on one view of listed files; leave out --test-clips, --test-crops, shards")
         question, names = next(iter(self.questions.items()))
-        unknown = names[max(len(names) - int(self.unknown), 0):] if self.unknown.isdecimal() else self.unknown.split(",")
+        unknown = names[max(len(names) - int(self.unknown), 0):] if self.unknown.isdecimal() else list(
+            dict.fromkeys(self.unknown.split(",")))
         known = tuple(name for name in names if name not in unknown)
         if set(unknown) - set(names) or not unknown or len(known) < 2:
             raise Mistake(f"--unknown {self.unknown}: give some of {', '.join(names)}, or how many of the last; two or more "
@@ -1198,7 +1235,7 @@ class Classify(Labels):
         if not self.unknown:
             return super().note()
         name, known = next(iter(self.questions.items()))
-        return (f"open set: trained on {len(known)} classes of {name}; the AUROC compares the largest probability on held-out "
+        return super().note() + (f"; open set: trained on {len(known)} classes of {name}; the AUROC compares the largest probability on held-out "
                 f"clips of these with clips of those left out ({self.unknown}); chance is 50")
 
     def build(self):
@@ -1227,10 +1264,22 @@ class Classify(Labels):
             model.recompute(self.recompute)
         return model
 
+    def rows_of_head(self):
+        """The numbers in --head-rows, or None."""
+        if not self.head_rows:
+            return None
+        try:
+            rows = json.loads(Path(self.head_rows).read_text())
+        except (OSError, ValueError) as error:
+            raise Mistake(f"--head-rows {self.head_rows}: {error}") from None
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, int) for row in rows):
+            raise Mistake(f"--head-rows {self.head_rows}: must hold a list of numbers, as [0, 2, 5]")
+        return rows
+
     def encoder_for(self, classes):
         if self.weights:
-            found = load_encoder(self.weights, classes, frames=self.num_frames, image_size=self.input_size,
-                                 drop=self.drop, drop_path=self.drop_path)
+            found = load_encoder(self.weights, classes, frames=self.num_frames, image_size=self.input_size, drop=self.drop,
+                                 drop_path=self.drop_path, rows=self.rows_of_head(), positions=self.positions)
             masked = isinstance(found, mae.VideoClassifier)
             if not masked and found.config["image_size"] != [self.input_size] * 2 and self.input_size != type(self).input_size:
                 found = resized(found, self.input_size)
@@ -1711,7 +1760,7 @@ class Answer(Stage):
         if self.data:
             self.sets = clips(self, self.num_frames, size, self.sampling, flip=False, transform=self.transform)
             for source in self.sets:
-                if not isinstance(source, data.VideoFiles) or any(row.answer is None or not row.question for row in source.rows):
+                if not isinstance(source, data.VideoFiles) or any(row.answer is None or not (row.question or "").strip() for row in source.rows):
                     raise Mistake(f"{source.source}: a question or an answer is missing; give JSON, JSONL or CSV with "
                                   "video, question and answer")
             asked = [(row.question, row.answer) for row in self.sets[0].rows]
@@ -1787,7 +1836,7 @@ class Answer(Stage):
         count = min(self.eval_clips, len(self.sets[1])) if self.data else self.eval_clips
         return (f"protocol: {count} held-out questions{'' if self.data else ' about moving shapes'}, open-ended; the answer is one "
                 f"of the {len(self.table)} commonest of training, compared in lower case without punctuation, others count as "
-                f"wrong; {self.num_frames} frames; chance is {100 / len(self.table):.1f} %")
+                f"wrong; {self.num_frames} frames{f', sampling {self.sampling}, transform {self.transform}' if self.data else ''}; chance is {100 / len(self.table):.1f} %")
 
     @torch.no_grad()
     def pictures(self, model, batch, folder):
@@ -1823,10 +1872,11 @@ def numbers(text, name, kind=int):
     return [kind(number) for number in text.split(",")]
 
 
-def merge_views(logits):
-    """Scores of several views of one video (n, Y) -> probabilities (Y,): the softmax of each, then the mean (VideoMAE,
-    Sec. 4; UniFormerV2 on Kinetics), so that one view that is very sure cannot outvote the others."""
-    return logits.softmax(dim=1).mean(dim=0)
+def merge_views(logits, form="softmax"):
+    """Scores of several views of one video (n, Y) -> (Y,). "softmax": the softmax of each, then the mean (VideoMAE,
+    Sec. 4; UniFormerV2 on Kinetics), so that one view that is very sure cannot outvote the others; "logits": their mean
+    as they are (UniFormerV2 on Something-Something)."""
+    return (logits.softmax(dim=1) if form == "softmax" else logits).mean(dim=0)
 
 
 def accuracies(logits, answers):

@@ -532,10 +532,11 @@ class UniFormerV2(nn.Module):
         feature = self.features(video)
         return self.head(self.drop(self.norm(feature))) if self.config["classes"] else feature
 
-    def with_head(self, classes, *, norm=None, **options):
+    def with_head(self, classes, *, norm=None, rows=None, **options):
         """A classifier for Y classes with these weights. As many classes: the head too. 400 after the 710 of
         Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a fresh head.
 
+        rows     which row of the old head each class is, Y numbers; default: as above
         norm     a LayerNorm to start the head's norm with; default: this model's, where it has one
         options  head_dropout, drop_path, mean, std, ..., as for the constructor
         """
@@ -545,8 +546,10 @@ class UniFormerV2(nn.Module):
         if norm is not None:
             tensors |= {f"norm.{key}": value for key, value in norm.state_dict().items()}
         old, ours = self.config["classes"], model.state_dict()
-        if (old, classes) == (710, 400):
-            tensors |= {key: tensors[key][:400] for key in ("head.weight", "head.bias")}
+        if rows is None and (old, classes) == (710, 400):
+            rows = range(400)
+        if rows is not None:
+            tensors |= {key: tensors[key][list(rows)] for key in ("head.weight", "head.bias")}
         elif old != classes:
             tensors = {key: value for key, value in tensors.items() if not key.startswith("head.") and key in ours}
         missing, unknown = model.load_state_dict(tensors, strict=False)
@@ -600,6 +603,8 @@ class UniFormerV2(nn.Module):
         """{official name: tensor}, what UniFormerV2's own code calls them."""
         if not self.global_layers:
             raise ValueError("a plain tower is no UniFormerV2: it has no name of its own officially")
+        if self.global_layers != tuple(range(len(self.blocks) - len(self.global_layers), len(self.blocks))):
+            raise ValueError(f"global blocks after layers {list(self.global_layers)}; officially they stand after the last ones")
         return weights.official(self, [replace(rule, official="backbone." + rule.official) for rule in official_rules(self)])
 
     @classmethod

@@ -239,6 +239,22 @@ def checksum(tensors, text):
     return f"{value:08x}"
 
 
+def hub_config(source):
+    """What transformers wrote beside its weights, config.json of a folder; {} where there is none."""
+    path = Path(source) / "config.json" if not isinstance(source, dict) else None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    except ValueError as error:
+        raise WeightsError(f"{path}: not JSON ({error})") from None
+    return found if isinstance(found, dict) else {}
+
+
+def activation(config, name, usual):
+    """WeightsError where transformers' configuration (of the file `name`) asks for another activation than `usual`."""
+    if config.get("hidden_act", usual) != usual:
+        raise WeightsError(f"{name}: its config.json says hidden_act {config['hidden_act']!r}; only {usual!r} is known here")
+
+
 def unwrap(tensors, name):
     """{name: tensor} without envelopes and without a prefix that every name shares."""
     for _ in range(len(ENVELOPES)):
@@ -249,9 +265,9 @@ def unwrap(tensors, name):
         tensors = tensors[inner[0]]
     if not isinstance(tensors, dict) or not tensors:
         raise WeightsError(f"{name}: holds no tensors")
-    others = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    others = [str(key) for key, value in tensors.items() if not isinstance(value, torch.Tensor) or not isinstance(key, str)]
     if others:
-        raise WeightsError(f"{name}: expected tensors only, found {listed(others)}")
+        raise WeightsError(f"{name}: expected tensors by name, found {listed(others)}")
     while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)), None):
         tensors = {key[len(prefix):]: value for key, value in tensors.items()}
     return {key: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
@@ -421,8 +437,9 @@ def save(folder, model, config):
 FAMILIES = (
     ("VideoMAE, pretraining, of Hugging Face", (r"^videomae\.", r"^decoder\.decoder_layers\."), ("mae.VideoMAE",)),
     ("VideoMAE, classifier, of Hugging Face", (r"^videomae\.",), ("mae.VideoClassifier",)),
+    ("VideoMAE, encoder, of Hugging Face", (r"^embeddings\.patch_embeddings\.", r"^encoder\.layer\."), ("mae.VideoClassifier",)),
     ("VideoMAE, pretraining", (r"^encoder\.patch_embed\.", r"^decoder\.blocks\."), ("mae.VideoMAE",)),
-    ("VideoMAE, classifier", (r"^patch_embed\.proj\.", r"^blocks\.\d+\."), ("mae.VideoClassifier",)),
+    ("VideoMAE, classifier", (r"^(backbone\.)?patch_embed\.proj\.", r"^(backbone\.)?blocks\.\d+\."), ("mae.VideoClassifier",)),
     ("ViCLIP", (r"^vision_encoder\.", r"^text_encoder\."), ("clip_video.VideoCLIP",)),
     ("CLIP, of Hugging Face", (r"^vision_model\.", r"^text_model\."), ("clip_video.VideoCLIP",)),
     ("InternVideo-MM with its caption decoder", (r"^clip\.visual\.", r"^caption_decoder\."),
@@ -455,7 +472,7 @@ def convert(path, target):
             raise error from None
         tensors = unwrap(found, str(path))
         print(f"warning: left out of {path}, and not run: {listed(sorted(strange))}", file=sys.stderr)
-    write_aside(target, lambda aside: save_file({key: value.contiguous() for key, value in tensors.items()}, aside))
+    write_aside(target, lambda aside: save_file({key: value.contiguous().clone() for key, value in tensors.items()}, aside))
     return target
 
 
@@ -487,7 +504,20 @@ def publish(source, target):
         write_torch(target, {envelope: tensors} if envelope else tensors)
     else:
         write_aside(target, lambda aside: save_file(tensors, aside))
-    return f"{target}: {len(tensors)} tensors of {kind} under official names, family: {describe(unwrap(tensors, str(target)))[0]}"
+    found = f"{target}: {len(tensors)} tensors of {kind} under official names, family: {describe(unwrap(tensors, str(target)))[0]}"
+    unsaid = untold(model.config)
+    return found + f"\nno name or shape says this, so tell whoever loads it: {'; '.join(unsaid)}" * bool(unsaid)
+
+
+def untold(config):
+    """What official files do not hold and official code assumes otherwise: list of words."""
+    width, heads = (config.get("size", {}).get(key, 0) for key in ("width", "heads"))
+    unsaid = [f"{heads} heads of {width // heads} in place of 64"] if heads and width != 64 * heads else []
+    if config.get("model") == "UniFormerV2" and (set(config["mean"]), set(config["std"])) != ({0.45}, {0.225}):
+        unsaid.append(f"pixels in [0, 1] are normalised with mean {config['mean']} and deviation {config['std']}")
+    if {config.get("eps", 1e-6), config.get("head_eps", 1e-6)} != {1e-6}:
+        unsaid.append(f"LayerNorm epsilons {config.get('eps')}, before the head {config.get('head_eps')}")
+    return unsaid
 
 
 def main(argv=None):
@@ -505,6 +535,8 @@ def main(argv=None):
     parser.add_argument("--heads", type=int, default=0, help="of every attention, where the width is none of a published model")
     args = parser.parse_args(argv)
     try:
+        if args.heads < 0:
+            raise WeightsError(f"--heads {args.heads}: must be at least 1")
         source = args.file
         if args.convert:
             if Path(args.convert).suffix != ".safetensors" or Path(args.convert).exists():
@@ -519,6 +551,7 @@ def main(argv=None):
               + ", ".join(f"{count} of {kind}" for kind, count in numbers.items()) + " (half precision is widened)")
         if config:
             print(f"a run of this project: {config.get('model', 'several models')}; give it to train.py as --weights {source}")
+            print("sizes: " + json.dumps(config))
             return 0
         family, loaders = describe(tensors)
         if family is None:
@@ -530,10 +563,12 @@ def main(argv=None):
             heads = [key for key in inspect.signature(loader_of).parameters if key.endswith("heads") and args.heads
                      and module != "caption_decoder"]  # whose shapes tell
             model = loader_of(source, **dict.fromkeys(heads, args.heads))
-            print(f"loads, to the last tensor: {loader}.from_official({str(source)!r})")
+            unused = [key for key in getattr(model, "unused", ()) if len(loaders) < 2 or not key.startswith("caption_decoder.")]
+            print(f"loads{', to the last tensor' * (not unused)}: {loader}.from_official({str(source)!r})"
+                  + f"; of no use there: {listed(unused)}" * bool(unused))
             print("sizes: " + json.dumps(model.config))
         return 0
-    except (WeightsError, OSError) as error:
+    except (WeightsError, OSError, ValueError) as error:
         print(f"weights.py: {error}", file=sys.stderr)
         return 2
 

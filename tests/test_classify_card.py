@@ -83,6 +83,8 @@ def test_a_run_goes_on_as_a_classifier_with_the_same_encoder(encoders, kind, tmp
 def test_the_first_400_of_710_classes_are_those_of_kinetics_400(make):
     big = make(710)
     small, other, same = big.with_head(400), big.with_head(174), big.with_head(710)
+    chosen = big.with_head(3, rows=[7, 0, 709])
+    assert torch.equal(chosen.head.weight, big.head.weight[[7, 0, 709]]) and torch.equal(chosen.head.bias, big.head.bias[[7, 0, 709]])
     assert torch.equal(small.head.weight, big.head.weight[:400]) and torch.equal(small.head.bias, big.head.bias[:400])
     assert torch.equal(same.head.weight, big.head.weight)
     assert other.head.weight.shape == (174, 24) and not torch.equal(other.head.weight, big.head.weight[:174])
@@ -268,3 +270,36 @@ def test_a_probe_takes_steps_in_pieces_and_open_sets_have_a_test_split(encoders,
     assert run("--unknown", "4", "--test", "10", "--steps", "1", out=tmp_path / "open") == 0
     found = json.loads((tmp_path / "open" / "metrics.json").read_text())
     assert 0 <= found["test_motion"] <= 100 and found["val_unknown_clips"] == 10
+
+
+def test_the_rows_of_a_head_are_named_in_a_file_and_checked(encoders, tmp_path, capsys):
+    (tmp_path / "rows.json").write_text("[1, 0]")
+    flags = ("--weights", encoders["masked"][0], "--head-rows", str(tmp_path / "rows.json"))
+    assert run(*flags, out=tmp_path / "run") == 2
+    assert "--head-rows: 2 rows for 30 classes out of a head with" in capsys.readouterr().err
+    (tmp_path / "rows.json").write_text("{}")
+    assert run(*flags, out=tmp_path / "run") == 2 and "must hold a list of numbers" in capsys.readouterr().err
+
+
+def test_views_are_merged_by_hand_as_probabilities_and_as_logits():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+    sure = torch.tensor([[0.880797, 0.119203], [0.017986, 0.982014]])
+    assert torch.allclose(train.merge_views(logits), sure.mean(dim=0), atol=1e-5)
+    assert torch.equal(train.merge_views(logits, "logits"), torch.tensor([1.0, 2.0]))
+
+
+def test_an_attentive_probe_is_evaluated_again_and_says_what_it_is(encoders, tmp_path, capsys):
+    assert run("--weights", encoders["masked"][0], "--mode", "attentive", out=tmp_path / "probe") == 0
+    first = json.loads((tmp_path / "probe" / "metrics.json").read_text())
+    assert run("--weights", str(tmp_path / "probe"), "--mode", "attentive", "--steps", "0", out=tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["val_motion"] == first["val_motion"] and again["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
+    capsys.readouterr()
+    assert run("--weights", str(tmp_path / "probe"), out=tmp_path / "wrong") == 2 and "add --mode attentive" in capsys.readouterr().err
+
+
+def test_a_flag_that_would_change_nothing_is_a_mistake(tmp_path, capsys):
+    for flags in (("--rand-augment", "4"), ("--transform", "videomae"), ("--merge-views", "logits")):
+        assert run(*flags, out=tmp_path) == 2
+        assert f"{flags[0]}: is for video files; a clip of moving shapes is all there is" in capsys.readouterr().err
+    assert run("--data", "x", "--test", "4", out=tmp_path) == 2 and "--test: is for moving shapes" in capsys.readouterr().err

@@ -579,3 +579,40 @@ def test_divided_attention_refuses_what_it_cannot_see_and_survives_a_classifier(
     again = mae.VideoMAE.from_official(tmp_path)
     assert torch.equal(again.with_head(5).eval().encoder.begin(video), model.encoder.begin(video))
     assert torch.equal(again.encoder(video), model.encoder(video))
+
+
+@pytest.mark.parametrize("frames", [4, 8])
+def test_a_stored_position_table_goes_along_to_another_head_and_is_stretched_for_longer_clips(frames):
+    model = VideoClassifier(TINY, classes=3, frames=4, image_size=32, positions="stored", head_scale=1.0).eval()
+    torch.nn.init.normal_(model.encoder.stored)
+    other = model.with_head(3, frames=frames).eval()
+    if frames == 4:
+        x = clip()
+        assert torch.equal(other(x), model(x))
+    expected = mae.resize_positions(model.encoder.stored, model.encoder.grid, other.encoder.grid)
+    assert torch.equal(other.encoder.stored, expected)
+
+
+def test_an_encoder_alone_loads_under_the_names_of_transformers_and_inside_a_larger_model():
+    model = VideoClassifier(TINY, classes=0, frames=4, image_size=32).eval()
+    torch.nn.init.normal_(model.fc_norm.weight)
+    official = model.to_official()
+    x = clip()
+    for tensors in (official, {"backbone." + key: value for key, value in official.items()}):
+        found = VideoClassifier.from_official(tensors, heads=TINY.heads, frames=4, image_size=32)
+        assert torch.equal(found(x), model(x))
+    theirs = {}
+    for key, value in official.items():
+        if key.endswith("attn.qkv.weight"):
+            for part, piece in zip(("query", "key", "value"), value.chunk(3)):
+                theirs[key.replace("attn.qkv", f"attention.attention.{part}")] = piece
+        else:
+            theirs[key] = value
+    for old, new in (("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
+                     ("attn.q_bias", "attention.attention.q_bias"), ("attn.v_bias", "attention.attention.v_bias"),
+                     ("attn.proj.", "attention.output.dense."), ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."),
+                     ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense.")):
+        theirs = {key.replace(old, new): value for key, value in theirs.items()}
+    assert weights.describe(theirs)[0] == "VideoMAE, encoder, of Hugging Face"
+    found = VideoClassifier.from_official(theirs, heads=TINY.heads, frames=4, image_size=32)
+    assert torch.allclose(found(x), model(x), atol=1e-4)  # another epsilon

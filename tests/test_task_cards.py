@@ -162,7 +162,7 @@ def test_a_run_answers_beside_its_baselines_and_on_the_command_line(finished, tm
     capsys.readouterr()
     assert question_answering.main([str(tmp_path / "a.mp4"), "what happens?", "--weights", str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and all(" %  " in line for line in lines)
+    assert "protocol: one view of" in lines[0] and len(lines) == 6 and all(" %  " in line for line in lines[1:])
     assert question_answering.main([str(tmp_path / "a.mp4"), "what?", "--weights", str(finished)]) == 2
     assert "not a run of" in capsys.readouterr().err
 

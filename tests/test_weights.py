@@ -4,6 +4,7 @@ envelopes and prefixes are understood; half precision is widened exactly; what a
 much or has misshapen is listed exactly; no file can run code; no damaged file ends in a traceback.
 """
 
+import json
 import pickle
 import random
 
@@ -247,12 +248,45 @@ def test_what_official_names_cannot_hold_is_refused_in_a_line(tmp_path, capsys):
     import train
     for i, model in enumerate((
             mae.VideoMAE("tiny", frames=4, image_size=32, positions="axes"),
-            clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7, local_units=1))):
+            clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7, local_units=1),
+            clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7, global_layers=(0,)))):
         run = save(tmp_path / str(i), model)
         assert weights.main([str(run), "--official", str(tmp_path / "new.pth")]) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "train with --" in err
+        assert err.count("\n") == 1 and ("train with --" in err or "officially they stand after the last ones" in err)
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     assert weights.main([str(tmp_path / "a.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
     assert "no official names" in capsys.readouterr().err
     assert weights.main([str(tmp_path / "0"), "--official", str(tmp_path / "new.bin")]) == 2
+
+
+def test_what_official_names_do_not_say_is_said(tmp_path, capsys):
+    import uniformerv2
+    model = uniformerv2.UniFormerV2(uniformerv2.Size(64, 2, 2, 128, 8, 16), classes=3, frames=4, mean=(0.1, 0.2, 0.3))
+    assert weights.main([str(save(tmp_path / "run", model)), "--official", str(tmp_path / "new.pth")]) == 0
+    said = capsys.readouterr().out
+    assert "tell whoever loads it: 2 heads of 32 in place of 64; pixels in [0, 1] are normalised with mean [0.1, 0.2, 0.3]" in said
+
+
+@pytest.mark.parametrize("tensors, said", [({1: torch.ones(2)}, "expected tensors by name, found 1"), ({}, "holds no tensors")])
+def test_odd_dicts_are_one_line(tmp_path, capsys, tensors, said):
+    torch.save(tensors, tmp_path / "odd.pth")
+    assert weights.main([str(tmp_path / "odd.pth")]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_tensors_that_share_memory_are_written_and_odd_heads_are_one_line(tmp_path, capsys):
+    both = torch.ones(3)
+    torch.save({"a": both, "b": both}, tmp_path / "tied.pth")
+    assert weights.main([str(tmp_path / "tied.pth"), "--convert", str(tmp_path / "new.safetensors")]) == 2  # of no family
+    assert torch.equal(weights.read(tmp_path / "new.safetensors")[0]["b"], both)
+    assert weights.main([str(tmp_path / "tied.pth"), "--heads", "-2"]) == 2 and "--heads -2" in capsys.readouterr().err
+
+
+def test_what_transformers_wrote_beside_its_weights_counts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
+    assert weights.hub_config(tmp_path) == {"vision_config": {"hidden_act": "gelu"}} and weights.hub_config({}) == {}
+    with pytest.raises(WeightsError, match="hidden_act 'gelu'; only 'quick_gelu'"):
+        weights.activation({"hidden_act": "gelu"}, "x", "quick_gelu")
+    weights.activation({}, "x", "gelu")
