@@ -594,8 +594,8 @@ def test_a_stored_position_table_goes_along_to_another_head_and_is_stretched_for
 
 
 def test_an_encoder_alone_loads_under_the_names_of_transformers_and_inside_a_larger_model():
-    model = VideoClassifier(TINY, classes=0, frames=4, image_size=32).eval()
-    torch.nn.init.normal_(model.fc_norm.weight)
+    model = VideoClassifier(TINY, classes=0, frames=4, image_size=32, pool="first").eval()  # as transformers keeps it: norm, no mean
+    torch.nn.init.normal_(model.encoder.norm.weight)
     official = model.to_official()
     x = clip()
     for tensors in (official, {"backbone." + key: value for key, value in official.items()}):
@@ -608,7 +608,7 @@ def test_an_encoder_alone_loads_under_the_names_of_transformers_and_inside_a_lar
                 theirs[key.replace("attn.qkv", f"attention.attention.{part}")] = piece
         else:
             theirs[key] = value
-    for old, new in (("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
+    for old, new in (("norm.weight", "layernorm.weight"), ("norm.bias", "layernorm.bias"), ("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
                      ("attn.q_bias", "attention.attention.q_bias"), ("attn.v_bias", "attention.attention.v_bias"),
                      ("attn.proj.", "attention.output.dense."), ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."),
                      ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense.")):
