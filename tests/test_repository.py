@@ -111,3 +111,14 @@ def test_each_component_alone_prints_its_shapes_and_draws_its_figure(name, tmp_p
     said = capsys.readouterr().out
     assert name == "caption_metrics" and "CIDEr-D" in said or name == "moving_shapes" and "drawn" in said or re.search(r"\(B, .*\) +\(\d+, ", said), said
     assert not drawn or (tmp_path / "figure.png").stat().st_size > 2000
+
+
+def test_every_number_of_the_readmes_claims_is_one_of_claims_md():
+    readme, found = (ROOT / "README.md").read_text(), (ROOT / "claims.md").read_text()
+    section = readme.split("## What of the paper holds here")[1].split("\n## ")[0]
+    numbers = re.findall(r"\d+\.\d+", section)
+    assert len(numbers) > 30
+    for number in numbers:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", found), f"README says {number}; claims.md does not"
+    for line in re.findall(r"^\| (\d+[a-d]?)\. ", section, re.M):
+        assert f"| {line} | " in found
