@@ -58,6 +58,7 @@ import re
 import signal
 import sys
 import tarfile
+import threading
 import time
 import weakref
 import zipfile
@@ -1134,7 +1135,12 @@ def _load(dataset, plan, workers, **options):
         dataset, collate_fn=_collate, num_workers=workers, generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),  # so that the copy to the GPU need not be waited for
         worker_init_fn=functools.partial(_start_worker, desks=desks), **options)
-    for batch in loader:
+    batches = iter(loader)
+    if workers and threading.current_thread() is threading.main_thread():
+        # torch tells of a dead worker from a signal handler, wherever the program then is: in the midst of writing a
+        # checkpoint, or of reporting this very death. Here the next batch tells (torch looks every five seconds).
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for batch in batches:
         if isinstance(batch, DataError):
             raise batch
         yield batch

@@ -2428,7 +2428,9 @@ class HeldOut:
         self.clips, self.bad = sum(count for _, count, _ in rows), [pair for *_, bad in rows for pair in bad]
         if not self.clips:
             raise data.DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
-        self.kept = kept
+        # All keep or none: who kept would be missing where the others meet at the end of the next pass.
+        everyone = processes.collect([(processes.rank(), kept is not None)])
+        self.kept = kept if all(fits for _, fits in everyone) else None
 
 
 @explained
