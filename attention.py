@@ -173,7 +173,8 @@ class Mask:
         if torch.compiler.is_compiling():
             return made()
         kept = self.__dict__.setdefault("_blocks", {})
-        return kept.get((batch, queries, keys)) or kept.setdefault((batch, queries, keys), made())
+        wanted = batch, queries, keys, str(device)
+        return kept.get(wanted) or kept.setdefault(wanted, made())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,8 +218,8 @@ class Piecewise(torch.autograd.Function):
     def pieces(q, k, allowed):
         """(place in q, place in k and v, that part of the table), piece by piece: some clips, or some heads of one, or
         some queries of one head."""
-        (B, heads, Nq, _), row = q.shape, k.shape[2] * q.element_size()
-        most = [max(1, PIECE // (row * Nq * heads)), max(1, PIECE // (row * Nq)), max(1, PIECE // row)]
+        (B, heads, Nq, _), row = q.shape, max(1, k.shape[2]) * q.element_size()
+        most = [max(1, PIECE // (row * max(1, size))) for size in (Nq * heads, Nq, 1)]
         for starts in itertools.product(*(range(0, count, step) for count, step in zip((B, heads, Nq), most))):
             clips, some, queries = (slice(start, start + step) for start, step in zip(starts, most))
             part = None if allowed is None else allowed[clips if len(allowed) > 1 else slice(None), :, queries]
@@ -229,27 +230,27 @@ class Piecewise(torch.autograd.Function):
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # as the projection reads it
         for of_q, of_k, part in Piecewise.pieces(q, k, allowed):
             out[of_q] = weights_of(q[of_q] * scale, k[of_k], part).to(v.dtype) @ v[of_k]
-        ctx.save_for_backward(q, k, v, allowed, out)
+        ctx.save_for_backward(q, k, v, allowed)
         ctx.scale = scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v, allowed, out = ctx.saved_tensors
-        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-        # A softmax sends back w * (g - sum of w * g over keys), and that sum is the output times its gradient
-        # (FlashAttention, arXiv 2205.14135, Appendix B.2, Memory-efficient backward pass).
-        share = (grad * out).sum(dim=-1, keepdim=True)                       # (B, heads, Nq, 1)
+        q, k, v, allowed = ctx.saved_tensors
+        exact = torch.promote_types(q.dtype, torch.float32)                  # sums over pieces are not rounded piece by piece
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape, dtype=exact), v.new_zeros(v.shape, dtype=exact)
         # (a^T b)^T in place of b^T a: the large matrix as it lies is read twice as fast.
         for of_q, of_k, part in Piecewise.pieces(q, k, allowed):
             scaled, upstream = q[of_q] * ctx.scale, grad[of_q]
             weights = weights_of(scaled, k[of_k], part)
             grad_v[of_k] += (upstream.transpose(-2, -1) @ weights.to(v.dtype)).transpose(-2, -1)
-            scores = (upstream @ v[of_k].transpose(-2, -1)).sub_(share[of_q]).mul_(weights)
+            # A softmax sends back w * (g - sum of w * g over keys). Taken of these same g, so that in bfloat16 what must
+            # cancel does: the output times its gradient is that sum too, rounded otherwise.
+            scores = torch.ops.aten._softmax_backward_data(upstream @ v[of_k].transpose(-2, -1), weights, -1, weights.dtype)
             grad_q[of_q] = (scores @ k[of_k]).mul_(ctx.scale)
             grad_k[of_k] += (scaled.transpose(-2, -1) @ scores).transpose(-2, -1)
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
 def fused(q, k, v, mask=None, scale=None):

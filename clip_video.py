@@ -380,7 +380,7 @@ class TextTower(nn.Module):
             q, *new = (y.unflatten(-1, (block.attn.heads, -1)).transpose(1, 2)
                        for y in block.attn.project(block.norm1(x), None, None))
             k, v = (torch.cat([old.to(y.dtype), y], dim=2) for old, y in zip(past, new))
-            out = attention(q, k, v, Mask(causal=True))
+            out = attention(q, k, v, Mask(causal=True) if ids.shape[1] > 1 else None)  # the last word may look at all
             x = x + block.attn.proj(out.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.norm2(x))
             grown.append([k, v])

@@ -2679,7 +2679,7 @@ def dry_run(stage, model):
         return tensor
 
     model.train()
-    with FlopCounterMode(display=False) as counter, \
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, \
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = stage.loss(model, batch, generator(stage.seed, "dry run"))
     forward = counter.get_total_flops()

@@ -365,3 +365,26 @@ def test_non_contiguous_inputs_are_fine():
     torch.testing.assert_close(attention(q, q, q), attention(*[q.contiguous()] * 3))
     torch.testing.assert_close(attention(q, q, q, kernel="fused"), F.scaled_dot_product_attention(q, q, q),
                                atol=1e-5, rtol=1e-5)
+
+
+def test_attention_in_pieces_cancels_in_bfloat16_what_must_cancel(monkeypatch):
+    """With a single key every weight is 1, whatever the query: queries and that key have no gradient."""
+    monkeypatch.setattr(attention_file, "PIECE", 600)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 5, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (129, 1, 1))
+    attention_file.piecewise(q, k, v, scale=1.0).backward(torch.randn(2, 5, 129, 16, dtype=torch.bfloat16))
+    assert not q.grad.any() and not k.grad.any() and v.grad.any()
+
+
+def test_attention_in_small_pieces_adds_up_bfloat16_gradients_as_exactly_as_in_one(monkeypatch):
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 512, 16, dtype=torch.bfloat16) for _ in range(4)]
+    found = {}
+    for name, dtype, form in (("exact", torch.float64, attention_file.written_out), ("whole", torch.bfloat16, attention_file.written_out),
+                              ("pieces", torch.bfloat16, attention_file.piecewise)):
+        monkeypatch.setattr(attention_file, "PIECE", 8 * 512 * 2)
+        q, k, v, grad = (x.to(dtype).clone().requires_grad_() for x in inputs)
+        form(q, k, v).backward(grad.detach())
+        found[name] = [x.grad.double() for x in (q, k, v)]
+    for exact, whole, pieces in zip(*found.values()):
+        assert (pieces - exact).norm() <= 1.2 * (whole - exact).norm()
