@@ -629,9 +629,7 @@ class VideoCLIP(nn.Module):
                              "--local-units 0 --no-temporal-downsample")
         if config["end"] not in (None, config["vocabulary"] - 1):
             raise ValueError(f"token {config['end']} ends a text; officially it is the last of the vocabulary")
-        depth, layers = config["size"]["depth"], config["global_layers"]
-        if layers != list(range(depth - len(layers), depth)):
-            raise ValueError(f"global blocks after layers {layers}; officially they stand after the last ones")
+        uniformerv2.officially_last(config["global_layers"], config["size"]["depth"])
         layout = {"video": "InternVideo-MM", "frames": "CLIP", "joint": "ViCLIP"}[self.kind]
         return weights.official(self, key_map(self, layout))
 
@@ -1108,7 +1106,7 @@ def main(argv=None):
         if not args.video and not args.weights:
             path = Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            cosines, _, captions = explain(moving_shapes)
+            cosines, _, captions = explain(data, moving_shapes)
             draw.similarity(cosines, captions, path)
             print(f"drawn, of an untrained model: {path}")
             return 0
@@ -1132,7 +1130,7 @@ def main(argv=None):
     return 0
 
 
-def explain(moving_shapes):
+def explain(data, moving_shapes):
     """Print what happens to a few clips and sentences, shape by shape; returns their cosines (texts, clips), the
     clips and the sentences."""
     world = moving_shapes.MovingShapes("train", 4, 64)
@@ -1140,8 +1138,7 @@ def explain(moving_shapes):
     captions = [item["caption"] for item in items]
     tokenizer = train_tokenizer([world[i]["caption"] for i in range(100)], 800)
     model = VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=24).eval()
-    pixels = torch.stack([torch.as_tensor(item["video"]) for item in items]).permute(0, 4, 1, 2, 3) / 255
-    video = (pixels - torch.tensor(model.mean).view(3, 1, 1, 1)) / torch.tensor(model.std).view(3, 1, 1, 1)
+    video = data.normalise(torch.stack([torch.as_tensor(item["video"]) for item in items]), model.mean, model.std)
     ids, is_token = tokenizer.encode(captions, 24, trim=True)
     seen, patches = model.encode_video_tokens(video)
     read, words = model.encode_text_tokens(ids)

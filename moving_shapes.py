@@ -573,15 +573,18 @@ class MovingShapes:
                 return scene, rng
 
     def _rng(self, index):
+        return np.random.default_rng((self.seed, SPLITS.index(self.split), self._place(index)))
+
+    def _place(self, index):
+        """Which clip of the world self[index] is: with `first`, they come over and over."""
         index = operator.index(index)
         if index < 0:
             raise IndexError(f"the generated world starts at index 0 and has no end, got {index}")
-        index = index % self.count if self.count else index
-        return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+        return index % self.count if self.count else index
 
     def _pixels(self, index, scene):
         """render(scene), or what `keep` has kept of it."""
-        index = index % self.count if self.count else index
+        index = self._place(index)
         if not _shelf or index >= KEPT or self.shown != MOTIONS:
             return render(scene)
         shape = (self.frames, *self.size, 3)

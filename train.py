@@ -1072,9 +1072,9 @@ class Labels(Stage):
                 "clips of moving shapes: motion, shape, colour, and all three; unseen_ = pairs of shape and colour never shown in "
                 "training")
         views = self.test_clips * self.test_crops
-        frames = f"sampling {self.sampling}, transform {self.transform}" if self.data and hasattr(self, "sampling") else ""
+        frames = f", sampling {self.sampling}, transform {self.transform}" if self.data else ""
         return (f"protocol: accuracy in percent on {count} held-out {what}; one view of {self.num_frames} frames, {self.input_size} px"
-                + f", {frames}" * bool(frames) + (f", at the end also the mean {'probability' if self.merge_views == 'softmax' else 'logit'} of {self.test_clips} x {self.test_crops} views" if views > 1 else ""))
+                + frames + (f", at the end also the mean {'probability' if self.merge_views == 'softmax' else 'logit'} of {self.test_clips} x {self.test_crops} views" if views > 1 else ""))
 
     def target(self, batch):
         """(B, Y): a one for the right answer to each question."""
@@ -2413,24 +2413,26 @@ class HeldOut:
         if self.kept is not None:
             yield from self.kept
             return
-        self.first, kept, size, rows = None, [], 0, []
+        self.first, kept, size, rows = None, [], 0, []  # size: bytes up to here
         for batch in data.held_out(self.dataset, self.stage.eval_clips, self.stage.eval_batch, self.stage.workers,
                                    processes.rank(), processes.world()):
             seen = batch["video"] is not None
-            rows.append((batch["number"], len(batch["video"]) if seen else 0, batch.get("bad", ())))
+            size += batch["video"].nbytes if seen else 0
+            rows.append((batch["number"], len(batch["video"]) if seen else 0, batch.get("bad", ()), size))
             if not seen:
                 continue
             self.first = self.first or batch
-            size += batch["video"].nbytes
-            kept = [*kept, batch] if kept is not None and size <= self.KEPT else None
+            if size <= self.KEPT:
+                kept.append(batch)
+            else:
+                kept.clear()
             yield batch
         rows = processes.collect(rows)
-        self.clips, self.bad = sum(count for _, count, _ in rows), [pair for *_, bad in rows for pair in bad]
+        self.clips, self.bad = sum(count for _, count, *_ in rows), [pair for *_, bad, _ in rows for pair in bad]
         if not self.clips:
             raise data.DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
         # All keep or none: who kept would be missing where the others meet at the end of the next pass.
-        everyone = processes.collect([(processes.rank(), kept is not None)])
-        self.kept = kept if all(fits for _, fits in everyone) else None
+        self.kept = kept if all(size <= self.KEPT for *_, size in rows) else None
 
 
 @explained

@@ -603,8 +603,7 @@ class UniFormerV2(nn.Module):
         """{official name: tensor}, what UniFormerV2's own code calls them."""
         if not self.global_layers:
             raise ValueError("a plain tower is no UniFormerV2: it has no name of its own officially")
-        if self.global_layers != tuple(range(len(self.blocks) - len(self.global_layers), len(self.blocks))):
-            raise ValueError(f"global blocks after layers {list(self.global_layers)}; officially they stand after the last ones")
+        officially_last(self.global_layers, len(self.blocks))
         return weights.official(self, [replace(rule, official="backbone." + rule.official) for rule in official_rules(self)])
 
     @classmethod
@@ -629,6 +628,12 @@ class UniFormerV2(nn.Module):
         ours["embed.weight"] = inflate(kernel, model.window).flatten(1)
         model.load_state_dict({**model.state_dict(), **ours}, strict=True)
         return model.eval()
+
+
+def officially_last(layers, depth):
+    """ValueError unless global blocks stand after the last of `depth` layers: official names count them, no more."""
+    if list(layers) != list(range(depth - len(layers), depth)):
+        raise ValueError(f"global blocks after layers {list(layers)}; officially they stand after the last ones")
 
 
 def resize_positions(table, old, new):

@@ -202,11 +202,11 @@ def run_all(out, seeds, jobs):
             finished, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
             for future in finished:
                 made += future.result()
-                done.add(running.pop(future))
+                job = running.pop(future)
+                done.add(job)
                 bar.update()
-            for seed in range(seeds):
-                if all((seed, name) in done for name in wanted()):
-                    shutil.rmtree(clips_of(out, seed), ignore_errors=True)
+                if all((job[0], name) in done for name in wanted()):  # the last of its seed
+                    shutil.rmtree(clips_of(out, job[0]), ignore_errors=True)
     return made
 
 
