@@ -165,7 +165,7 @@ def equal(folder):
         assert not any(fork(count, work)), count
 
 
-FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --device cpu --eval-clips 5 "
+FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --onednn off --device cpu --eval-clips 5 "
          "--save-every 2 --log-every 1 --ema 0.9 --drop-path 0.2 --optimizer adamw --steps 4").split()
 
 
