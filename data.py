@@ -1067,6 +1067,7 @@ def _start_worker(number, desks=None):
     # Ctrl-C reaches every process of the terminal; only the parent should answer, by stopping us.
     global _desk
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if desks is not None:
         _desk = desks[number]
         _note("")

@@ -31,10 +31,12 @@ Numbers: two or four gloo processes agree with one to 1e-6 in every stage (tests
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
 import pickle
+import shutil
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -337,7 +339,12 @@ def save_parts(folder, tensors, facts):
     """Every process writes its part of {name: tensor} into a folder; facts.json has `facts` and a CRC-32 of each file."""
     import torch.distributed.checkpoint as checkpoint
     folder = Path(folder)
-    checkpoint.save(dict(tensors), storage_writer=checkpoint.FileSystemWriter(folder, sync_files=True))
+    try:
+        checkpoint.save(dict(tensors), storage_writer=checkpoint.FileSystemWriter(folder, sync_files=True))
+    except checkpoint.CheckpointException as error:  # every process hears it; none is writing any more
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise first_cause(error, folder) from None
     own = [(path.name, crc(path)) for path in sorted(folder.glob(f"__{rank()}_*"))]
     if rank() == 0:
         own.append((".metadata", crc(folder / ".metadata")))
@@ -349,6 +356,17 @@ def save_parts(folder, tensors, facts):
             file.flush()
             os.fsync(file.fileno())
     wait()
+
+
+def first_cause(error, folder):
+    """What went wrong in one of the processes, as an OSError: torch's own is no Exception, so nobody would catch it."""
+    first = cause = next(iter(error.failures.values()))[0] if error.failures else error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+        cause = cause.__context__  # torch's writer of archives complains of what followed
+    if cause is not None:
+        return OSError(cause.errno, cause.strerror, cause.filename or str(folder))
+    said = str(first).strip().splitlines() or [type(first).__name__]
+    return OSError(errno.EIO, f"{said[0]}{'; the disk may be full' * ('inline_container' in said[0])}", str(folder))
 
 
 def read_facts(folder):
@@ -372,5 +390,8 @@ def read_parts(folder, make):
     source = contents(folder)
     tensors = {name: make(name, kind.size, kind.properties.dtype)
                for name, kind in source.read_metadata().state_dict_metadata.items()}
-    checkpoint.load(tensors, storage_reader=source)
+    try:
+        checkpoint.load(tensors, storage_reader=source)
+    except checkpoint.CheckpointException as error:
+        raise first_cause(error, folder) from None
     return tensors

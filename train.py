@@ -93,6 +93,10 @@ class Failure(RuntimeError):
     """A run cannot go on, though nobody typed anything wrong: numbers, memory, a disk. One line. Exit code 1."""
 
 
+class Stopped(Failure):
+    """Somebody, or a scheduler, asked the run to end: SIGINT or SIGTERM. One line. Exit code 130."""
+
+
 def flag(default, help, low=None, high=None, choices=None):
     """A field of a card: a default and, for the command line, help with a unit and the legal range."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
@@ -142,7 +146,7 @@ class Stage:
                           choices=("auto", "bf16", "fp32"))
     attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and mask, see attention.choose",
                           choices=("auto", "written_out", "piecewise", "fused", "flex"))
-    onednn: str = flag("auto", "CPU: float32 matrix products by oneDNN; auto = where a probe finds that faster and as exact",
+    onednn: str = flag("auto", "CPU: float32 matrix products by oneDNN; auto = where the processor is not Intel's and a probe finds it as exact",
                        choices=("auto", "on", "off"))
     compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half a minute and gains at "
                         "most 4 percent", choices=("auto", "on", "off"))
@@ -2102,27 +2106,34 @@ def choose_precision(name, device):
 def choose_products(choice):
     """Let oneDNN multiply float32 matrices on a CPU, or not -> "on" or "off", and why.
 
-    PyTorch's other library reaches half the rate of some AMD processors. The switch permits bfloat16 units,
-    which oneDNN takes only where there are AMX units; elsewhere it goes on in float32. So it is tried: one
-    product, which must be right to 1e-5 and clearly faster."""
+    MKL, which PyTorch uses otherwise where there is one, reaches half the rate of processors that are not Intel's
+    (LOG.md). The switch permits bfloat16 units, which oneDNN takes only where there are AMX units; elsewhere it goes
+    on in float32. So one product is tried, which must be right to 1e-5. No stopwatch: what is decided here changes
+    the last bits of a run, so it is the same each time, and in all processes of a run."""
     setting = torch.backends.mkldnn.matmul
     setting.fp32_precision = "none"
     if choice == "off" or not torch.backends.mkldnn.is_available():
         return "off", "as asked" if choice == "off" else "not there"
     a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
-    exact, seconds, error = a.double() @ b.double(), {}, {}
+    exact, error = a.double() @ b.double(), {}
     for precision in ("none", "bf16"):
-        setting.fp32_precision, tries = precision, []
-        for _ in range(8):
-            started = time.perf_counter()
-            product = a @ b
-            tries.append(time.perf_counter() - started)
-        seconds[precision] = min(tries)
-        error[precision] = float((product - exact).abs().max() / exact.abs().max())
-    gain = seconds["none"] / seconds["bf16"]
-    take = choice == "on" or (error["bf16"] < 1e-5 and gain > 1.2)
+        setting.fp32_precision = precision
+        error[precision] = float((a @ b - exact).abs().max() / exact.abs().max())
+    maker = processor_maker()
+    slow = torch.backends.mkl.is_available() and maker not in ("", "GenuineIntel")
+    found = processes.collect([(processes.rank(), slow and error["bf16"] < 1e-5)])
+    take = choice == "on" or all(better for _, better in found)
     setting.fp32_precision = "bf16" if take else "none"
-    return "on" if take else "off", f"{gain:.1f} times as fast, error {error['bf16']:.0e} in place of {error['none']:.0e}"
+    return "on" if take else "off", (f"processor by {maker or 'an unknown maker'}, error {error['bf16']:.0e} in place of "
+                                     f"{error['none']:.0e}")
+
+
+def processor_maker():
+    """"GenuineIntel", "AuthenticAMD" ... as the processor itself says; "" where the system does not tell."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return os.environ.get("PROCESSOR_IDENTIFIER", "").rpartition(" ")[2]  # Windows
 
 
 def keep_memory():
@@ -2187,7 +2198,7 @@ def clips_in(batch):
 
 FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
                   "eval_clips", "eval_batch", "dry_run", "weights", "shard", "max_bad", "attention", "onednn", "compile",
-                  "cuda_graphs"}
+                  "cuda_graphs", "precision", "recompute", "figures"}
 
 
 FACTS_OF_A_RUN = {"left_out": int, "step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict, "bad": dict}
@@ -2233,13 +2244,13 @@ def restore(tensors, model, optimisers, average):
 
 def checkpoints(out):
     """Those in a run's folder, newest first: last.pt, last.1.pt, last.2.pt ... A run with --shard has folders."""
-    older = {int(path.name.split(".")[1]): path for path in out.glob("last.*.pt") if path.name.split(".")[1].isdigit()}
+    older = {int(path.name.split(".")[1]): path for path in out.glob("last.*.pt") if path.name.split(".")[1].isdecimal()}
     return [path for path in (out / "last.pt", *(older[n] for n in sorted(older))) if path.exists()]
 
 
 def save_checkpoint(out, facts, tensors, keep, shard=False):
-    """Write last.pt aside, move the earlier ones on by one number, then give it its name. All processes call this;
-    with `shard` each writes its part, else the first writes all."""
+    """Write last.pt aside, move the earlier ones on by one number, give it its name, then remove what is beyond `keep`.
+    All processes call this; with `shard` each writes its part, else the first writes all."""
     new = out / "last.pt.part"
     if shard:
         if processes.rank() == 0:
@@ -2252,14 +2263,22 @@ def save_checkpoint(out, facts, tensors, keep, shard=False):
     if not shard:
         weights.write_torch(out / "last.pt.whole", facts | tensors)
         new = out / "last.pt.whole"
-    names = [out / "last.pt"] + [out / f"last.{n}.pt" for n in range(1, keep)]
-    hole = next((i for i, path in enumerate(names) if not path.exists()), len(names) - 1)
-    if names[hole].is_dir():
-        shutil.rmtree(names[hole])
-    for i in range(hole, 0, -1):
-        os.replace(names[i - 1], names[i])
-    os.replace(new, out / "last.pt")
+    def place(n):
+        return out / (f"last.{n}.pt" if n else "last.pt")
+
+    hole = next(n for n in itertools.count() if n == keep or not place(n).exists())
+    remove(place(hole))  # there if it is beyond `keep`; a folder gives its place to nobody
+    for n in range(hole, 0, -1):
+        os.replace(place(n - 1), place(n))
+    os.replace(new, place(0))
     weights.settle(out)
+    for old in checkpoints(out)[keep:]:
+        remove(old)
+
+
+def remove(path):
+    """A file or a whole folder, if there is one."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_checkpoint(path, like):
@@ -2320,12 +2339,13 @@ def resume_from(out, stage, like):
     for bad, error in damaged:
         print(f"{bad}: damaged ({error}); taking {path}, step {saved['step']}, and setting it aside as {bad}.damaged")
         if processes.rank() == 0:
-            if bad.with_name(bad.name + ".damaged").is_dir():
-                shutil.rmtree(bad.with_name(bad.name + ".damaged"))
+            remove(bad.with_name(bad.name + ".damaged"))
             bad.rename(bad.with_name(bad.name + ".damaged"))
     if was["steps"] != stage.steps:
         print(f"--steps was {was['steps']} and is {stage.steps} now: the learning rate follows the new schedule from "
               "here on")
+    if was["precision"] != stage.precision:
+        print(f"--precision was {was['precision']} and is {stage.precision} now")
     if saved["processes"] != processes.world():
         print(f"{path} was made by {saved['processes']} processes, {processes.world()} go on with it: "
               + (f"{clips} clips a step as before" if before == clips else
@@ -2355,16 +2375,20 @@ def keep_old_run(out):
 def explained(fit):
     """What the machine says when it fails, as a `Failure`: one line with the last good checkpoint in it."""
     @functools.wraps(fit)
-    def run(stage, name):
+    def run(stage, name, again="--resume"):
+        def with_checkpoint(reason):
+            kept = checkpoints(Path(stage.out or f"runs/{name}"))
+            return reason + (f"; the last good checkpoint is {kept[0]}, go on with {again}" if kept else
+                             "; no checkpoint was written yet")
         try:
-            return fit(stage, name)
+            return fit(stage, name, again)
+        except KeyboardInterrupt:
+            raise Stopped(with_checkpoint("interrupted")) from None
         except (OSError, EOFError, MemoryError, RuntimeError) as error:
             reason = trouble(error, stage)
             if not reason:
                 raise
-            kept = checkpoints(Path(stage.out))
-            raise Failure(reason + (f"; the last good checkpoint is {kept[0]}, go on with --resume" if kept else
-                                    "; no checkpoint was written yet")) from None
+            raise Failure(with_checkpoint(reason)) from None
     return run
 
 
@@ -2374,9 +2398,13 @@ def trouble(error, stage):
     if isinstance(error, Failure):
         return None
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
-        lower = [f"--cache-size {max(1, (stage.cache_size or stage.batch_size) // 2)}" if hasattr(stage, "cache_size") else
-                 f"--batch-size {max(1, stage.batch_size // 2)} --accum {2 * stage.accum}, which is the same step"]
-        lower += [f"--eval-batch {max(1, stage.eval_batch // 2)}"]
+        B, lower = stage.batch_size, []
+        parts = next((n for n in range(2, B + 1) if B % n == 0), 1)  # the smallest number of equal parts
+        if hasattr(stage, "cache_size"):
+            lower += [f"--cache-size {(stage.cache_size or B) // 2}"] * ((stage.cache_size or B) > 1)
+        else:
+            lower += [f"--batch-size {B // parts} --accum {parts * stage.accum}, which is the same step"] * (parts > 1)
+        lower += [f"--eval-batch {stage.eval_batch // 2}"] * (stage.eval_batch > 1)
         lower += ["--recompute"] * (not stage.recompute) + ["--precision bf16"] * (stage.precision == "fp32")
         lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["fewer --workers"]
         return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
@@ -2385,6 +2413,9 @@ def trouble(error, stage):
         if dead := data.dead_worker(chain):
             return dead
         chain = chain.__context__
+    if re.search(r"shared memory|/torch_\d|file descriptor|Too many open files", text):  # torch hands clips over there
+        return (f"no room to hand clips from one process to another ({text.strip().splitlines()[0][:150]}): fewer --workers, "
+                "a smaller --batch-size, a larger /dev/shm, or a higher `ulimit -n`")
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename or stage.out}: {error.strerror}"
     if processes.world() > 1 and re.search(r"[Cc]onnection|peer|NCCL|gloo", text):
@@ -2436,8 +2467,10 @@ class HeldOut:
 
 
 @explained
-def fit(stage, name):
-    """Train, evaluate and save one stage; returns its metrics. Names no stage."""
+def fit(stage, name, again):
+    """Train, evaluate and save one stage; returns its metrics. Names no stage.
+
+    again  what to type to go on with this run, told where it ends early: "--resume", or a whole line"""
     out = Path(stage.out or f"runs/{name}")
     stage.out = str(out)
     stage.device = processes.start(choose_device(stage.device))
@@ -2460,12 +2493,12 @@ def fit(stage, name):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
-        if not stage.resume and first_process:
-            keep_old_run(out)
     except OSError as error:
         raise Mistake(f"--out {out}: {error.strerror}") from None
-    processes.wait()
     train_set, held_out_set = stage.datasets()
+    if not stage.resume and first_process:  # only now: a mistake leaves all where it is
+        keep_old_run(out)
+    processes.wait()
 
     take_step = processes.parallel(model, stage.loss, stage.shard, parts=(Block,))
     optimisers = optimisers_of(model, stage)
@@ -2478,7 +2511,7 @@ def fit(stage, name):
             found[0][key] for key in ("step", "seconds", "usual", "initial", "bad", "left_out"))
         before = found[0]["settings"].get("onednn")
         if products == "auto" and before in ("on", "off") and before != stage.onednn:
-            stage.onednn, why_products = choose_products(before)  # a stopwatch does not change a run in its midst
+            stage.onednn, why_products = choose_products(before)  # another machine does not change a run in its midst
             why_products += ", as the run began"
     del found
     processes.wait()
@@ -2630,9 +2663,8 @@ def fit(stage, name):
             signal.signal(number, signal.SIG_IGN if stopping and processes.world() > 1 else handler)
         del batches
     if stopping and step < stage.steps:
-        print(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: python train.py {name} "
-              f"--resume --out {out} and the same flags")
-        raise SystemExit(130)
+        line = f"python train.py {name} --resume --out {out} and the same flags" if again == "--resume" else again
+        raise Stopped(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: {line}")
 
     model.eval()
     with averaged():
@@ -2757,21 +2789,25 @@ def default_run(argv):
     parser.add_argument("--out", default="runs/default", help="folder; a folder in it for each stage")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise Mistake(f"--seed {args.seed}: must be at least 0")
+    if not 0 <= args.seed <= 10**9:
+        raise Mistake(f"--seed {args.seed}: must be at least 0 and at most {10**9}")
     out, started = Path(args.out), time.monotonic()
+    again = "python train.py" + f" --out {out}" * (args.out != "runs/default") + f" --seed {args.seed}" * (args.seed > 0)
     waiting = [row for row in DEFAULT_RUN if not (out / row[0] / "metrics.json").exists()]
     print(f"the default run, about {sum(row[3] for row in waiting) / 60:.0f} minutes on two cores: "
           + ", ".join(f"{name} {seconds} s" for name, _, _, seconds in waiting))
     for name, card, options, _ in DEFAULT_RUN:
         if (name, card) not in [row[:2] for row in waiting]:
-            seed = json.loads((out / name / "metrics.json").read_text())["settings"]["seed"]
+            try:
+                seed = json.loads((out / name / "metrics.json").read_text())["settings"]["seed"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise Mistake(f"{out / name}/metrics.json: not what a run wrote; remove it to have the stage done anew") from None
             if seed != args.seed:
                 raise Mistake(f"--seed {args.seed}: {out / name} was made with seed {seed}; use another --out")
             print(f"{name}: done already, see {out / name}/metrics.json")
             continue
         options = {key: value.format(out) if isinstance(value, str) else value for key, value in options.items()}
-        fit(card(out=str(out / name), seed=args.seed, resume=True, **options), name)
+        fit(card(out=str(out / name), seed=args.seed, resume=True, **options), name, again)
     if processes.rank() == 0:
         compare(out, args.seed)
     print(f"the default run took {time.monotonic() - started:.0f} s; pictures, table and weights are in {out}")
@@ -2841,12 +2877,23 @@ def compare(out, seed, clips=1000):
 
 
 def main(argv=None):
-    """Run a stage, or the default run; returns the exit code: 0, 2 for a user's mistake, 1 for a failure."""
+    """Run a stage, or the default run; returns the exit code: 0, 2 for a user's mistake, 1 for a failure, 130 where
+    it was asked to stop."""
     argv = sys.argv[1:] if argv is None else argv
     keep_memory()
-    if int(os.environ.get("RANK", 0)) > 0:  # of several processes one speaks; any may say why it ends
-        sys.stdout = open(os.devnull, "w")
+
+    def asked_to_end(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, asked_to_end)  # as Ctrl-C; in the midst of training `fit` listens itself
     try:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            if not os.environ.get(name, "0").isdecimal():
+                raise Mistake(f"{name}={os.environ[name]}: torchrun makes it a number; unset it")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+            raise Mistake(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes are started with torchrun; unset it for one")
+        if int(os.environ.get("RANK", 0)) > 0:  # of several processes one speaks; any may say why it ends
+            sys.stdout = open(os.devnull, "w")
         if not argv or argv[0] in ("--out", "--seed") or argv[0].startswith(("--out=", "--seed=")):
             default_run(argv)
         elif argv[0] in ("-h", "--help"):
@@ -2857,15 +2904,19 @@ def main(argv=None):
         else:
             fit(parse(STAGES[argv[0]], argv[0], argv[1:]), argv[0])
     except (Mistake, weights.WeightsError, data.DataError, Failure) as error:
-        text, code = str(error), 1 if isinstance(error, Failure) else 2
-    except KeyboardInterrupt:
-        text, code = "interrupted; what was saved before is in --out, go on with --resume", 130
+        text, code = str(error), 130 if isinstance(error, Stopped) else 1 if isinstance(error, Failure) else 2
+    except KeyboardInterrupt:  # before a stage began, or at the table of the default run
+        text, code = "interrupted; nothing is lost: the same line goes on", 130
     else:
         processes.end()
         return 0
-    if processes.first_to_say(text):
-        who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"train.py: {who}{text}", file=sys.stderr)
+    finally:
+        if signal.getsignal(signal.SIGTERM) is asked_to_end:
+            signal.signal(signal.SIGTERM, before)
+    several = os.environ.get("WORLD_SIZE", "1") not in ("0", "1")
+    if not several or processes.first_to_say(text):
+        who = f"process {os.environ.get('RANK')}: " * several
+        print("\n" * several + f"train.py: {who}{text}", file=sys.stderr)  # on a line of its own, not behind another's bar
     return code
 
 

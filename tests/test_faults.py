@@ -190,14 +190,97 @@ def test_who_is_asked_to_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_
 
     assert run(out=tmp_path / "whole") == 0
     at_step(monkeypatch, 1, ask)
-    with pytest.raises(SystemExit) as caught:
-        run(out=tmp_path / "cut")
-    assert caught.value.code == 130
-    assert f"stopped at step 2 of 4, saved in {tmp_path / 'cut'}/last.pt; go on with: python train.py mae --resume" in capsys.readouterr().out
+    capsys.readouterr()
+    assert run(out=tmp_path / "cut") == 130
+    assert one_line(capsys) == (f"train.py: stopped at step 2 of 4, saved in {tmp_path / 'cut'}/last.pt; go on with: python train.py mae "
+                                f"--resume --out {tmp_path / 'cut'} and the same flags")
     monkeypatch.undo()
     assert run("--resume", out=tmp_path / "cut") == 0
     a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", ["datasets", "prepare", "finish"])
+def test_who_is_asked_to_stop_before_or_after_training_says_where_the_last_checkpoint_is(tmp_path, capsys, monkeypatch, number, where):
+    own = getattr(train.MAE, where)
+
+    def asked(self, *rest):
+        os.kill(os.getpid(), number)
+        return own(self, *rest)
+
+    monkeypatch.setattr(train.MAE, where, asked)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run(out=tmp_path / "run") == 130
+    kept = f"the last good checkpoint is {tmp_path / 'run' / 'last.pt'}, go on with --resume"
+    assert one_line(capsys) == f"train.py: interrupted; {kept if where == 'finish' else 'no checkpoint was written yet'}"
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.undo()
+    assert run("--resume", out=tmp_path / "run") == 0
+
+
+def test_a_stage_of_the_default_run_says_the_line_that_goes_on_with_it(tmp_path, capsys, monkeypatch):
+    def ask(loss, values):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss, values
+
+    at_step(monkeypatch, 1, ask)
+    monkeypatch.setattr(train, "DEFAULT_RUN", [("mae", train.MAE, dict(num_frames=4, input_size=32, mask_ratio=0.5, batch_size=2,
+                                                                       eval_clips=2, workers=0, device="cpu"), 1)])
+    assert train.main(["--out", str(tmp_path / "all"), "--seed", "3"]) == 130
+    assert one_line(capsys).endswith(f"go on with: python train.py --out {tmp_path / 'all'} --seed 3")
+    (tmp_path / "all" / "mae" / "metrics.json").write_text("{}")
+    assert train.main(["--out", str(tmp_path / "all"), "--seed", "3"]) == 2
+    assert "metrics.json: not what a run wrote; remove it" in one_line(capsys)
+
+
+def test_parts_of_a_checkpoint_that_find_the_disk_full_are_taken_away_and_torch_says_so_as_an_error(small_disk):
+    """torch raises something that is no Exception; a handler of errors would let it pass."""
+    disk, remount = small_disk
+    remount("size=512k")
+    with pytest.raises(OSError, match="No space left on device|the disk may be full"):
+        train.processes.save_parts(disk / "last.pt.part", {"model/a": torch.randn(1024, 1024)}, {})
+    assert not list(disk.iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_folder_takes_the_place_of_a_file_among_the_checkpoints_and_back(tmp_path, keep):
+    """A run that goes on with --shard, or without: parts are a folder, the whole is a file. At no moment is there none."""
+    def save(step, shard):
+        train.save_checkpoint(tmp_path, {"step": step}, {"model": {"a": torch.ones(2)}}, keep, shard)
+
+    for step, shard in enumerate((False, True, True, False, False, True, True, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("replace", "unlink", "rmdir"):
+                def watched(*args, own=getattr(os, name), **options):
+                    done = own(*args, **options)
+                    assert step == 0 or train.checkpoints(tmp_path)
+                    return done
+                patch.setattr(os, name, watched)
+            save(step, shard)
+        assert [path.is_dir() for path in train.checkpoints(tmp_path)][0] == shard
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["last.1.pt", "last.pt"][2 - min(keep, step + 1):])
+
+
+def test_a_mistake_leaves_the_earlier_run_where_it_is(tmp_path, capsys):
+    assert run(out=tmp_path / "run", steps=1) == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert run("--data", str(tmp_path / "nowhere"), out=tmp_path / "run") == 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize("size, accum, advice", [(6, 1, "--batch-size 3 --accum 2, which is the same step"), (9, 2, "--batch-size 3 --accum 6, "),
+                                                 (7, 1, "--batch-size 1 --accum 7, "), (1, 4, "try --eval-batch 16")])
+def test_what_is_advised_for_lack_of_memory_is_the_same_step_and_may_be_changed_in_a_resumed_run(size, accum, advice):
+    card = train.MAE(batch_size=size, accum=accum)
+    said = train.trouble(torch.OutOfMemoryError("80 GiB"), card)
+    assert advice in said and {"recompute", "precision", "eval_batch", "workers"} <= train.FREE_TO_CHANGE
+
+
+@pytest.mark.parametrize("text", ["unable to open shared memory object </torch_12_3> in read-write mode: Too many open files (24)",
+                                  "unable to allocate shared memory(shm) for file </torch_2_1>: No space left on device (28)"])
+def test_no_room_between_processes_says_what_to_lower(text):
+    assert "fewer --workers" in train.trouble(RuntimeError(text), train.MAE())
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_line(tmp_path, capsys):

@@ -165,7 +165,7 @@ def equal(folder):
         assert not any(fork(count, work)), count
 
 
-FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --onednn off --device cpu --eval-clips 5 "
+FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --device cpu --eval-clips 5 "
          "--save-every 2 --log-every 1 --ema 0.9 --drop-path 0.2 --optimizer adamw --steps 4").split()
 
 
@@ -217,6 +217,16 @@ def runs(folder, cut=True):
         for count in (1, 2, 4):
             subprocess.run(["cp", "-r", folder / "cut", folder / f"on{count}"], check=True)
             run(f"on{count}", count, "--resume", *["--shard"] * (count > 1))
+        run("muon alone", 1, "--optimizer", "muon")
+        run("muon cut", 2, "--optimizer", "muon", "--shard")
+        accum = ("--accum", "2", "--workers", "1", "--optimizer", "muon")
+        run("accum alone", 1, *accum)
+        run("accum", 2, *accum)
+        run("accum cut off", 2, *accum, happen=lambda calls: power_cut(calls // 2))  # in the midst of the fifth half step
+        run("accum cut off", 2, *accum, "--resume")
+        run("joins", 1)  # goes on in two parts: a folder takes the place of a file
+        run("joins", 2, "--resume", "--shard", "--steps", "6")
+        run("joins", 1, "--resume", "--steps", "8")
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
@@ -261,9 +271,9 @@ def test_evaluation_counts_every_clip_once_and_gives_the_same_numbers(learned, n
 
 
 def test_one_process_that_is_asked_to_stop_or_fails_ends_all(tmp_path):
-    out, error = program("accidents", tmp_path)
+    _, error = program("accidents", tmp_path)
     codes = json.loads((tmp_path / "codes.json").read_text())
-    assert codes["asked"] == [130, 130] and out.count("stopped at step 1 of 4, saved in") == 1
+    assert codes["asked"] == [130, 130] and error.count("stopped at step 1 of 4, saved in") == 1
     assert torch.load(tmp_path / "asked" / "last.pt", weights_only=True)["step"] == 1
     assert codes["failing"][1] == 2 and codes["failing"][0] != 0
     assert codes["fused"] == [0, 0]  # a stage that measures once more at its end, for a picture
@@ -287,6 +297,14 @@ def test_a_run_cut_into_two_parts_goes_on_with_one_two_or_four_processes(tmp_pat
         found = weights_of(tmp_path / f"on{count}")
         assert max(float((found[key] - alone[key]).abs().max()) for key in alone) < 1e-4
         assert count != 2 or all(torch.equal(found[key], whole[key]) for key in whole)  # as if never cut
+    for one, other in (("muon alone", "muon cut"), ("accum alone", "accum")):
+        assert codes[one] == [0] and codes[other] == [0, 0]
+        one, other = weights_of(tmp_path / one), weights_of(tmp_path / other)
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-3, other
+    one, other = weights_of(tmp_path / "accum"), weights_of(tmp_path / "accum cut off")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert codes["joins"] == [0] and "8 steps of 8 clips" in out
+    assert sorted(path.name for path in (tmp_path / "joins").glob("last*")) == ["last.1.pt", "last.pt"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
 from test_fuse_card import pair  # noqa: F401
 
-SHARED = "--batch-size 4 --eval-clips 10 --eval-every 5 --workers 0 --precision fp32 --onednn off --device cpu".split()
+SHARED = "--batch-size 4 --eval-clips 10 --eval-every 5 --workers 0 --precision fp32 --device cpu".split()
 SMALL = "--num-frames 4 --input-size 16".split()
 RUNS = {  # name -> stage and flags; {masked}, {clip}, {finished}: weights to start from
     "mae": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5",
