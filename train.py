@@ -134,7 +134,7 @@ class Stage:
     optimizer: str = flag("muon", "muon = Muon for the matrices of numbered layers (blocks, bridges, heads of several), AdamW for the rest; adamw = AdamW for "
                           "all (paper: adamw)", choices=("muon", "adamw"))
     weight_decay: float = flag(0.05, "weight decay, on matrices only", low=0)
-    beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=1)
+    beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=0.999999)
     clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
     spike: float = flag(0.0, "leave out steps whose loss is more than so many times its running mean; 0 = none", low=0)
     ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; 0 = none",
@@ -154,7 +154,7 @@ class Stage:
                              "tried on a GPU so far")
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
-    workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0)
+    workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0, high=1000)
     max_bad: float = flag(0.5, "share of unreadable clips at which the run stops, once there are ten", low=0, high=1)
     decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
                         choices=("pyav", "torchcodec"))
@@ -240,10 +240,10 @@ class MAE(Stage):
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 40 of 800 epochs)",
                          low=0, high=1)
     batch_size: int = flag(16, "clips per process and step (paper: 1024 in all)", low=1)
-    beta2: float = flag(0.95, "AdamW second-moment decay (paper: 0.95)", low=0, high=1)
+    beta2: float = flag(0.95, "AdamW second-moment decay (paper: 0.95)", low=0, high=0.999999)
     model: str = flag("tiny", "size of the network (paper: base, large, huge)", choices=tuple(mae.SIZES))
-    num_frames: int = flag(8, "frames per clip (paper: 16)", low=1)
-    input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1)
+    num_frames: int = flag(8, "frames per clip (paper: 16)", low=1, high=10**4)
+    input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1, high=10**4)
     sampling_rate: int = flag(4, "a clip takes every n-th frame of a video (paper: 4; 2 on Something-Something)",
                               low=1)
     sampling: str = flag("dense", "dense = neighbouring frames, segment = spread over the video; the others are those "
@@ -438,7 +438,7 @@ class Clip(Stage):
                            "weights)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 0.01)", low=0, high=1)
     weight_decay: float = flag(0.2, "weight decay, on matrices only (paper: 0.2)", low=0)
-    beta2: float = flag(0.98, "AdamW second-moment decay (paper: 0.98)", low=0, high=1)
+    beta2: float = flag(0.98, "AdamW second-moment decay (paper: 0.98)", low=0, high=0.999999)
     batch_size: int = flag(32, "pairs per process and step, each the others' negatives (paper: 14,336 videos "
                                "or 86,016 images in all)", low=1)
     accum: int = flag(1, "must stay 1: micro-batches would not be each other's negatives; see --cache-size",
@@ -456,8 +456,8 @@ class Clip(Stage):
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2 (paper), frames = frame-wise CLIP, joint = ViCLIP",
                      choices=tuple(clip_video.KINDS))
-    num_frames: int = flag(8, "frames per clip (paper: 8)", low=1)
-    input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1)
+    num_frames: int = flag(8, "frames per clip (paper: 8)", low=1, high=10**4)
+    input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1, high=10**4)
     sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
                          "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
@@ -873,7 +873,7 @@ class Retrieve(Clip):
     steps: int = flag(600, "optimiser steps; 0 = zero-shot only (paper: 5 epochs; 30 on ActivityNet)", low=0)
     lr: float = flag(2e-3, "learning rate as it is; overrides --blr when above 0 (paper: 2e-6 to 5e-6)", low=0)
     warmup: float = flag(0.1, "share of the steps that warm up linearly from 0 (paper: 0.1)", low=0, high=1)
-    num_frames: int = flag(16, "frames per clip (paper: 12; LSMDC, MSVD, VATEX 8, DiDeMo 32, ActivityNet 64)", low=1)
+    num_frames: int = flag(16, "frames per clip (paper: 12; LSMDC, MSVD, VATEX 8, DiDeMo 32, ActivityNet 64)", low=1, high=10**4)
     caption_weight: float = flag(0.0, "weight of the captioning loss; 0 = no captions (paper: 0)", low=0)
     image_every: int = flag(0, "every n-th batch is of images; 0 = none (paper: 0)", low=0)
     eval_clips: int = flag(500, "held-out videos, all of them in the gallery (MSR-VTT: 1,000)", low=2)
@@ -1026,8 +1026,8 @@ class Labels(Stage):
     On moving shapes three questions at once, motion, shape and colour, each with a softmax of its own; on your
     videos one, the label. Targets and logits hold all answers side by side, (B, Y)."""
 
-    num_frames: int = flag(8, "frames per clip (paper: 16, UniFormerV2 8)", low=1)
-    input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1)
+    num_frames: int = flag(8, "frames per clip (paper: 16, UniFormerV2 8)", low=1, high=10**4)
+    input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1, high=10**4)
     sampling_rate: int = flag(4, "with --sampling dense: a clip takes every n-th frame (paper: 4)", low=1)
     sampling: str = flag("segment", "files: dense = neighbouring frames, segment = spread over the video; the others are "
                          "those of the published models (paper: videomae-dense, uniformerv2)",
@@ -1205,6 +1205,9 @@ class Classify(Labels):
 
     def ask(self):
         """As all cards with labels; with --unknown, set some classes aside."""
+        for name in ("mixup", "cutmix"):
+            if 0 < getattr(self, name) < 1e-3:  # a beta distribution that float32 cannot hold
+                raise Mistake(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for none")
         classes = super().ask()
         if not self.unknown:
             return classes
@@ -1392,8 +1395,8 @@ class Fuse(Labels):
     """Stage four: a bridge between two frozen experts, and a learned sum of their scores (InternVideo, Sec. 3.2,
     Cross-Model Interaction). Only bridges, gates, shares, heads with their norms and query tokens train."""
 
-    num_frames: int = flag(0, "frames per clip; 0 = the most that an encoder looks at (paper: 16)", low=0)
-    input_size: int = flag(0, "height and width in pixels; 0 = the largest that an encoder looks at (paper: 224)", low=0)
+    num_frames: int = flag(0, "frames per clip; 0 = the most that an encoder looks at (paper: 16)", low=0, high=10**4)
+    input_size: int = flag(0, "height and width in pixels; 0 = the largest that an encoder looks at (paper: 224)", low=0, high=10**4)
     masked: str = flag("", "the masked encoder: a run of classify, or an official file (paper: VideoMAE-H)")
     multimodal: str = flag("", "the multimodal encoder: a run of classify, or an official file (paper: UniFormerV2-L)")
     second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
@@ -1725,7 +1728,7 @@ class Answer(Stage):
     python question_answering.py VIDEO QUESTION --weights RUN"""
 
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside --weights")
-    num_frames: int = flag(0, "frames per clip; 0 = as --weights (paper: 8)", low=0)
+    num_frames: int = flag(0, "frames per clip; 0 = as --weights (paper: 8)", low=0, high=10**4)
     sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
                          "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
@@ -2063,8 +2066,8 @@ class Log:
         if processes.rank() > 0:
             return
         if step and path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last line may have been cut off by a kill
+            for line in path.read_text(errors="replace").split("\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may have been cut off by a kill
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
         weights.write_aside(path, lambda aside: Path(aside).write_text("".join(x + "\n" for x in kept)))
@@ -2083,7 +2086,7 @@ def choose_device(name):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError):
         raise Mistake(f"--device {name}: not available here; use cpu"
                       + (" or cuda" if torch.cuda.is_available() else "")) from None
@@ -2769,12 +2772,13 @@ def parse(card, name, argv):
     stage = card(**vars(parser_of(card, name).parse_args(argv)))
     for field in dataclasses.fields(stage):
         value, info = getattr(stage, field.name), field.metadata
+        if isinstance(value, list):  # argparse, of --flag=--
+            raise Mistake(f"--{field.name.replace('_', '-')}: expected a value")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        most = info["high"] if info["high"] is not None or isinstance(value, float) else 10**9  # what numpy and torch count
-        if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) or (most is not None and value > most):
-            limits = f"at least {info['low']}" + (f" and at most {most}" if most is not None else "")
-            raise Mistake(f"--{field.name.replace('_', '-')} {value}: must be {limits}")
+        most = 10**9 if info["high"] is None else info["high"]  # what numpy, torch and float32 count
+        if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) or value > most:
+            raise Mistake(f"--{field.name.replace('_', '-')} {value}: must be at least {info['low']} and at most {most}")
     for field in dataclasses.fields(stage):  # a flag that would change nothing is a mistake, not a wish
         world = field.metadata["help"].partition(":")[0]
         if getattr(stage, field.name) != field.default and world == ("moving shapes" if stage.data else "files"):
@@ -2913,7 +2917,8 @@ def main(argv=None):
     finally:
         if signal.getsignal(signal.SIGTERM) is asked_to_end:
             signal.signal(signal.SIGTERM, before)
-    several = os.environ.get("WORLD_SIZE", "1") not in ("0", "1")
+    text = "\\n".join(text.splitlines())  # a name may have anything in it; a mistake is one line
+    several = os.environ.get("WORLD_SIZE", "1") not in ("0", "1") and "RANK" in os.environ
     if not several or processes.first_to_say(text):
         who = f"process {os.environ.get('RANK')}: " * several
         print("\n" * several + f"train.py: {who}{text}", file=sys.stderr)  # on a line of its own, not behind another's bar

@@ -2,7 +2,7 @@
 in a traceback or loads as something that it is not.
 
 What a mistake costs is one line and exit code 2 (1 where the machine gives up). The quick suite draws some cases, the slow
-one, `pytest -m slow tests/test_fuzz.py`, 300 of each kind; each case is a function of its number.
+one, `pytest -m slow tests/test_fuzz.py`, 300 others of each kind; each case is a function of its number.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from test_annotations import CASES, clip, lay  # noqa: F401
 from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
 
-QUICK, SLOW = range(12), range(12, 300)
+QUICK, SLOW = range(12), range(12, 312)
 
 
 NUMBERS = [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
@@ -96,7 +96,9 @@ def test_any_line_of_flags_ends_well(n, encoders, finished, tmp_path, monkeypatc
     argv += draw.choice(([], [], [], ["--no-such-flag", "3"], ["stray"], ["-x"]))
     if "steps" not in chosen:
         argv += ["--steps", draw.choice(("0", "1"))]
-    outcome(argv + ["--out", str(tmp_path / "run")])
+    (tmp_path / "a file").write_text("")
+    outcome(argv + ["--out", draw.choice(("", " ", "x", ".", "/dev/null", "\u00e9\u0000", "*", "x" * 300, "a\nb", "a file", "a file/x", "--",
+                                          *[str(tmp_path / "run")] * 6))])
 
 
 # ------------------------------------------------------------------------------------------------

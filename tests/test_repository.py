@@ -8,6 +8,7 @@ import ast
 import importlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,8 @@ def test_every_training_command_of_the_readme_parses():
 
 @pytest.mark.parametrize("name", ["attention", "moving_shapes", "mae", "uniformerv2", "clip_video", "caption_decoder", "fusion", "localise",
                                   "question_answering", "caption_metrics"])
-def test_each_component_alone_prints_its_shapes_and_draws_its_figure(name, tmp_path, capsys):
+def test_each_component_alone_prints_its_shapes_and_draws_its_figure(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     main = importlib.import_module(name).main
     drawn = name not in ("question_answering", "caption_metrics")
     assert not main(["--out", str(tmp_path / "figure.png")] if drawn else [] if name == "question_answering" else None)
