@@ -319,6 +319,23 @@ def test_torchrun_trains_and_a_failing_process_ends_all_with_its_reason(tmp_path
     assert done.returncode != 0 and done.stderr.count("--mask-ratio 1.5: must be at least 0") == 1
 
 
+@pytest.mark.slow
+def test_a_scheduler_that_asks_torchrun_to_end_finds_the_step_saved_and_how_to_go_on(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "mae", *FLAGS,
+                "--batch-size", "4", "--workers", "1", "--out", str(tmp_path)]
+    running = subprocess.Popen([*torchrun, "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    began = time.monotonic()
+    while not (tmp_path / "last.pt").exists():
+        assert running.poll() is None and time.monotonic() < began + 200
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=100)
+    assert running.returncode and said.count("stopped at step ") == 1, said
+    step = int(said.split("stopped at step ")[1].split()[0])
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"equal": equal, "runs": runs, "accidents": lambda folder: runs(folder, cut=False)}[sys.argv[1]](Path(sys.argv[2]))
