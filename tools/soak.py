@@ -99,7 +99,7 @@ def main(argv=None):
     while len(kills) < args.kills:
         twin = out / f"cut{1 + sum(path.is_dir() for path in out.glob('cut*'))}"  # a second one, where the first outran its kills
         twin.mkdir()
-        while found := run_and_kill(stage, twin, rng.uniform(0, 2.5 * whole / args.kills) if len(kills) < args.kills else math.inf,
+        while found := run_and_kill(stage, twin, rng.uniform(0, 1.5 * whole / args.kills) if len(kills) < args.kills else math.inf,
                                     len(kills) % 3 == 2):
             kills.append({"lived": round(found[0], 2), "writing": found[1], "place": f"{twin.name}, {place(twin)}"})
             print(f"kill {len(kills):2d} after {found[0]:6.1f} s, {kills[-1]['place']}"
