@@ -167,8 +167,7 @@ def _read(source):
     if is_media(source.name):
         _must_be_a_file(source)
         return Found("one file", [Row(str(source))])
-    found = _read_text(source)
-    return found._replace(rows=_locate(found.rows, source.parent))
+    return _locate(_read_text(source), source)
 
 
 def _must_be_a_file(path):
@@ -195,12 +194,13 @@ def _all_say_the_same(source, rows, places):
 # Where the files are
 
 
-def _locate(rows, folder):
-    """The rows with one path each. Files lie in the list's folder, below it or beside it."""
+def _locate(found, source):
+    """Found, its rows with one path each. Files lie in the list's folder, below it or beside it."""
+    rows, folder = found.rows, source if os.path.isdir(source) else source.parent
     if not rows:
-        raise DataError(f"{folder}: its list names no video")
+        raise DataError(f"{source}: names no video")
     if all(isinstance(row.path, str) for row in rows) and os.path.isfile(folder / rows[0].path):
-        return [row._replace(path=str(folder / row.path)) for row in rows]
+        return found._replace(rows=[row._replace(path=str(folder / row.path)) for row in rows])
     rows = [row if isinstance(row.path, tuple) else row._replace(path=(row.path,)) for row in rows]
     sample = rows[::max(1, len(rows) // 30)]
 
@@ -212,8 +212,8 @@ def _locate(rows, folder):
 
     roots = [folder, *below(folder), folder.parent, *below(folder.parent)]
     best = max(roots, key=lambda root: sum(any(os.path.isfile(root / name) for name in row.path) for row in sample))
-    return [row._replace(path=str(best / next((name for name in row.path if os.path.isfile(best / name)), row.path[0])))
-            for row in rows]
+    return found._replace(rows=[row._replace(path=str(best / next(
+        (name for name in row.path if os.path.isfile(best / name)), row.path[0]))) for row in rows])
 
 
 def _names(stem, *folders):
@@ -231,8 +231,7 @@ def _read_folder(folder):
     names = os.listdir(folder)
     splits = sorted(name for name in names if re.fullmatch(r".+_test_split1\.txt", name))
     if splits or "classInd.txt" in names:
-        found = _read_hmdb51(folder / splits[0]) if splits else _read_ucf101(folder, 1)
-        return found._replace(rows=_locate(found.rows, folder))
+        return _locate(_read_hmdb51(folder / splits[0]) if splits else _read_ucf101(folder, 1), folder)
 
     def refuse(error):  # os.walk would leave out in silence what it may not look into
         raise error
