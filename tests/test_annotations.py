@@ -244,7 +244,7 @@ VIDEO = '{"video_id": "v", "split": %s}'
     ("x.json", '[{"id": true}]', "entry 1"), ("x.json", '[{"id": 7, "template": ["a"]}]', "entry 1"),
     *(("a.json", ACTIVITY % both, "ActivityNet") for both in (
         ("[0, Infinity]", '"run"'), ("[NaN, 3]", '"run"'), ("[false, true]", '"run"'), ("[0, 1, 2]", '"run"'), ('["0", "1"]', '"run"'),
-        ("[0, 1]", "3"), ("[0, 1]", '"\\ud800"'), (f"[0, 1{'0' * 400}]", '"run"')))])
+        ("[0, 1]", "3"), ("[0, 1]", '"\\ud800"'), (f"[0, 1{'0' * 400}]", '"run"')))], ids=lambda text: text[:40])
 def test_values_of_an_odd_kind_are_one_line(tmp_path, name, text, reason):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError) as error:
@@ -252,14 +252,14 @@ def test_values_of_an_odd_kind_are_one_line(tmp_path, name, text, reason):
     assert name in str(error.value) and reason in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("labels", ["[]", "3", '{"a": true}', '{"a": 0.5}', '{"a": "1"}', '{"a": []}', DEEP])
+@pytest.mark.parametrize("labels", ["[]", "3", '{"a": true}', '{"a": 0.5}', '{"a": "1"}', '{"a": []}', DEEP], ids=lambda text: text[:9])
 def test_a_labels_file_that_numbers_nothing_is_one_line(tmp_path, labels):
     lay(tmp_path, {"labels.json": labels, "x.json": '[{"id": "7", "template": "a"}]'}, [], b"")
     with pytest.raises(DataError, match="labels"):
         read(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("labels", [["1699999999", "0"], ["-1", "0"], ["1.0", "2.0"], ["9" * 5000]])
+@pytest.mark.parametrize("labels", [["1699999999", "0"], ["-1", "0"], ["1.0", "2.0"], ["9" * 5000]], ids=lambda labels: labels[0][:10])
 def test_numbers_that_can_be_none_of_a_class_are_refused(labels):
     with pytest.raises(DataError, match="is no class number"):
         annotations.number_labels("x.csv", labels, None)
