@@ -4,6 +4,7 @@ envelopes and prefixes are understood; half precision is widened exactly; what a
 much or has misshapen is listed exactly; no file can run code; no damaged file ends in a traceback.
 """
 
+import gzip
 import io
 import json
 import os
@@ -351,16 +352,23 @@ def test_a_configuration_that_is_none_is_one_line(tmp_path, config):
 
 @pytest.mark.parametrize("config", [
     {"model": "VideoQA"}, {"model": "VideoQA", "clip": 3}, {"model": "Localiser"}, {"model": "Localiser", "encoder": {"model": "X"}},
-    {"model": "Localiser", "encoder": None, "head": {"features": "x"}, "names": 3, "stride": 1}, {"model": ["Localiser"]}])
+    {"model": "Localiser", "encoder": None, "head": {"features": "x"}, "names": 3, "stride": 1}, {"model": ["Localiser"]},
+    {"model": "VideoCLIP"}, {"model": "UniFormerV2", "size": 3}, {"model": "CaptionDecoder"}, {"model": "InternVideo", "masked": []}])
 def test_a_configuration_that_describes_no_model_is_one_line(tmp_path, config, capsys):
+    import caption_decoder
+    import clip_video
+    import fusion
     import localise
     import question_answering
+    import uniformerv2
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"config": json.dumps(config)})
-    for family in (localise.Localiser, question_answering.VideoQA):
+    for load in (localise.Localiser.from_run, question_answering.VideoQA.from_run, fusion.InternVideo.from_run,
+                 clip_video.VideoCLIP.from_official, uniformerv2.UniFormerV2.from_official,
+                 caption_decoder.CaptionDecoder.from_official):
         with pytest.raises(WeightsError, match="x.safetensors"):
-            family.from_run(tmp_path / "x.safetensors")
+            load(tmp_path / "x.safetensors")
     assert weights.main([str(tmp_path / "x.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
-    assert "no official names" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", [
@@ -371,3 +379,18 @@ def test_a_config_json_of_odd_kinds_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(WeightsError, match="config.json: "):
         weights.hub_config(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.json", b""), ("x.json", b"\xff"), ("x.json", b"{}"), ("x.json", b"[" * 99999), ("x.json", None), ("x.gz", None), ("x.gz", b"x"),
+    ("x.gz", gzip.compress(b"a b\n" * 999)[:-9] + b"x" * 9), ("x.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 99),
+    ("x.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}')], ids=lambda value: str(value)[:20])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
+    import clip_video
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: ") as caught:
+        clip_video.load_tokenizer(tmp_path / name)
+    assert "\n" not in str(caught.value)
