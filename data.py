@@ -1009,7 +1009,7 @@ def read_features(folder, segments, subset, classes=None):
     if not rows:
         known = ", ".join(sorted({row.subset for row in segments.values()}))
         raise DataError(f"no video of the subset {subset!r} in the annotation: it has {known}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; it should hold the .npz files of tools/extract.py")
     classes = classes or sorted({label for row in rows.values() for *_, label in row.segments})
     files = {path.stem: path for path in sorted(folder.rglob("*.npz")) if os.path.isfile(path)}
