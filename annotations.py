@@ -236,9 +236,14 @@ def _read_folder(folder):
     def refuse(error):  # os.walk would leave out in silence what it may not look into
         raise error
 
-    files = sorted(Path(place, name).relative_to(folder)
-                   for place, _, files in os.walk(folder, onerror=refuse, followlinks=True)  # datasets are linked
-                   for name in files if is_media(name) and not name.startswith("."))
+    def leads_back(link):  # up, to where the same files would be met again and again
+        return link.is_symlink() and Path(os.path.realpath(link.parent)).is_relative_to(os.path.realpath(link))
+
+    files = []
+    for place, below, here in os.walk(folder, onerror=refuse, followlinks=True):  # datasets are linked
+        below[:] = [name for name in below if not leads_back(Path(place, name))]
+        files += [Path(place, name).relative_to(folder) for name in here if is_media(name) and not name.startswith(".")]
+    files.sort()
     videos = [name for name in files if name.suffix.lower() in VIDEO_SUFFIXES]
     names, what = (videos, "videos") if videos else (files, "pictures")
     if not names:

@@ -283,6 +283,7 @@ def test_a_split_is_known_by_its_word(tmp_path, word, split):
 def test_a_folders_files_are_its_own_and_nobody_waits_for_a_pipe(tmp_path, clip):
     lay(tmp_path, {}, ["other/a.mp4", "other/b.mp4", "mine/c.mp4"], clip)
     (tmp_path / "mine" / "a.mp4").symlink_to("nowhere")
+    (tmp_path / "mine" / "back").symlink_to("..")
     os.mkfifo(tmp_path / "mine" / "b.mp4")
     files = VideoFiles(tmp_path / "mine", 2, 16)
     assert files.missing == [str(tmp_path / "mine" / name) for name in ("a.mp4", "b.mp4")] and "2 MISSING" in files.summary()

@@ -333,6 +333,7 @@ def test_a_file_that_holds_no_weights_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("tensor, said", [
     (torch.eye(2).to_sparse(), "sparse"), (torch.ones(2, 2, device="meta"), "without their numbers"),
     (torch.ones(2, 2, dtype=torch.int8), "wrong kind: weight is torch.int8 instead of torch.float32"),
