@@ -263,7 +263,7 @@ def load_tokenizer(path):
     merges (.gz)."""
     path = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
     if not os.path.isfile(path):  # of a pipe one would wait for ever
-        raise ValueError(f"{path}: no such file, or none that can be read")
+        raise ValueError(f"{path}: not a file that can be read")
     if path.suffix == ".gz":
         return clip_tokenizer(path)
     try:
