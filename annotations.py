@@ -46,10 +46,13 @@ Try it:
 """
 
 import csv
+import io
 import itertools
 import json
+import math
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +60,16 @@ from typing import NamedTuple
 
 class DataError(ValueError):
     """The user's data or request is at fault: one line with what, which file, and what to do."""
+
+    def __str__(self):
+        return printable(super().__str__())
+
+
+def printable(text):
+    """The text on one line, as any terminal shows it. What does not print is written as an escape: file names may
+    hold line breaks, and bytes that are no UTF-8."""
+    return text if text.isprintable() else "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 class Row(NamedTuple):
@@ -100,6 +113,7 @@ _COLUMNS = {  # what a header line, or a key of JSON, may call a column
     "candidates": ("candidates", "options", "choices"),
     "split": ("split",),
 }
+MOST_CLASSES = 1_000_000  # a larger label is no class number but a date, or an id
 _NUMBERED_ANSWER = re.compile(r"(?:a|option|candidate)_?\d+")  # a column of a table of multiple choice
 
 
@@ -111,8 +125,11 @@ def is_media(name):
 
 def is_shards(source):
     """True for tar shards: one `.tar`, a pattern like `clips-{000000..000123}.tar`, or a folder of them."""
-    if Path(source).is_dir():
-        names = [name for name in os.listdir(source) if not name.startswith(".")]
+    if os.path.isdir(source):
+        try:
+            names = [name for name in os.listdir(source) if not name.startswith(".")]
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read ({error.strerror})") from None
         return any(name.endswith(".tar") for name in names) and not any(map(is_media, names))
     return str(source).endswith(".tar")
 
@@ -124,26 +141,66 @@ def read(source):
     returns  Found; every row's path begins with the folder in which most files are
     raises   DataError: no such file, none of the known kinds, a line that breaks its format
     """
-    source = Path(source)
-    if source.is_dir():
-        found = _read_folder(source)
-        return found._replace(rows=_locate(found.rows, source))
-    if not source.is_file():
-        raise DataError(f"{source}: no such file or folder")
+    try:
+        found = _read(Path(source))
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{error.filename or source}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
+        raise DataError(f"{source}: of no format known here ({type(error).__name__}: {error})") from error
+    for row in found.rows:
+        try:
+            "".join(filter(None, (*row[:6], *(row.candidates or ())))).encode()
+        except UnicodeEncodeError:  # logs, lists and tokenizers would stumble over it much later
+            raise DataError(f"{source}: what it says of {row.path} holds half a character, or its name is not UTF-8; "
+                            "mend or rename it") from None
+        if "\0" in row.path:
+            raise DataError(f"{source}: {row.path} can be no file's name")
+    _all_say_the_same(source, found.rows, [row.path for row in found.rows])
+    return found
+
+
+def _read(source):
+    if os.path.isdir(source):
+        return _read_folder(source)
     if is_media(source.name):
+        _must_be_a_file(source)
         return Found("one file", [Row(str(source))])
-    found = _read_text(source)
-    return found._replace(rows=_locate(found.rows, source.parent))
+    return _locate(_read_text(source), source)
+
+
+def _must_be_a_file(path):
+    """DataError where there is none that can be looked at; a pipe, of which one would wait for ever, is none."""
+    try:
+        kind = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last where it cannot be a name at all
+        raise DataError(f"{path}: no such file or folder") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(kind):
+        raise DataError(f"{path}: a folder, a pipe or a device in place of a file")
+
+
+def _all_say_the_same(source, rows, places):
+    """DataError where some rows lack what others have; places: of the rows, in words."""
+    for what in ("label", "caption", "question", "answer", "candidates", "split"):
+        has = [getattr(row, what) is not None for row in rows]
+        if any(has) and not all(has):
+            raise DataError(f"{source}, {places[has.index(False)]}: has no {what}, other lines have")
 
 
 # ------------------------------------------------------------------------------------------------
 # Where the files are
 
 
-def _locate(rows, folder):
-    """The rows with one path each. Files lie in the list's folder, below it or beside it."""
-    if all(isinstance(row.path, str) for row in rows) and (folder / rows[0].path).is_file():
-        return [row._replace(path=str(folder / row.path)) for row in rows]
+def _locate(found, source):
+    """Found, its rows with one path each. Files lie in the list's folder, below it or beside it."""
+    rows, folder = found.rows, source if os.path.isdir(source) else source.parent
+    if not rows:
+        raise DataError(f"{source}: names no video")
+    if all(isinstance(row.path, str) for row in rows) and os.path.isfile(folder / rows[0].path):
+        return found._replace(rows=[row._replace(path=str(folder / row.path)) for row in rows])
     rows = [row if isinstance(row.path, tuple) else row._replace(path=(row.path,)) for row in rows]
     sample = rows[::max(1, len(rows) // 30)]
 
@@ -154,9 +211,9 @@ def _locate(rows, folder):
             return []
 
     roots = [folder, *below(folder), folder.parent, *below(folder.parent)]
-    best = max(roots, key=lambda root: sum(any((root / name).is_file() for name in row.path) for row in sample))
-    return [row._replace(path=str(best / next((name for name in row.path if (best / name).is_file()), row.path[0])))
-            for row in rows]
+    best = max(roots, key=lambda root: sum(any(os.path.isfile(root / name) for name in row.path) for row in sample))
+    return found._replace(rows=[row._replace(path=str(best / next(
+        (name for name in row.path if os.path.isfile(best / name)), row.path[0]))) for row in rows])
 
 
 def _names(stem, *folders):
@@ -173,13 +230,20 @@ def _names(stem, *folders):
 def _read_folder(folder):
     names = os.listdir(folder)
     splits = sorted(name for name in names if re.fullmatch(r".+_test_split1\.txt", name))
-    if splits:
-        return _read_hmdb51(folder / splits[0])
-    if "classInd.txt" in names:
-        return _read_ucf101(folder, 1)
-    files = sorted(Path(place, name).relative_to(folder)
-                   for place, _, files in os.walk(folder, followlinks=True)  # datasets are linked
-                   for name in files if is_media(name) and not name.startswith("."))
+    if splits or "classInd.txt" in names:
+        return _locate(_read_hmdb51(folder / splits[0]) if splits else _read_ucf101(folder, 1), folder)
+
+    def refuse(error):  # os.walk would leave out in silence what it may not look into
+        raise error
+
+    def leads_back(link):  # up, to where the same files would be met again and again
+        return link.is_symlink() and Path(os.path.realpath(link.parent)).is_relative_to(os.path.realpath(link))
+
+    files = []
+    for place, below, here in os.walk(folder, onerror=refuse, followlinks=True):  # datasets are linked
+        below[:] = [name for name in below if not leads_back(Path(place, name))]
+        files += [Path(place, name).relative_to(folder) for name in here if is_media(name) and not name.startswith(".")]
+    files.sort()
     videos = [name for name in files if name.suffix.lower() in VIDEO_SUFFIXES]
     names, what = (videos, "videos") if videos else (files, "pictures")
     if not names:
@@ -193,10 +257,11 @@ def _read_folder(folder):
                         f"give {folder / split} instead")
     captions = [None] * len(names)
     beside = [folder / name.with_suffix(".txt") for name in names]
-    if all(path.is_file() for path in beside):
+    if all(map(os.path.isfile, beside)):
         captions = [_decode(path).strip() for path in beside]
         labelled, what = False, f"{what} with a .txt beside each"
-    rows = [Row(str(name), name.parts[0] if labelled else None, caption) for name, caption in zip(names, captions)]
+    # Their places are known: where a link leads nowhere, no file of that name elsewhere is meant.
+    rows = [Row(str(folder / name), name.parts[0] if labelled else None, caption) for name, caption in zip(names, captions)]
     return Found(f"folder of {what}", rows)
 
 
@@ -204,7 +269,7 @@ def _read_ucf101(folder, number):
     """The train and test list of one split, from the folder that holds classInd.txt."""
     rows = []
     for split, name in (("train", f"trainlist{number:02d}.txt"), ("val", f"testlist{number:02d}.txt")):
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             rows += _read_text(folder / name).rows
     if not rows:
         raise DataError(f"{folder}: has classInd.txt but no trainlist{number:02d}.txt")
@@ -213,12 +278,15 @@ def _read_ucf101(folder, number):
 
 def _ucf101_classes(folder):
     path = folder / "classInd.txt"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
-    pairs = [line.split(maxsplit=1) for line in _decode(path).splitlines() if line.strip()]
-    if any(len(pair) != 2 or not pair[0].isdecimal() for pair in pairs):
+    pairs = [line.split(maxsplit=1) for line in _lines(_decode(path)) if line.strip()]
+    if any(len(pair) != 2 or _whole(pair[0]) is None for pair in pairs):
         raise DataError(f"{path}: expected lines like '1 ApplyEyeMakeup'")
-    return [name.strip() for _, name in sorted(pairs, key=lambda pair: int(pair[0]))]
+    named = {_whole(number): name.strip() for number, name in pairs}
+    if sorted(named) != list(range(1, len(pairs) + 1)):
+        raise DataError(f"{path}: its numbers are not 1 to {len(pairs)}, each once")
+    return [named[number] for number in sorted(named)]
 
 
 def _read_hmdb51(path):
@@ -228,7 +296,7 @@ def _read_hmdb51(path):
     for file in sorted(path.parent.glob("*" + ending)):
         label = file.name[:-len(ending)]
         classes.append(label)
-        for at, line in enumerate(_decode(file).splitlines(), 1):
+        for at, line in enumerate(_lines(_decode(file)), 1):
             name, _, flag = line.strip().rpartition(" ")
             if line.strip() and (flag not in ("0", "1", "2") or not is_media(name)):
                 raise DataError(f"{file}, line {at}: expected a video's name and 0, 1 or 2, got {line[:60]!r}")
@@ -241,7 +309,25 @@ def _read_hmdb51(path):
 # Texts
 
 
+def _lines(text):
+    """The text's lines. str.splitlines would also split at what captions hold, as U+2028, U+0085 and form feeds."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _whole(value):
+    """The whole number >= 0 that JSON (7) or a text ("7") says, or None: true, 7.0 and what fits no int64 are none."""
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() and len(value) <= 18 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18 else None
+
+
+def _split(text):
+    """"train", "val" or None of what a source says: train, Training; anything else, as validate or test, is held out."""
+    return ("train" if text.lower().startswith("train") else "val") if text else None
+
+
 def _decode(path):
+    _must_be_a_file(path)
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -256,7 +342,7 @@ def _decode(path):
 
 def _read_text(path):
     text = _decode(path)
-    lines = [(number, line) for number, line in enumerate(map(str.strip, text.splitlines()), 1) if line]
+    lines = [(number, line) for number, line in enumerate(map(str.strip, _lines(text)), 1) if line]
     if not lines:
         raise DataError(f"{path}: the list is empty; write 'path label' on each line")
     if re.fullmatch(r".+_test_split\d\.txt", path.name) and lines[0][1][-1] in "012":
@@ -268,7 +354,7 @@ def _read_text(path):
     for delimiter in (",", "\t"):
         names = [name.strip().strip('"').lower() for name in lines[0][1].split(delimiter)]
         if set(names) & {"youtube_id", "videoid", *_COLUMNS["path"]}:
-            return _read_table(path, names, csv.reader(text.splitlines(), delimiter=delimiter))
+            return _read_table(path, text, delimiter)
     if all(re.match(r"(.+)/v_\w+_g\d\d_c\d\d\.\w+(?: \d+)?$", line) for _, line in lines):
         stems = [line.split(" ")[0] for _, line in lines]
         split = {"train": "train", "testl": "val"}.get(path.name[:5])
@@ -297,19 +383,36 @@ def _read_list(path, lines):
         if not is_media(name):
             raise DataError(f"{path}, line {number}: expected 'path label', a video's name and "
                             f"then a space, comma, tab or '::', got {(name or label)[:60]!r}")
-    rows = [Row(name.strip().strip('"'), label.strip()) for _, name, _, label in rows]
+    rows = [Row(name.strip().strip('"'), label.strip() or None) for _, name, _, label in rows]
     return Found("list of `path label` lines", rows)
 
 
-def _read_table(path, names, reader):
+def _read_table(path, text, delimiter):
     """A CSV or tab-separated file whose header names its columns."""
-    next(filter(None, reader))
-    records = []
-    for row in filter(None, reader):
+    # Strict, for a quote that nobody closes would make the rest of the file one caption.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names, records = None, []
+    while True:
+        line = reader.line_num + 1  # the first of the row; quoted text may hold line breaks
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {line}: not a row of a table ({error}); quoted text ends with a quote, and a "
+                            "quote within it is doubled") from None
+        if row is None:
+            break
+        if not row or len(row) == 1 and not row[0].strip():
+            continue
+        if names is None:
+            names = [name.strip().lower() for name in row]
+            twice = next((name for name in names if name and names.count(name) > 1), None)
+            if twice:
+                raise DataError(f"{path}, line {line}: two columns are called {twice!r}")
+            continue
         if len(row) != len(names):
-            raise DataError(f"{path}, line {reader.line_num}: {len(row)} columns, but the header "
+            raise DataError(f"{path}, line {line}: {len(row)} columns, but the header "
                             f"has {len(names)}; put quotes around text that contains the separator")
-        records.append((f"line {reader.line_num}", {name: text.strip() for name, text in zip(names, row)}))
+        records.append((f"line {line}", {name: text.strip() for name, text in zip(names, row)}))
     if not records:
         raise DataError(f"{path}: has a header and no line below it")
     if "youtube_id" in names:
@@ -334,22 +437,19 @@ def _read_kinetics(path, names, records):
         try:
             stem = "{}_{:06d}_{:06d}".format(record["youtube_id"], int(float(record["time_start"])),
                                              int(float(record["time_end"])))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             raise DataError(f"{path}, {line}: Kinetics needs time_start and time_end in seconds") from None
         label, split = record.get("label") or None, record.get("split", "")
         folders = [label, label and label.replace(" ", "_"), split, label and f"{split}/{label}"]
         rows.append(Row(_names(stem, *folders) + _names(record["youtube_id"], label), label,
-                        split={"": None, "train": "train"}.get(split, "val")))
+                        split=_split(split)))
     return Found("Kinetics", rows)
 
 
 def _read_msrvtt_list(path, ids):
     """A list of MSR-VTT's video ids, like the 9k training list; the sentences are in the JSON beside it."""
     for file in sorted(path.parent.glob("*.json")):
-        try:
-            content = json.loads(_decode(file))
-        except ValueError as error:
-            raise error if isinstance(error, DataError) else DataError(f"{file}: not JSON ({error})") from None
+        content = _parse(_decode(file), file)
         if isinstance(content, dict) and {"videos", "sentences"} <= content.keys():
             rows = _msrvtt_rows(file, content, set(ids))
             return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
@@ -358,12 +458,20 @@ def _read_msrvtt_list(path, ids):
 
 
 def _msrvtt_rows(path, content, wanted=None):
+    """A row for each sentence, or for those of the wanted ids."""
     try:
         splits = {video["video_id"]: video.get("split") for video in content["videos"]}
         pairs = [(sentence["video_id"], sentence["caption"]) for sentence in content["sentences"]]
-    except (KeyError, TypeError):
-        raise DataError(f"{path}: MSR-VTT needs video_id in videos, video_id and caption in sentences") from None
-    return [Row(_names(name), caption=caption.strip(), split={None: None, "train": "train"}.get(splits.get(name), "val"))
+        texts = [*splits, *(split for split in splits.values() if split is not None), *itertools.chain(*pairs)]
+    except (KeyError, TypeError, AttributeError):
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{path}: MSR-VTT needs video_id in videos, video_id and caption in sentences, all of them text")
+    named = {name for name, _ in pairs}
+    unknown = sorted((wanted or set()) - named) or sorted(named - splits.keys())
+    if unknown:
+        raise DataError(f"{path}: {unknown[0]!r} is not both among its videos and in its sentences")
+    return [Row(_names(name), caption=caption.strip(), split=_split(splits[name]))
             for name, caption in pairs if wanted is None or name in wanted]
 
 
@@ -371,13 +479,21 @@ def _msrvtt_rows(path, content, wanted=None):
 # JSON
 
 
+def _parse(text, place):
+    """What a JSON text holds; DataError that names the place where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error})") from None
+
+
 def _read_json(path, text, lines):
     try:
-        content = json.loads(text)
-    except ValueError as error:
+        content = _parse(text, path)
+    except DataError as error:
         if "Extra data" in str(error):
             return _read_json_lines(path, lines)
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise
     if isinstance(content, dict) and {"videos", "sentences"} <= content.keys():
         return Found("MSR-VTT", _msrvtt_rows(path, content))
     if isinstance(content, dict) and content and all(str(value).isdecimal() for value in content.values()):
@@ -396,22 +512,21 @@ def _read_something(path, content):
     """Something-Something V2: the label is the template without its brackets, numbered by the labels file."""
     classes = None
     for file in sorted(path.parent.glob("*labels.json")):
-        try:
-            numbers = json.loads(_decode(file))
-            classes = sorted(numbers, key=lambda name: int(numbers[name]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{file}: not the file that numbers the templates ({error})") from None
-        if sorted(int(number) for number in numbers.values()) != list(range(len(numbers))):
-            raise DataError(f"{file}: its numbers are not 0 to {len(numbers) - 1}, each once")
-    rows = []
+        numbers = _parse(_decode(file), file)
+        if not isinstance(numbers, dict) or sorted(map(str, map(_whole, numbers.values()))) != sorted(
+                map(str, range(len(numbers)))):
+            raise DataError(f"{file}: does not number the templates, 0 to one less than there are, each once")
+        classes = sorted(numbers, key=lambda name: _whole(numbers[name]))
+    known, rows = set(classes or ()), []
     for number, item in enumerate(content, 1):
-        if not isinstance(item.get("id"), (str, int)):
-            raise DataError(f"{path}, entry {number}: needs an \"id\"")
-        template = item.get("template")
+        name, template, said = item.get("id"), item.get("template"), item.get("label")
+        name = name if isinstance(name, str) else _whole(name)
+        if name in (None, "") or not all(text is None or isinstance(text, str) for text in (template, said)):
+            raise DataError(f"{path}, entry {number}: needs an \"id\", and template and label must be text")
         label = template and template.replace("[", "").replace("]", "")
-        if label and classes and label not in classes:
+        if label and classes and label not in known:
             raise DataError(f"{path}, entry {number}: its template {label!r} is not in the labels file beside it")
-        rows.append(Row(_names(str(item["id"])), label, item.get("label")))
+        rows.append(Row(_names(str(name)), label or None, said))
     if classes is None and any(row.label for row in rows):
         raise DataError(f"{path}: put something-something-v2-labels.json, which numbers the templates, beside it")
     return Found("Something-Something V2", rows, classes)
@@ -421,10 +536,7 @@ def _read_json_lines(path, lines):
     """An object on each line, with the same names for the keys as columns have."""
     records = []
     for number, line in lines:
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        item = _parse(line, f"{path}, line {number}")
         if not isinstance(item, dict):
             raise DataError(f"{path}, line {number}: expected an object like "
                             '{"path": "dog.mp4", "caption": "a dog runs"}, got ' + line[:40])
@@ -434,44 +546,46 @@ def _read_json_lines(path, lines):
 
 def _from_records(path, records, kind):
     """Found, from dicts with the names of _COLUMNS; `kind` is the container's, where no content tells more."""
-    rows = []
+    rows, places = [], []
     for place, record in records:
         field = {key: next((record[name] for name in names if record.get(name) is not None), None)
                  for key, names in _COLUMNS.items()}
-        name, caption, answer, candidates = (field[key] for key in ("path", "caption", "answer", "candidates"))
-        label = str(field["label"]) if isinstance(field["label"], int) else field["label"]
-        if isinstance(caption, list) and isinstance(answer, int):  # UMT's multiple choice
+        name, label, caption, question, answer, candidates, split = (field[key] for key in _COLUMNS)
+        label = label if _whole(label) is None else str(label)
+        if isinstance(caption, list) and isinstance(answer, int) and candidates is None:  # UMT's multiple choice
             caption, candidates = None, caption
-        texts = [name, label, field["question"], *(caption if isinstance(caption, list) else [caption]),
-                 *(candidates or [])]
-        if not name or not all(isinstance(text, str) for text in texts if text is not None):
+        captions, choices, answers = ([] if value is None else value if isinstance(value, list) else [value]
+                                      for value in (caption, candidates, answer))
+        texts = [name, *captions, *choices, *(text for text in (label, question, split) if text is not None)]
+        if not all(isinstance(text, str) for text in texts) or not name.strip() or caption == []:
             raise DataError(f"{path}, {place}: needs a \"path\", and path, label and caption must be text, "
                             f"got {json.dumps(record)[:60]}")
         names = name.strip() if is_media(name) else _names(name.strip())
-        if candidates:
-            if not str(answer).isdecimal() or int(answer) >= len(candidates):
+        if candidates is not None:
+            if candidates != choices or not choices:
+                raise DataError(f"{path}, {place}: the candidates of a multiple choice are a list of texts, "
+                                f"got {json.dumps(candidates)[:60]}")
+            right = _whole(answer)
+            if right is None or right >= len(candidates):
                 raise DataError(f"{path}, {place}: the answer of a multiple choice is the place of the right one, "
-                                f"0 to {len(candidates) - 1}, got {answer!r}")
-            answer = caption = candidates[int(answer)]
-            candidates = tuple(candidates)
-        elif isinstance(answer, list):
-            answer = max(answer, key=answer.count)
-        captions = caption if isinstance(caption, list) else [caption]
-        split = field["split"] and ("train" if field["split"] == "train" else "val")
-        rows += [Row(names, label and label.strip(), text and text.strip(), split, field["question"],
-                     None if answer is None else str(answer), candidates) for text in captions]
+                                f"0 to {len(candidates) - 1}, got {json.dumps(answer)[:60]}")
+            answer, captions, candidates = candidates[right], [candidates[right]], tuple(candidates)
+        elif answer is not None:
+            if not answers or not all(isinstance(said, str) or _whole(said) is not None for said in answers):
+                raise DataError(f"{path}, {place}: an answer is a text, a whole number, or a list of these, "
+                                f"got {json.dumps(answer)[:60]}")
+            answers = list(map(str, answers))
+            answer = max(answers, key=answers.count)
+        rows += [Row(names, label and label.strip() or None, text and text.strip(), _split(split and split.strip()),
+                     question or None, answer, candidates) for text in captions or [None]]
+        places += [place] * (len(captions) or 1)
     if rows[0].candidates:
         kind = "multiple choice"
     elif rows[0].question:
         kind = "question answering"
     elif kind is None:
         kind = "captions in JSON, as VINDLU and UMT have them" if rows[0].caption else "JSON"
-    for what in ("caption", "question", "candidates"):
-        has = [getattr(row, what) is not None for row in rows]
-        if any(has) and not all(has):
-            first = rows[has.index(False)].path
-            place = records[has.index(False)][0] if len(rows) == len(records) else first
-            raise DataError(f"{path}, {place}: has no {what}, other lines have")
+    _all_say_the_same(path, rows, places)
     return Found(kind, rows)
 
 
@@ -484,13 +598,17 @@ def number_labels(source, labels, classes):
 
     labels   of all rows, as written, None where there is none
     classes  names in the order of their numbers, or None: the labels themselves, sorted
-    raises   DataError where a label is not among the classes
+    raises   DataError where a label is not among the classes, or a number that can be none of a class
     """
     written = sorted({label for label in labels if label is not None})
     if not written:
         return list(classes or []), {}
-    if all(label.isdecimal() for label in written) and not set(written) <= set(classes or ()):
-        number = {label: int(label) for label in written}
+    if not set(written) <= set(classes or ()) and all(re.fullmatch(r"[-+]?\d+(\.\d*)?", label) for label in written):
+        number = {label: _whole(label) for label in written}
+        odd = [label for label in written if number[label] is None or number[label] >= MOST_CLASSES]
+        if odd:
+            raise DataError(f"{source}: label {odd[0][:60]!r} is no class number; these are whole, from 0 on, and below "
+                            f"{MOST_CLASSES:,}")
         classes = list(classes or map(str, range(max(number.values()) + 1)))
         unknown = [label for label in written if number[label] >= len(classes)]
     else:
@@ -510,14 +628,19 @@ def read_segments(path):
     returns  {id: Timed}; segments that end where they start, or earlier, are left out and counted on standard error
     raises   DataError: no such file, or another form
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    path, found = Path(path), {}
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["database"]
-        found = {name: Timed(row["subset"], [(float(said["segment"][0]), float(said["segment"][1]), said["label"])
-                                             for said in row.get("annotations", ())]) for name, row in rows.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        for name, row in _parse(_decode(path), path)["database"].items():
+            segments = [(*said["segment"], said["label"]) for said in row.get("annotations", ())]
+            for text in (name, row["subset"], *(label for *_, label in segments)):
+                text.encode()  # AttributeError where it is none, ValueError where it holds half a character
+            for start, end, _ in segments:
+                if not all(type(moment) in (int, float) and math.isfinite(moment) for moment in (start, end)):
+                    raise ValueError(f"{name}: a segment from {start!r} to {end!r}")
+            found[name] = Timed(row["subset"], [(float(start), float(end), label) for start, end, label in segments])
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise DataError(f"{path}: not an annotation as ActivityNet has them: JSON with a `database` of id, `subset` and "
                         f"`annotations` of `segment` and `label` ({type(error).__name__}: {error})") from None
     if not found:
@@ -538,7 +661,7 @@ def main(argv=None):
     except DataError as error:
         print(f"annotations.py: {error}", file=sys.stderr)
         return 2
-    print(f"{argv[0]}: {found.kind}, {len(found.rows):,} rows")
+    print(printable(f"{argv[0]}: {found.kind}, {len(found.rows):,} rows"))
     for row in itertools.islice(found.rows, 5):
         print({key: value for key, value in row._asdict().items() if value is not None})
     return 0

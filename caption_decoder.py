@@ -311,7 +311,7 @@ class CaptionDecoder(nn.Module):
         tensors, config = weights.part(*weights.read(source), "caption_decoder")
         name = "the dict of weights" if isinstance(source, dict) else str(source)
         if config.get("model") == "CaptionDecoder":  # a run of ours
-            return weights.fill(cls.from_config(config), tensors, name=name).eval()
+            return weights.fill(weights.build(cls.from_config, config, name), tensors, name=name).eval()
         prefix = "caption_decoder."
         if not any(key.startswith(prefix) for key in tensors):
             prefix = ""

@@ -60,6 +60,7 @@ import json
 import math
 import os
 import re
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -120,7 +121,7 @@ class Tokenizer:
     """
 
     def __init__(self, engine):
-        self.engine, self.vocabulary = engine, max(engine.get_vocab().values()) + 1
+        self.engine, self.vocabulary = engine, max(engine.get_vocab().values(), default=-1) + 1
         found = [next((name for name in names if engine.token_to_id(name) is not None), None)
                  for names in SPOKEN]
         if None in found[:2]:
@@ -249,7 +250,7 @@ def clip_tokenizer(path):
     """CLIP's tokenizer from its list of merges (bpe_simple_vocab_16e6.txt.gz): 49408 tokens."""
     try:
         lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{path}: not CLIP's bpe_simple_vocab_16e6.txt.gz ({error})") from None
     merges = [line.split() for line in lines[1:49152 - 256 - 2 + 1]]  # as CLIP simple_tokenizer.py
     if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
@@ -260,16 +261,18 @@ def clip_tokenizer(path):
 def load_tokenizer(path):
     """A tokenizer from a tokenizer.json (ours or Hugging Face's), a folder that holds one, or CLIP's
     merges (.gz)."""
-    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    path = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(path):  # of a pipe one would wait for ever
+        raise ValueError(f"{path}: not a file that can be read")
     if path.suffix == ".gz":
         return clip_tokenizer(path)
     try:
         engine = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        engine.no_padding()
+        engine.no_truncation()
+        return Tokenizer(engine)
     except Exception as error:  # the engine raises nothing narrower
-        raise ValueError(f"{path}: not a tokenizer.json ({str(error).splitlines()[0][:100]})") from None
-    engine.no_padding()
-    engine.no_truncation()
-    return Tokenizer(engine)
+        raise ValueError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())[:100]})") from None
 
 
 def tokenizer_of(source, given, vocabulary):
@@ -279,8 +282,8 @@ def tokenizer_of(source, given, vocabulary):
     given       path of another tokenizer, or "" or None
     vocabulary  of the model; ValueError where the tokenizer knows more, or where there is none
     """
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    if not given and not (folder / "tokenizer.json").exists():
+    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    if not given and not os.path.exists(folder / "tokenizer.json"):
         raise ValueError(f"{folder} holds no tokenizer.json; pass --tokenizer")
     tokenizer = load_tokenizer(given or folder)
     if tokenizer.vocabulary > vocabulary:
@@ -597,13 +600,13 @@ class VideoCLIP(nn.Module):
         if file.config and file.config.get("model") != "VideoCLIP":
             raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, not a VideoCLIP")
         config = dict(file.config) if file.config else file.sizes(heads, text_heads)
-        if grow and config["kind"] != "frames":
+        if grow and config.get("kind") != "frames":
             raise WeightsError(f"{file.name}: grow=True is for plain CLIP weights, these are "
-                               f"{file.layout or KINDS[config['kind']]}")
+                               f"{file.layout or KINDS.get(config.get('kind'))}")
         if file.config:
-            if frames and config["kind"] != "joint":
+            if frames and config.get("kind") != "joint":
                 config["frames"] = frames
-            model = weights.fill(cls.from_config(config), file.tensors, name=file.name)
+            model = weights.fill(weights.build(cls.from_config, config, file.name), file.tensors, name=file.name)
         else:
             config["frames"] = frames or config["frames"]
             if config["kind"] == "video":

@@ -56,6 +56,7 @@ import os
 import random
 import re
 import signal
+import struct
 import sys
 import tarfile
 import threading
@@ -132,7 +133,7 @@ class Video:
         except ImportError:
             raise DataError("reading video files needs PyAV: pip install av") from None
         self.error = av.FFmpegError
-        if not isinstance(self.path, Bytes) and not Path(self.path).is_file():
+        if not isinstance(self.path, Bytes) and not os.path.isfile(self.path):
             raise DataError(f"{self.path}: no such file")
         source = io.BytesIO(self.path.content) if isinstance(self.path, Bytes) else self.path
         try:
@@ -792,7 +793,7 @@ class VideoFiles(_Clips):
         self.rows = rows
         self.items = [(row.path, number.get(row.label)) for row in rows]
         self.captions = [row.caption for row in rows] if rows[0].caption is not None else None
-        self.missing = [path for path in dict.fromkeys(row.path for row in rows) if not Path(path).is_file()]
+        self.missing = [path for path in dict.fromkeys(row.path for row in rows) if not os.path.isfile(path)]
         if len(self.missing) == len({row.path for row in rows}):
             raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder")
@@ -838,7 +839,7 @@ class VideoFiles(_Clips):
         first = f"first {path}" + ("" if label is None else f" = {self.classes[label]}") + (
             f" = {row.caption!r}" if row.caption else "")
         missing = f"; {len(self.missing):,} MISSING, e.g. {self.missing[0]}" if self.missing else ""
-        return f"{self.source}: {self.kind}: {videos:,} videos{said}, {kinds}, {first}{missing}"
+        return annotations.printable(f"{self.source}: {self.kind}: {videos:,} videos{said}, {kinds}, {first}{missing}")
 
     def __getitem__(self, index):
         index, epoch = index if isinstance(index, tuple) else (index, 0)
@@ -888,9 +889,9 @@ class VideoShards(_Clips):
             import webdataset
         except ImportError:
             raise DataError(f"{source}: tar shards are read by the webdataset package: pip install webdataset") from None
-        shards = (sorted(map(str, Path(source).glob("*.tar"))) if Path(source).is_dir()
+        shards = (sorted(map(str, Path(source).glob("*.tar"))) if os.path.isdir(source)
                   else webdataset.shardlists.expand_urls(str(source)))
-        absent = [shard for shard in shards if ":" not in shard and not Path(shard).is_file()]
+        absent = [shard for shard in shards if ":" not in shard and not os.path.isfile(shard)]
         if absent or not shards:
             raise DataError(f"{source}: no such shard{': ' + absent[0] if absent else ''}")
         if part != "all":
@@ -910,8 +911,8 @@ class VideoShards(_Clips):
     def summary(self):
         """One line for the user: how many shards, and what is in the first."""
         said = f" = {self.captions[0]!r}" if self.captions else ""
-        return (f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
-                f"{'the first' if self.train else 'them'}, first {self.items[0][0]}{said}")
+        return annotations.printable(f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
+                                     f"{'the first' if self.train else 'them'}, first {self.items[0][0]}{said}")
 
     def samples(self, shards, mix=None):
         """The raw samples of an iterable of shards, one after another; mix: a random.Random to shuffle by."""
@@ -923,6 +924,8 @@ class VideoShards(_Clips):
             for sample in webdataset.DataPipeline(*stages):
                 if describe_sample(sample):
                     yield sample
+        except DataError:
+            raise
         except (OSError, tarfile.TarError, ValueError) as error:
             raise DataError(f"{self.source}: a shard cannot be read ({error})") from None
 
@@ -959,9 +962,13 @@ def describe_sample(sample):
     if video is None:
         return None
     said = sample.get("txt", b"").decode("utf-8", "replace").strip()
-    with contextlib.suppress(ValueError, AttributeError):
-        said = said or json.loads(sample.get("json", b"null")).get("caption", "")
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        told = json.loads(sample.get("json", b"null")).get("caption")
+        said = said or (told if isinstance(told, str) else "")
     label = sample.get("cls", b"-1").strip()
+    if label.isdigit() and (len(label) > 18 or int(label) >= annotations.MOST_CLASSES):
+        raise DataError(f"{sample['__url__']}/{sample['__key__']}.cls: {label[:20].decode()} is no class number; these are "
+                        f"below {annotations.MOST_CLASSES:,}")
     item = {"path": f"{sample['__url__']}/{sample['__key__']}.{video}", "label": int(label) if label.isdigit() else -1}
     return item | ({"caption": said} if said else {}), sample[video]
 
@@ -1002,10 +1009,10 @@ def read_features(folder, segments, subset, classes=None):
     if not rows:
         known = ", ".join(sorted({row.subset for row in segments.values()}))
         raise DataError(f"no video of the subset {subset!r} in the annotation: it has {known}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; it should hold the .npz files of tools/extract.py")
     classes = classes or sorted({label for row in rows.values() for *_, label in row.segments})
-    files = {path.stem: path for path in sorted(folder.rglob("*.npz"))}
+    files = {path.stem: path for path in sorted(folder.rglob("*.npz")) if os.path.isfile(path)}
     for name, row in rows.items():
         path = files.get(name) or files.get("v_" + name)
         if path is None:
@@ -1015,14 +1022,23 @@ def read_features(folder, segments, subset, classes=None):
         if unknown:
             raise DataError(f"{name}: label {sorted(unknown)[0]!r} is not among the {len(classes)} classes of training")
         try:
-            with np.load(path) as file:
-                item = {"features": file["feats"].astype(np.float32), "times": file["timestamps"].astype(float),
-                        "duration": float(file["duration"]), "model": str(file["model"]), "window": int(file["window"]),
-                        "stride": int(file["stride"])}
-        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            with np.load(path) as file:  # never unpickles: an array of objects is a ValueError
+                raw = {key: file[key] for key in ("feats", "timestamps", "duration", "model", "window", "stride")}
+            kinds = "".join(raw[key].dtype.kind for key in raw)
+            if not re.fullmatch("[fiu][fiu][fiu]U[iu][iu]", kinds):
+                raise ValueError(f"numbers and words of the wrong kinds, {kinds}")
+            item = {"features": raw["feats"].astype(np.float32), "times": raw["timestamps"].astype(float),
+                    "duration": float(raw["duration"]), "model": str(raw["model"]), "window": int(raw["window"]),
+                    "stride": int(raw["stride"])}
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, MemoryError, OSError, EOFError, RuntimeError,
+                SyntaxError, struct.error, zlib.error, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: not a file of tools/extract.py ({type(error).__name__})") from None
         if item["features"].ndim != 2:
             raise DataError(f"{path}: has {item['features'].ndim - 1} numbers a row, not one: extract with --pool all")
+        if item["times"].shape != item["features"].shape[:1] or not item["features"].size or not (
+                np.isfinite(item["features"]).all() and np.isfinite(item["times"]).all() and 0 < item["duration"] < math.inf
+                and item["window"] > 0 and item["stride"] > 0):
+            raise DataError(f"{path}: damaged: features and times of different lengths, or numbers that are none")
         items.append(item | {"path": str(path), "segments": [
             (start, end, classes.index(label)) for start, end, label in row.segments]})
     if not items:
@@ -1075,7 +1091,7 @@ def _start_worker(number, desks=None):
 
 def _note(path):
     if _desk is not None:
-        text = f"{os.getpid()} {path}".encode()[:_desk.numel()]
+        text = f"{os.getpid()} {path}".encode("utf-8", "backslashreplace")[:_desk.numel()]
         _desk.copy_(torch.frombuffer(bytearray(text.ljust(_desk.numel(), b"\0")), dtype=torch.uint8))
 
 
@@ -1108,7 +1124,7 @@ def dead_worker(error):
         dead, how = [number for number in numbers if _has_ended(int(number))], "has ended"
     if not dead:
         return None
-    files = [path for number, _, path in notes if number in dead and path]
+    files = [annotations.printable(path) for number, _, path in notes if number in dead and path]
     return (f"a process that prepares clips (pid {', '.join(dead)}) {how}, with {', '.join(files) or 'no file'} in "
             "hand. Killed by nobody you know: out of memory, lower --workers; anything else: that file crashes the "
             "decoder, take it out")

@@ -335,7 +335,7 @@ class InternVideo(nn.Module):
         if config.get("model") != "InternVideo":
             raise WeightsError(f"{folder}: holds a {config.get('model', 'file without a configuration')}, not an "
                                "InternVideo; give the folder of a fuse run")
-        return weights.fill(cls.from_config(config), tensors, name=str(folder)).eval()
+        return weights.fill(weights.build(cls.from_config, config, folder), tensors, name=str(folder)).eval()
 
 
 def evenly(count, depth):

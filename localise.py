@@ -471,10 +471,14 @@ class Localiser(nn.Module):
         if config.get("model") != "Localiser":
             raise WeightsError(f"{folder}: holds a {config.get('model', 'file without a configuration')}, not a "
                                "Localiser; give the folder of a localise run")
+        return weights.fill(weights.build(cls.from_config, config, folder), tensors, name=str(folder)).eval()
+
+    @classmethod
+    def from_config(cls, config):
+        """Build from the configuration that a run saved (config.json)."""
         part = config["encoder"]
         family = part and {"VideoClassifier": VideoClassifier, "UniFormerV2": UniFormerV2}[part["model"]]
-        model = cls(part and family.from_config(part), Head(**config["head"]), config["names"], config["stride"])
-        return weights.fill(model, tensors, name=str(folder)).eval()
+        return cls(part and family.from_config(part), Head(**config["head"]), config["names"], config["stride"])
 
 
 def main(argv=None):

@@ -128,8 +128,9 @@ class VideoQA(nn.Module):
         tensors, config = weights.read(folder)
         if config.get("model") != "VideoQA":
             raise weights.WeightsError(f"{folder}: not a run of `train.py answer`")
-        model = cls(clip_video.VideoCLIP.from_config(config["clip"]),
-                    caption_decoder.CaptionDecoder.from_config(config["caption_decoder"]), config["answers"], drop)
+        model = weights.build(lambda told: cls(
+            clip_video.VideoCLIP.from_config(told["clip"]), caption_decoder.CaptionDecoder.from_config(told["caption_decoder"]),
+            told["answers"], drop), config, folder)
         return weights.fill(model, tensors, name=str(folder)).eval()
 
 

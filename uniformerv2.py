@@ -590,7 +590,7 @@ class UniFormerV2(nn.Module):
         """
         file = OfficialFile(source)
         if file.config.get("model") == "UniFormerV2":
-            return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
+            return weights.fill(weights.build(cls.from_config, file.config, file.name), file.tensors, name=file.name).eval()
         if file.config:
             raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, no UniFormerV2 alone; give a run of `train.py "
                                "classify` on one, as runs/default/multimodal")

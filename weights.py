@@ -40,6 +40,8 @@ import json
 import os
 import pickle
 import re
+import stat
+import struct
 import sys
 import zipfile
 import zlib
@@ -55,8 +57,17 @@ ENVELOPES = ("model", "module", "state_dict", "model_state")
 PREFIXES = ("module.", "model.", "_orig_mod.")  # DataParallel, Hugging Face remote code, compile
 
 
+# What torch, safetensors, zipfile and pickle raise at a damaged file.
+DAMAGE = (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, LookupError,
+          AttributeError, TypeError, ArithmeticError, AssertionError, MemoryError, struct.error, zlib.error)
+
+
 class WeightsError(ValueError):
     """A file of weights cannot be used; the message is one line and says why."""
+
+    def __str__(self):  # names of files and tensors may hold anything
+        text = super().__str__()
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -176,17 +187,23 @@ def read(source):
     if isinstance(source, dict):
         return unwrap(source, "the dict of weights"), {}
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = [path / name for name in ("model.safetensors", "pytorch_model.bin")
-                 if (path / name).exists()]
+                 if os.path.exists(path / name)]
         if not found:
             raise WeightsError(f"{path}: this folder holds no model.safetensors; give a run's "
                                "folder or a file of weights")
         path = found[0]
-    if not path.exists():
-        hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))) and not path.parent.exists()
+    try:
+        kind = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last where it cannot be a name at all
+        hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(source))) and not os.path.exists(path.parent)
         raise WeightsError(f"{path}: no such file of weights" + hub * (
-            f"; a Hugging Face id? Download it first: hf download {source} --local-dir FOLDER"))
+            f"; a Hugging Face id? Download it first: hf download {source} --local-dir FOLDER")) from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(kind):  # of a pipe one would wait for ever
+        raise WeightsError(f"{path}: a folder, a pipe or a device in place of a file of weights")
     config = {}
     try:
         with open(path, "rb") as file:
@@ -198,6 +215,8 @@ def read(source):
             if "checksum" in notes and notes["checksum"] != checksum(tensors, notes.get("config", "")):
                 raise ValueError("damaged: its checksum is wrong")
             config = json.loads(notes.get("config", "{}"))
+            if not isinstance(config, dict):
+                raise ValueError("its configuration is no JSON object")
         elif head[:2] == b"PK" and is_program(path):
             tensors = take_out(path)[0]
         else:
@@ -207,8 +226,7 @@ def read(source):
             raise WeightsError(f"{path}: not a file of weights") from None
         raise WeightsError(f"{path}: a pickle that holds more than tensors, so opening it could run code; take "
                            f"the tensors out with: python weights.py {path} --convert NEW.safetensors") from None
-    except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError,
-            KeyError, AttributeError, TypeError, IndexError) as error:
+    except DAMAGE as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
         raise WeightsError(f"{path}: not a readable file of weights ({reason})") from None
     return unwrap(tensors, str(path)), config
@@ -240,13 +258,35 @@ def checksum(tensors, text):
 
 
 def hub_config(source):
-    """What transformers wrote beside its weights, config.json of a folder; {} where there is none."""
+    """What transformers wrote beside its weights, config.json of a folder; {} where there is none. WeightsError where it
+    is no JSON object, or its counts of heads are none, also those of vision_config and text_config."""
     path = Path(source) / "config.json" if not isinstance(source, dict) else None
+    if path is None or not os.path.isfile(path):
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
         raise WeightsError(f"{path}: not JSON ({error})") from None
-    return found if isinstance(found, dict) else {}
+    parts = [found, *(found[key] for key in ("vision_config", "text_config") if found.get(key) is not None)] if isinstance(
+        found, dict) else [found]
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("hidden_act", ""), str):
+            raise WeightsError(f"{path}: not a configuration as transformers writes it")
+        for key in ("num_attention_heads", "decoder_num_attention_heads"):
+            if type(part.get(key, 1)) is not int or part.get(key, 1) < 1:
+                raise WeightsError(f"{path}: {key} must be a whole number from 1 on, got {str(part[key])[:60]!r}")
+    return found
+
+
+def build(make, config, name):
+    """make(config), a model; WeightsError where the configuration in the file `name` describes none."""
+    try:
+        return make(config)
+    except WeightsError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise WeightsError(f"{name}: its configuration describes no model that can be built ({type(error).__name__}: "
+                           f"{str(error)[:120]})") from error
 
 
 def activation(config, name, usual):
@@ -268,6 +308,9 @@ def unwrap(tensors, name):
     others = [str(key) for key, value in tensors.items() if not isinstance(value, torch.Tensor) or not isinstance(key, str)]
     if others:
         raise WeightsError(f"{name}: expected tensors by name, found {listed(others)}")
+    odd = [key for key, value in tensors.items() if value.layout != torch.strided or value.is_quantized or value.is_meta]
+    if odd:
+        raise WeightsError(f"{name}: sparse, quantised, or without their numbers: {listed(odd)}")
     while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)), None):
         tensors = {key[len(prefix):]: value for key, value in tensors.items()}
     return {key: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
@@ -315,11 +358,13 @@ def fill(model, tensors, rules=None, *, name="weights"):
     ours, spoken, missing, unknown = translate(tensors, rules)
     shapes = [f"{spoken[key]} is {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
               for key, tensor in ours.items() if key in own and tensor.shape != own[key].shape]
+    kinds = [f"{spoken[key]} is {tensor.dtype} instead of {own[key].dtype}" for key, tensor in ours.items()
+             if key in own and tensor.is_floating_point() != own[key].is_floating_point()]  # copying would round in silence
     unfilled = [key for key in own if key not in spoken]
     if unfilled:  # our own mistake, not the file's
         raise AssertionError(f"no rule fills {unfilled}")
     complaints = [f"{what}: {listed(keys)}" for what, keys in
-                  (("missing", missing), ("unknown", unknown), ("wrong shape", shapes)) if keys]
+                  (("missing", missing), ("unknown", unknown), ("wrong shape", shapes), ("wrong kind", kinds)) if keys]
     if complaints:
         raise WeightsError(f"{name} does not fit {type(model).__name__}: " + "; ".join(complaints))
     model.load_state_dict(ours, strict=True)
@@ -467,8 +512,7 @@ def convert(path, target):
     except WeightsError as error:
         try:
             found, strange = take_out(path)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
-                IndexError, EOFError, RecursionError, OSError):
+        except DAMAGE:
             raise error from None
         tensors = unwrap(found, str(path))
         print(f"warning: left out of {path}, and not run: {listed(sorted(strange))}", file=sys.stderr)
@@ -490,7 +534,7 @@ def publish(source, target):
     if target.suffix not in (".safetensors", ".pth") or target.exists():
         raise WeightsError(f"--official {target}: must be a new file whose name ends in .safetensors or .pth")
     kind = read(source)[1].get("model")
-    if kind not in PUBLISHED:
+    if not isinstance(kind, str) or kind not in PUBLISHED:
         raise WeightsError(f"{source}: holds {kind or 'no run of this project'}, for which there are no official names; there are "
                            f"for runs of {listed(PUBLISHED)}")
     module, name = PUBLISHED[kind][0].split(".")

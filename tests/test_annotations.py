@@ -4,6 +4,7 @@ one line that names the place."""
 
 import io
 import json
+import os
 import sys
 import tarfile
 
@@ -212,6 +213,115 @@ def test_what_breaks_a_format_is_one_line_that_names_the_place(tmp_path, name, t
         read(tmp_path / name)
     message = str(error.value)
     assert name in message and reason in message and "\n" not in message
+
+
+ACTIVITY = '{"database": {"a": {"subset": "training", "annotations": [{"segment": %s, "label": %s}]}}}'
+DEEP = '[' * 100_000
+VIDEO = '{"video_id": "v", "split": %s}'
+
+
+@pytest.mark.parametrize("name, text, reason", [
+    ("x.csv", 'path,caption\np.mp4,"never closed\np.mp4,b\n', "line 2: not a row"),
+    ("x.csv", 'path,caption\np.mp4,"a\nb"\np.mp4,a,b\n', "line 4: 3 columns"),
+    ("x.csv", f"path,caption\np.mp4,{'a' * 200_000}\n", "line 2: not a row"), ("x.csv", "path,label,label\np.mp4,1,2\n", "two columns"),
+    ("x.csv", "label,youtube_id,time_start,time_end\nrun,abc,0,inf\n", "line 2: Kinetics"),
+    ("x.csv", "path,label\np.mp4,\np.mp4,3\n", "line 2: has no label"),
+    ("x.json", DEEP, "not JSON"), ("x.jsonl", '{"path": "p.mp4"}\n' + DEEP, "line 2: not JSON"),
+    ("x.json", '[{"path": "p.mp4", "caption": "\\ud800"}]', "half a character"), ("x.json", '[{"path": "\\ud800.mp4"}]', "half a character"),
+    ("x.json", '[{"path": "a\\u0000.mp4"}]', "no file's name"),
+    *(("x.json", '[{"path": "p.mp4", %s}]' % said, f"entry 1: {reason}") for said, reason in (
+        ('"caption": []', "needs"), ('"caption": ["a", null]', "needs"), ('"caption": true', "needs"), ('"question": 3', "needs"),
+        ('"label": 1.0', "needs"), ('"label": true', "needs"), ('"split": []', "needs"), ('"options": [3], "answer": 0', "needs"),
+        ('"candidates": 5, "answer": 0', "needs"), ('"candidates": {}, "answer": 0', "needs"),
+        ('"candidates": [], "answer": 0', "the candidates"), ('"candidates": "abc", "answer": 0', "the candidates"),
+        ('"candidates": ["a", "b"], "answer": true', "the answer"), ('"candidates": ["a", "b"], "answer": []', "the answer"),
+        ('"candidates": ["a"], "answer": "%s"' % ("9" * 5000), "the answer"), ('"question": "q", "answer": []', "an answer is"),
+        ('"question": "q", "answer": true', "an answer is"))),
+    *(("x.json", '{"videos": [%s], "sentences": [%s]}' % both, reason) for both, reason in (
+        ((VIDEO % "[]", '{"video_id": "v", "caption": "c"}'), "all of them text"), ((VIDEO % "3", ""), "all of them text"),
+        ((VIDEO % "null", '{"video_id": "v", "caption": 3}'), "all of them text"), ((VIDEO % "null", ""), "names no video"),
+        ((VIDEO % "null", '{"video_id": "w", "caption": "c"}'), "'w' is not"), (("3", "null"), "all of them text"))),
+    ("x.json", '[{"id": true}]', "entry 1"), ("x.json", '[{"id": 7, "template": ["a"]}]', "entry 1"),
+    *(("a.json", ACTIVITY % both, "ActivityNet") for both in (
+        ("[0, Infinity]", '"run"'), ("[NaN, 3]", '"run"'), ("[false, true]", '"run"'), ("[0, 1, 2]", '"run"'), ('["0", "1"]', '"run"'),
+        ("[0, 1]", "3"), ("[0, 1]", '"\\ud800"'), (f"[0, 1{'0' * 400}]", '"run"')))], ids=lambda text: text[:40])
+def test_values_of_an_odd_kind_are_one_line(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError) as error:
+        (annotations.read_segments if name == "a.json" else read)(tmp_path / name)
+    assert name in str(error.value) and reason in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", ["[]", "3", '{"a": true}', '{"a": 0.5}', '{"a": "1"}', '{"a": []}', DEEP], ids=lambda text: text[:9])
+def test_a_labels_file_that_numbers_nothing_is_one_line(tmp_path, labels):
+    lay(tmp_path, {"labels.json": labels, "x.json": '[{"id": "7", "template": "a"}]'}, [], b"")
+    with pytest.raises(DataError, match="labels"):
+        read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("labels", [["1699999999", "0"], ["-1", "0"], ["1.0", "2.0"], ["9" * 5000]], ids=lambda labels: labels[0][:10])
+def test_numbers_that_can_be_none_of_a_class_are_refused(labels):
+    with pytest.raises(DataError, match="is no class number"):
+        annotations.number_labels("x.csv", labels, None)
+
+
+@pytest.mark.parametrize("gap", ["\u2028", "\x85", "\x0b", "\x0c", "\x1e"])
+def test_only_a_line_break_ends_a_line(tmp_path, gap):
+    entries = [dict(path="p.mp4", caption=f"one{gap}two"), dict(path="q.mp4", caption="b\nc")]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries), encoding="utf-8")
+    (tmp_path / "x.csv").write_text(f'path,caption\r\np.mp4,one{gap}two\r\nq.mp4,"b\nc"\r\n', encoding="utf-8", newline="")
+    for name in ("x.jsonl", "x.csv"):
+        assert [row.caption for row in read(tmp_path / name).rows] == [f"one{gap}two", "b\nc"]
+
+
+@pytest.mark.parametrize("word, split", [("train", "train"), ("Training", "train"), ("validate", "val"), ("TEST", "val"), ("", None)])
+def test_a_split_is_known_by_its_word(tmp_path, word, split):
+    (tmp_path / "x.csv").write_text(f"path,split\np.mp4,{word}\n")
+    assert read(tmp_path / "x.csv").rows[0].split == split
+
+
+def test_a_folders_files_are_its_own_and_nobody_waits_for_a_pipe(tmp_path, clip):
+    lay(tmp_path, {}, ["other/a.mp4", "other/b.mp4", "mine/c.mp4"], clip)
+    (tmp_path / "mine" / "a.mp4").symlink_to("nowhere")
+    (tmp_path / "mine" / "back").symlink_to("..")
+    os.mkfifo(tmp_path / "mine" / "b.mp4")
+    files = VideoFiles(tmp_path / "mine", 2, 16)
+    assert files.missing == [str(tmp_path / "mine" / name) for name in ("a.mp4", "b.mp4")] and "2 MISSING" in files.summary()
+    os.mkfifo(tmp_path / "x.csv")
+    for source, reason in ((tmp_path / "x.csv", "pipe"), (tmp_path / "mine" / "b.mp4", "pipe"), ("a" * 300, "too long"), ("a\0b", "no such")):
+        for reader in (read, annotations.read_segments, lambda source: data.open_clips(source, 2, 16)):
+            with pytest.raises(DataError, match=reason):
+                reader(source)
+
+
+def test_what_may_not_be_looked_into_is_one_line(tmp_path, clip, monkeypatch):
+    lay(tmp_path, {"x.txt": "a"}, ["all/a.mp4"], clip)
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, who often runs the tests, may look into everything
+    with pytest.raises(DataError, match="all: cannot be read .Permission denied"):
+        read(tmp_path / "all")
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(DataError, match="all: cannot be read .Permission denied"):
+        data.open_clips(tmp_path / "all", 2, 16)
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(DataError, match="cannot be read .Permission denied"):
+        read(tmp_path / "x.txt")
+
+
+def test_names_that_do_not_print_are_escaped_or_refused(tmp_path, clip):
+    lay(tmp_path, {"list.txt": "x"}, ["a\nb/c.mp4", "d/e.mp4"], clip)
+    assert "a\\nb" in VideoFiles(tmp_path, 2, 16).summary() and "\n" not in VideoFiles(tmp_path, 2, 16).summary()
+    with pytest.raises(DataError) as error:
+        read(tmp_path / "a\nb" / "gone")
+    assert "a\\nb" in str(error.value) and "\n" not in str(error.value)
+    name = os.fsdecode(b"\xff.mp4")
+    (tmp_path / "d" / name).write_bytes(clip)
+    with pytest.raises(DataError, match="not UTF-8") as error:
+        read(tmp_path)
+    str(error.value).encode()
 
 
 def test_the_command_line_says_what_a_source_is(tmp_path, clip, capsys):

@@ -6,8 +6,10 @@
 """
 
 import contextlib
+import io
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import annotations
 import data
 from data import DataError, VideoFiles, batches, held_out, probe, read_clip
 from moving_shapes import MovingShapes
@@ -610,3 +613,65 @@ def test_part_of_a_list_that_comes_class_by_class_holds_all_classes(tmp_path):
     labels = [batch["label"].tolist() for batch in held_out(files, 3, 2)]
     assert labels == [[0, 1], [2]]
     assert data.spread(9, 3) == [0, 3, 6] and data.spread(5, 3) == [0, 1, 3] and data.spread(2, 5) == [0, 1]
+
+
+# ---------------------------------------------------------------------- features, samples, names
+
+
+FEATURES = dict(feats=np.ones((3, 4), np.float32), timestamps=np.arange(3.0), duration=3.0, model="m", window=2, stride=1)
+
+
+def features(**changed):
+    content = io.BytesIO()
+    np.savez_compressed(content, **FEATURES | changed)
+    return content.getvalue()
+
+
+def one_array(array):
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def test_features_are_what_was_written(tmp_path):
+    (tmp_path / "a.npz").write_bytes(features())
+    segments = {"a": annotations.Timed("train", [(0.0, 1.0, "x")])}
+    items, classes, missing = data.read_features(tmp_path, segments, "Train")
+    assert items[0]["features"].shape == (3, 4) and items[0]["segments"] == [(0.0, 1.0, 0)] and classes == ["x"] and not missing
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"PK\3\4" + bytes(50), features()[:-30], features()[:90] + b"\xff" * 40 + features()[130:], one_array(np.ones(3)),
+    pickle.dumps({"feats": 1}), features(feats=np.array([{}, []], object)), features(feats=np.full((3, 4), "x")), features(feats=np.ones(3)),
+    features(feats=np.full((3, 4), np.nan)), features(feats=np.ones((3, 4)) * 1j), features(feats=np.ones((3, 4), bool)),
+    features(timestamps=np.arange(2.0)), features(timestamps=np.ones((3, 3))), features(duration=np.ones(2)), features(duration=np.inf),
+    features(duration="3"), features(window=2.5), features(window=0), features(stride=True), features(model=3)],
+    ids=lambda content: f"{len(content)} bytes")
+def test_a_damaged_file_of_features_is_one_line(tmp_path, content):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DataError, match="a.npz: ") as error:
+        data.read_features(tmp_path, {"a": annotations.Timed("train", [])}, "train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("said, expected", [
+    ({"json": b'{"caption": "a dog"}', "cls": b"3"}, (3, "a dog")), ({"json": b'{"caption": 5}'}, (-1, None)), ({"json": b"[" * 99999}, (-1, None)),
+    ({"cls": b"1699999999"}, None), ({"cls": b"9" * 5000}, None)], ids=lambda value: str(value)[:30])
+def test_what_stands_beside_a_video_in_a_shard_is_text_and_a_class_number(said, expected):
+    sample = {"__url__": "x.tar", "__key__": "a", "mp4": b"", **said}
+    if expected is None:
+        with pytest.raises(DataError, match="x.tar/a.cls: .* is no class number"):
+            data.describe_sample(sample)
+    else:
+        item, _ = data.describe_sample(sample)
+        assert (item["label"], item.get("caption")) == expected
+
+
+def test_a_worker_notes_any_name(monkeypatch):
+    desk = torch.zeros(512, dtype=torch.uint8)
+    monkeypatch.setattr(data, "_desk", desk)
+    data._note(os.fsdecode(b"a\xff\n.mp4"))
+    assert bytes(desk.tolist()).rstrip(b"\0").endswith(rb"a\udcff" + b"\n.mp4")
+    monkeypatch.setattr(data, "_desks", [desk[None]])
+    told = data.dead_worker(RuntimeError(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly"))
+    assert "\n" not in told and ".mp4" in told

@@ -4,9 +4,13 @@ envelopes and prefixes are understood; half precision is widened exactly; what a
 much or has misshapen is listed exactly; no file can run code; no damaged file ends in a traceback.
 """
 
+import gzip
+import io
 import json
+import os
 import pickle
 import random
+import zipfile
 
 import pytest
 import torch
@@ -290,3 +294,104 @@ def test_what_transformers_wrote_beside_its_weights_counts(tmp_path):
     with pytest.raises(WeightsError, match="hidden_act 'gelu'; only 'quick_gelu'"):
         weights.activation({"hidden_act": "gelu"}, "x", "quick_gelu")
     weights.activation({}, "x", "gelu")
+
+
+# ------------------------------------------------------------------------------------- odd files
+
+
+@pytest.mark.parametrize("name", ["pipe", "run", "folder", "/dev/zero", "a" * 300, "a\0b", "a\nb"])
+def test_what_is_no_file_is_one_line_and_nobody_waits_for_a_pipe(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
+    for place in ("pipe", "run/model.safetensors"):
+        os.mkfifo(tmp_path / place)
+    with pytest.raises(WeightsError, match="a folder, a pipe|no such file|cannot be read") as caught:
+        weights.read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def zipped(**files):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name.replace("__", "/").replace("_", "."), text)
+    return content.getvalue()
+
+
+PROGRAM = zipped(a__data_pkl=pickle.dumps({"a": list(range(999))}), a__code__x_py="b" * 999)  # TorchScript, to look at
+
+
+@pytest.mark.parametrize("content", [
+    random.Random(0).randbytes(5000), b"", b"PK\3\4" + bytes(99), zipped(a_txt="b"), zipped(a__data_pkl=b"\x80\2]."), PROGRAM,
+    *(PROGRAM[:place] + bytes([PROGRAM[place] ^ 16]) + PROGRAM[place + 1:] for place in range(40, 90, 5)), b"\x80\2" + b"]" * 99999 + b".",
+    (2).to_bytes(8, "little") + b"{}", (2**60).to_bytes(8, "little") + b"{}", (9**5).to_bytes(8, "little") + b"{" * 9**5],
+    ids=lambda content: f"{len(content)} bytes")
+def test_a_file_that_holds_no_weights_is_one_line(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match="x.pth: ") as caught:
+        weights.read(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("tensor, said", [
+    (torch.eye(2).to_sparse(), "sparse"), (torch.ones(2, 2, device="meta"), "without their numbers"),
+    (torch.ones(2, 2, dtype=torch.int8), "wrong kind: weight is torch.int8 instead of torch.float32"),
+    (torch.ones(2, 2, dtype=torch.bool), "wrong kind"), (torch.ones(2, 2) * 1j, "wrong kind")])
+def test_numbers_of_another_kind_are_not_copied_in_silence(tmp_path, tensor, said):
+    torch.save({"weight": tensor}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=said):
+        weights.fill(torch.nn.Linear(2, 2, bias=False), weights.read(tmp_path / "x.pth")[0])
+
+
+@pytest.mark.parametrize("config", ["[]", "3", "null", "{", "[" * 99999], ids=lambda config: config[:9])
+def test_a_configuration_that_is_none_is_one_line(tmp_path, config):
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"config": config})
+    with pytest.raises(WeightsError, match="x.safetensors: not a readable"):
+        weights.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("config", [
+    {"model": "VideoQA"}, {"model": "VideoQA", "clip": 3}, {"model": "Localiser"}, {"model": "Localiser", "encoder": {"model": "X"}},
+    {"model": "Localiser", "encoder": None, "head": {"features": "x"}, "names": 3, "stride": 1}, {"model": ["Localiser"]},
+    {"model": "VideoCLIP"}, {"model": "UniFormerV2", "size": 3}, {"model": "CaptionDecoder"}, {"model": "InternVideo", "masked": []}])
+def test_a_configuration_that_describes_no_model_is_one_line(tmp_path, config, capsys):
+    import caption_decoder
+    import clip_video
+    import fusion
+    import localise
+    import question_answering
+    import uniformerv2
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"config": json.dumps(config)})
+    for load in (localise.Localiser.from_run, question_answering.VideoQA.from_run, fusion.InternVideo.from_run,
+                 clip_video.VideoCLIP.from_official, uniformerv2.UniFormerV2.from_official,
+                 caption_decoder.CaptionDecoder.from_official):
+        with pytest.raises(WeightsError, match="x.safetensors"):
+            load(tmp_path / "x.safetensors")
+    assert weights.main([str(tmp_path / "x.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "3", "{", "[" * 99999, '{"hidden_act": []}', '{"vision_config": [1]}', '{"num_attention_heads": "x"}',
+    '{"num_attention_heads": true}', '{"decoder_num_attention_heads": 0}', '{"text_config": {"num_attention_heads": 1.5}}'],
+    ids=lambda text: text[:40])
+def test_a_config_json_of_odd_kinds_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match="config.json: "):
+        weights.hub_config(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.json", b""), ("x.json", b"\xff"), ("x.json", b"{}"), ("x.json", b"[" * 99999), ("x.json", None), ("x.gz", None), ("x.gz", b"x"),
+    ("x.gz", gzip.compress(b"a b\n" * 999)[:-9] + b"x" * 9), ("x.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 99),
+    ("x.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}')], ids=lambda value: str(value)[:20])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
+    import clip_video
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: ") as caught:
+        clip_video.load_tokenizer(tmp_path / name)
+    assert "\n" not in str(caught.value)
