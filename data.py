@@ -42,6 +42,7 @@ Try it:
 array([12, 37, 62, 87])
 """
 
+import atexit
 import bisect
 import collections
 import contextlib
@@ -52,6 +53,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -1080,7 +1082,8 @@ _desk = None  # in a worker: its own
 
 
 def _start_worker(number, desks=None):
-    # Ctrl-C reaches every process of the terminal; only the parent should answer, by stopping us.
+    # Ctrl-C reaches every process of the terminal, and a scheduler may ask all of a job to end; only the parent should
+    # answer, by stopping us.
     global _desk
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1110,13 +1113,12 @@ def dead_worker(error):
     hand, or None where the error is another one."""
     found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (is killed by signal: \w+|exited unexpectedly)",
                       str(error))
-    notes = [bytes(desk.tolist()).rstrip(b"\0").decode("utf-8", "replace").partition(" ")
-             for desks in list(_desks) for desk in desks]
+    notes = [_in_writing(desk) for desks in list(_desks) for desk in desks]
     if found:
         dead, how = found[1].split(", "), found[2]
     else:
         broken = isinstance(error, (ConnectionError, EOFError))
-        numbers = [number for number, *_ in notes if broken and number]
+        numbers = [number for number, _ in notes if broken and number]
         for _ in range(40 if numbers else 0):  # a process closes its pipes a moment before it has ended
             if any(_has_ended(int(number)) for number in numbers):
                 break
@@ -1124,10 +1126,15 @@ def dead_worker(error):
         dead, how = [number for number in numbers if _has_ended(int(number))], "has ended"
     if not dead:
         return None
-    files = [annotations.printable(path) for number, _, path in notes if number in dead and path]
+    files = [annotations.printable(path) for number, path in notes if number in dead and path]
     return (f"a process that prepares clips (pid {', '.join(dead)}) {how}, with {', '.join(files) or 'no file'} in "
             "hand. Killed by nobody you know: out of memory, lower --workers; anything else: that file crashes the "
             "decoder, take it out")
+
+
+def _in_writing(desk):
+    """(process number, what it has in hand) of what `_note` wrote, as text; "" where there is nothing."""
+    return bytes(desk.tolist()).rstrip(b"\0").decode("utf-8", "replace").partition(" ")[::2]
 
 
 def _has_ended(number):
@@ -1140,6 +1147,14 @@ def _has_ended(number):
         return True
 
 
+def _end_workers():
+    """At the end of the program: those that are left do not listen to what multiprocessing would say, and then wait for."""
+    numbers = {_in_writing(desk)[0] for desks in list(_desks) for desk in desks}
+    for child in multiprocessing.active_children():
+        if str(child.pid) in numbers:
+            child.kill()
+
+
 def _load(dataset, plan, workers, **options):
     # The workers run one torch thread each and end with the parent: DataLoader sees to both. Its
     # own generator, so that starting a loader does not move the global one.
@@ -1148,6 +1163,8 @@ def _load(dataset, plan, workers, **options):
     desks = torch.zeros(workers, 512, dtype=torch.uint8).share_memory_() if workers else None
     if workers:
         _desks.add(desks)
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # after multiprocessing's own, so it is called before
     loader = torch.utils.data.DataLoader(
         dataset, collate_fn=_collate, num_workers=workers, generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),  # so that the copy to the GPU need not be waited for

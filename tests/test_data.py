@@ -538,7 +538,8 @@ def test_loading_does_not_touch_the_global_random_state():
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_worker_processes_end_with_the_run_also_after_an_interruption(folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_worker_processes_end_with_the_run_also_after_an_interruption(folder, number):
     """Ctrl-C reaches every process of a terminal, so the signal goes to the whole group."""
     (folder / "two.txt").write_text("a.mp4 0\nb.mkv 1\n")
     script = ("import data, sys\nfiles = data.VideoFiles(sys.argv[1], 4, 32)\n"
@@ -556,7 +557,7 @@ def test_worker_processes_end_with_the_run_also_after_an_interruption(folder):
         return found
 
     assert len(alive()) >= 3
-    os.killpg(run.pid, signal.SIGINT)
+    os.killpg(run.pid, number)
     assert run.wait(timeout=20) != 0
     deadline = time.monotonic() + 10
     while alive() and time.monotonic() < deadline:
