@@ -610,7 +610,7 @@ class Clip(Stage):
                     raise Mistake(f"{source.source}: the caption of {path} is empty")
             if source.missing:
                 print(f"{source.source}: {len(source.missing)} of {len(source)} files are missing and will be "
-                      f"skipped, e.g. {source.missing[0]}")
+                      f"skipped, e.g. {annotations.printable(str(source.missing[0]))}")
         captions = self.sets[0].captions or [] if self.data else [
             moving_shapes.describe(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
         return captions + (self.stills.captions if self.image_data else [])
@@ -734,8 +734,8 @@ class Clip(Stage):
         if not self.prompts:
             return clip_video.PROMPTS
         try:
-            lines = [line.strip() for line in Path(self.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            lines = [line.strip() for line in text_of(self.prompts).split("\n") if line.strip()]
+        except (OSError, ValueError) as error:
             raise Mistake(f"--prompts {self.prompts}: {error}") from None
         if not lines or not all("{}" in line for line in lines):
             raise Mistake(f"--prompts {self.prompts}: needs a sentence on each line, with {{}} where the class name goes")
@@ -941,9 +941,12 @@ class AttentiveProbe(torch.nn.Module):
         tensors, config = weights.read(folder)
         if config.get("model") != "AttentiveProbe":
             raise weights.WeightsError(f"{folder}: not a run of `train.py classify --mode attentive`")
-        family = mae.VideoClassifier if config["encoder"]["model"] == "VideoClassifier" else uniformerv2.UniFormerV2
-        probe = cls(family.from_config(config["encoder"]), config["classes"], config["heads"])
-        return weights.fill(probe, tensors, name=str(folder)).eval()
+
+        def make(config):
+            family = mae.VideoClassifier if config["encoder"]["model"] == "VideoClassifier" else uniformerv2.UniFormerV2
+            return cls(family.from_config(config["encoder"]), config["classes"], config["heads"])
+
+        return weights.fill(weights.build(make, config, folder), tensors, name=str(folder)).eval()
 
     def read(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
@@ -1276,10 +1279,10 @@ class Classify(Labels):
         if not self.head_rows:
             return None
         try:
-            rows = json.loads(Path(self.head_rows).read_text())
-        except (OSError, ValueError) as error:
+            rows = json.loads(text_of(self.head_rows))
+        except (OSError, ValueError, RecursionError) as error:
             raise Mistake(f"--head-rows {self.head_rows}: {error}") from None
-        if not isinstance(rows, list) or not rows or not all(isinstance(row, int) for row in rows):
+        if not isinstance(rows, list) or not rows or not all(type(row) is int for row in rows):
             raise Mistake(f"--head-rows {self.head_rows}: must hold a list of numbers, as [0, 2, 5]")
         return rows
 
@@ -1583,7 +1586,7 @@ class Localise(Stage):
         for folder, subset in ((self.data, self.train_subset), (self.val_data or self.data, self.val_subset)):
             items, names, missing = data.read_features(folder, told, subset, names)
             print(f"--data {folder}: {len(items)} videos of the subset {subset}, {len(names)} classes"
-                  + (f"; the features of {len(missing)} are MISSING, e.g. {missing[0]}" if missing else ""))
+                  + (f"; the features of {len(missing)} are MISSING, e.g. {annotations.printable(str(missing[0]))}" if missing else ""))
             sets.append(items)
         first = sets[0][0]
         for item in itertools.chain(*sets):
@@ -1945,6 +1948,13 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="p
 
 # ------------------------------------------------------------------------------------------------
 # Chance, optimisers, log, machine
+
+
+def text_of(path):
+    """What is in a file of text, UTF-8. OSError or ValueError where it is none; a pipe would keep us waiting for ever."""
+    if not os.path.isfile(path):
+        raise OSError("no such file")
+    return Path(path).read_text(encoding="utf-8")
 
 
 def generator(seed, *parts):
@@ -2917,7 +2927,7 @@ def main(argv=None):
     finally:
         if signal.getsignal(signal.SIGTERM) is asked_to_end:
             signal.signal(signal.SIGTERM, before)
-    text = "\\n".join(text.splitlines())  # a name may have anything in it; a mistake is one line
+    text = annotations.printable(text)  # a name may have anything in it; a mistake is one line
     several = os.environ.get("WORLD_SIZE", "1") not in ("0", "1") and "RANK" in os.environ
     if not several or processes.first_to_say(text):
         who = f"process {os.environ.get('RANK')}: " * several
