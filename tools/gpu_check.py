@@ -126,8 +126,7 @@ def measured(part, name, loss, model, clips, rounds=10, work=None):
     a step; default: counted."""
     step = bench.training(model, loss, "bf16", ours=True)
     if work is None:
-        with torch.compiler.set_stance("force_eager"):
-            work = bench.flops(step)
+        work = bench.flops(step)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
