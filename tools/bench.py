@@ -240,18 +240,20 @@ def peak_mib(case, form):
     """Memory that two calls of `case(form)` add at their peak, in MiB, seen from a fresh process: the second step of a
     training finds the optimiser's states there, so it is that which counts. nan = out of memory."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1, prepare, (PRODUCTS, torch.get_num_threads())) as pool:
+    with context.Pool(1, prepare, (PRODUCTS, torch.get_num_threads(), list(attention.fastest_fused(DEVICE)))) as pool:
         return pool.apply(peak_of, (case, form))
 
 
-def prepare(choice, threads):
-    """The state of a process that measures, alike in all: allocator, threads, kernels, and oneDNN's choice as the first
-    process made it, for a stopwatch may choose otherwise the next time."""
+def prepare(choice, threads, order=None):
+    """The state of a process that measures, alike in all: allocator, threads, kernels, and what the first process chose
+    with a stopwatch, which may say otherwise the next time: oneDNN or not, and the order of fused kernels."""
     global PRODUCTS
     train.keep_memory()
     torch.set_num_threads(threads)
     PRODUCTS = train.choose_products(choice)[0] if DEVICE == "cpu" else "off"
-    return attention.use("auto", DEVICE)
+    if order is None:
+        return attention.use("auto", DEVICE)
+    attention.prefer(order)
 
 
 def peak_of(case, form):
