@@ -145,6 +145,9 @@ def network(name):
 def test_no_network_has_a_graph_break_in_its_blocks_forward_or_backward(name, graphs):
     torch.manual_seed(0)
     model, call = network(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     expected = call()                                                        # fullgraph: a break is an exception
     train.compile_blocks(model)
     out = call()
