@@ -496,7 +496,8 @@ def choose(q, k, mask=None):
     CPU   `written_out`, and where its scores would take much memory, `piecewise`: matrix products use the fast
           bfloat16 units, which the fused CPU kernel does not (2 to 4 times, forward and backward).
           `fused` for the past of more than 512 float32 tokens, half of which it leaves out. Packed clips:
-          `apart`. Windows of frames, without gradients: `flex`, for most blocks are empty.
+          `apart`. Windows of frames, without gradients: `flex`, for most blocks are empty. (Torch up to 2.14 writes
+          C++ for one size of them; another does not compile, which a warning says before it goes on in pieces.)
     """
     kind, Nq, Nk = () if mask is None else mask.kind, q.shape[2], k.shape[2]
     compiling, cpu = torch.compiler.is_compiling(), q.device.type == "cpu"
