@@ -68,13 +68,13 @@ import functools
 import itertools
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from processes import joined
 
@@ -103,6 +103,7 @@ class Mask:
     frames          (B, Nk) int, the frame each key belongs to; a query sees keys of frames at most
                     `window` away. 0 = its own frame only
     query_frames    (B, Nq) int, the same for queries; default: the last Nq of `frames`
+    ready           its `blocks`, made before compiled code begins: see `made_ready`
 
     Tensors may have one row for all clips, (1, N). A query that may look at nothing gets zeros.
     """
@@ -114,6 +115,7 @@ class Mask:
     frames: torch.Tensor | None = None
     query_frames: torch.Tensor | None = None
     window: int = 0
+    ready: BlockMask | None = None
 
     @property
     def kind(self):
@@ -167,6 +169,9 @@ class Mask:
     def blocks(self, batch, queries, keys, device):
         """The mask as FlexAttention wants it: its rule, and which blocks of 128 x 128 pairs hold
         anything. Kept for the next layer, which asks for the same."""
+        if self.ready is not None:
+            return self.ready
+
         def made():
             return create_block_mask(self.rule(batch, queries, keys, device), None if self.rows == 1 else batch,
                                      None, queries, keys, device=device)
@@ -304,6 +309,45 @@ def _kernel(kind, heads, width, dtype, device, grad, scale):
     return torch.compile(run, fullgraph=True, backend=BACKEND)
 
 
+@functools.lru_cache(maxsize=None)
+def _flex_works(kind, width, dtype, device):
+    """Does FlexAttention give the written-out numbers for such masks there, forward and backward? Tried once, on 256
+    tokens: inside a compiled block its failure could not be caught. A failing kind is never chosen again, and a
+    warning says why."""
+    place = torch.arange(256, device=device)[None]
+    fields = {"is_token": place < 200, "segments": place // 100, "frames": place // 50}
+    mask = Mask(causal="causal" in kind, window=1, **{name: fields[name] for name in kind if name != "causal"})
+    rng = torch.Generator(device).manual_seed(0)  # a generator of its own: the network's draws stay
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            upstream, *inputs = torch.randn(4, 1, 1, 256, width, generator=rng, device=device).to(dtype).unbind()
+            inputs = [x.requires_grad_() for x in inputs]
+            found = [(out, *torch.autograd.grad(out, inputs, upstream)) for out in (
+                flex(*inputs, mask), attention(*inputs, mask, kernel="written_out"))]
+            error = max(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in zip(*found))
+        reason = "" if error < 0.05 else f"numbers that are wrong by {error:.1e} of the largest"
+    except Exception as failure:  # of the compiler, of the kernel, of the driver
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    if reason:
+        _give_up(kind, reason)
+    return not reason
+
+
+def _give_up(kind, reason):
+    _failed.add(kind)
+    warnings.warn(f"attention: no compiled kernel for {' and '.join(kind)} here, a slower one from now on ({reason})")
+
+
+def made_ready(mask, q, k):
+    """The mask for layers whose attention is of such queries and keys (only their shape, device and dtype count): where
+    FlexAttention will be chosen, with its blocks, so that no compiled layer makes them again. Otherwise as it was."""
+    if mask is None or not mask.kind or mask.ready is not None or torch.compiler.is_compiling():
+        return mask
+    if (choose(q, k, mask) if _always == "auto" else _always) != "flex":
+        return mask
+    return replace(mask, ready=mask.blocks(len(q), q.shape[2], k.shape[2], q.device))
+
+
 def apart(q, k, v, mask, scale=None):
     """The same numbers for packed clips, one clip at a time: no pair of different clips is computed. For a
     CPU, where `segments` can be read without waiting for a device. Raises ValueError for a mask of anything but
@@ -334,33 +378,91 @@ def no_compiler(device):
     return ""
 
 
+FUSED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+         "efficient": SDPBackend.EFFICIENT_ATTENTION}
+
+
 @functools.lru_cache(maxsize=None)
 def fastest_fused(device):
     """Which of torch's fused kernels is fastest depends on the GPU, so on CUDA each takes one attention of ViT-B
-    there and back, and the quickest goes first for the rest of the process.
+    there and back, and the quickest goes first for the rest of the process. FlashAttention 3 and 4, packages of their
+    own that put themselves in place of torch's flash kernel, take part where they are installed and give the same
+    numbers. By reading alone: neither was seen to run.
 
     Returns {name: milliseconds}, quickest first; {} where there is no choice."""
-    global _order
+    if torch.device(device).type != "cuda":
+        return {}
     found = {}
-    if torch.device(device).type == "cuda":
-        x = torch.randn(4, 12, 1568, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-            try:
-                with sdpa_kernel(backend):
-                    for i in range(13):
-                        if i == 3:  # warm by now
-                            torch.cuda.synchronize(device)
-                            started = time.perf_counter()
-                        F.scaled_dot_product_attention(x, x, x).backward(x.detach())
-                    torch.cuda.synchronize(device)
-                found[backend] = (time.perf_counter() - started) / 10
-            except RuntimeError:  # this GPU or this build has no such kernel
-                continue
-    order = sorted(found, key=found.get)
-    if order:  # the last resort stays: it takes any shape
-        _order = sdpa_kernel(order + [SDPBackend.MATH], set_priority=True)
+    for name in (*FUSED, *newer_flash()):
+        try:
+            _activate(name)
+            if name in FUSED or _flash_is_right(device):
+                found[name] = _there_and_back(FUSED.get(name, SDPBackend.FLASH_ATTENTION), device)
+        except Exception:  # this GPU or this build has no such kernel; those of packages fail in ways of their own
+            continue
+    found = dict(sorted(found.items(), key=lambda pair: pair[1]))
+    prefer(list(found))
+    return found
+
+
+def newer_flash():
+    """Names of the flash kernels that torch knows beside its own, () where it knows none; installed or not."""
+    return tuple(getattr(torch.nn.attention, "list_flash_attention_impls", tuple)())
+
+
+def _activate(name):
+    """Let torch's flash kernel be the one of that name; any other name: torch's own."""
+    if name in newer_flash():
+        torch.nn.attention.activate_flash_attention_impl(name)
+    elif newer_flash() and torch.nn.attention.current_flash_attention_impl():
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+def _flash_is_right(device):
+    """Does flash give the written-out numbers in bfloat16, forward and backward: widths of ViT-B, -H and -g, the past,
+    one query? Two roundings' worth of the largest number are allowed."""
+    rng = torch.Generator(device).manual_seed(0)
+    for width, queries, keys, causal in ((64, 257, 257, False), (64, 257, 257, True), (80, 130, 65, False),
+                                         (88, 1, 65, False)):
+        q, k, v = (torch.randn(2, n, 3, width, generator=rng, device=device).bfloat16().transpose(1, 2).requires_grad_()
+                   for n in (queries, keys, keys))
+        exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            got = out, *torch.autograd.grad(out, (q, k, v), out.detach())
+        expected = attention(*exact, Mask(causal=causal), kernel="written_out")
+        wanted = expected, *torch.autograd.grad(expected, exact, out.detach().float())
+        if any((a - b).abs().max() > 2**-6 * b.abs().max().clamp(min=1) for a, b in zip(got, wanted)):
+            return False
+    return True
+
+
+def _there_and_back(backend, device):
+    """Milliseconds of one attention of ViT-B in bfloat16, forward and backward."""
+    x = torch.randn(4, 12, 1568, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    with sdpa_kernel(backend):
+        for i in range(13):
+            if i == 3:  # warm by now
+                torch.cuda.synchronize(device)
+                started = time.perf_counter()
+            F.scaled_dot_product_attention(x, x, x).backward(x.detach())
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / 10 * 1e3
+
+
+def prefer(names):
+    """For the rest of the process, torch's fused attention tries these kernels in this order, see `fastest_fused`; the
+    last resort, which takes any shape, stays. Of flash kernels the first counts."""
+    global _order
+    flash = [name for name in names if FUSED.get(name, SDPBackend.FLASH_ATTENTION) is SDPBackend.FLASH_ATTENTION]
+    _activate(flash[0] if flash else "flash")
+    if _order is not None:
+        _order.__exit__(None, None, None)
+        _order = None
+    if names:
+        order = dict.fromkeys(FUSED.get(name, SDPBackend.FLASH_ATTENTION) for name in names)
+        _order = sdpa_kernel([*order, SDPBackend.MATH], set_priority=True)
         _order.__enter__()
-    return {backend.name.split("_")[0].lower(): 1e3 * found[backend] for backend in order}
 
 
 _order = None
@@ -372,12 +474,14 @@ def use(kernel, device="cpu"):
     """Which kernel every attention takes that names none; "auto" = `choose`. Returns the choice in words."""
     global _always
     _always = _known(kernel)
+    cpu = torch.device(device).type == "cpu"
+    measured = fastest_fused(device) if kernel in ("auto", "fused") else {}
+    quickest = ", ".join(f"{name} {ms:.2f} ms" for name, ms in measured.items())
     if kernel != "auto":
-        return f"{kernel} for all"
-    if torch.device(device).type == "cpu":
+        return f"{kernel} for all" + f" (measured: {quickest})" * bool(quickest)
+    if cpu:
         return (f"written out up to {KEPT >> 20} MiB of scores, in pieces above; packed clips one by one; windows of "
-                "frames, without gradients, by FlexAttention")
-    quickest = ", ".join(f"{name} {ms:.2f} ms" for name, ms in fastest_fused(device).items())
+                "frames, without gradients, by FlexAttention where that can be compiled")
     reason = no_compiler("cuda")
     return (f"fused where nothing or only the future is hidden (measured: {quickest}), other masks by "
             + (f"a table, for nothing can be compiled: {reason}" if reason else "FlexAttention"))
@@ -387,18 +491,21 @@ def choose(q, k, mask=None):
     """The kernel for these queries, keys and mask -> its name.
 
     CUDA  No mask, or the past: `fused` (flash or cuDNN, see `fastest_fused`). Other masks: `flex`, from 128
-          queries on; below that, or without a compiler, a table for `fused` is cheap.
+          queries on; below that, or without a compiler, a table for `fused` is cheap; a kind that was tried and
+          failed (`_flex_works`) has a table, too.
     CPU   `written_out`, and where its scores would take much memory, `piecewise`: matrix products use the fast
           bfloat16 units, which the fused CPU kernel does not (2 to 4 times, forward and backward).
           `fused` for the past of more than 512 float32 tokens, half of which it leaves out. Packed clips:
-          `apart`. Windows of frames, without gradients: `flex`, for most blocks are empty.
+          `apart`. Windows of frames, without gradients: `flex`, for most blocks are empty. (Torch up to 2.14 writes
+          C++ for one size of them; another does not compile, which a warning says before it goes on in pieces.)
     """
     kind, Nq, Nk = () if mask is None else mask.kind, q.shape[2], k.shape[2]
     compiling, cpu = torch.compiler.is_compiling(), q.device.type == "cpu"
     plain = not kind or (kind == ("causal",) and Nq == Nk)
     if not plain and Nq >= 128 and q.shape[3] >= 16 and q.dtype != torch.float64 and kind not in _failed and \
             (not cpu or ("frames" in kind and Nq >= 512 and not torch.is_grad_enabled() and not compiling)) and \
-            (compiling or not no_compiler(q.device.type)):
+            (compiling or not no_compiler(q.device.type)) and \
+            (compiling or cpu or _flex_works(kind, q.shape[3], q.dtype, q.device)):
         return "flex"
     if not cpu:
         return "fused"
@@ -435,9 +542,7 @@ def attention(q, k, v, mask=None, *, scale=None, kernel=None):
         except torch._dynamo.exc.TorchDynamoException as error:
             if chosen == "flex" or torch.compiler.is_compiling():
                 raise
-            _failed.add(mask.kind)
-            warnings.warn(f"attention: no compiled kernel for {' and '.join(mask.kind)} here, a slower one from now on "
-                          f"({str(error).strip().splitlines()[0]})")
+            _give_up(mask.kind, str(error).strip().splitlines()[0])
             kernel = choose(q, k, mask)
     if kernel == "written_out":
         allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
@@ -620,12 +725,18 @@ def run_blocks(blocks, x, mask=None, last=None, recompute=False):
     recompute  True = keep no activations inside a block and compute them again in the backward
                pass: about a third more time for a fraction of the memory (arXiv 1604.06174).
     """
+    made = {None: mask, last: mask}
+    if mask is not None and len(blocks):
+        kind, heads = x.device.type, blocks[0].attn.heads
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        q = x.new_empty((), dtype=dtype).expand(len(x), heads, x.shape[1], x.shape[2] // heads)  # of no memory: its shape
+        made = {n: made_ready(mask, q if n is None else q[:, :, -n:], q) for n in made}
     for i, block in enumerate(blocks):
         final = last if i == len(blocks) - 1 else None
         if recompute and torch.is_grad_enabled():
-            x = torch.utils.checkpoint.checkpoint(block, x, mask, final, use_reentrant=False)
+            x = torch.utils.checkpoint.checkpoint(block, x, made[final], final, use_reentrant=False)
         else:
-            x = block(x, mask, final)
+            x = block(x, made[final], final)
     return x if last is None else x[:, -last:]
 
 

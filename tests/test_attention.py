@@ -1,16 +1,20 @@
 """What is proved about attention.py:
 
-every kernel gives the written-out attention, values and gradients, for every mask; a kernel compiled
+every kernel gives the written-out attention, values and gradients, for every mask, dtype and layout in memory; a
+kernel that fails on a GPU when it is tried is not chosen there; a kernel compiled
 for a mask does, too, and batch and length may change without a kernel for each;
 the future is invisible under a causal mask; a key bias changes nothing; a query that may look at
 nothing gets zeros; packed clips are what they would be alone; the last block may answer for some
 tokens only; sinusoids know distances; DropPath keeps the mean.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
 
 import attention as attention_file
 from attention import (Attention, Block, DropPath, Mask, attention, choose, gelu, quick_gelu, run_blocks,
@@ -81,6 +85,52 @@ def traced(monkeypatch):
     yield lambda: counters["stats"]["unique_graphs"]
     attention_file._kernel.cache_clear()
     attention_file.no_compiler.cache_clear()
+
+
+LAYOUTS = {  # one tensor, strided in all ways that projections, heads and caches leave behind
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "sliced": lambda x: F.pad(x, (3, 2, 1, 1))[..., 1:-1, 3:-2],
+    "expanded": lambda x: x[:1, :1].expand_as(x)}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5}  # bfloat16: eight times its own, 2**-8
+
+
+def assert_exact(kernel, mask, dtype, queries, keys, layout, backward=True):
+    """The kernel against the written-out attention of the same numbers in float64."""
+    inputs = [torch.randn(2, 3, n, 16).to(dtype).requires_grad_(backward) for n in (queries, keys, keys)]
+    exact = [x.detach().double().requires_grad_(backward) for x in inputs]
+    found = []
+    for name, leaves in (("written_out", exact), (kernel, inputs)):
+        out = attention(*map(LAYOUTS[layout], leaves), mask, kernel=name)
+        upstream = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+        found.append((out, *(torch.autograd.grad(out, leaves, upstream) if backward else ())))
+    for expected, got in zip(*found):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, atol=ROUNDING[dtype], rtol=ROUNDING[dtype])
+        if mask is not None and mask.is_token is not None and not mask.is_token.any():
+            assert not got.any() and not got.isnan().any()                   # exactly zero, the gradients too
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("kernel", ["written_out", "piecewise", "fused", "apart", "auto"])
+def test_every_kernel_takes_every_dtype_and_layout_with_gradients(kernel, dtype, monkeypatch):
+    monkeypatch.setattr(attention_file, "PIECE", 500)
+    torch.manual_seed(0)
+    for queries, keys in ((7, 9), (1, 1), (1, 5)):
+        of = masks(queries, keys)
+        for kind in ("segments",) if kernel == "apart" else ("none", "causal", "padding", "segments", "window", "all", "nothing"):
+            for layout in LAYOUTS:
+                assert_exact(kernel, of[kind], dtype, queries, keys, layout)
+
+
+@pytest.mark.parametrize("kind, dtype", [("all", torch.float32)] + [pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+    ("none", torch.float32), ("nothing", torch.float32), ("none", torch.bfloat16), ("all", torch.bfloat16))])
+def test_so_does_flex_without_them(kind, dtype, traced):
+    torch.manual_seed(0)
+    for queries, keys in ((7, 9), (1, 1)):
+        for layout in LAYOUTS:
+            with torch.no_grad():
+                assert_exact("flex", masks(queries, keys)[kind], dtype, queries, keys, layout, backward=False)
 
 
 @torch.no_grad()
@@ -171,6 +221,60 @@ def test_where_no_kernel_can_be_compiled_the_choice_says_so_once_and_goes_on(tra
     assert attention_file.no_compiler("cpu") == "no such unit"
     with torch.no_grad():
         assert choose(q, q, mask) == "written_out"
+
+
+def test_a_gpu_never_chooses_a_flex_attention_that_failed_when_it_was_tried(monkeypatch):
+    """On a CPU the trial fails by itself, for there is no backward pass."""
+    monkeypatch.setattr(attention_file, "_failed", set())
+    attention_file._flex_works.cache_clear()
+    before = torch.get_rng_state()
+    on_gpu = SimpleNamespace(shape=(1, 2, 600, 16), dtype=torch.float32, device=torch.device("cuda"))
+    mask = Mask(segments=torch.arange(600)[None] // 60)
+    asked = []
+    monkeypatch.setattr(attention_file, "no_compiler", lambda device: "")
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_file, "_flex_works", lambda *variant: asked.append(variant) or True)
+        assert choose(on_gpu, on_gpu, mask) == "flex" and asked == [(("segments",), 16, torch.float32, on_gpu.device)]
+    with pytest.warns(UserWarning, match="no compiled kernel for segments here.*no backward pass on a CPU"):
+        assert not attention_file._flex_works(("segments",), 16, torch.float32, "cpu")
+    assert choose(on_gpu, on_gpu, mask) == "fused" and torch.equal(torch.get_rng_state(), before)
+    attention_file._flex_works.cache_clear()
+
+    with monkeypatch.context() as patch:                                     # one that works: right numbers, wrong numbers
+        patch.setattr(attention_file, "flex", attention_file.piecewise)
+        kind = ("causal", "is_token", "segments", "frames")
+        assert attention_file._flex_works(kind, 16, torch.bfloat16, "cpu")
+        patch.setattr(attention_file, "flex", lambda *args: attention_file.piecewise(*args) * 1.2)
+        with pytest.warns(UserWarning, match="wrong by 2.*e-01 of the largest"):
+            assert not attention_file._flex_works(kind, 32, torch.bfloat16, "cpu")
+    attention_file._flex_works.cache_clear()
+
+
+def test_the_quickest_fused_kernel_goes_first_and_a_newer_flash_only_if_it_is_right(monkeypatch):
+    """Of three newer ones one is not installed, one gives other numbers."""
+    ms, active = {"flash": 3.0, "cudnn": 2.0, "efficient": 4.0, "FA3": 1.5, "wrong": 0.1}, []
+
+    def activate(name):
+        if name == "FA4":
+            raise ImportError(name)
+        active.append(name)
+    monkeypatch.setattr(attention_file, "newer_flash", lambda: ("FA3", "FA4", "wrong"))
+    monkeypatch.setattr(attention_file, "_activate", activate)
+    monkeypatch.setattr(attention_file, "_flash_is_right", lambda device: active[-1] != "wrong")
+    monkeypatch.setattr(attention_file, "_there_and_back", lambda backend, device: ms[active[-1]])
+    usual = torch._C._get_sdp_priority_order()
+    try:
+        assert list(attention_file.fastest_fused.__wrapped__("cuda").items()) == [
+            ("FA3", 1.5), ("cudnn", 2.0), ("flash", 3.0), ("efficient", 4.0)]
+        assert active[-1] == "FA3"
+        order = [int(SDPBackend.FLASH_ATTENTION), int(SDPBackend.CUDNN_ATTENTION), int(SDPBackend.EFFICIENT_ATTENTION)]
+        assert torch._C._get_sdp_priority_order()[:3] == order
+        monkeypatch.setattr(attention_file, "fastest_fused", lambda device: ms)
+        assert attention_file.use("fused", "cuda").startswith("fused for all (measured: flash 3.00 ms")
+    finally:
+        attention_file.use("auto")
+        attention_file.prefer([])
+    assert active[-1] == "flash" and torch._C._get_sdp_priority_order() == usual
 
 
 def test_packed_clips_taken_one_by_one_cost_only_their_own_pairs():

@@ -1,8 +1,8 @@
 """What is proved about compiled blocks (train.py --compile):
 
-no stage has a graph break, forward or backward; losses and gradients are those of the uncompiled
-network; another batch size in evaluation makes one more version, not one per size; where nothing can
-be compiled a run says so and goes on.
+no stage and no network has a graph break, forward or backward; losses and gradients are those of the uncompiled
+network; another batch size makes one more version in training and one in evaluation, not one per size; the blocks
+of a mask are made outside of compiled code; where nothing can be compiled a run says so and goes on.
 """
 
 import pytest
@@ -10,8 +10,12 @@ import torch
 from torch._dynamo.utils import counters
 
 import attention
+import caption_decoder
 import data
+import fusion
+import mae
 import train
+import uniformerv2
 
 FAST = dict(device="cpu", precision="fp32", workers=0)
 STAGES = {
@@ -88,6 +92,113 @@ def test_the_bridge_between_two_encoders_has_no_graph_break_either(tmp_path):
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     torch.testing.assert_close(loss, plain)
     assert gradients.keys() == expected.keys()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile has made so far; they run as they are, so a version costs tracing alone."""
+    made = []
+    monkeypatch.setattr(attention, "BACKEND", lambda graph, inputs: made.append(graph) or graph.forward)
+    return made
+
+
+def classifier(**options):
+    return mae.VideoClassifier("tiny", classes=3, frames=4, image_size=32, head_scale=1.0, **options)
+
+
+def masked(**options):
+    model = mae.VideoMAE("tiny", frames=4, image_size=32, **options)
+    return model, mae.tube_mask(2, model.grid, 0.5, torch.Generator().manual_seed(0))
+
+
+def network(name):
+    """A small network and a call of it."""
+    video = torch.randn(2, 3, 4, 32, 32)
+    if name == "classifier":
+        model = classifier()
+        return model, lambda: model(video)
+    if name == "dual mask":
+        model, hidden = masked()
+        skipped = torch.arange(hidden.shape[1]).expand_as(hidden) % 2 == 0
+        return model, lambda: model(video, hidden, skipped)
+    if name == "divided attention":
+        model, hidden = masked(space_time="divided")
+        return model, lambda: model(video, hidden)
+    if name == "local units":
+        model = uniformerv2.UniFormerV2(uniformerv2.Size(32, 2, 2, 64, 16, 32), classes=3, local_units=2)
+        return model, lambda: model(video)
+    if name == "windows of frames":
+        model, x = torch.nn.ModuleList([attention.Block(32, 2), attention.Block(32, 2)]), torch.randn(2, 40, 32)
+        mask = attention.Mask(frames=torch.arange(40)[None] // 10, window=1)
+        return model, lambda: attention.run_blocks(model, x, mask, last=10)
+    if name == "caption decoder":
+        model = caption_decoder.CaptionDecoder(32, heads=2, depth=2, visual_width=48, vocabulary=50, queries=4)
+        visual, text = torch.randn(2, 9, 48), torch.randn(2, 6, 32)
+        return model, lambda: model(visual, text)
+    model = fusion.InternVideo(classifier(), uniformerv2.UniFormerV2("tiny", classes=3, frames=4))
+    clip = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    return model, lambda: model(clip)
+
+
+@pytest.mark.parametrize("name", ["classifier", "local units", "windows of frames", "caption decoder"] + [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("dual mask", "divided attention", "fusion")])
+def test_no_network_has_a_graph_break_in_its_blocks_forward_or_backward(name, graphs):
+    torch.manual_seed(0)
+    model, call = network(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected = call()                                                        # fullgraph: a break is an exception
+    train.compile_blocks(model)
+    out = call()
+    out.square().sum().backward()
+    assert graphs and not counters["graph_break"]
+    torch.testing.assert_close(out, expected)
+    # A version for the last tokens alone or for the first layer is fine, one for each layer is not.
+    assert len(graphs) <= sum(isinstance(module, train.COMPILED) for module in model.modules())
+
+
+def test_training_and_evaluation_taking_turns_make_one_more_version_each(graphs):
+    """Full batches, a smaller last one, other sizes later: two versions for each of the two ways at most."""
+    model = classifier(drop_path=0.1)
+    train.compile_blocks(model)
+    new = []
+    for training, batch in ((False, 6), (False, 6), (False, 3), (True, 4), (True, 4), (True, 4), (False, 6), (True, 5),
+                            (False, 7), (True, 2), (False, 4)):
+        before = len(graphs)
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            out = model(torch.randn(batch, 3, 4, 32, 32))
+        if training:
+            out.sum().backward()
+        new.append(len(graphs) - before)
+    assert new[0] and not new[1] and new[2] <= new[0]                        # evaluation: 6, again, then another size
+    assert not any(new[i] for i in (4, 5, 6, 8, 10)) and new[7] <= new[3] and not new[9], new
+
+
+@torch.no_grad()
+def test_the_blocks_of_a_mask_are_made_once_for_all_layers_and_outside_of_their_graphs(graphs, monkeypatch):
+    """What CUDA does with packed clips, by FlexAttention that is only traced here."""
+    made, make = [], attention.create_block_mask
+    monkeypatch.setattr(attention, "create_block_mask",
+                        lambda *args, **options: made.append(torch.compiler.is_compiling()) or make(*args, **options))
+    blocks = torch.nn.ModuleList([attention.Block(32, 2) for _ in range(3)])
+    cases = [(torch.randn(2, length, 32), torch.arange(length)[None] // 70) for length in (200, 333, 260)]
+    expected = [attention.run_blocks(blocks, x, attention.Mask(segments=clips), last=50) for x, clips in cases]
+    for block in blocks:
+        block.compile(fullgraph=True, backend=attention.BACKEND)
+    counts = []
+    try:
+        attention.use("flex")
+        for (x, clips), wanted in zip(cases, expected):
+            before = len(graphs)
+            out = attention.run_blocks(blocks, x, attention.Mask(segments=clips), last=50)
+            torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+            counts.append(len(graphs) - before)
+    finally:
+        attention.use("auto")
+    assert made == [False, False] * 3                                        # all tokens ask, the last 50 ask
+    assert counts == [2, 2, 0] and not counters["graph_break"]
 
 
 def test_other_batches_and_lengths_make_one_more_version_each():

@@ -5,8 +5,10 @@
     python tools/bench.py --list
 
 A time alone says more about the machine than about the code, so every line is a ratio: the forms take
-turns, and the median of each counts. First they are compared: a fast form with other numbers is no
-gain. Peak memory is taken in a process of its own per form (on CUDA: of the allocator). Nothing here
+turns, and the median of each counts. First they are compared, float32 to 1e-3 and bfloat16 to 5e-2 of
+the largest number (8 bits of mantissa, 12 to 24 layers): a fast form with other numbers is no
+gain. Peak memory is taken in a process of its own per form (on CUDA: of the allocator). A form that
+the device's memory does not hold is named, and the others go on. Nothing here
 is a test; what came out, and on which machine, belongs into LOG.md, and all of it into --json FILE.
 
 Others' implementations come from PyPI, in an environment of the bench's own; none is a dependency:
@@ -37,7 +39,7 @@ import unittest.mock
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -105,51 +107,104 @@ def convolved_back(grad, x, kernel, *_, **__):
     return 4 * math.prod(grad) * math.prod(kernel[1:])
 
 
+def read_by_all(q, k, v, *_, **__):
+    return sdpa_flop_count(q, k, v)
+
+
+def read_by_all_back(grad, q, k, v, *_, **__):
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
 def flops(run):
-    """Of one call, backward pass included: products and convolutions, 2 for a multiplication and an addition."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product,
-                                                        torch.ops.aten.convolution_backward: convolved_back}) as counter:
-        run()
+    """Of one call, backward pass included: products and convolutions, 2 for a multiplication and an addition.
+    What is compiled runs as it is written here, for the counter sees operators, not generated kernels; nan where
+    that is FlexAttention, which refuses. (Torch knows the fused attention of GPUs, not that of CPUs: added.)"""
+    aten = torch.ops.aten
+    added = {aten.addmm_: added_product, aten.convolution_backward: convolved_back,
+             aten._scaled_dot_product_flash_attention_for_cpu: read_by_all,
+             aten._scaled_dot_product_flash_attention_for_cpu_backward: read_by_all_back}
+    try:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=added) as counter:
+            run()
+    except TypeError:
+        return math.nan
     return counter.get_total_flops()
 
 
-def table(title, case, forms, clips, rounds=5, tolerance=1e-3, memory=True):
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest number
+
+
+def table(title, case, forms, clips, rounds=5, others=(), memory=True, due=None, unit="clips"):
     """Measure `case(form)` for all forms; one table, how many times as long as "ours" each takes.
 
-    tolerance   by how much results may differ, relative; 0 = another network, whose numbers say nothing
-    forms  tuples of a name, "fp32" or "bf16", and whatever else the case needs
-    case   form -> a function that takes a step and returns its loss, or anything to compare
-    clips  in a step
+    case    form -> a function that takes a step and returns its loss, or anything to compare
+    forms   tuples of a name, "fp32" or "bf16", and whatever else the case needs
+    clips   in a step; unit: what they are
+    others  names of forms that are other networks: not compared, and their work is their own
+    memory  False = no peaks, which take a process each
+    due     operations that a step needs; default: what "ours" does
     """
     runs = {}
     for form in forms:
         try:
-            runs[form] = case(form)
+            runs[form] = tried(form, lambda: case(form))
         except ImportError as error:
             print(f"{title}: no {form[0]} here ({error}); pip install transformers open_clip_torch")
-    first = {form: run() for form, run in runs.items()}
-    ours = {form[1]: form for form in runs if form[0] == "ours"}
-    for form, loss in first.items():
-        if tolerance and form[1] == "fp32" and "fp32" in ours:
-            close(loss, first[ours["fp32"]], tolerance)
-    work = {form: flops(run) for form, run in runs.items()}
+    first = {form: tried(form, run) for form, run in runs.items() if run}
+    work = {form: tried(form, lambda: flops(runs[form])) for form, found in first.items() if found is not None}
+    for form in set(runs) - {form for form, count in work.items() if count is not None}:
+        ROWS.append(dict(table=title, form=form[0], precision=form[1], out_of_memory=True))
+        work.pop(form, None)
+        del runs[form]
+    free()
+    ours = {form[1]: form for form in work if form[0] == "ours"}
+    for form in work:
+        assert torch.isfinite(first[form]).all(), f"{title}: {form[0]} {form[1]} is not finite"
+        if form[0] not in others and form[1] in ours:
+            close(first[form], first[ours[form[1]]], TOLERANCE[form[1]])
+    first.clear()
     seconds = times(runs, rounds)
     rates = {precision: rate(precision) for precision in sorted({form[1] for form in runs})}
-    del runs
-    peaks = {form: peak_mib(case, form) if memory else float("nan") for form in seconds}
-    print(f"{title} ({', '.join(f'{p}: {r / 1e9:,.0f} GFLOP/s' for p, r in rates.items())})")
-    print(f"  {'form':26}{'':6}{'ms':>9}{'clips/s':>9}" + "".join(f"{'x ' + p:>9}" for p in ours)
+    runs.clear()
+    free()
+    peaks = {form: peak_mib(case, form) if memory else math.nan for form in seconds}
+    if due is None:  # the same network needs no more than ours
+        due = {form: work[form if form[0] in others else ours.get(form[1], form)] for form in seconds}
+    else:
+        due = dict.fromkeys(seconds, due)
+    show(title, seconds, clips, peaks, work, due, rates, unit)
+
+
+def show(title, seconds, clips, peaks, work=None, due=None, rates=None, unit="clips"):
+    """Print a table and keep its rows. seconds, peaks (MiB), work and due (operations): {form: number}; rates:
+    {precision: operations a second}. "-" stands for what was not measured or says nothing."""
+    ours = {form[1]: form for form in seconds if form[0] == "ours"}
+    print(title + (" (" + ", ".join(f"{p}: {r / 1e9:,.0f} GFLOP/s" for p, r in rates.items()) + ")" if rates else ""))
+    print(f"  {'form':26}{'':6}{'ms':>9}{unit + '/s':>11}" + "".join(f"{'x ' + p:>9}" for p in ours)
           + f"{'peak MiB':>10}{'GFLOP':>9}{'share':>7}")
     for form, value in seconds.items():
         ratios = {p: value / seconds[ours[p]] for p in ours}
-        due = work[ours[form[1]] if tolerance and form[1] in ours else form]  # the same network needs no more than ours
-        share = due / value / rates[form[1]]
-        print(f"  {form[0]:26}{form[1]:6}{1e3 * value:9.1f}{clips / value:9.2f}"
-              + "".join(f"{ratio:9.2f}" for ratio in ratios.values())
-              + f"{peaks[form]:10.0f}{work[form] / 1e9:9.1f}{share:7.0%}", flush=True)
-        ROWS.append(dict(table=title, form=form[0], precision=form[1], ms=1e3 * value, clips_per_s=clips / value,
-                         peak_mib=peaks[form], gflop=work[form] / 1e9, share=share,
-                         **{f"times_ours_{p}": ratio for p, ratio in ratios.items()}))
+        gflop, share = (work[form] / 1e9, due[form] / value / rates[form[1]]) if work else (math.nan, math.nan)
+        cells = [f"{1e3 * value:9.{1 if value >= 0.01 else 3}f}", f"{clips / value:11.2f}", *(f"{x:9.2f}" for x in ratios.values()),
+                 f"{peaks[form]:10.0f}", f"{gflop:9.{1 if gflop >= 1 else 3}f}", f"{share:7.0%}"]
+        print(f"  {form[0]:26}{form[1]:6}" + "".join("-".rjust(len(cell)) if "nan" in cell else cell for cell in cells), flush=True)
+        ROWS.append({key: None if value != value else value for key, value in dict(
+            table=title, form=form[0], precision=form[1], ms=1e3 * value, clips_per_s=clips / value, unit=unit,
+            peak_mib=peaks[form], gflop=gflop, share=share, **{f"times_ours_{p}": x for p, x in ratios.items()}).items()})
+
+
+def tried(form, run):
+    """What `run()` returns, or None where the device's memory does not suffice, which is said."""
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return run()
+    print(f"{' '.join(form[:2])}: out of memory", flush=True)
+    free()
+
+
+def free():
+    """Give back what the device's allocator keeps, so that the next form finds it."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 def training(model, loss, precision, ours):
@@ -183,16 +238,30 @@ def close(a, b, tolerance=1e-3):
 
 def peak_mib(case, form):
     """Memory that two calls of `case(form)` add at their peak, in MiB, seen from a fresh process: the second step of a
-    training finds the optimiser's states there, so it is that which counts."""
+    training finds the optimiser's states there, so it is that which counts. nan = out of memory."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
+    with context.Pool(1, prepare, (PRODUCTS, torch.get_num_threads(), list(attention.fastest_fused(DEVICE)))) as pool:
         return pool.apply(peak_of, (case, form))
 
 
-def peak_of(case, form):
+def prepare(choice, threads, order=None):
+    """The state of a process that measures, alike in all: allocator, threads, kernels, and what the first process chose
+    with a stopwatch, which may say otherwise the next time: oneDNN or not, and the order of fused kernels."""
+    global PRODUCTS
     train.keep_memory()
-    globals()["PRODUCTS"] = train.choose_products("auto")[0] if DEVICE == "cpu" else "off"
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_num_threads(threads)
+    PRODUCTS = train.choose_products(choice)[0] if DEVICE == "cpu" else "off"
+    if order is None:
+        return attention.use("auto", DEVICE)
+    attention.prefer(order)
+
+
+def peak_of(case, form):
+    found = tried(form, lambda: peak_of_two(case, form))
+    return math.nan if found is None else found
+
+
+def peak_of_two(case, form):
     run = case(form)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -293,7 +362,10 @@ def coca_case(form):
             return clip_video.contrastive_loss(seen, read, clip.logit_scale) \
                 + 2 * caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
     else:
-        model = open_clip.create_model("coca_ViT-B-32", pretrained=None).to(DEVICE).train()
+        model = open_clip.create_model("coca_ViT-B-32", pretrained=None)
+        # open_clip 3.3 leaves this one as memory happened to be: nothing calls init_parameters, which would fail.
+        torch.nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.width**-0.5)
+        model.to(DEVICE).train()
         compare = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
 
         def loss():
@@ -308,7 +380,7 @@ def bench_caption():
     pairs = 8 if DEVICE == "cpu" else 128
     table(f"caption, ViT-B/32, {pairs} pictures (12 layers each, not the same network)", coca_case,
           [(name, precision, pairs) for precision in ("fp32", "bf16") for name in ("open_clip CoCa", "ours")], pairs,
-          rounds=3, tolerance=0)
+          rounds=3, others=("open_clip CoCa",))
 
 
 ATTENTIONS = {  # (B, heads, N, K), mask
@@ -317,46 +389,57 @@ ATTENTIONS = {  # (B, heads, N, K), mask
     "caption, causal": (8, 8, 77, 64), "8 packed clips of 128": (1, 8, 1024, 64), "window of 3 frames": (2, 8, 1568, 64)}
 
 
-def bench_attention():
-    """Every kernel on the shapes of the networks, forward and with backward; the choice has a star."""
-    for what, shape in ATTENTIONS.items():
-        B, _, N, _ = shape
-        mask = {"caption": attention.Mask(causal=True), "8 packe": attention.Mask(segments=torch.arange(N, device=DEVICE)[None] // 128),
-                "window ": attention.Mask(frames=torch.arange(N, device=DEVICE)[None] // 196, window=1)}.get(what[:7])
-        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            q, k, v = torch.randn(3, *shape, device=DEVICE, dtype=dtype)
-            for way in ("forward", "forward and backward"):
-                learn = way != "forward"
-                inputs = [x.requires_grad_(learn) for x in (q, k, v)]
+def masked(what):
+    """The mask of one of ATTENTIONS, or None."""
+    N = ATTENTIONS[what][2]
+    return {"caption": attention.Mask(causal=True), "8 packe": attention.Mask(segments=torch.arange(N, device=DEVICE)[None] // 128),
+            "window ": attention.Mask(frames=torch.arange(N, device=DEVICE)[None] // 196, window=1)}.get(what[:7])
 
-                def form(kernel):
-                    def run():
-                        products("ours")
-                        with torch.set_grad_enabled(learn):
-                            out = attention.attention(*inputs, mask, kernel=kernel)
-                        if learn:
-                            torch.autograd.grad(out.sum(), inputs)
-                    return run
-                kernels = ["written_out", "piecewise", "fused"] + ["apart"] * (what[:1] == "8")
-                if mask is not None and not (DEVICE == "cpu" and learn) and not attention.no_compiler(DEVICE):
-                    kernels.append("flex")
+
+def attention_case(form):
+    """form: (kernel, precision, one of ATTENTIONS, with the backward pass?). "ours" takes what `choose` says."""
+    kernel, precision, what, learn = form
+    torch.manual_seed(0)
+    mask, dtype = masked(what), torch.float32 if precision == "fp32" else torch.bfloat16
+    inputs = [x.requires_grad_(learn) for x in torch.randn(3, *ATTENTIONS[what], device=DEVICE, dtype=dtype)]
+
+    def run():
+        products("ours")
+        with torch.set_grad_enabled(learn):
+            out = attention.attention(*inputs, mask, kernel="auto" if kernel == "ours" else kernel)
+        return torch.stack(torch.autograd.grad(out.square().sum(), inputs)) if learn else out
+    return run
+
+
+def bench_attention():
+    """Every kernel on the shapes of the networks, forward and with backward; "ours" is the one that is chosen. Peaks
+    for the largest alone. Due is what a pair that may look needs: 4 K operations, thrice with the backward pass."""
+    for what, (B, heads, N, K) in ATTENTIONS.items():
+        mask = masked(what)
+        pairs = B * N * N if mask is None else int(mask.allowed(N, N, DEVICE).sum()) * B // mask.rows
+        for learn in (False, True):
+            kernels = ["written_out", "piecewise", "fused"] + ["apart"] * (what[:1] == "8")
+            if mask is not None and not (DEVICE == "cpu" and learn) and not attention.no_compiler(DEVICE):
+                kernels.append("flex")
+            chosen = []
+            for dtype in (torch.float32, torch.bfloat16):
+                q = torch.empty(B, heads, N, K, device=DEVICE, dtype=dtype)
                 with torch.set_grad_enabled(learn):
-                    chosen = attention.choose(*inputs[:2], mask)
-                seconds = times({kernel: form(kernel) for kernel in kernels}, 7)
-                print(f"attention, {what} {shape}, {precision}, {way}: " + ", ".join(
-                    f"{kernel}{'*' * (kernel == chosen)} {1e3 * value:.2f} ms" for kernel, value in seconds.items()), flush=True)
-                ROWS.append(dict(table="attention", what=what, shape=shape, precision=precision, way=way, chosen=chosen,
-                                 **{kernel: 1e3 * value for kernel, value in seconds.items()}))
+                    chosen.append(attention.choose(q, q, mask))
+            table(f"attention, {what} {B, heads, N, K}, forward{' and backward' * learn}; ours: {' and '.join(dict.fromkeys(chosen))}",
+                  attention_case, [(kernel, precision, what, learn) for precision in ("fp32", "bf16") for kernel in kernels + ["ours"]],
+                  B, rounds=7, memory=learn and what == "decoder B", due=4 * heads * K * pairs * (3 if learn else 1), unit="rows")
 
 
 def contrastive_case(form):
+    """form: ("whole" or "ours", precision)."""
     torch.manual_seed(0)
     video, text = (torch.randn(4096, 512, device=DEVICE, requires_grad=True) for _ in range(2))
     scale = torch.tensor(2.66, device=DEVICE)
 
     def run():
         video.grad = text.grad = None
-        loss = clip_video.contrastive_loss(video, text, scale, rows=4096 if form == "whole" else 512)
+        loss = clip_video.contrastive_loss(video, text, scale, rows=4096 if form[0] == "whole" else 512)
         loss.backward()
         return loss.detach()
     return run
@@ -364,11 +447,8 @@ def contrastive_case(form):
 
 def bench_contrastive():
     """The contrastive loss of 4096 pairs: the whole matrix against blocks of 512 rows."""
-    forms = {form: contrastive_case(form) for form in ("whole", "blocks")}
-    close(forms["blocks"](), forms["whole"]())
-    report("contrastive", times(forms, 3), "whole", "blocks")
-    whole, blocks = (peak_mib(contrastive_case, form) for form in forms)
-    print(f"contrastive: peak memory whole {whole:.0f} MiB, in blocks {blocks:.0f} MiB, {blocks / whole:.2f} of it")
+    table("contrastive loss, 4096 pairs; ours: in blocks", contrastive_case, [(name, "fp32") for name in ("whole", "ours")],
+          4096, rounds=3, unit="pairs")
 
 
 def bench_conv():
@@ -540,11 +620,11 @@ def video_case(form):
 def bench_video():
     """UniFormerV2-B/16 with local units on 8 frames of 224 pixels: as the paper writes it, and as uniformerv2.py
     does; beside it torchvision's video models (other networks: read their clips/s and share)."""
+    theirs = tuple(f"torchvision {name}" for name in ("r3d_18", "swin3d_t", "mvit_v2_s"))
     for way in ("infer", "train"):
         forms = [(name, precision, way) for precision in ("fp32", "bf16") for name in ("plain", "ours")]
         table(f"UniFormerV2-B/16, {way}", video_case, forms, 1, rounds=3)
-        table(f"torchvision, {way}", video_case, [("ours", "fp32", way)] + [
-            (f"torchvision {name}", "fp32", way) for name in ("r3d_18", "swin3d_t", "mvit_v2_s")], 1, rounds=3, tolerance=0)
+        table(f"torchvision, {way}", video_case, [("ours", "fp32", way)] + [(name, "fp32", way) for name in theirs], 1, rounds=3, others=theirs)
 
 
 def bench_shortcuts():
@@ -626,7 +706,7 @@ def decoders(example):
                     break
         return np.stack([found[i] for i in numbers.tolist()])
 
-    forms = {"data.py": ours, "plain loop": plain}
+    forms = {"ours": ours, "plain loop": plain}
     try:
         from torchcodec.decoders import VideoDecoder
 
@@ -649,32 +729,50 @@ def decoders(example):
     return forms
 
 
+CHOICES = {"stride 4, centre": lambda n: data.dense_indices(n, 16, 4),
+           "spread over the video": lambda n: data.segment_indices(n, 16)}
+
+
+def decode_case(form):
+    """form: (who decodes, "bytes", paths, one of CHOICES). One clip of every file -> frames of all."""
+    name, _, videos, what = form
+    read, asked = decoders(videos[0])[name], []
+    for path in videos:
+        info = data.probe(path)
+        asked.append((path, CHOICES[what](info.frames), data._shown_size(info, 256)))
+    return lambda: [read(*call) for call in asked]
+
+
 def bench_decode():
     """Sixteen frames of a file at short side 256: data.py, a plain PyAV loop, torchcodec and decord2.
 
     Every form opens the file anew and gets the same frame numbers, so the others are spared the look at the
     file that chooses them. Frames are compared: those of another time would differ by more than resizing."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         videos = sample_videos(folder)
         forms = decoders(videos[0])
-        for what, choose in (("stride 4, centre", lambda n: data.dense_indices(n, 16, 4)),
-                             ("spread over the video", lambda n: data.segment_indices(n, 16))):
+        for what, choose in CHOICES.items():
             total = dict.fromkeys(forms, 0.0)
             for path in videos:
                 info = data.probe(path)
                 numbers, size = choose(info.frames), data._shown_size(info, 256)
-                reference = forms["data.py"](path, numbers, size).astype(float)
+                reference = forms["ours"](path, numbers, size).astype(float)
                 other = [name for name, form in forms.items()
                          if abs(form(path, numbers, size).astype(float) - reference).mean() > 6]
                 seconds = times({name: (lambda form=form: form(path, numbers, size)) for name, form in forms.items()}, 5)
                 print(f"decode, {what}: {path.name} {info.codec} {info.width}x{info.height}, "
                       + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
                       + (f"; other frames: {', '.join(other)}" if other else ""), flush=True)
+                ROWS.append(dict(table=f"decode, {what}", file=path.name, other_frames=other,
+                                 **{f"{name}_ms": 1e3 * value for name, value in seconds.items()}))
                 for name, value in seconds.items():
                     total[name] += value
-            print(f"decode, {what}, {len(videos)} files: "
-                  + ", ".join(f"{name} {len(videos) / value:.2f} clips/s" for name, value in total.items()), flush=True)
+            rows = {(name, "bytes"): value for name, value in total.items()}
+            show(f"decode, {what}, {len(videos)} files", rows, len(videos),
+                 {form: peak_mib(decode_case, (*form, videos, what)) for form in rows})
+    torch.set_num_threads(threads)
 
 
 def bench_memory():
@@ -695,13 +793,16 @@ PAIRS = {"tiny": (mae.SIZES["tiny"], uniformerv2.SIZES["tiny"], 8, 64, 8),
 
 
 def fuse_case(form):
-    """form: a pair, a way of training it, and the blocks with a bridge (default: four, evenly)."""
-    pair, way, *late = form
+    """form: (a way of training, precision, a pair). "all": gradients for all parameters, only some of which an optimiser
+    would get; "frozen": for trained parameters alone; "ours": what fusion.py does; "late": ours with bridges in the
+    last quarter of the blocks, in place of four, evenly."""
+    way, precision, pair = form
     torch.manual_seed(0)
     masked, multimodal, frames, pixels, batch = PAIRS[pair]
+    late = list(range(masked.depth - max(1, masked.depth // 4), masked.depth)) if way == "late" else None
     model = fusion.InternVideo(
         mae.VideoClassifier(masked, classes=16, frames=frames, image_size=pixels, head_scale=1.0),
-        uniformerv2.UniFormerV2(multimodal, classes=16, frames=frames), before=list(*late) or None).to(DEVICE).train()
+        uniformerv2.UniFormerV2(multimodal, classes=16, frames=frames), before=late).to(DEVICE).train()
     for name, p in model.named_parameters():
         if "gate_" in name:
             torch.nn.init.constant_(p, 0.5)
@@ -713,10 +814,11 @@ def fuse_case(form):
 
     def run():
         model.zero_grad(set_to_none=True)
-        allowed = contextlib.nullcontext() if way == "fusion.py" else \
+        products("ours")
+        allowed = contextlib.nullcontext() if way in ("ours", "late") else \
             unittest.mock.patch.object(torch, "no_grad", contextlib.nullcontext)
-        with allowed:
-            loss = torch.nn.functional.cross_entropy(model(clip), answers)
+        with allowed, torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+            loss = torch.nn.functional.cross_entropy(model(clip).float(), answers)
         loss.backward()
         return torch.cat([p.grad.flatten() for p in trained])
     return run
@@ -725,25 +827,30 @@ def fuse_case(form):
 def bench_fuse():
     """A training step of the bridge: gradients for all parameters (only some of which an optimiser would get),
     frozen parameters alone, and what fusion.py does; then with bridges in the last quarter only."""
-    for pair in PAIRS:
-        ways = {way: (pair, way) for way in ("all", "frozen", "fusion.py")}
-        forms = {way: fuse_case(form) for way, form in ways.items()}
-        for way in ("all", "frozen"):
-            close(forms["fusion.py"](), forms[way]())
-        depth = PAIRS[pair][0].depth
-        ways["late"] = (pair, "fusion.py", range(depth - max(1, depth // 4), depth))
-        forms["late"] = fuse_case(ways["late"])
-        seconds = times(forms, 3)
-        peaks = {way: peak_mib(fuse_case, form) for way, form in ways.items()}
-        for way in ("frozen", "fusion.py", "late"):
-            report(f"fuse, {pair}", seconds, "all", way)
-        print(f"fuse, {pair}: peak memory " + ", ".join(
-            f"{way} {peak:.0f} MiB ({peak / peaks['all']:.2f} of all)" for way, peak in peaks.items()))
+    for pair, (*_, batch) in PAIRS.items():
+        for precision in ("fp32", "bf16"):
+            table(f"fuse, {pair}", fuse_case, [(way, precision, pair) for way in ("all", "frozen", "ours", "late")], batch,
+                  rounds=3, others=("late",))
 
 
 CASES = {"mae": bench_mae, "clip": bench_clip, "video": bench_video, "caption": bench_caption, "fuse": bench_fuse,
          "attention": bench_attention, "decode": bench_decode, "cache": bench_cache, "contrastive": bench_contrastive,
          "conv": bench_conv, "shortcuts": bench_shortcuts, "memory": bench_memory}
+
+
+def allocator():
+    """Who hands out the memory: LD_PRELOAD may put another library before the C library's, whose settings
+    (train.keep_memory) then say nothing."""
+    maps = Path("/proc/self/maps")
+    other = [name for name in ("jemalloc", "tcmalloc", "mimalloc") if maps.exists() and name in maps.read_text()]
+    host = " and ".join(other)
+    if not other:
+        glibc = sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION")
+        host = f"{glibc}, freed blocks kept (train.keep_memory)" if glibc else "of the system"
+    set_outside = [f"{name}={os.environ[name]}" for name in sorted(os.environ)
+                   if name in ("LD_PRELOAD", "GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+                   or (name.startswith("MALLOC_") and name.endswith("_"))]
+    return "; ".join([host, *set_outside] + ["CUDA: " + torch.cuda.get_allocator_backend()] * (DEVICE == "cuda"))
 
 
 def machine():
@@ -753,7 +860,7 @@ def machine():
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[-1].splitlines()[0]
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "torchvision", "transformers", "open_clip")
                 if importlib.util.find_spec(name)}
-    return dict(date=str(datetime.date.today()), versions=versions, python=platform.python_version(),
+    return dict(date=str(datetime.date.today()), versions=versions, python=platform.python_version(), allocator=allocator(),
                 device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu, threads=torch.get_num_threads(),
                 clock="seconds of the processor" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "seconds",
                 onednn=PRODUCTS)
@@ -761,7 +868,6 @@ def machine():
 
 def main():
     """Run the subjects asked for."""
-    global PRODUCTS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help="subjects; default: all; see --list")
     parser.add_argument("--list", action="store_true", help="name the subjects")
@@ -773,12 +879,8 @@ def main():
     if args.list:
         print("\n".join(f"{name:12}{case.__doc__.splitlines()[0]}" for name, case in CASES.items()))
         return
-    train.keep_memory()
-    if DEVICE == "cpu":
-        PRODUCTS = train.choose_products("auto")[0]
-    else:
-        attention.use("auto", DEVICE)
-    about = machine()
+    about = dict(attention=prepare("auto", torch.get_num_threads()))
+    about = dict(machine(), **about)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     for name in CASES if not args.cases or "all" in args.cases else args.cases:
         CASES[name]()

@@ -112,22 +112,30 @@ def part_masks():
                 if DEVICE != "cpu":
                     torch.autograd.grad(out.sum(), (q, k, v))
             return run
-        seconds = bench.times({kernel: form(kernel) for kernel in ("fused", "flex")}, 10)
+        run = {kernel: form(kernel) for kernel in ("fused", "flex")}
+        if bench.tried((name, "fused"), lambda: run["fused"]() or True) is None:  # the table of a long row is large
+            note("masks", mask=name, table="out of memory", flex_ms=1e3 * bench.times({"flex": run["flex"]}, 10)["flex"])
+            continue
+        seconds = bench.times(run, 10)
         note("masks", mask=name, batch=batch, length=length, table_ms=1e3 * seconds["fused"], flex_ms=1e3 * seconds["flex"],
              ratio=seconds["fused"] / seconds["flex"])
-    for order in ("flash", "cudnn", "efficient"):
-        found = attention.fastest_fused(DEVICE)
-        if order in found:
-            note("masks", fused=order, milliseconds=found[order])
+    for name, milliseconds in attention.fastest_fused(DEVICE).items():
+        note("masks", fused=name, milliseconds=milliseconds)
 
 
 def measured(part, name, loss, model, clips, rounds=10, work=None):
     """Milliseconds, share of the GPU's rate and peak memory of a training step in bfloat16. work: operations of
-    a step; default: counted."""
+    a step; default: counted. Returns seconds a step; None where the memory does not suffice, which is noted."""
+    seconds = bench.tried((name, "bf16"), lambda: _measured(part, name, loss, model, clips, rounds, work))
+    if seconds is None:
+        note(part, step=name, out_of_memory=True)
+    return seconds
+
+
+def _measured(part, name, loss, model, clips, rounds, work):
     step = bench.training(model, loss, "bf16", ours=True)
     if work is None:
-        with torch.compiler.set_stance("force_eager"):
-            work = bench.flops(step)
+        work = bench.flops(step)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
@@ -171,8 +179,10 @@ def part_steps():
             for way in ("eager", "sdpa"):
                 form = (f"transformers {way}", "bf16", size, pixels, clips)
                 if frames == 16:
-                    seconds = bench.times({way: bench.mae_case(form)}, 5)[way]
-                    note("steps", step=f"{form[0]} VideoMAE {size}, {clips} clips", ms=1e3 * seconds, clips_per_s=clips / seconds)
+                    step = f"{form[0]} VideoMAE {size}, {clips} clips"
+                    seconds = bench.tried((step, "bf16"), lambda: bench.times({way: bench.mae_case(form)}, 5)[way])
+                    note("steps", step=step, **dict(out_of_memory=True) if seconds is None else
+                         dict(ms=1e3 * seconds, clips_per_s=clips / seconds))
                     free()
     except ImportError:
         note("steps", transformers="not installed")
@@ -245,7 +255,8 @@ def part_packed():
             train.compile_blocks(model)
         seconds = {name: measured("packed", name + ", compiled" * compiled, form, model, clips, 5, work[name])
                    for name, form in (("padded", padded), ("packed", packed))}
-        note("packed", compiled=compiled, ratio=seconds["padded"] / seconds["packed"])
+        if all(seconds.values()):
+            note("packed", compiled=compiled, ratio=seconds["padded"] / seconds["packed"])
 
 
 def part_convolutions():
