@@ -537,7 +537,7 @@ class VideoMAE(nn.Module):
         heads = heads or told.get("num_attention_heads")
         decoder_heads = decoder_heads or told.get("decoder_num_attention_heads")
         if file.config.get("model") == "VideoMAE":  # a run of ours
-            return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
+            return weights.fill(weights.build(cls.from_config, file.config, file.name), file.tensors, name=file.name).eval()
         if not (file.has("encoder_to_decoder.weight") or file.has("mask_token")):
             raise WeightsError(f"{file.name}: a masked autoencoder needs its decoder, and this file has "
                                "none (no encoder_to_decoder.weight, no mask_token); a fine-tuned file "
@@ -660,7 +660,7 @@ class VideoClassifier(nn.Module):
         file = OfficialFile(source, pretraining=False)
         heads = heads or file.hub_config(source).get("num_attention_heads")
         if file.config.get("model") == "VideoClassifier":
-            return weights.fill(cls.from_config(file.config), file.tensors, name=file.name).eval()
+            return weights.fill(weights.build(cls.from_config, file.config, file.name), file.tensors, name=file.name).eval()
         if file.has("encoder_to_decoder.weight") or file.has("mask_token"):
             raise WeightsError(f"{file.name}: a pretraining file, without a classifier; it loads with "
                                "VideoMAE.from_official")

@@ -150,8 +150,8 @@ class Stage:
                        choices=("auto", "on", "off"))
     compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half a minute and gains at "
                         "most 4 percent", choices=("auto", "on", "off"))
-    cuda_graphs: bool = flag(False, "with --compile on CUDA: replay whole blocks as CUDA graphs, for small models; never "
-                             "tried on a GPU so far")
+    cuda_graphs: bool = flag(False, "with --compile on CUDA: replay the blocks of a training step as CUDA graphs, for small "
+                             "models; never tried on a GPU so far")
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
     workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0, high=1000)
@@ -2489,6 +2489,8 @@ def fit(stage, name, again):
     stage.device = processes.start(choose_device(stage.device))
     stage.precision = choose_precision(stage.precision, stage.device)
     stage.compile, why_compile = choose_compile(stage)
+    if stage.cuda_graphs and (stage.compile == "off" or not stage.device.startswith("cuda") or stage.accum > 1):
+        raise Mistake("--cuda-graphs: needs compiled blocks on CUDA and --accum 1, for the next replay overwrites its gradients")
     kernels = attention.use(stage.attention, stage.device)
     products = stage.onednn
     if stage.device == "cpu":
@@ -2561,7 +2563,9 @@ def fit(stage, name, again):
 
     def evaluate(step):
         model.eval()
-        with torch.no_grad(), averaged(), processes.unsharded(take_step):
+        # CUDA graphs own what they put out, until the next step: they are for training, where a step has a clear end.
+        eager = torch.compiler.set_stance("force_eager") if stage.cuda_graphs else contextlib.nullcontext()
+        with torch.no_grad(), averaged(), processes.unsharded(take_step), eager:
             batches = iter(held_out)
             metrics = stage.evaluate(model, (to_device(batch, stage.device) for batch in batches))
             for _ in batches:  # a stage may look at other things
