@@ -2508,8 +2508,8 @@ def fit(stage, name, again):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
-    except OSError as error:
-        raise Mistake(f"--out {out}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: no letter of a name
+        raise Mistake(f"--out {out}: {getattr(error, 'strerror', None) or error}") from None
     train_set, held_out_set = stage.datasets()
     if not stage.resume and first_process:  # only now: a mistake leaves all where it is
         keep_old_run(out)
