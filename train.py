@@ -2119,9 +2119,9 @@ def choose_precision(name, device):
 def choose_products(choice):
     """Let oneDNN multiply float32 matrices on a CPU, or not -> "on" or "off", and why.
 
-    MKL, which PyTorch uses otherwise where there is one, reaches half the rate of processors that are not Intel's
-    (LOG.md). The switch permits bfloat16 units, which oneDNN takes only where there are AMX units; elsewhere it goes
-    on in float32. So one product is tried, which must be right to 1e-5. No stopwatch: what is decided here changes
+    MKL, which PyTorch uses otherwise where there is one, is slower on processors that are not Intel's, by a tenth (Zen 4)
+    to a half (Zen 5; LOG.md). The switch permits bfloat16 units, which oneDNN takes only where there are AMX units;
+    elsewhere it goes on in float32. So one product is tried, which must be right to 1e-5. No stopwatch: what is decided here changes
     the last bits of a run, so it is the same each time, and in all processes of a run."""
     setting = torch.backends.mkldnn.matmul
     setting.fp32_precision = "none"
