@@ -114,6 +114,7 @@ _COLUMNS = {  # what a header line, or a key of JSON, may call a column
     "split": ("split",),
 }
 MOST_CLASSES = 1_000_000  # a larger label is no class number but a date, or an id
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")  # what is meant as one
 _NUMBERED_ANSWER = re.compile(r"(?:a|option|candidate)_?\d+")  # a column of a table of multiple choice
 
 
@@ -241,7 +242,7 @@ def _read_folder(folder):
 
     files = []
     for place, below, here in os.walk(folder, onerror=refuse, followlinks=True):  # datasets are linked
-        below[:] = [name for name in below if not leads_back(Path(place, name))]
+        below[:] = [name for name in below if name[0] != "." and name != "lost+found" and not leads_back(Path(place, name))]
         files += [Path(place, name).relative_to(folder) for name in here if is_media(name) and not name.startswith(".")]
     files.sort()
     videos = [name for name in files if name.suffix.lower() in VIDEO_SUFFIXES]
@@ -262,7 +263,10 @@ def _read_folder(folder):
         labelled, what = False, f"{what} with a .txt beside each"
     # Their places are known: where a link leads nowhere, no file of that name elsewhere is meant.
     rows = [Row(str(folder / name), name.parts[0] if labelled else None, caption) for name, caption in zip(names, captions)]
-    return Found(f"folder of {what}", rows)
+    # What looks like a number and can be none of a class, as a date, is a name: a folder's name may be anything.
+    labels = {row.label for row in rows} - {None}
+    names = [label for label in labels if _NUMBER.fullmatch(label) and (_whole(label) is None or _whole(label) >= MOST_CLASSES)]
+    return Found(f"folder of {what}", rows, sorted(labels) if names else None)
 
 
 def _read_ucf101(folder, number):
@@ -315,7 +319,10 @@ def _lines(text):
 
 
 def _whole(value):
-    """The whole number >= 0 that JSON (7) or a text ("7") says, or None: true, 7.0 and what fits no int64 are none."""
+    """The whole number >= 0 that JSON (7, or 7.0 where a column had gaps) or a text ("7") says, or None: true, 7.5 and what
+    fits no int64 are none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, str):
         return int(value) if value.isdecimal() and len(value) <= 18 else None
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18 else None
@@ -387,16 +394,18 @@ def _read_list(path, lines):
     return Found("list of `path label` lines", rows)
 
 
-def _read_table(path, text, delimiter):
+def _read_table(path, text, delimiter, quoting=csv.QUOTE_MINIMAL):
     """A CSV or tab-separated file whose header names its columns."""
     # Strict, for a quote that nobody closes would make the rest of the file one caption.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     names, records = None, []
     while True:
         line = reader.line_num + 1  # the first of the row; quoted text may hold line breaks
         try:
             row = next(reader, None)
         except csv.Error as error:
+            if delimiter == "\t" and quoting != csv.QUOTE_NONE:  # many know no quotes there
+                return _read_table(path, text, delimiter, csv.QUOTE_NONE)
             raise DataError(f"{path}, line {line}: not a row of a table ({error}); quoted text ends with a quote, and a "
                             "quote within it is doubled") from None
         if row is None:
@@ -448,12 +457,14 @@ def _read_kinetics(path, names, records):
 
 def _read_msrvtt_list(path, ids):
     """A list of MSR-VTT's video ids, like the 9k training list; the sentences are in the JSON beside it."""
-    for file in sorted(path.parent.glob("*.json")):
-        content = _parse(_decode(file), file)
-        if isinstance(content, dict) and {"videos", "sentences"} <= content.keys():
-            rows = _msrvtt_rows(file, content, set(ids))
-            return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
-                         [row._replace(split=None) for row in rows])
+    found = [(file, _parse(_decode(file), file)) for file in sorted(path.parent.glob("*.json"))]
+    found = [(file, content) for file, content in found if isinstance(content, dict) and {"videos", "sentences"} <= content.keys()]
+    # As published there are two, of different videos: the one that knows most of these.
+    found.sort(key=lambda pair: len(set(ids) - {sentence["video_id"] for sentence in pair[1]["sentences"]}))
+    for file, content in found[:1]:
+        rows = _msrvtt_rows(file, content, set(ids))
+        return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
+                     [row._replace(split=None) for row in rows])
     raise DataError(f"{path}: lists video ids alone; put MSRVTT_data.json, which has the sentences, beside it")
 
 
@@ -551,15 +562,15 @@ def _from_records(path, records, kind):
         field = {key: next((record[name] for name in names if record.get(name) is not None), None)
                  for key, names in _COLUMNS.items()}
         name, label, caption, question, answer, candidates, split = (field[key] for key in _COLUMNS)
-        label = label if _whole(label) is None else str(label)
+        label = label if isinstance(label, str) or _whole(label) is None else str(_whole(label))
         if isinstance(caption, list) and isinstance(answer, int) and candidates is None:  # UMT's multiple choice
             caption, candidates = None, caption
         captions, choices, answers = ([] if value is None else value if isinstance(value, list) else [value]
                                       for value in (caption, candidates, answer))
         texts = [name, *captions, *choices, *(text for text in (label, question, split) if text is not None)]
         if not all(isinstance(text, str) for text in texts) or not name.strip() or caption == []:
-            raise DataError(f"{path}, {place}: needs a \"path\", and path, label and caption must be text, "
-                            f"got {json.dumps(record)[:60]}")
+            raise DataError(f"{path}, {place}: needs a \"path\", and path and caption must be text, label text or a "
+                            f"whole number, got {json.dumps(record)[:60]}")
         names = name.strip() if is_media(name) else _names(name.strip())
         if candidates is not None:
             if candidates != choices or not choices:
@@ -574,7 +585,7 @@ def _from_records(path, records, kind):
             if not answers or not all(isinstance(said, str) or _whole(said) is not None for said in answers):
                 raise DataError(f"{path}, {place}: an answer is a text, a whole number, or a list of these, "
                                 f"got {json.dumps(answer)[:60]}")
-            answers = list(map(str, answers))
+            answers = [said if isinstance(said, str) else str(_whole(said)) for said in answers]
             answer = max(answers, key=answers.count)
         rows += [Row(names, label and label.strip() or None, text and text.strip(), _split(split and split.strip()),
                      question or None, answer, candidates) for text in captions or [None]]
@@ -603,7 +614,7 @@ def number_labels(source, labels, classes):
     written = sorted({label for label in labels if label is not None})
     if not written:
         return list(classes or []), {}
-    if not set(written) <= set(classes or ()) and all(re.fullmatch(r"[-+]?\d+(\.\d*)?", label) for label in written):
+    if not set(written) <= set(classes or ()) and all(map(_NUMBER.fullmatch, written)):
         number = {label: _whole(label) for label in written}
         odd = [label for label in written if number[label] is None or number[label] >= MOST_CLASSES]
         if odd:

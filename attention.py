@@ -324,8 +324,9 @@ def _flex_works(kind, width, dtype, device):
             inputs = [x.requires_grad_() for x in inputs]
             found = [(out, *torch.autograd.grad(out, inputs, upstream)) for out in (
                 flex(*inputs, mask), attention(*inputs, mask, kernel="written_out"))]
-            error = max(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in zip(*found))
-        reason = "" if error < 0.05 else f"numbers that are wrong by {error:.1e} of the largest"
+            errors = [float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in zip(*found)]
+        wrong = [error for error in errors if not error < 0.05]  # NaN is less than nothing
+        reason = f"numbers that are wrong by {wrong[0]:.1e} of the largest" if wrong else ""
     except Exception as failure:  # of the compiler, of the kernel, of the driver
         reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
     if reason:
@@ -400,9 +401,8 @@ def fastest_fused(device):
                 found[name] = _there_and_back(FUSED.get(name, SDPBackend.FLASH_ATTENTION), device)
         except Exception:  # this GPU or this build has no such kernel; those of packages fail in ways of their own
             continue
-    found = dict(sorted(found.items(), key=lambda pair: pair[1]))
-    prefer(list(found))
-    return found
+    _activate("flash")
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
 def newer_flash():
@@ -432,8 +432,8 @@ def _flash_is_right(device):
             got = out, *torch.autograd.grad(out, (q, k, v), out.detach())
         expected = attention(*exact, Mask(causal=causal), kernel="written_out")
         wanted = expected, *torch.autograd.grad(expected, exact, out.detach().float())
-        if any((a - b).abs().max() > 2**-6 * b.abs().max().clamp(min=1) for a, b in zip(got, wanted)):
-            return False
+        if not all((a - b).abs().max() <= 2**-6 * b.abs().max().clamp(min=1) for a, b in zip(got, wanted)):
+            return False  # so is NaN
     return True
 
 
@@ -476,6 +476,8 @@ def use(kernel, device="cpu"):
     _always = _known(kernel)
     cpu = torch.device(device).type == "cpu"
     measured = fastest_fused(device) if kernel in ("auto", "fused") else {}
+    if measured:
+        prefer(list(measured))
     quickest = ", ".join(f"{name} {ms:.2f} ms" for name, ms in measured.items())
     if kernel != "auto":
         return f"{kernel} for all" + f" (measured: {quickest})" * bool(quickest)

@@ -42,7 +42,6 @@ Try it:
 array([12, 37, 62, 87])
 """
 
-import atexit
 import bisect
 import collections
 import contextlib
@@ -53,7 +52,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import random
 import re
@@ -1143,28 +1142,24 @@ def _has_ended(number):
         return False
     try:
         return os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
+    except ChildProcessError:  # waited for already, or a child of the server that forks for us (Python 3.14)
+        return not os.path.exists(f"/proc/{number}") if os.path.exists("/proc/self") else True
 
 
-def _end_workers():
-    """At the end of the program: those that are left do not listen to what multiprocessing would say, and then wait for."""
-    numbers = {_in_writing(desk)[0] for desks in list(_desks) for desk in desks}
-    for child in multiprocessing.active_children():
-        if str(child.pid) in numbers:
+def _end(children):
+    for child in children:
+        if child.is_alive():
             child.kill()
 
 
 def _load(dataset, plan, workers, **options):
-    # The workers run one torch thread each and end with the parent: DataLoader sees to both. Its
-    # own generator, so that starting a loader does not move the global one.
+    # The workers run one torch thread each: DataLoader sees to that. Its own generator, so that starting a loader does
+    # not move the global one.
     if plan is not None:
         dataset, options = _Carry(dataset), {"batch_sampler": plan}
     desks = torch.zeros(workers, 512, dtype=torch.uint8).share_memory_() if workers else None
     if workers:
         _desks.add(desks)
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)  # after multiprocessing's own, so it is called before
     loader = torch.utils.data.DataLoader(
         dataset, collate_fn=_collate, num_workers=workers, generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),  # so that the copy to the GPU need not be waited for
@@ -1174,10 +1169,17 @@ def _load(dataset, plan, workers, **options):
         # torch tells of a dead worker from a signal handler, wherever the program then is: in the midst of writing a
         # checkpoint, or of reporting this very death. Here the next batch tells (torch looks every five seconds).
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    # They leave SIGTERM to us, and by SIGTERM DataLoader, and multiprocessing at the end of the program, would end one
+    # that does not hear them, busy with a file that takes for ever.
+    end = multiprocessing.util.Finalize(None, _end, (list(getattr(batches, "_workers", ())),), exitpriority=10)
+    try:
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        del batches  # DataLoader asks them to end, and waits a while
+        end()
 
 
 class _Plan:

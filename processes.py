@@ -56,12 +56,17 @@ def rank():
     return dist.get_rank() if world() > 1 else 0
 
 
+def several():
+    """True where torchrun has started more processes than this one, whether or not they have met."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def start(device):
     """Meet the others, where torchrun has started several; returns the device of this process.
 
     device  "cpu", "cuda" or "cuda:N"; of several processes on a machine each takes a GPU of its own
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not several():
         return device
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda"):
@@ -86,7 +91,7 @@ def end():
 
 def first_to_say(text):
     """Several processes stop for one reason: True for the first of them that wants to print this text."""
-    if "MASTER_PORT" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not several():
         return True
     try:  # torchrun keeps a small table of numbers for its processes
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -359,7 +364,11 @@ def save_parts(folder, tensors, facts):
 
 
 def first_cause(error, folder):
-    """What went wrong in one of the processes, as an OSError: torch's own is no Exception, so nobody would catch it."""
+    """What went wrong in one of the processes, as an OSError: torch's own is no Exception, so nobody would catch it. It
+    swallows whoever asks us to stop, too, and a lack of memory; these stay what they are."""
+    for found, _ in (error.failures or {}).values():
+        if isinstance(found, (KeyboardInterrupt, MemoryError)):
+            return found
     first = cause = next(iter(error.failures.values()))[0] if error.failures else error
     while cause is not None and not (isinstance(cause, OSError) and cause.errno):
         cause = cause.__context__  # torch's writer of archives complains of what followed

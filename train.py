@@ -44,6 +44,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -52,6 +53,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -150,8 +152,6 @@ class Stage:
                        choices=("auto", "on", "off"))
     compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half a minute and gains at "
                         "most 4 percent", choices=("auto", "on", "off"))
-    cuda_graphs: bool = flag(False, "with --compile on CUDA: replay the blocks of a training step as CUDA graphs, for small "
-                             "models; never tried on a GPU so far")
     recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
     workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0, high=1000)
@@ -164,6 +164,7 @@ class Stage:
     save_every: int = flag(100, "steps between checkpoints", low=1)
     log_every: int = flag(10, "steps between lines of log.jsonl", low=1)
     dry_run: bool = flag(False, "print parameters, FLOPs per clip and memory, then stop")
+    began = False  # True once what is in --out is this run's
 
     def decided(self, **own):
         """What --weights have decided: Mistake where a flag asks for something else than these values."""
@@ -1373,7 +1374,7 @@ class Classify(Labels):
         """For a probe: look at every training clip once, and keep what was seen in --out/features.pt."""
         if self.mode == "finetune" or not self.steps:
             return
-        path, settings = Path(self.out) / "features.pt", recipe_of(self) | {"weights": self.weights}
+        path, settings = Path(self.out) / "features.pt", recipe_of(self) | {"weights": self.weights, "precision": self.precision}
         if self.resume and path.exists():
             with contextlib.suppress(Exception):  # damaged, or of another recipe: looking again costs little
                 saved = weights.load(path)
@@ -2179,13 +2180,13 @@ def choose_compile(stage):
     return ("off", f"nothing can be compiled here: {reason}") if reason else ("on", "")
 
 
-def compile_blocks(model, cuda_graphs=False):
+def compile_blocks(model):
     """Compile the blocks in place: names and weights stay. fullgraph: a graph break is an error, not a slow
     block. One piece of code serves encoder and decoder, training and evaluation, so it may have many versions."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, COMPILED):
-            module.compile(fullgraph=True, backend=attention.BACKEND, **{"mode": "reduce-overhead"} if cuda_graphs else {})
+            module.compile(fullgraph=True, backend=attention.BACKEND)
 
 
 def memory_mib(device):
@@ -2211,7 +2212,7 @@ def clips_in(batch):
 
 FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
                   "eval_clips", "eval_batch", "dry_run", "weights", "shard", "max_bad", "attention", "onednn", "compile",
-                  "cuda_graphs", "precision", "recompute", "figures"}
+                  "precision", "recompute", "figures"}
 
 
 FACTS_OF_A_RUN = {"left_out": int, "step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict, "bad": dict}
@@ -2322,7 +2323,11 @@ def read_checkpoint(path, like):
         for group in ("model", "average"):  # parts come in an order of their own
             tensors[group] = {name: tensors[group][name] for name in like["model"] if name in tensors[group]}
         return saved, tensors
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a torn file makes torch raise
+        if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # no fault of the file's
         raise ValueError(str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__) from None
 
 
@@ -2350,10 +2355,10 @@ def resume_from(out, stage, like):
         raise Mistake(f"{path} was made with " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
                       other.items()) + ": resume with the same, or use another --out")
     for bad, error in damaged:
-        print(f"{bad}: damaged ({error}); taking {path}, step {saved['step']}, and setting it aside as {bad}.damaged")
+        aside = next(place for n in itertools.count() if not (place := Path(f"{bad}.damaged" + f".{n}" * (n > 0))).exists())
+        print(f"{bad}: damaged ({error}); taking {path}, step {saved['step']}, and setting it aside as {aside}")
         if processes.rank() == 0:
-            remove(bad.with_name(bad.name + ".damaged"))
-            bad.rename(bad.with_name(bad.name + ".damaged"))
+            bad.rename(aside)
     if was["steps"] != stage.steps:
         print(f"--steps was {was['steps']} and is {stage.steps} now: the learning rate follows the new schedule from "
               "here on")
@@ -2386,11 +2391,12 @@ def keep_old_run(out):
 
 
 def explained(fit):
-    """What the machine says when it fails, as a `Failure`: one line with the last good checkpoint in it."""
+    """What the machine says when it fails, as a `Failure`, or what a run says that is asked to stop, as `Stopped`: one line
+    with the last good checkpoint in it."""
     @functools.wraps(fit)
     def run(stage, name, again="--resume"):
         def with_checkpoint(reason):
-            kept = checkpoints(Path(stage.out or f"runs/{name}"))
+            kept = checkpoints(Path(stage.out)) if stage.began else []  # what lies there before is another run's
             return reason + (f"; the last good checkpoint is {kept[0]}, go on with {again}" if kept else
                              "; no checkpoint was written yet")
         try:
@@ -2426,7 +2432,8 @@ def trouble(error, stage):
         if dead := data.dead_worker(chain):
             return dead
         chain = chain.__context__
-    if re.search(r"shared memory|/torch_\d|file descriptor|Too many open files", text):  # torch hands clips over there
+    if not getattr(error, "filename", None) and re.search(  # torch hands clips over there
+            r"shared memory (object|file)|shared memory\(shm\)|</torch_\d+_\d+|items of ancdata|Too many open files", text):
         return (f"no room to hand clips from one process to another ({text.strip().splitlines()[0][:150]}): fewer --workers, "
                 "a smaller --batch-size, a larger /dev/shm, or a higher `ulimit -n`")
     if isinstance(error, OSError) and error.errno:
@@ -2489,8 +2496,6 @@ def fit(stage, name, again):
     stage.device = processes.start(choose_device(stage.device))
     stage.precision = choose_precision(stage.precision, stage.device)
     stage.compile, why_compile = choose_compile(stage)
-    if stage.cuda_graphs and (stage.compile == "off" or not stage.device.startswith("cuda") or stage.accum > 1):
-        raise Mistake("--cuda-graphs: needs compiled blocks on CUDA and --accum 1, for the next replay overwrites its gradients")
     kernels = attention.use(stage.attention, stage.device)
     products = stage.onednn
     if stage.device == "cpu":
@@ -2501,7 +2506,7 @@ def fit(stage, name, again):
     torch.manual_seed(stage.seed)
     model = stage.build().to(stage.device)
     if stage.compile == "on":
-        compile_blocks(model, stage.cuda_graphs)
+        compile_blocks(model)
     if stage.dry_run:
         return dry_run(stage, model)
     try:
@@ -2513,6 +2518,7 @@ def fit(stage, name, again):
     train_set, held_out_set = stage.datasets()
     if not stage.resume and first_process:  # only now: a mistake leaves all where it is
         keep_old_run(out)
+    stage.began = True
     processes.wait()
 
     take_step = processes.parallel(model, stage.loss, stage.shard, parts=(Block,))
@@ -2563,9 +2569,7 @@ def fit(stage, name, again):
 
     def evaluate(step):
         model.eval()
-        # CUDA graphs own what they put out, until the next step: they are for training, where a step has a clear end.
-        eager = torch.compiler.set_stance("force_eager") if stage.cuda_graphs else contextlib.nullcontext()
-        with torch.no_grad(), averaged(), processes.unsharded(take_step), eager:
+        with torch.no_grad(), averaged(), processes.unsharded(take_step):
             batches = iter(held_out)
             metrics = stage.evaluate(model, (to_device(batch, stage.device) for batch in batches))
             for _ in batches:  # a stage may look at other things
@@ -2619,8 +2623,6 @@ def fit(stage, name, again):
                     raise data.DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
                                          f"{stage.max_bad}, the last: {reason}; `python data.py PATH` lists all such files")
                 files += batch.get("path", ())
-                if stage.cuda_graphs:
-                    torch.compiler.cudagraph_mark_step_begin()
                 with processes.exchange(take_step, on=part == stage.accum - 1):
                     loss, values = take_step(to_device(batch, stage.device), generator(stage.seed, "loss", step, part))
                     (loss / stage.accum).backward()
@@ -2675,11 +2677,13 @@ def fit(stage, name, again):
                 save(step)
     finally:
         bar.close()
+        for number, _ in previous:
+            signal.signal(number, signal.SIG_IGN)  # while the workers end: a moment
+        del batches
         for number, handler in previous:
             # Of several processes the first that is gone makes torchrun ask the others to end: they are ending.
             signal.signal(number, signal.SIG_IGN if stopping and processes.world() > 1 else handler)
-        del batches
-    if stopping and step < stage.steps:
+    if processes.means({"stop": bool(stop) or stopping}, stage.device)["stop"] > 0:  # also after the last step
         line = f"python train.py {name} --resume --out {out} and the same flags" if again == "--resume" else again
         raise Stopped(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: {line}")
 
@@ -2807,11 +2811,13 @@ def default_run(argv):
     parser.add_argument("--out", default="runs/default", help="folder; a folder in it for each stage")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     args = parser.parse_args(argv)
+    if isinstance(args.out, list) or isinstance(args.seed, list):  # argparse, of --out=--
+        raise Mistake("--out, --seed: expected a value")
     if not 0 <= args.seed <= 10**9:
         raise Mistake(f"--seed {args.seed}: must be at least 0 and at most {10**9}")
     out, started = Path(args.out), time.monotonic()
-    again = "python train.py" + f" --out {out}" * (args.out != "runs/default") + f" --seed {args.seed}" * (args.seed > 0)
-    waiting = [row for row in DEFAULT_RUN if not (out / row[0] / "metrics.json").exists()]
+    again = "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default") + f" --seed {args.seed}" * (args.seed > 0)
+    waiting = [row for row in DEFAULT_RUN if not os.path.exists(out / row[0] / "metrics.json")]
     print(f"the default run, about {sum(row[3] for row in waiting) / 60:.0f} minutes on two cores: "
           + ", ".join(f"{name} {seconds} s" for name, _, _, seconds in waiting))
     for name, card, options, _ in DEFAULT_RUN:
@@ -2905,12 +2911,12 @@ def main(argv=None):
 
     before = signal.signal(signal.SIGTERM, asked_to_end)  # as Ctrl-C; in the midst of training `fit` listens itself
     try:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
             if not os.environ.get(name, "0").isdecimal():
-                raise Mistake(f"{name}={os.environ[name]}: torchrun makes it a number; unset it")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-            raise Mistake(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes are started with torchrun; unset it for one")
-        if int(os.environ.get("RANK", 0)) > 0:  # of several processes one speaks; any may say why it ends
+                raise Mistake(f"{name}={os.environ.pop(name)}: torchrun makes it a number; unset it")
+        if processes.several() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+            raise Mistake(f"WORLD_SIZE={os.environ.pop('WORLD_SIZE')}: several processes are started with torchrun; unset it for one")
+        if processes.several() and int(os.environ["RANK"]) > 0:  # of several processes one speaks; any may say why it ends
             sys.stdout = open(os.devnull, "w")
         if not argv or argv[0] in ("--out", "--seed") or argv[0].startswith(("--out=", "--seed=")):
             default_run(argv)
@@ -2932,10 +2938,9 @@ def main(argv=None):
         if signal.getsignal(signal.SIGTERM) is asked_to_end:
             signal.signal(signal.SIGTERM, before)
     text = annotations.printable(text)  # a name may have anything in it; a mistake is one line
-    several = os.environ.get("WORLD_SIZE", "1") not in ("0", "1") and "RANK" in os.environ
-    if not several or processes.first_to_say(text):
-        who = f"process {os.environ.get('RANK')}: " * several
-        print("\n" * several + f"train.py: {who}{text}", file=sys.stderr)  # on a line of its own, not behind another's bar
+    if processes.first_to_say(text):
+        who, line = (f"process {os.environ['RANK']}: ", "\n") if processes.several() else ("", "")  # not behind another's bar
+        print(f"{line}train.py: {who}{text}", file=sys.stderr)
     return code
 
 

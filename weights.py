@@ -59,7 +59,7 @@ PREFIXES = ("module.", "model.", "_orig_mod.")  # DataParallel, Hugging Face rem
 
 # What torch, safetensors, zipfile and pickle raise at a damaged file.
 DAMAGE = (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, LookupError,
-          AttributeError, TypeError, ArithmeticError, AssertionError, MemoryError, struct.error, zlib.error)
+          AttributeError, TypeError, ArithmeticError, AssertionError, struct.error, zlib.error)
 
 
 class WeightsError(ValueError):
@@ -273,7 +273,7 @@ def hub_config(source):
         if not isinstance(part, dict) or not isinstance(part.get("hidden_act", ""), str):
             raise WeightsError(f"{path}: not a configuration as transformers writes it")
         for key in ("num_attention_heads", "decoder_num_attention_heads"):
-            if type(part.get(key, 1)) is not int or part.get(key, 1) < 1:
+            if part.get(key) is not None and (type(part[key]) is not int or part[key] < 1):
                 raise WeightsError(f"{path}: {key} must be a whole number from 1 on, got {str(part[key])[:60]!r}")
     return found
 
@@ -285,6 +285,8 @@ def build(make, config, name):
     except WeightsError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise  # no fault of the file's
         raise WeightsError(f"{name}: its configuration describes no model that can be built ({type(error).__name__}: "
                            f"{str(error)[:120]})") from error
 
@@ -359,7 +361,8 @@ def fill(model, tensors, rules=None, *, name="weights"):
     shapes = [f"{spoken[key]} is {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
               for key, tensor in ours.items() if key in own and tensor.shape != own[key].shape]
     kinds = [f"{spoken[key]} is {tensor.dtype} instead of {own[key].dtype}" for key, tensor in ours.items()
-             if key in own and tensor.is_floating_point() != own[key].is_floating_point()]  # copying would round in silence
+             if key in own and tensor.is_floating_point() != own[key].is_floating_point()  # copying would round in silence
+             and not (tensor.is_floating_point() and torch.equal(tensor, tensor.round()))]  # a counter, cast with the rest
     unfilled = [key for key in own if key not in spoken]
     if unfilled:  # our own mistake, not the file's
         raise AssertionError(f"no rule fills {unfilled}")

@@ -231,7 +231,7 @@ VIDEO = '{"video_id": "v", "split": %s}'
     ("x.json", '[{"path": "a\\u0000.mp4"}]', "no file's name"),
     *(("x.json", '[{"path": "p.mp4", %s}]' % said, f"entry 1: {reason}") for said, reason in (
         ('"caption": []', "needs"), ('"caption": ["a", null]', "needs"), ('"caption": true', "needs"), ('"question": 3', "needs"),
-        ('"label": 1.0', "needs"), ('"label": true', "needs"), ('"split": []', "needs"), ('"options": [3], "answer": 0', "needs"),
+        ('"label": 1.5', "needs"), ('"label": true', "needs"), ('"split": []', "needs"), ('"options": [3], "answer": 0', "needs"),
         ('"candidates": 5, "answer": 0', "needs"), ('"candidates": {}, "answer": 0', "needs"),
         ('"candidates": [], "answer": 0', "the candidates"), ('"candidates": "abc", "answer": 0', "the candidates"),
         ('"candidates": ["a", "b"], "answer": true', "the answer"), ('"candidates": ["a", "b"], "answer": []', "the answer"),
@@ -421,3 +421,37 @@ def test_the_clip_stage_takes_shards(shards, tmp_path, capsys):
     assert train.main(["clip", "--steps", "1", "--batch-size", "2", "--image-batch", "2", "--num-frames", "2",
                        "--input-size", "32", "--workers", "0", "--data", str(shards), "--out", str(tmp_path)]) == 0
     assert "tar shards" in capsys.readouterr().out
+
+
+def test_names_of_folders_are_names_also_where_they_are_dates_and_what_hides_is_left_out(tmp_path, clip):
+    """Only numbers of classes keep their order; a disk's own folders may not even be looked into."""
+    for place in ("20240101", "20240102", ".Trash-0", "lost+found"):
+        (tmp_path / "dates" / place).mkdir(parents=True)
+        (tmp_path / "dates" / place / "a.mp4").write_bytes(clip)
+    files = data.VideoFiles(tmp_path / "dates", 2, 16, train=False)
+    assert files.classes == ["20240101", "20240102"] and [label for _, label in files.items] == [0, 1]
+    for place in ("10", "9"):
+        (tmp_path / "numbers" / place).mkdir(parents=True)
+        (tmp_path / "numbers" / place / "a.mp4").write_bytes(clip)
+    assert sorted(label for _, label in data.VideoFiles(tmp_path / "numbers", 2, 16, train=False).items) == [9, 10]
+
+
+def test_a_table_of_tabs_knows_no_quotes_and_json_knows_whole_numbers_as_pandas_writes_them(tmp_path, clip):
+    (tmp_path / "a.mp4").write_bytes(clip)
+    (tmp_path / "list.tsv").write_text('path\tcaption\na.mp4\t"Stop" she says\n')
+    assert annotations.read(tmp_path / "list.tsv").rows[0].caption == '"Stop" she says'
+    (tmp_path / "list.jsonl").write_text('{"path": "a.mp4", "label": 7.0}\n')
+    assert annotations.read(tmp_path / "list.jsonl").rows[0].label == "7"
+    (tmp_path / "list.jsonl").write_text('{"path": "a.mp4", "label": 7.5}\n')
+    with pytest.raises(DataError, match="label text or a whole number"):
+        annotations.read(tmp_path / "list.jsonl")
+
+
+def test_of_two_files_of_msr_vtt_the_one_that_knows_the_listed_videos_is_read(tmp_path, clip):
+    for name, ids in (("a_test.json", ("video2",)), ("b_train_val.json", ("video0", "video1"))):
+        (tmp_path / name).write_text(json.dumps({"videos": [{"video_id": i} for i in ids],
+                                                 "sentences": [{"video_id": i, "caption": "a cat"} for i in ids]}))
+    for i in ("video0", "video1"):
+        (tmp_path / f"{i}.mp4").write_bytes(clip)
+    (tmp_path / "train.csv").write_text("video_id\nvideo0\nvideo1\n")
+    assert len(annotations.read(tmp_path / "train.csv").rows) == 2

@@ -247,6 +247,14 @@ def test_a_gpu_never_chooses_a_flex_attention_that_failed_when_it_was_tried(monk
         patch.setattr(attention_file, "flex", lambda *args: attention_file.piecewise(*args) * 1.2)
         with pytest.warns(UserWarning, match="wrong by 2.*e-01 of the largest"):
             assert not attention_file._flex_works(kind, 32, torch.bfloat16, "cpu")
+
+        def no_number_backward(*args):
+            out = attention_file.piecewise(*args)
+            out.register_hook(lambda grad: grad * torch.nan)
+            return out
+        patch.setattr(attention_file, "flex", no_number_backward)
+        with pytest.warns(UserWarning, match="wrong by nan of the largest"):
+            assert not attention_file._flex_works(kind, 64, torch.bfloat16, "cpu")
     attention_file._flex_works.cache_clear()
 
 
@@ -260,17 +268,18 @@ def test_the_quickest_fused_kernel_goes_first_and_a_newer_flash_only_if_it_is_ri
         active.append(name)
     monkeypatch.setattr(attention_file, "newer_flash", lambda: ("FA3", "FA4", "wrong"))
     monkeypatch.setattr(attention_file, "_activate", activate)
+    assert attention_file._flash_is_right("cpu")  # torch's own, which runs here
     monkeypatch.setattr(attention_file, "_flash_is_right", lambda device: active[-1] != "wrong")
     monkeypatch.setattr(attention_file, "_there_and_back", lambda backend, device: ms[active[-1]])
     usual = torch._C._get_sdp_priority_order()
     try:
-        assert list(attention_file.fastest_fused.__wrapped__("cuda").items()) == [
-            ("FA3", 1.5), ("cudnn", 2.0), ("flash", 3.0), ("efficient", 4.0)]
+        found = attention_file.fastest_fused.__wrapped__("cuda")
+        assert list(found.items()) == [("FA3", 1.5), ("cudnn", 2.0), ("flash", 3.0), ("efficient", 4.0)]
+        monkeypatch.setattr(attention_file, "fastest_fused", lambda device: found)
+        assert attention_file.use("fused", "cuda").startswith("fused for all (measured: FA3 1.50 ms, cudnn 2.00 ms")
         assert active[-1] == "FA3"
         order = [int(SDPBackend.FLASH_ATTENTION), int(SDPBackend.CUDNN_ATTENTION), int(SDPBackend.EFFICIENT_ATTENTION)]
         assert torch._C._get_sdp_priority_order()[:3] == order
-        monkeypatch.setattr(attention_file, "fastest_fused", lambda device: ms)
-        assert attention_file.use("fused", "cuda").startswith("fused for all (measured: flash 3.00 ms")
     finally:
         attention_file.use("auto")
         attention_file.prefer([])

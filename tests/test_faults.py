@@ -6,6 +6,7 @@ The lines are those of README.md, "When something goes wrong".
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -45,9 +46,9 @@ def in_readme(said):
             line = re.sub(what, form, line)
         return line
 
-    table = (ROOT / "README.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0].replace(r"\`", "'")
-    lines = [plain(line).split("...") for line in re.findall("`([^`]+)`", table)]
-    said = plain(said.replace("`", "'"))
+    table = (ROOT / "README.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0]
+    lines = [plain(line).split("...") for _, line in re.findall(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)", table)]
+    said = plain(said)
     return any(said.startswith(parts[0]) and said.endswith(parts[-1]) and (len(parts) > 1 or said == parts[0]) for parts in lines)
 
 
@@ -159,6 +160,8 @@ def test_memory_that_runs_out_says_what_to_lower(tmp_path, capsys, monkeypatch):
     assert f"the last good checkpoint is {tmp_path / 'run' / 'last.pt'}" in said and in_readme(said)
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method(allow_none=True) not in (None, "fork") or sys.version_info >= (3, 14),
+                    reason="what is put in place of a function reaches forks only")
 def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, monkeypatch):
     """As one file in twelve does to it that crashes the decoder, in the third step or later."""
     ours, read, reads = os.getpid(), train.data.Video.read, []
@@ -178,6 +181,18 @@ def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, 
     assert "07.mp4 in hand" in said and in_readme(said.replace("has ended", "exited unexpectedly"))
     monkeypatch.undo()
     assert run(*flags, "--resume", out=tmp_path / "run", steps=4) == 0
+
+
+def test_a_worker_that_somebody_kills_is_reported_too(tmp_path, capsys, monkeypatch):
+    def kill(loss, values):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        return loss, values
+
+    at_step(monkeypatch, 1, kill)
+    assert run("--workers", "1", "--save-every", "1", out=tmp_path / "run", steps=50) == 1
+    said = one_line(capsys)
+    assert "a process that prepares clips (pid" in said and "in hand" in said and "the last good checkpoint is" in said
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
@@ -215,7 +230,7 @@ def test_who_is_asked_to_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_
     assert run(out=tmp_path / "cut") == 130
     assert one_line(capsys) == (f"train.py: stopped at step 2 of 4, saved in {tmp_path / 'cut'}/last.pt; go on with: python train.py mae "
                                 f"--resume --out {tmp_path / 'cut'} and the same flags")
-    assert in_readme(f"train.py: stopped at step 2 of 4, saved in x/last.pt; go on with: python train.py mae --resume --out x and the same flags")
+    assert in_readme("train.py: stopped at step 2 of 4, saved in x/last.pt; go on with: python train.py mae --resume --out x and the same flags")
     monkeypatch.undo()
     assert run("--resume", out=tmp_path / "cut") == 0
     a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
@@ -241,6 +256,45 @@ def test_who_is_asked_to_stop_before_or_after_training_says_where_the_last_check
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.undo()
     assert run("--resume", out=tmp_path / "run") == 0
+
+
+def test_a_run_that_never_began_does_not_name_the_checkpoint_of_another(tmp_path, capsys, monkeypatch):
+    assert run(out=tmp_path / "run", steps=1) == 0
+    monkeypatch.setattr(train.MAE, "datasets", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    capsys.readouterr()
+    assert run(out=tmp_path / "run") == 130
+    assert one_line(capsys) == "train.py: interrupted; no checkpoint was written yet"
+
+
+def test_who_is_asked_to_stop_after_the_last_step_has_the_rest_left_to_do(tmp_path, capsys, monkeypatch):
+    own = train.MAE.evaluate
+
+    def asked(self, *rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return own(self, *rest)
+
+    assert run(out=tmp_path / "run", steps=2) == 0
+    monkeypatch.setattr(train.MAE, "evaluate", asked)
+    with monkeypatch.context() as first:
+        calls = []
+        first.setattr(train.MAE, "evaluate", lambda self, *rest: calls.append(0) or (asked if len(calls) == 2 else own)(self, *rest))
+        assert run("--eval-every", "9", out=tmp_path / "cut", steps=2) == 130
+    assert "stopped at step 2 of 2, saved in" in one_line(capsys) and not (tmp_path / "cut" / "metrics.json").exists()
+    monkeypatch.undo()
+    assert run("--resume", out=tmp_path / "cut", steps=2) == 0 and (tmp_path / "cut" / "metrics.json").exists()
+    assert all(torch.equal(x, tensors(tmp_path / "run")[key]) for key, x in tensors(tmp_path / "cut").items())
+
+
+def test_who_is_asked_to_stop_while_parts_are_read_does_not_find_them_damaged(tmp_path, monkeypatch):
+    """torch catches all there is, and would make of a KeyboardInterrupt an error of the file's."""
+    train.processes.save_parts(tmp_path / "last.pt", {"model/a": torch.ones(2)}, {"step": 1})
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemReader.read_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.read_checkpoint(tmp_path / "last.pt", {"model": {}})
 
 
 def test_a_stage_of_the_default_run_says_the_line_that_goes_on_with_it(tmp_path, capsys, monkeypatch):
@@ -305,6 +359,9 @@ def test_what_is_advised_for_lack_of_memory_is_the_same_step_and_may_be_changed_
                                   "unable to allocate shared memory(shm) for file </torch_2_1>: No space left on device (28)"])
 def test_no_room_between_processes_says_what_to_lower(text):
     assert "fewer --workers" in train.trouble(RuntimeError(text), train.MAE())
+    full = OSError(28, "No space left on device", "/scratch/torch_2/run/last.pt.whole")
+    assert train.trouble(full, train.MAE()) == "/scratch/torch_2/run/last.pt.whole: No space left on device"
+    assert train.trouble(RuntimeError("out of resource: shared memory, Required: 1, Hardware limit: 2"), train.MAE()) is None
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_line(tmp_path, capsys):

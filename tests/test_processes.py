@@ -222,7 +222,7 @@ def runs(folder, cut=True):
         accum = ("--accum", "2", "--workers", "1", "--optimizer", "muon")
         run("accum alone", 1, *accum)
         run("accum", 2, *accum)
-        run("accum cut off", 2, *accum, happen=lambda calls: power_cut(calls // 2))  # in the midst of the fifth half step
+        run("accum cut off", 2, *accum, happen=lambda calls: power_cut(calls // 2))  # in the second half of step 4
         run("accum cut off", 2, *accum, "--resume")
         run("joins", 1)  # goes on in two parts: a folder takes the place of a file
         run("joins", 2, "--resume", "--shard", "--steps", "6")

@@ -245,8 +245,8 @@ def peak_mib(case, form):
 
 
 def prepare(choice, threads, order=None):
-    """The state of a process that measures, alike in all: allocator, threads, kernels, and what the first process chose
-    with a stopwatch, which may say otherwise the next time: oneDNN or not, and the order of fused kernels."""
+    """The state of a process that measures, alike in all: allocator, threads, oneDNN or not, and the order of fused kernels,
+    which the first process chose with a stopwatch that may say otherwise the next time."""
     global PRODUCTS
     train.keep_memory()
     torch.set_num_threads(threads)
