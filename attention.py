@@ -81,8 +81,8 @@ from processes import joined
 KERNELS = ("auto", "written_out", "piecewise", "fused", "flex", "apart")
 
 # On a CPU the written-out form keeps all weights for the backward pass, up to KEPT bytes of them. Above, they
-# are computed in pieces of at most PIECE bytes, twice: some percent more time, and no more memory than
-# fused kernels take (LOG.md).
+# are computed in pieces of at most PIECE bytes, twice: the attention alone takes a quarter to two thirds more
+# time, and no more memory than fused kernels (LOG.md).
 KEPT, PIECE = 8 * 2**20, 4 * 2**20
 
 
