@@ -2591,7 +2591,8 @@ def fit(stage, name, again):
             raise KeyboardInterrupt
         stop.append(number)
 
-    previous = [(number, signal.signal(number, asked_to_stop)) for number in (signal.SIGINT, signal.SIGTERM)]
+    previous = [(number, signal.signal(number, asked_to_stop)) for number in (signal.SIGINT, signal.SIGTERM)
+                if signal.getsignal(number) is not signal.SIG_IGN]  # a shell's background job does not hear Ctrl-C
     bar = tqdm(total=stage.steps, initial=first, desc=name, unit="step", dynamic_ncols=True,
                disable=stage.steps == 0 or not first_process, mininterval=0.5 if sys.stderr.isatty() else 15)
     eval_every = stage.eval_every or max(1, stage.steps // 5)

@@ -175,6 +175,7 @@ def test_the_blocks_of_a_mask_hold_all_that_may_be_looked_at_and_little_else():
             assert mask.blocks(2, 300, 400, "cpu") is mask.blocks(2, 300, 400, "cpu")  # kept
 
 
+@pytest.mark.slow
 def test_new_batches_and_lengths_make_one_more_kernel_each_and_never_fall_back(traced):
     """Training and evaluation differ in both. Past the limit of torch.compile, 8 versions, an exception says so."""
     def graphs_for(kind, batch, length):

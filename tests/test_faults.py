@@ -237,8 +237,8 @@ def test_who_is_asked_to_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("where", ["datasets", "prepare", "finish"])
+@pytest.mark.parametrize("number, where", [(signal.SIGTERM, "datasets"), (signal.SIGTERM, "finish"), (signal.SIGINT, "prepare"),
+                                           (signal.SIGINT, "finish")])
 def test_who_is_asked_to_stop_before_or_after_training_says_where_the_last_checkpoint_is(tmp_path, capsys, monkeypatch, number, where):
     own = getattr(train.MAE, where)
 

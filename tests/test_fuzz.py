@@ -26,7 +26,7 @@ from test_annotations import CASES, clip, lay  # noqa: F401
 from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
 
-QUICK, SLOW = range(12), range(12, 312)
+QUICK, SLOW = range(8), range(8, 308)
 
 
 NUMBERS = [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
