@@ -54,6 +54,7 @@ blocks. At B = 8192 the plain loss takes 1.4 GB, in blocks 0.24 GB and 15 % less
 (['a red star'], 5)
 """
 
+import functools
 import gzip
 import html
 import json
@@ -113,6 +114,17 @@ SPOKEN = ((START, "<start_of_text>", "[CLS]", "<s>", "<bos>"),
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
+@functools.lru_cache(maxsize=None)
+def repair():
+    """ftfy's function that repairs wrongly decoded characters, where it is installed; else one that changes nothing. Asked
+    once: Python searches for what is not there anew each time, which took longer than all the rest of a sentence."""
+    try:
+        import ftfy
+    except ImportError:
+        return lambda text: text
+    return ftfy.fix_text
+
+
 class Tokenizer:
     """Sentences to token numbers and back.
 
@@ -143,12 +155,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"a caption holds half a character (a lone surrogate) at "
                              f"{error.start}: {text[:40]!r}") from None
-        try:
-            import ftfy
-            text = ftfy.fix_text(text)
-        except ImportError:
-            pass
-        text = re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+        text = re.sub(r"\s+", " ", html.unescape(html.unescape(repair()(text)))).strip()
         return text.lower() if self.lower else text
 
     def encode(self, texts, context=77, trim=False):
