@@ -155,11 +155,14 @@ def test_a_kernel_made_for_the_mask_is_the_written_out_attention(kind, traced):
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
 @pytest.mark.parametrize("kind", masks(1, 1))
 def test_so_is_the_compiled_one(kind, dtype, atol):
-    if kind in ("frames", "window", "all") and torch.__version__ < "2.12":
-        pytest.skip("torch 2.11 writes C++ for windows that does not compile; the dispatch goes on without")
     for queries, keys in [(7, 7), (1, 9), (300, 300)]:
         q, k, v = (torch.randn(2, 3, n, 16).to(dtype) for n in (queries, keys, keys))
-        assert_flex_is_written_out(masks(queries, keys)[kind], q, k, v, atol)
+        try:
+            assert_flex_is_written_out(masks(queries, keys)[kind], q, k, v, atol)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if kind not in ("frames", "window", "all") or "was not declared" not in str(error):
+                raise
+            pytest.skip(f"torch {torch.__version__} writes C++ for windows that does not compile; the dispatch goes on without")
 
 
 def test_the_blocks_of_a_mask_hold_all_that_may_be_looked_at_and_little_else():
