@@ -459,13 +459,12 @@ def _read_msrvtt_list(path, ids):
     """A list of MSR-VTT's video ids, like the 9k training list; the sentences are in the JSON beside it."""
     found = [(file, _parse(_decode(file), file)) for file in sorted(path.parent.glob("*.json"))]
     found = [(file, content) for file, content in found if isinstance(content, dict) and {"videos", "sentences"} <= content.keys()]
+    if not found:
+        raise DataError(f"{path}: lists video ids alone; put MSRVTT_data.json, which has the sentences, beside it")
     # As published there are two, of different videos: the one that knows most of these.
-    found.sort(key=lambda pair: len(set(ids) - {sentence["video_id"] for sentence in pair[1]["sentences"]}))
-    for file, content in found[:1]:
-        rows = _msrvtt_rows(file, content, set(ids))
-        return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
-                     [row._replace(split=None) for row in rows])
-    raise DataError(f"{path}: lists video ids alone; put MSRVTT_data.json, which has the sentences, beside it")
+    file, content = min(found, key=lambda pair: len(set(ids) - {sentence["video_id"] for sentence in pair[1]["sentences"]}))
+    rows = _msrvtt_rows(file, content, set(ids))
+    return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}", [row._replace(split=None) for row in rows])
 
 
 def _msrvtt_rows(path, content, wanted=None):

@@ -2277,6 +2277,7 @@ def save_checkpoint(out, facts, tensors, keep, shard=False):
     if not shard:
         weights.write_torch(out / "last.pt.whole", facts | tensors)
         new = out / "last.pt.whole"
+
     def place(n):
         return out / (f"last.{n}.pt" if n else "last.pt")
 
@@ -2681,9 +2682,10 @@ def fit(stage, name, again):
         for number, _ in previous:
             signal.signal(number, signal.SIG_IGN)  # while the workers end: a moment
         del batches
-        for number, handler in previous:
-            # Of several processes the first that is gone makes torchrun ask the others to end: they are ending.
-            signal.signal(number, signal.SIG_IGN if stopping and processes.world() > 1 else handler)
+        # Of several processes the first that is gone makes torchrun ask the others to end: they are ending.
+        if not stopping or processes.world() == 1:
+            for number, handler in previous:
+                signal.signal(number, handler)
     if processes.means({"stop": bool(stop) or stopping}, stage.device)["stop"] > 0:  # also after the last step
         line = f"python train.py {name} --resume --out {out} and the same flags" if again == "--resume" else again
         raise Stopped(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: {line}")
@@ -2764,6 +2766,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"train.py: {message} (see python {self.prog} --help)\n")
 
+    def parse_args(self, argv):
+        found = super().parse_args(argv)
+        for name, value in vars(found).items():
+            if isinstance(value, list):  # what argparse makes of --flag=--
+                raise Mistake(f"--{name.replace('_', '-')}: expected a value")
+        return found
+
 
 def parser_of(card, name):
     """A card's fields as flags; --some-flag and --some_flag are the same."""
@@ -2791,8 +2800,6 @@ def parse(card, name, argv):
     stage = card(**vars(parser_of(card, name).parse_args(argv)))
     for field in dataclasses.fields(stage):
         value, info = getattr(stage, field.name), field.metadata
-        if isinstance(value, list):  # argparse, of --flag=--
-            raise Mistake(f"--{field.name.replace('_', '-')}: expected a value")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         most = 10**9 if info["high"] is None else info["high"]  # what numpy, torch and float32 count
@@ -2812,8 +2819,6 @@ def default_run(argv):
     parser.add_argument("--out", default="runs/default", help="folder; a folder in it for each stage")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     args = parser.parse_args(argv)
-    if isinstance(args.out, list) or isinstance(args.seed, list):  # argparse, of --out=--
-        raise Mistake("--out, --seed: expected a value")
     if not 0 <= args.seed <= 10**9:
         raise Mistake(f"--seed {args.seed}: must be at least 0 and at most {10**9}")
     out, started = Path(args.out), time.monotonic()

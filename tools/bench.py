@@ -879,8 +879,8 @@ def main():
     if args.list:
         print("\n".join(f"{name:12}{case.__doc__.splitlines()[0]}" for name, case in CASES.items()))
         return
-    about = dict(attention=prepare("auto", torch.get_num_threads()))
-    about = dict(machine(), **about)
+    chosen = prepare("auto", torch.get_num_threads())  # before machine(), which tells of it
+    about = dict(machine(), attention=chosen)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     for name in CASES if not args.cases or "all" in args.cases else args.cases:
         CASES[name]()
