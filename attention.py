@@ -76,7 +76,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from processes import joined
+from engine.processes import joined
 
 KERNELS = ("auto", "written_out", "piecewise", "fused", "flex", "apart")
 
@@ -752,7 +752,7 @@ def main(argv=None):
     import argparse
     from pathlib import Path
 
-    import draw
+    from engine import pictures
 
     parser = argparse.ArgumentParser(description="Attention, shape by shape, and its masks in a picture.")
     parser.add_argument("--out", default="runs/masks.png", help="where the picture goes (.png)")
@@ -781,7 +781,7 @@ def main(argv=None):
         tables[name] = torch.ones(queries, 12, dtype=torch.bool) if allowed is None else allowed[0, 0]
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw.masks(tables, path)
+    pictures.masks(tables, path)
     print(f"drawn: {path}")
     return 0
 

@@ -632,8 +632,8 @@ def main(argv=None):
 
     import clip_video
     import data
-    import moving_shapes
-    import draw
+    from video import moving_shapes
+    from engine import pictures
 
     parser = argparse.ArgumentParser(description="Write a sentence about a video.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
@@ -675,7 +675,7 @@ def main(argv=None):
             ids = tokenizer.encode([sentence], model.config["context"], trim=True)[0]
             path = Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw.attention(clip, *looks(model, decoder, tokenizer, tokens, ids),
+            pictures.attention(clip, *looks(model, decoder, tokenizer, tokens, ids),
                            f'where the decoder looks as it writes "{sentence}"', path)
             print(f"drawn: {path}")
     except (WeightsError, data.DataError, ValueError, OSError) as error:

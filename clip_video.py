@@ -75,7 +75,7 @@ from torch import nn
 import uniformerv2
 import weights
 from attention import Block, Mask, attention, quick_gelu, run_blocks
-from processes import gather_with_gradient, joined, piece
+from engine.processes import gather_with_gradient, joined, piece
 from uniformerv2 import UniFormerV2, as_kernel, as_matrix, block_rules, official_rules, pairs
 from weights import Rule, WeightsError, commonest
 
@@ -1100,8 +1100,8 @@ def main(argv=None):
     from pathlib import Path
 
     import data
-    import moving_shapes
-    import draw
+    from video import moving_shapes
+    from engine import pictures
 
     parser = argparse.ArgumentParser(description="Which of these sentences belongs to the video?")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
@@ -1117,7 +1117,7 @@ def main(argv=None):
             path = Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
             cosines, _, captions = explain(data, moving_shapes)
-            draw.similarity(cosines, captions, path)
+            pictures.similarity(cosines, captions, path)
             print(f"drawn, of an untrained model: {path}")
             return 0
         if not args.text or not args.weights or not args.video:

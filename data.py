@@ -71,9 +71,9 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-import annotations
-from annotations import DataError
-from moving_shapes import height_width
+from video import annotations
+from video.annotations import DataError
+from video.moving_shapes import height_width
 
 
 # ------------------------------------------------------------------------------- one video file
@@ -1427,7 +1427,7 @@ def main(argv=None):
 
     from tqdm import tqdm
 
-    import draw
+    from engine import pictures
 
     parser = argparse.ArgumentParser(description="Check a data set.")
     parser.add_argument("path", help="folder or list, as --data of train.py")
@@ -1463,7 +1463,7 @@ def main(argv=None):
             print("\n".join(statistics([result["info"] for result in good])))
             chosen = [good[i] for i in segment_indices(len(good), min(60, len(good)))]
             Path(args.out).mkdir(parents=True, exist_ok=True)
-            draw.sheet([result["picture"] for result in chosen], Path(args.out) / "sheet.png",
+            pictures.sheet([result["picture"] for result in chosen], Path(args.out) / "sheet.png",
                        [Path(result["path"]).name[:24] for result in chosen], columns=10)
             print(f"wrote {args.out}/sheet.png")
         if args.cache and good:

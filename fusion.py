@@ -415,8 +415,8 @@ def main(argv=None):
     from pathlib import Path
 
     import data
-    import moving_shapes
-    import draw
+    from video import moving_shapes
+    from engine import pictures
 
     parser = argparse.ArgumentParser(description="Two experts and a bridge: their answers to one clip.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
@@ -449,7 +449,7 @@ def main(argv=None):
         if model.before:
             path = Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw.looks(clip, *places(model, torch.as_tensor(clip)[None]), path)
+            pictures.looks(clip, *places(model, torch.as_tensor(clip)[None]), path)
             print(f"drawn: {path}")
     except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"fusion.py: {error}", file=sys.stderr)

@@ -1012,7 +1012,7 @@ def main(argv=None):
     from pathlib import Path
 
     import data
-    import moving_shapes
+    from video import moving_shapes
 
     parser = argparse.ArgumentParser(description="Hide most of a video and paint it back.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")

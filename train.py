@@ -69,19 +69,19 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import annotations
+from video import annotations
 import attention
 import caption_decoder
-import caption_metrics
+from tasks import captioning
 import clip_video
 import data
-import moving_shapes
-import draw
+from video import moving_shapes
+from engine import pictures
 import fusion
-import localise
+from tasks import localisation
 import mae
-import processes
-import question_answering
+from engine import processes
+from tasks import question_answering
 import uniformerv2
 import weights
 from attention import Attention, Block
@@ -780,7 +780,7 @@ class Clip(Stage):
         if found := sum((part for _, part in processes.collect(choices)), []):
             metrics["multiple_choice"] = 100 * float(np.mean(found))
         if found := processes.collect(said):
-            metrics |= caption_metrics.score(sum((part for _, part, _ in found), []), sum((list(part) for *_, part in found), []))
+            metrics |= captioning.score(sum((part for _, part, _ in found), []), sum((list(part) for *_, part in found), []))
         return metrics
 
     def encode(self, captions, device):
@@ -853,14 +853,14 @@ class Clip(Stage):
         seen, read = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (seen, read))
         cosines, raw = (read @ seen.T).cpu(), raw.cpu().numpy()
         paths = [folder / name for name in ("similarity.png", "retrieval.png", "captions.png", "attention.png")]
-        draw.similarity(cosines, captions, paths[0])
-        draw.retrieval(cosines, raw, captions, paths[1])
+        pictures.similarity(cosines, captions, paths[0])
+        pictures.retrieval(cosines, raw, captions, paths[1])
         if not self.caption_weight:
             return paths[:2]
-        draw.captions(raw, captions, written, paths[2])
+        pictures.captions(raw, captions, written, paths[2])
         ids = self.encode(written[:1], video.device)
         where, spoken = caption_decoder.looks(model.clip, model.caption_decoder, self.words, tokens[:1].float(), ids)
-        draw.attention(raw[0], where, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
+        pictures.attention(raw[0], where, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
         return paths
 
 
@@ -1164,7 +1164,7 @@ class Labels(Stage):
 
     def pictures(self, model, batch, folder):
         first, names = next(iter(self.questions.items()))
-        draw.confusion({f"{first}, {when}": counts for when, counts in self.confusions().items()}, names,
+        pictures.confusion({f"{first}, {when}": counts for when, counts in self.confusions().items()}, names,
                        folder / "confusion.png")
         return [folder / "confusion.png"]
 
@@ -1510,10 +1510,10 @@ class Fuse(Labels):
 
     def pictures(self, model, batch, folder):
         paths = super().pictures(model, batch, folder) + [folder / "gates.png"]
-        draw.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
+        pictures.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
         if model.before:
             paths.append(folder / "looks.png")
-            draw.looks(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
+            pictures.looks(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
         return paths
 
 
@@ -1563,12 +1563,12 @@ class Localise(Stage):
 
     def build(self):
         run = bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser"
-        model = localise.Localiser.from_run(self.weights) if run else None
+        model = localisation.Localiser.from_run(self.weights) if run else None
         encoder = model.encoder if run else load_encoder(self.weights) if self.weights else None
         names, self.sets, width = self.open(model, encoder)
         self.measured = run
-        self.model = model or localise.Localiser(
-            encoder, localise.Head(width, len(names), self.width, self.depth, self.drop), names, self.stride)
+        self.model = model or localisation.Localiser(
+            encoder, localisation.Head(width, len(names), self.width, self.depth, self.drop), names, self.stride)
         if self.model.names != names or self.model.stride != self.stride:
             raise Mistake(f"--weights {self.weights}: was trained with other classes, or a stride of {self.model.stride}")
         return self.model
@@ -1605,11 +1605,11 @@ class Localise(Stage):
         for items in self.sets:
             for item in items:
                 item["features"] = torch.as_tensor(item["features"])
-                item["steps"] = [(*np.interp(segment[:2], *localise.clock(item["times"])[::-1]), segment[2])
+                item["steps"] = [(*np.interp(segment[:2], *localisation.clock(item["times"])[::-1]), segment[2])
                                  for segment in item["segments"]]
         if not self.measured:
             self.model.head.measure(torch.cat([item["features"] for item in self.sets[0]]).to(self.device))
-        self.mean = localise.MeanSegments([item["segments"] for item in self.sets[0]],
+        self.mean = localisation.MeanSegments([item["segments"] for item in self.sets[0]],
                                           [item["duration"] for item in self.sets[0]])
         return tuple(Numbers(len(items)) for items in self.sets)
 
@@ -1632,8 +1632,8 @@ class Localise(Stage):
                     video = world[i]
                     frames = video.pop("video")
                     with self.autocast():
-                        seen = torch.cat(list(localise.look(encoder, frames, self.stride, 64))).cpu()
-                    times = localise.step_times(np.arange(len(frames)) / world.FPS, encoder.config["frames"], self.stride)
+                        seen = torch.cat(list(localisation.look(encoder, frames, self.stride, 64))).cpu()
+                    times = localisation.step_times(np.arange(len(frames)) / world.FPS, encoder.config["frames"], self.stride)
                     rows.append((i, video | {"features": seen, "times": times.tolist()}))
                     bar.update(processes.world())
                 sets.append([item for _, item in processes.collect(rows)])
@@ -1647,7 +1647,7 @@ class Localise(Stage):
         parts = []
         for item in items:
             count = len(item["features"])
-            labels, wanted = localise.assign(count, item["steps"], self.middle)
+            labels, wanted = localisation.assign(count, item["steps"], self.middle)
             first = int(torch.randint(max(count - self.length, 0) + 1, (), generator=rng)) if rng else 0
             part = slice(first, first + self.length if rng else count)
             parts.append((item["features"][part], torch.ones(count, dtype=torch.bool)[part], labels[part], wanted[part]))
@@ -1667,15 +1667,15 @@ class Localise(Stage):
         if "features" not in batch:  # the numbers of training videos
             batch = self.gather([self.sets[0][i] for i in batch["video"].tolist()])
         scores, distances = model.head(batch["features"], batch["inside"])
-        parts = localise.head_loss(scores, distances, batch["labels"], batch["wanted"], batch["inside"], batch.get("count"))
+        parts = localisation.head_loss(scores, distances, batch["labels"], batch["wanted"], batch["inside"], batch.get("count"))
         return sum(parts), {"loss": sum(parts).detach(), "score_loss": parts[0].detach(), "distance_loss": parts[1].detach()}
 
     @torch.no_grad()
     def found(self, model, item):
         """The segments of one video, (n, 4)."""
         scores, distances = model.head(item["features"][None].to(self.device))
-        found = localise.decode(scores[0].sigmoid(), distances[0])
-        return localise.soft_nms(localise.in_seconds(found, item["times"], item["duration"]))
+        found = localisation.decode(scores[0].sigmoid(), distances[0])
+        return localisation.soft_nms(localisation.in_seconds(found, item["times"], item["duration"]))
 
     def evaluate(self, model, batches):
         """Mean loss, and mAP in percent at each temporal IoU and on average."""
@@ -1690,7 +1690,7 @@ class Localise(Stage):
 
     def mean_ap(self, name, items, say):
         """mAP of what `say` says of each item -> {name: percent}."""
-        values = localise.mean_average_precision([item["segments"] for item in items], [say(item) for item in items])
+        values = localisation.mean_average_precision([item["segments"] for item in items], [say(item) for item in items])
         values = {f"{name}_mAP@{threshold:g}": 100 * value for threshold, value in values.items()}
         return values | {f"{name}_mAP": float(np.mean(list(values.values())))}
 
@@ -1699,7 +1699,7 @@ class Localise(Stage):
         items = self.sets[1][:self.eval_clips]
         rows = {"localise": self.mean_ap("val", items, lambda item: self.found(model, item)),
                 "mean segments": self.mean_ap("mean_segments", items, lambda item: self.mean(item["duration"]))}
-        print(f"{'mAP in percent at temporal IoU':32s}" + "".join(f"{t:>7g}" for t in localise.THRESHOLDS) + "   mean")
+        print(f"{'mAP in percent at temporal IoU':32s}" + "".join(f"{t:>7g}" for t in localisation.THRESHOLDS) + "   mean")
         for name, values in rows.items():
             print(f"{name:32s}" + "".join(f"{value:7.1f}" for value in values.values()))
         return rows["mean segments"]
@@ -1716,10 +1716,10 @@ class Localise(Stage):
             item, frames = self.sets[1][i], None
             if not self.data:
                 world = moving_shapes.LongShapes("val", self.model.encoder.config["image_size"], self.seed)
-                frames = draw.strip(world[i]["video"], 24)
-            found = localise.clearest(self.found(model, item))
+                frames = pictures.strip(world[i]["video"], 24)
+            found = localisation.clearest(self.found(model, item))
             rows.append((item["path"], frames, item["duration"], item["segments"], found))
-        draw.segments(rows, model.names, folder / "segments.png")
+        pictures.segments(rows, model.names, folder / "segments.png")
         return [folder / "segments.png"]
 
 
@@ -1852,7 +1852,7 @@ class Answer(Stage):
     @torch.no_grad()
     def pictures(self, model, batch, folder):
         said = [self.table[i] for i in self.scores(model, batch)[0].argmax(dim=1).tolist()]
-        draw.captions(batch["video"].cpu().numpy(), [f"{question} {answer}" for question, answer in zip(
+        pictures.captions(batch["video"].cpu().numpy(), [f"{question} {answer}" for question, answer in zip(
             batch["question"], batch["answer"])], said, folder / "answers.png")
         return [folder / "answers.png"]
 
@@ -2719,7 +2719,7 @@ def leave(stage, name, model, tensors, batch, report):
     weights.save(out, tensors, model.config)
     stage.extras(out)
     if stage.figures and batch:
-        drawn = stage.pictures(model, batch, out) + (draw.curve(out, name) if stage.steps else [])
+        drawn = stage.pictures(model, batch, out) + (pictures.curve(out, name) if stage.steps else [])
         print("pictures: " + ", ".join(str(path) for path in drawn))
     weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
 
@@ -2902,7 +2902,7 @@ def compare(out, seed, clips=1000):
                                       for column, value in row.items()))
     weights.write_aside(out / "table.json", lambda path: Path(path).write_text(json.dumps(
         {"protocol": title, "seed": seed, "rows": rows}, indent=1) + "\n"))
-    draw.table(rows, columns, out / "table.png", title)
+    pictures.table(rows, columns, out / "table.png", title)
     return rows
 
 

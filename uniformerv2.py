@@ -69,7 +69,7 @@ from torch import nn
 
 import weights
 from attention import Block, Dropout, attention, quick_gelu, sinusoid_table
-from processes import gather_with_gradient, world
+from engine.processes import gather_with_gradient, world
 from weights import Rule, WeightsError, commonest
 
 # Grey levels in [0, 1]: every UniFormerV2 model was trained on clips normalised so. Inside
@@ -809,8 +809,8 @@ def main(argv=None):
     from pathlib import Path
 
     import data
-    import moving_shapes
-    import draw
+    from video import moving_shapes
+    from engine import pictures
 
     parser = argparse.ArgumentParser(description="An image model, armed to watch video: its steps on one clip.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
@@ -837,7 +837,7 @@ def main(argv=None):
         found = looks(model, video)
         if found:
             title = "where the global token looks" + ("" if args.weights else ": everywhere, for nothing is trained")
-            draw.attention(clip, torch.cat(list(found.values())), [f"after layer {i}" for i in found], title, path)
+            pictures.attention(clip, torch.cat(list(found.values())), [f"after layer {i}" for i in found], title, path)
             print(f"drawn: {path}")
     except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"uniformerv2.py: {error}", file=sys.stderr)

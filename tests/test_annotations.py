@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import annotations
+from video import annotations
 import data
 import train
-from annotations import DataError, read
+from video.annotations import DataError, read
 from data import VideoFiles
 
 torch.set_num_threads(1)

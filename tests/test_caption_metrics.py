@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from caption_metrics import bleu, cider_d, common, rouge_l, score, words
+from tasks.captioning import bleu, cider_d, common, rouge_l, score, words
 
 
 def test_words_are_lower_case_without_punctuation():

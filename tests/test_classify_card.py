@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import clip_video
 import data
-import moving_shapes
+from video import moving_shapes
 import mae
 import train
 import uniformerv2
@@ -31,7 +31,7 @@ TINY = mae.Size(24, 2, 2, 48, 8, 12, 1, 2, 24)
 
 def run(*flags, out, steps=3, stage="classify"):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.draw, "curve", lambda *_: [])
+        patch.setattr(train.pictures, "curve", lambda *_: [])
         return train.main([stage, *FLAGS, "--out", str(out), "--steps", str(steps), *flags])
 
 

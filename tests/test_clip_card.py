@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import caption_decoder
 import clip_video
 import data
-import moving_shapes
+from video import moving_shapes
 import train
 from test_train import lines, write_video
 
@@ -27,7 +27,7 @@ def run(*flags, out, steps=3, draw=False):
     with pytest.MonkeyPatch.context() as patch:
         if not draw:  # pictures take longer than all the rest
             patch.setattr(train.Clip, "pictures", lambda *_: [])
-            patch.setattr(train.draw, "curve", lambda *_: [])
+            patch.setattr(train.pictures, "curve", lambda *_: [])
         return train.main(["clip", *SMALL, "--out", str(out), "--steps", str(steps), *flags])
 
 

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-import annotations
+from video import annotations
 import data
 from data import DataError, VideoFiles, batches, held_out, probe, read_clip
-from moving_shapes import MovingShapes
+from video.moving_shapes import MovingShapes
 
 torch.set_num_threads(1)
 

@@ -27,7 +27,7 @@ from test_train import ROOT, SMALL, run, write_video
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.MAE, "pictures", lambda *_: [])
-        patch.setattr(train.draw, "curve", lambda *_: [])
+        patch.setattr(train.pictures, "curve", lambda *_: [])
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import moving_shapes
+from video import moving_shapes
 import fusion
 import train
 from conftest import official_fill
@@ -26,7 +26,7 @@ FLAGS = "--batch-size 6 --eval-clips 10 --workers 0 --precision fp32 --device cp
 
 def run(*flags, out, steps=3):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.draw, "curve", lambda *_: [])
+        patch.setattr(train.pictures, "curve", lambda *_: [])
         return train.main(["fuse", *FLAGS, "--out", str(out), "--steps", str(steps), *flags])
 
 

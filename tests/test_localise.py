@@ -17,9 +17,9 @@ import torch
 import torchvision
 
 import data
-import moving_shapes
-import localise
-from localise import Head, mean_average_precision, soft_nms
+from video import moving_shapes
+from tasks import localisation
+from tasks.localisation import Head, mean_average_precision, soft_nms
 from test_train import write_video
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -58,7 +58,7 @@ def test_soft_nms_by_hand():
 
 def test_the_clearest_segments_overlap_no_better_one_by_half():
     found = said((0, 4, 0.9, 0), (1, 5, 0.8, 1), (3, 8, 0.5, 0), (10, 11, 0.1, 0))  # IoU 3/5, 1/8; too low a score
-    assert localise.clearest(found).tolist() == [[0, 4, 0.9, 0], [3, 8, 0.5, 0]]
+    assert localisation.clearest(found).tolist() == [[0, 4, 0.9, 0], [3, 8, 0.5, 0]]
 
 
 def test_groups_that_do_not_overlap_are_treated_as_all_at_once():
@@ -70,13 +70,13 @@ def test_groups_that_do_not_overlap_are_treated_as_all_at_once():
         best = waiting[waiting[:, 2].argmax()].copy()
         expected.append(best)
         waiting = np.delete(waiting, waiting[:, 2].argmax(), axis=0)
-        waiting[:, 2] *= np.exp(-localise.iou(best[None], waiting)[0] ** 2 / 0.5)
+        waiting[:, 2] *= np.exp(-localisation.iou(best[None], waiting)[0] ** 2 / 0.5)
     assert np.allclose(soft_nms(candidates, least=0.05), np.stack(expected))
     assert len(expected) < 120
 
 
 def test_the_middle_of_a_segment_answers_for_it_and_the_shortest_wins():
-    labels, distances = localise.assign(10, [(2, 6, 3), (3.6, 4.4, 1), (7.3, 7.5, 2)], middle=0.5)
+    labels, distances = localisation.assign(10, [(2, 6, 3), (3.6, 4.4, 1), (7.3, 7.5, 2)], middle=0.5)
     assert labels.tolist() == [-1, -1, -1, 3, 1, 3, -1, 2, -1, -1]
     assert torch.allclose(distances[[3, 4, 5, 7]], torch.tensor([[1.0, 3], [0.4, 0.4], [3, 1], [0, 0.5]]), atol=1e-6)
 
@@ -84,17 +84,17 @@ def test_the_middle_of_a_segment_answers_for_it_and_the_shortest_wins():
 def test_the_distance_iou_loss_by_hand():
     found, wanted = torch.tensor([[1.0, 1], [2, 3]]), torch.tensor([[2.0, 0], [2, 3]])
     # [-1, 1] and [-2, 0]: 1 of 3 shared, centres 1 apart in a hull of 3. The others are the same.
-    assert localise.distance_iou_loss(found, wanted).tolist() == pytest.approx([1 - 1 / 3 + 1 / 9, 0])
+    assert localisation.distance_iou_loss(found, wanted).tolist() == pytest.approx([1 - 1 / 3 + 1 / 9, 0])
     apart = torch.tensor([[-2.0, 3.0]], requires_grad=True)  # [2, 3] against [-1, 1]: nothing shared, yet a slope
-    localise.distance_iou_loss(apart, torch.tensor([[1.0, 1]])).sum().backward()
+    localisation.distance_iou_loss(apart, torch.tensor([[1.0, 1]])).sum().backward()
     assert apart.grad.abs().min() > 0
 
 
 def test_the_focal_loss_by_hand_and_by_torchvision():
     logit = torch.tensor([math.log(9.0)])  # probability 0.9
-    assert float(localise.focal_loss(logit, torch.ones(1))) == pytest.approx(-0.25 * 0.1**2 * math.log(0.9), rel=1e-4)
+    assert float(localisation.focal_loss(logit, torch.ones(1))) == pytest.approx(-0.25 * 0.1**2 * math.log(0.9), rel=1e-4)
     logits, target = torch.randn(4, 5), (torch.rand(4, 5) > 0.5).float()
-    assert torch.allclose(localise.focal_loss(logits, target), torchvision.ops.sigmoid_focal_loss(logits, target), atol=1e-6)
+    assert torch.allclose(localisation.focal_loss(logits, target), torchvision.ops.sigmoid_focal_loss(logits, target), atol=1e-6)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_in_pieces_the_head_gives_what_it_gives_for_the_whole(head, count, chunk
     parts = itertools.takewhile(len, parts)
     seen = []
     head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    found = list(localise.stream(head, parts, chunk))
+    found = list(localisation.stream(head, parts, chunk))
     assert [first for first, *_ in found] == list(range(0, count, chunk))
     assert torch.allclose(torch.cat([scores for _, scores, _ in found]), whole[0][0].sigmoid(), atol=1e-6)
     assert torch.allclose(torch.cat([distances for *_, distances in found]), whole[1][0], rtol=1e-4)
@@ -138,22 +138,22 @@ def test_an_answer_depends_on_margin_steps_and_padding_looks_like_the_end(head):
 
 def test_windows_slide_and_a_short_video_repeats_its_last_frame():
     frames = [np.full((1, 1, 3), i, np.uint8) for i in range(10)]
-    assert [w[:, 0, 0, 0].tolist() for w in localise.windows(frames, 4, 3)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    assert [w[:, 0, 0, 0].tolist() for w in localise.windows(frames[:2], 4, 3)] == [[0, 1, 1, 1]]
-    assert localise.step_times(np.arange(10) / 2, 4, 3).tolist() == [0.75, 2.25, 3.75]
-    assert localise.step_times([0.0, 0.5], 4, 3).tolist() == [0.25]
+    assert [w[:, 0, 0, 0].tolist() for w in localisation.windows(frames, 4, 3)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert [w[:, 0, 0, 0].tolist() for w in localisation.windows(frames[:2], 4, 3)] == [[0, 1, 1, 1]]
+    assert localisation.step_times(np.arange(10) / 2, 4, 3).tolist() == [0.75, 2.25, 3.75]
+    assert localisation.step_times([0.0, 0.5], 4, 3).tolist() == [0.25]
 
 
 @pytest.mark.parametrize("frames, stride", [(23, 3), (23, 6), (2, 4)])
 def test_streamed_features_and_times_are_those_of_extract(tmp_path, frames, stride):
     import extract
     write_video(tmp_path / "a.mp4", frames=frames)
-    encoder = localise.VideoClassifier("tiny", classes=2, frames=4, image_size=32).eval()
+    encoder = localisation.VideoClassifier("tiny", classes=2, frames=4, image_size=32).eval()
     with data.Video(tmp_path / "a.mp4") as video:
         feats, times = extract.extract(encoder, video, stride, "all", 4, "cpu")
-        streamed = torch.cat(list(localise.look(encoder, video.play(encoder.config["image_size"]), stride, 3)))
+        streamed = torch.cat(list(localisation.look(encoder, video.play(encoder.config["image_size"]), stride, 3)))
         assert np.allclose(streamed.numpy(), feats, atol=1e-5)
-        assert np.allclose(localise.step_times(video.info.timestamps, 4, stride), times)
+        assert np.allclose(localisation.step_times(video.info.timestamps, 4, stride), times)
 
 
 def test_every_frame_is_played_once_and_equals_the_one_that_is_read(tmp_path):
@@ -164,16 +164,16 @@ def test_every_frame_is_played_once_and_equals_the_one_that_is_read(tmp_path):
 
 def test_steps_and_seconds_translate_into_each_other():
     times = np.array([1.0, 2.0, 4.0])
-    assert np.interp([0.5, 1.5, 3, -1], *localise.clock(times)).tolist() == pytest.approx([1.5, 3, 5.5, -0.5], abs=1e-6)
-    steps = np.interp([0.2, 3.3, 7], *localise.clock(times)[::-1])
-    assert np.interp(steps, *localise.clock(times)).tolist() == pytest.approx([0.2, 3.3, 7], abs=1e-6)
-    found = localise.in_seconds(said((-4, 1, 0.5, 0), (5, 9, 0.5, 0)), times, 5.0)
+    assert np.interp([0.5, 1.5, 3, -1], *localisation.clock(times)).tolist() == pytest.approx([1.5, 3, 5.5, -0.5], abs=1e-6)
+    steps = np.interp([0.2, 3.3, 7], *localisation.clock(times)[::-1])
+    assert np.interp(steps, *localisation.clock(times)).tolist() == pytest.approx([0.2, 3.3, 7], abs=1e-6)
+    found = localisation.in_seconds(said((-4, 1, 0.5, 0), (5, 9, 0.5, 0)), times, 5.0)
     assert found.tolist() == [[0, 2, 0.5, 0]]  # the second lies beyond the end
 
 
 def test_mean_segments_by_hand():
     truth = [[(0, 2, 1), (5, 6, 1)], [(8, 12, 0), (2, 4, 1)]]
-    mean = localise.MeanSegments(truth, [10, 20])
+    mean = localisation.MeanSegments(truth, [10, 20])
     # First segments at 0 to 0.2 and 0.1 to 0.2 of the duration, second ones at 0.5 to 0.6 and 0.4 to 0.6.
     assert mean(100) == pytest.approx(said((5, 20, 0.75, 1), (5, 20, 0.25, 0), (45, 60, 0.75, 1), (45, 60, 0.25, 0)))
 
@@ -195,17 +195,17 @@ def test_the_head_learns_to_find_what_the_features_tell():
     inside = torch.ones(16, 50, dtype=torch.bool)
     for step in range(90):
         batch = [videos[i] for i in rng.integers(48, size=16)]
-        labels, wanted = map(torch.stack, zip(*(localise.assign(50, [segment]) for _, segment in batch)))
-        loss = sum(localise.head_loss(*head(torch.stack([features for features, _ in batch])), labels, wanted, inside))
+        labels, wanted = map(torch.stack, zip(*(localisation.assign(50, [segment]) for _, segment in batch)))
+        loss = sum(localisation.head_loss(*head(torch.stack([features for features, _ in batch])), labels, wanted, inside))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     head.eval()
     with torch.no_grad():
         answers = [head(features[None]) for features, _ in held_out]
-    found = [soft_nms(localise.decode(scores[0].sigmoid(), distances[0])) for scores, distances in answers]
+    found = [soft_nms(localisation.decode(scores[0].sigmoid(), distances[0])) for scores, distances in answers]
     truth = [[segment] for _, segment in held_out]
-    mean = localise.MeanSegments([[segment] for _, segment in videos], [50] * 48)
+    mean = localisation.MeanSegments([[segment] for _, segment in videos], [50] * 48)
     assert mean_average_precision(truth, found, (0.7,))[0.7] > 0.8
     assert mean_average_precision(truth, [mean(50)] * 24, (0.7,))[0.7] < 0.4
 

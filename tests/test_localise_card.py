@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import annotations
+from video import annotations
 import data
-import moving_shapes
-import localise
+from video import moving_shapes
+from tasks import localisation
 import train
 from test_classify_card import encoders  # noqa: F401
 from test_classify_card import run as run_classify
@@ -29,7 +29,7 @@ FLAGS = "--videos 6 --eval-clips 4 --batch-size 3 --width 16 --depth 2 --precisi
 
 def run(*flags, out, steps=5):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.draw, "curve", lambda *_: [])
+        patch.setattr(train.pictures, "curve", lambda *_: [])
         return train.main(["localise", *FLAGS, "--out", str(out), "--steps", str(steps), *flags])
 
 
@@ -42,7 +42,7 @@ def test_a_run_keeps_its_encoder_loads_alone_and_names_segments_of_a_file(encode
     for name in ("val_mAP@0.3", "val_mAP@0.7", "val_mAP", "mean_segments_mAP@0.5", "mean_segments_mAP"):
         assert 0 <= metrics[name] <= 100
     assert metrics["mean_segments_mAP"] > 0 and (tmp_path / "run" / "segments.png").stat().st_size > 0
-    model = localise.Localiser.from_run(tmp_path / "run")
+    model = localisation.Localiser.from_run(tmp_path / "run")
     before = train.load_encoder(path).state_dict()
     assert all(torch.equal(value, before[key]) for key, value in model.encoder.state_dict().items() if "head" not in key)
     assert run("--weights", str(tmp_path / "run"), out=tmp_path / "again", steps=0) == 0
@@ -50,7 +50,7 @@ def test_a_run_keeps_its_encoder_loads_alone_and_names_segments_of_a_file(encode
     assert again["val_mAP@0.3"] == metrics["val_mAP@0.3"] and again["val_loss"] == pytest.approx(metrics["val_loss"])
     write_video(tmp_path / "a.mp4", frames=40)
     capsys.readouterr()
-    assert localise.main([str(tmp_path / "a.mp4"), "--weights", str(tmp_path / "run"), "--least", "0",
+    assert localisation.main([str(tmp_path / "a.mp4"), "--weights", str(tmp_path / "run"), "--least", "0",
                           "--out", str(tmp_path / "a.png")]) == 0
     told = capsys.readouterr().out
     assert "40 frames, a step every 4 of them" in told and (tmp_path / "a.png").stat().st_size > 0
@@ -59,7 +59,7 @@ def test_a_run_keeps_its_encoder_loads_alone_and_names_segments_of_a_file(encode
 
 def test_the_segments_of_a_video_do_not_depend_on_how_it_streams_by(encoders, tmp_path):  # noqa: F811
     assert run("--weights", encoders["masked"][0], out=tmp_path / "run") == 0
-    model = localise.Localiser.from_run(tmp_path / "run")
+    model = localisation.Localiser.from_run(tmp_path / "run")
     write_video(tmp_path / "a.mp4", frames=60)
     with data.Video(tmp_path / "a.mp4") as video:
         one, many = model.find(video, 1), model.find(video, 64)
@@ -88,13 +88,13 @@ def test_features_from_files_train_with_their_annotation(extracted, encoders, tm
     assert run(*files, out=tmp_path / "run") == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val_clips"] == 2 and metrics["settings"]["stride"] == 2
-    model = localise.Localiser.from_run(tmp_path / "run")
+    model = localisation.Localiser.from_run(tmp_path / "run")
     assert model.encoder is None and model.names == ["jump", "wave"] and model.stride == 2
     video = str(extracted / "videos" / "0.mp4")
-    assert localise.main([video, "--weights", str(tmp_path / "run")]) == 2
+    assert localisation.main([video, "--weights", str(tmp_path / "run")]) == 2
     assert "has no encoder" in capsys.readouterr().err
     assert run(*files, "--weights", encoders["masked"][0], out=tmp_path / "both") == 0
-    assert localise.main([video, "--weights", str(tmp_path / "both"), "--out", str(tmp_path / "a.png")]) == 0
+    assert localisation.main([video, "--weights", str(tmp_path / "both"), "--out", str(tmp_path / "a.png")]) == 0
 
 
 def test_mistakes_about_files_get_one_line(extracted, encoders, tmp_path, capsys):  # noqa: F811

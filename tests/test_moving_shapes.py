@@ -11,9 +11,9 @@ import itertools
 import numpy as np
 import pytest
 
-import moving_shapes
+from video import moving_shapes
 from data import DataError
-from moving_shapes import MovingShapes, render
+from video.moving_shapes import MovingShapes, render
 
 
 # ------------------------------------------------------------------------- the generated world

@@ -74,7 +74,7 @@ def cards(folder):
 def learn(card, model):
     """A batch through the card as the loop does it, or two where one is of images: loss, norm and gradients of
     each; then the evaluation, and how many clips each of its batches has."""
-    import processes
+    from engine import processes
     import train
     card.batch_size = JOINED // processes.world()
     if hasattr(card, "image_batch"):
@@ -149,7 +149,7 @@ def fork(count, work):
 
 def equal(folder):
     """Leaves {card: what `learn` found} of each process in W.rank.pt."""
-    import processes
+    from engine import processes
     built = {}
     for name in ("probe", "localise"):
         (folder / name).mkdir()
@@ -171,7 +171,7 @@ FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precisio
 
 def runs(folder, cut=True):
     """Whole runs of train.py, with an accident in most; leaves their exit codes in codes.json."""
-    import processes
+    from engine import processes
     import train
     own, codes = train.MAE.loss, {}
 

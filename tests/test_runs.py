@@ -39,7 +39,7 @@ def start(request, encoders, finished, pair, monkeypatch):  # noqa: F811
     places = dict(masked=encoders["masked"][0], clip=encoders["multimodal"][0], finished=finished, first=pair[1], second=pair[3])
     stage, *flags = RUNS[request.param].format(**places).split()
     card = train.STAGES[stage]
-    monkeypatch.setattr(train.draw, "curve", lambda *_: [])
+    monkeypatch.setattr(train.pictures, "curve", lambda *_: [])
     for kind in train.STAGES.values():
         monkeypatch.setattr(kind, "pictures", lambda *_: [])
 

@@ -14,10 +14,10 @@ import torch
 import caption_decoder
 import clip_video
 import data
-import moving_shapes
-import question_answering
+from video import moving_shapes
+from tasks import question_answering
 import train
-from question_answering import AnswerHead, QuestionOnly, VideoQA, answer_table, normalised
+from tasks.question_answering import AnswerHead, QuestionOnly, VideoQA, answer_table, normalised
 from test_clip_card import finished, make_list, run as run_clip  # noqa: F401
 from test_train import write_video
 
@@ -26,7 +26,7 @@ SMALL = "--batch-size 4 --eval-clips 10 --workers 0 --precision fp32 --device cp
 
 def run(stage, *flags, out, steps=2):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.draw, "curve", lambda *_: [])
+        patch.setattr(train.pictures, "curve", lambda *_: [])
         return train.main([stage, *SMALL, "--out", str(out), "--steps", str(steps), *flags])
 
 

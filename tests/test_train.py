@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import moving_shapes
+from video import moving_shapes
 import train
 
 ROOT = Path(train.__file__).parent

@@ -359,11 +359,11 @@ def test_a_configuration_that_describes_no_model_is_one_line(tmp_path, config, c
     import caption_decoder
     import clip_video
     import fusion
-    import localise
-    import question_answering
+    from tasks import localisation
+    from tasks import question_answering
     import uniformerv2
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"config": json.dumps(config)})
-    for load in (localise.Localiser.from_run, question_answering.VideoQA.from_run, fusion.InternVideo.from_run,
+    for load in (localisation.Localiser.from_run, question_answering.VideoQA.from_run, fusion.InternVideo.from_run,
                  clip_video.VideoCLIP.from_official, uniformerv2.UniFormerV2.from_official,
                  caption_decoder.CaptionDecoder.from_official):
         with pytest.raises(WeightsError, match="x.safetensors"):

@@ -37,7 +37,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import mae  # noqa: E402, for what hiding costs; all else goes through train.py
-import moving_shapes  # noqa: E402
+from video import moving_shapes  # noqa: E402
 import train  # noqa: E402
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t, two-sided, n - 1
 

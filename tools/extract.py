@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import annotations  # noqa: E402
+from video import annotations  # noqa: E402
 import clip_video  # noqa: E402
 import data  # noqa: E402
 import mae  # noqa: E402

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-import moving_shapes  # noqa: E402
+from video import moving_shapes  # noqa: E402
 import mae  # noqa: E402
 import weights  # noqa: E402
 

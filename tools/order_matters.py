@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
-import moving_shapes  # noqa: E402
+from video import moving_shapes  # noqa: E402
 import mae  # noqa: E402
 import train  # noqa: E402
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import data
-import moving_shapes
+from video import moving_shapes
 import mae
 import train
 

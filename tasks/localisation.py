@@ -490,8 +490,8 @@ def main(argv=None):
     from tqdm import tqdm
 
     import data
-    import moving_shapes
-    import draw
+    from video import moving_shapes
+    from engine import pictures
 
     parser = argparse.ArgumentParser(description="What happens when, in a video of any length.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated one, and what is true of it")
@@ -530,7 +530,7 @@ def main(argv=None):
             name, frames, duration, true = item["path"], len(item["video"]), item["duration"], item["segments"]
             explain(model, item, world.FPS)
             found = model.find_in(item["video"], np.arange(frames) / world.FPS, duration, args.batch_size)
-            strip = draw.strip(item["video"], 24)
+            strip = pictures.strip(item["video"], 24)
         print(f"{name}: {duration:.1f} s, {frames} frames, a step every {model.stride} of them; "
               f"{len(found)} segments, {(found[:, 2] >= args.least).sum()} of them with a score of {args.least:g} or more")
         best = found[found[:, 2] >= args.least][:args.top]
@@ -542,7 +542,7 @@ def main(argv=None):
                 strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
         path = Path(args.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw.segments([(Path(name).name, strip, duration, true, clearest(found, args.least))], model.names, path)
+        pictures.segments([(Path(name).name, strip, duration, true, clearest(found, args.least))], model.names, path)
         print(f"drawn: {path}")
     except (WeightsError, data.DataError, ValueError, OSError) as error:
         print(f"localise.py: {error}", file=sys.stderr)

@@ -45,7 +45,7 @@ from pathlib import Path
 
 import numpy as np
 
-from annotations import DataError
+from video.annotations import DataError
 
 
 # ------------------------------------------------------------------ words
@@ -721,7 +721,7 @@ def main(argv=None):
     import argparse
     from pathlib import Path
 
-    import draw
+    from engine import pictures
 
     parser = argparse.ArgumentParser(description="Draw a clip of each motion of the generated world.")
     parser.add_argument("--out", default="runs/moving_shapes.png", help="where the picture goes (.png)")
@@ -733,7 +733,7 @@ def main(argv=None):
     items = [world[labels.index(label)] for label in range(len(MOTIONS))]
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw.sheet([draw.strip(item["video"], 8) for item in items], path,
+    pictures.sheet([pictures.strip(item["video"], 8) for item in items], path,
                [f"{motion}: {item['caption']}" for motion, item in zip(MOTIONS, items)], columns=1)
     print(f"drawn: {path}")
     return 0

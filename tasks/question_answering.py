@@ -140,7 +140,7 @@ def main(argv=None):
     import argparse
 
     import data
-    import moving_shapes
+    from video import moving_shapes
 
     parser = argparse.ArgumentParser(description="Answer a question about a video.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip and a question about it")

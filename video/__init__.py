@@ -1,0 +1,1 @@
+"""Video as data: decoding, frame sampling, transforms, annotation formats, shards, the generated world."""
