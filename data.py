@@ -74,6 +74,7 @@ from torchvision.transforms import v2
 from video import annotations
 from video.annotations import DataError
 from video.moving_shapes import height_width
+from engine.errors import printable
 
 
 # ------------------------------------------------------------------------------- one video file
@@ -840,7 +841,7 @@ class VideoFiles(_Clips):
         first = f"first {path}" + ("" if label is None else f" = {self.classes[label]}") + (
             f" = {row.caption!r}" if row.caption else "")
         missing = f"; {len(self.missing):,} MISSING, e.g. {self.missing[0]}" if self.missing else ""
-        return annotations.printable(f"{self.source}: {self.kind}: {videos:,} videos{said}, {kinds}, {first}{missing}")
+        return printable(f"{self.source}: {self.kind}: {videos:,} videos{said}, {kinds}, {first}{missing}")
 
     def __getitem__(self, index):
         index, epoch = index if isinstance(index, tuple) else (index, 0)
@@ -912,7 +913,7 @@ class VideoShards(_Clips):
     def summary(self):
         """One line for the user: how many shards, and what is in the first."""
         said = f" = {self.captions[0]!r}" if self.captions else ""
-        return annotations.printable(f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
+        return printable(f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
                                      f"{'the first' if self.train else 'them'}, first {self.items[0][0]}{said}")
 
     def samples(self, shards, mix=None):
@@ -1125,7 +1126,7 @@ def dead_worker(error):
         dead, how = [number for number in numbers if _has_ended(int(number))], "has ended"
     if not dead:
         return None
-    files = [annotations.printable(path) for number, path in notes if number in dead and path]
+    files = [printable(path) for number, path in notes if number in dead and path]
     return (f"a process that prepares clips (pid {', '.join(dead)}) {how}, with {', '.join(files) or 'no file'} in "
             "hand. Killed by nobody you know: out of memory, lower --workers; anything else: that file crashes the "
             "decoder, take it out")

@@ -29,7 +29,7 @@ The idea, in steps:
    resumed on the same processor, with as many threads, ends with the same weights, bit for bit. Nor does it matter how many workers load clips,
    or, within rounding, how many processes share a batch. (Tar shards alone are not repeatable so.)
 4. Evaluation seeds itself: the same held-out clips, the same masks, every time.
-5. What goes wrong ends in one line: a `Mistake` of the user's, exit code 2; a `Failure` of the machine
+5. What goes wrong ends in one line: a `UserError` of the user's, exit code 2; a `RunError` of the machine
    or of the numbers, exit code 1, which says where the last good checkpoint is.
 
 What lies in --out afterwards: `log.jsonl` (a line per logged step), `metrics.json` (the last
@@ -85,18 +85,7 @@ from tasks import question_answering
 import uniformerv2
 import weights
 from attention import Attention, Block
-
-
-class Mistake(ValueError):
-    """Something the user can put right; the message is one line. Exit code 2."""
-
-
-class Failure(RuntimeError):
-    """A run cannot go on, though nobody typed anything wrong: numbers, memory, a disk. One line. Exit code 1."""
-
-
-class Stopped(Failure):
-    """Somebody, or a scheduler, asked the run to end: SIGINT or SIGTERM. One line. Exit code 130."""
+from engine.errors import Interrupted, RunError, UserError, printable
 
 
 def flag(default, help, low=None, high=None, choices=None):
@@ -167,11 +156,11 @@ class Stage:
     began = False  # True once what is in --out is this run's
 
     def decided(self, **own):
-        """What --weights have decided: Mistake where a flag asks for something else than these values."""
+        """What --weights have decided: UserError where a flag asks for something else than these values."""
         for name, value in own.items():
             asked, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
             if asked not in (usual, value):
-                raise Mistake(f"--{name.replace('_', '-')} {asked}: {self.weights} keeps its own, {value}; leave it out")
+                raise UserError(f"--{name.replace('_', '-')} {asked}: {self.weights} keeps its own, {value}; leave it out")
 
     def autocast(self):
         """Run networks, not losses, in bfloat16 where --precision says so."""
@@ -284,35 +273,35 @@ class MAE(Stage):
                 size = dataclasses.replace(size, decoder_depth=self.decoder_depth)
             if self.decoder_width:
                 if self.decoder_width % size.decoder_heads:
-                    raise Mistake(f"--decoder-width {self.decoder_width}: must be a multiple of the {size.decoder_heads} heads")
+                    raise UserError(f"--decoder-width {self.decoder_width}: must be a multiple of the {size.decoder_heads} heads")
                 size = dataclasses.replace(size, decoder_width=self.decoder_width, decoder_mlp_width=4 * self.decoder_width)
             try:
                 model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
                                      positions=self.positions, drop_path=self.drop_path,
                                      normalised=self.normalise, space_time=self.space_time)
             except ValueError as error:
-                raise Mistake(f"--num-frames, --input-size: {error}") from None
+                raise UserError(f"--num-frames, --input-size: {error}") from None
         t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
         frames, ratios = numbers(self.pack_frames, "pack-frames"), numbers(self.pack_ratios, "pack-ratios", float)
         for T in frames or ():
             if T % model.encoder.tubelet or not 0 < T <= self.num_frames:
-                raise Mistake(f"--pack-frames {self.pack_frames}: {T} is not a multiple of {model.encoder.tubelet} "
+                raise UserError(f"--pack-frames {self.pack_frames}: {T} is not a multiple of {model.encoder.tubelet} "
                               f"up to --num-frames {self.num_frames}")
         if (frames or ratios) and (self.dual_mask or self.drop_path):
-            raise Mistake("--pack-frames, --pack-ratios: not with --dual-mask or --drop-path, which treat rows, not clips")
+            raise UserError("--pack-frames, --pack-ratios: not with --dual-mask or --drop-path, which treat rows, not clips")
         self.pack = (frames or [self.num_frames], ratios or [self.mask_ratio]) if frames or ratios else None
         for name, values in (("mask-ratio", [self.mask_ratio]), ("pack-ratios", ratios or ())):
             shortest = min(frames or [self.num_frames]) // model.encoder.tubelet
             places, unit = (shortest, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
             for ratio in values:
                 if not 0 < int(ratio * places) < places:
-                    raise Mistake(f"--{name} {ratio}: must hide at least one of the {places} {unit} "
+                    raise UserError(f"--{name} {ratio}: must hide at least one of the {places} {unit} "
                                   "and leave at least one")
         if model.config["space_time"] == "divided" and (self.mask_type != "tube" or self.pack):
-            raise Mistake("--space-time divided: every frame must show the same places; only with --mask-type tube, not with "
+            raise UserError("--space-time divided: every frame must show the same places; only with --mask-type tube, not with "
                           "--pack-frames or --pack-ratios")
         if self.dual_mask and (h % 2 or w % 2):
-            raise Mistake(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
+            raise UserError(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
         model.recompute(self.recompute)
         return model
 
@@ -489,7 +478,7 @@ class Clip(Stage):
 
     def build(self):
         if self.accum > 1:
-            raise Mistake(f"--accum {self.accum}: accumulation gives a contrastive loss no more negatives, each "
+            raise UserError(f"--accum {self.accum}: accumulation gives a contrastive loss no more negatives, each "
                           f"micro-batch is compared with itself alone; use --batch-size "
                           f"{self.batch_size * self.accum} --cache-size {self.batch_size} --local-units 0, which takes "
                           "the same memory")
@@ -497,17 +486,17 @@ class Clip(Stage):
             self.local_units, self.temporal_downsample = 0, False
         self.sets = self.open()
         if self.image_data and not self.image_every:
-            raise Mistake("--image-data: --image-every 0 asks for no images; leave out one of the two")
+            raise UserError("--image-data: --image-every 0 asks for no images; leave out one of the two")
         self.stills = self.images() if self.image_every else None
         captions = self.check_captions()
         try:
             model = self.load() if self.weights else self.fresh(captions)
         except ValueError as error:
-            raise Mistake(str(error)) from None
+            raise UserError(str(error)) from None
         if self.merge and (self.steps or not self.weights):
-            raise Mistake("--merge: averages the weights of --weights for evaluation; give both, and --steps 0")
+            raise UserError("--merge: averages the weights of --weights for evaluation; give both, and --steps 0")
         if self.cache_size and self.local_units:
-            raise Mistake("--cache-size: the BatchNorm of --local-units looks at the whole batch at once, which "
+            raise UserError("--cache-size: the BatchNorm of --local-units looks at the whole batch at once, which "
                           "pieces cannot give it; use --local-units 0")
         longer = [text for text in captions if self.words.encode(text, 10**4, trim=True)[0].shape[1] > self.context]
         if longer:
@@ -547,7 +536,7 @@ class Clip(Stage):
     def asked_layers(self):
         """--global-layers as numbers."""
         if self.kind != "video":
-            raise Mistake(f"--global-layers: belongs to --kind video, not {self.kind}")
+            raise UserError(f"--global-layers: belongs to --kind video, not {self.kind}")
         return () if self.global_layers == "none" else numbers(self.global_layers, "global-layers")
 
     def fresh_decoder(self, clip):
@@ -562,7 +551,7 @@ class Clip(Stage):
         ours = self.steps and source.config.get("kind") == "frames"  # without steps it is measured as it is
         grow = self.kind == "video" and bool(ours or source.layout in ("CLIP", "Hugging Face CLIP"))
         if self.global_layers and not grow:
-            raise Mistake(f"--global-layers: {self.weights} is no image model that grows; it keeps the blocks it has")
+            raise UserError(f"--global-layers: {self.weights} is no image model that grows; it keeps the blocks it has")
         layers = (source.config["size"]["depth"] - 1,) if ours else None  # one global block, as in `fresh`
         layers = self.asked_layers() if self.global_layers else layers
         clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames, grow=grow,
@@ -575,14 +564,14 @@ class Clip(Stage):
                 clip_video.merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share,
                                  as_published=self.merge_as_published)
             except ValueError as error:
-                raise Mistake(f"--merge {self.merge}: {error}") from None
+                raise UserError(f"--merge {self.merge}: {error}") from None
         if size != [self.input_size] * 2:
             if self.input_size == type(self).input_size:
-                raise Mistake(f"--input-size {self.input_size}: the weights are for {size[0]} x {size[1]} pixels; pass "
+                raise UserError(f"--input-size {self.input_size}: the weights are for {size[0]} x {size[1]} pixels; pass "
                               f"--input-size {size[0]}, or another, for which their table of places is interpolated")
             clip = resized(clip, self.input_size)
         if self.context > clip.config["context"]:
-            raise Mistake(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
+            raise UserError(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
         self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
         self.decided(kind=clip.kind, local_units=clip.config["local_units"], temporal_downsample=clip.config["temporal_downsample"],
                      vocabulary=clip.config["vocabulary"], model=size_named(clip.config["size"], uniformerv2.SIZES | {"small": SMALL}))
@@ -597,21 +586,21 @@ class Clip(Stage):
         return VideoText(clip, self.fresh_decoder(clip))
 
     def check_captions(self):
-        """All training captions, for the vocabulary; Mistake where a list has none, or an empty one."""
+        """All training captions, for the vocabulary; UserError where a list has none, or an empty one."""
         for source in (*self.sets, self.stills):
             if not isinstance(source, (data.VideoFiles, data.VideoShards)):
                 continue
             if source.captions is None and source.classes and not self.steps:
                 continue  # zero-shot recognition needs class names alone
             if source.captions is None:
-                raise Mistake(f"{source.source}: has no captions; give a CSV file with a header 'path,caption', or "
+                raise UserError(f"{source.source}: has no captions; give a CSV file with a header 'path,caption', or "
                               'a .jsonl file of {"path": ..., "caption": ...}')
             for (path, _), caption in zip(source.items, source.captions):
                 if not caption:
-                    raise Mistake(f"{source.source}: the caption of {path} is empty")
+                    raise UserError(f"{source.source}: the caption of {path} is empty")
             if source.missing:
                 print(f"{source.source}: {len(source.missing)} of {len(source)} files are missing and will be "
-                      f"skipped, e.g. {annotations.printable(str(source.missing[0]))}")
+                      f"skipped, e.g. {printable(str(source.missing[0]))}")
         captions = self.sets[0].captions or [] if self.data else [
             moving_shapes.describe(self.sets[0].scene(i).facts, np.random.default_rng((self.seed, i))) for i in range(3000)]
         return captions + (self.stills.captions if self.image_data else [])
@@ -737,9 +726,9 @@ class Clip(Stage):
         try:
             lines = [line.strip() for line in text_of(self.prompts).split("\n") if line.strip()]
         except (OSError, ValueError) as error:
-            raise Mistake(f"--prompts {self.prompts}: {error}") from None
+            raise UserError(f"--prompts {self.prompts}: {error}") from None
         if not lines or not all("{}" in line for line in lines):
-            raise Mistake(f"--prompts {self.prompts}: needs a sentence on each line, with {{}} where the class name goes")
+            raise UserError(f"--prompts {self.prompts}: needs a sentence on each line, with {{}} where the class name goes")
         return lines
 
     def retrieval(self, model, seen, read, told):
@@ -882,9 +871,9 @@ class Retrieve(Clip):
 
     def build(self):
         if not self.weights:
-            raise Mistake("--weights: fine-tuning starts from a model; give a run of clip, or an official file")
+            raise UserError("--weights: fine-tuning starts from a model; give a run of clip, or an official file")
         if self.gallery != type(self).gallery or not self.data and self.motion_words != 1:
-            raise Mistake("--gallery: here all of --eval-clips are in it; --motion-words: clips of two acts name both motions; "
+            raise UserError("--gallery: here all of --eval-clips are in it; --motion-words: clips of two acts name both motions; "
                           "leave them out")
         self.gallery, self.eval_every = self.eval_clips, self.eval_every or max(1, self.steps)
         return super().build()
@@ -1057,16 +1046,16 @@ class Labels(Stage):
     def ask(self):
         """Open the data sets and set the questions; returns Y, the number of all answers."""
         if self.batch_size % self.repeats:
-            raise Mistake(f"--batch-size {self.batch_size}: must be a multiple of --repeats {self.repeats}")
+            raise UserError(f"--batch-size {self.batch_size}: must be a multiple of --repeats {self.repeats}")
         self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip, self.transform,
                           area=self.area or None, operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
         if self.train_clips:
             if isinstance(self.sets[0], data.VideoShards):
-                raise Mistake("--train-clips: shards are read as they come; give a folder or a list")
+                raise UserError("--train-clips: shards are read as they come; give a folder or a list")
             self.sets[0].first(self.train_clips)
         self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
         if self.data and len(self.sets[0].classes) < 2:
-            raise Mistake(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
+            raise UserError(f"--data {self.data}: {len(self.sets[0].classes)} classes; needs a folder of class folders, "
                           "or a list of `path label` lines, with two or more (shards serve mae and clip)")
         return sum(map(len, self.questions.values()))
 
@@ -1211,18 +1200,18 @@ class Classify(Labels):
         """As all cards with labels; with --unknown, set some classes aside."""
         for name in ("mixup", "cutmix"):
             if 0 < getattr(self, name) < 1e-3:  # a beta distribution that float32 cannot hold
-                raise Mistake(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for none")
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for none")
         classes = super().ask()
         if not self.unknown:
             return classes
         if self.test_clips * self.test_crops > 1 or self.data and annotations.is_shards(self.data):
-            raise Mistake("--unknown: is evaluated on one view of listed files; leave out --test-clips, --test-crops, shards")
+            raise UserError("--unknown: is evaluated on one view of listed files; leave out --test-clips, --test-crops, shards")
         question, names = next(iter(self.questions.items()))
         unknown = names[max(len(names) - int(self.unknown), 0):] if self.unknown.isdecimal() else list(
             dict.fromkeys(self.unknown.split(",")))
         known = tuple(name for name in names if name not in unknown)
         if set(unknown) - set(names) or not unknown or len(known) < 2:
-            raise Mistake(f"--unknown {self.unknown}: give some of {', '.join(names)}, or how many of the last; two or more "
+            raise UserError(f"--unknown {self.unknown}: give some of {', '.join(names)}, or how many of the last; two or more "
                           "must remain")
         self.strangers = copy.copy(self.sets[1]).only(tuple(unknown))
         self.sets = tuple(part.only(known) for part in self.sets)
@@ -1253,18 +1242,18 @@ class Classify(Labels):
         classes = self.ask()
         probed = bool(self.weights) and weights.read(self.weights)[1].get("model") == "AttentiveProbe"
         if probed and self.mode != "attentive":
-            raise Mistake(f"--weights {self.weights}: is an attentive probe; add --mode attentive")
+            raise UserError(f"--weights {self.weights}: is an attentive probe; add --mode attentive")
         try:
             model = AttentiveProbe.from_run(self.weights) if probed else self.encoder_for(classes)
             if probed and model.config["classes"] != classes:
-                raise Mistake(f"--weights {self.weights}: names {model.config['classes']} classes, the data has {classes}")
+                raise UserError(f"--weights {self.weights}: names {model.config['classes']} classes, the data has {classes}")
             encoder = model.encoder if probed else model
             self.check(encoder)
             self.depth = encoder.config["size"]["depth"]
             if self.mode == "attentive" and not probed:
                 model = AttentiveProbe(model.with_head(0), classes, model.config["size"]["heads"])
         except ValueError as error:
-            raise Mistake(str(error)) from None
+            raise UserError(str(error)) from None
         if self.mode != "finetune":
             model.requires_grad_(False)
             trained = [model.head] + ([model.query, model.norm, model.attn] if self.mode == "attentive" else [])
@@ -1282,9 +1271,9 @@ class Classify(Labels):
         try:
             rows = json.loads(text_of(self.head_rows))
         except (OSError, ValueError, RecursionError) as error:
-            raise Mistake(f"--head-rows {self.head_rows}: {error}") from None
+            raise UserError(f"--head-rows {self.head_rows}: {error}") from None
         if not isinstance(rows, list) or not rows or not all(type(row) is int for row in rows):
-            raise Mistake(f"--head-rows {self.head_rows}: must hold a list of numbers, as [0, 2, 5]")
+            raise UserError(f"--head-rows {self.head_rows}: must hold a list of numbers, as [0, 2, 5]")
         return rows
 
     def encoder_for(self, classes):
@@ -1299,12 +1288,12 @@ class Classify(Labels):
             return found
         if self.encoder == "masked":
             if self.model not in ("small", *mae.SIZES):
-                raise Mistake(f"--model {self.model}: is a UniFormerV2; add --encoder multimodal")
+                raise UserError(f"--model {self.model}: is a UniFormerV2; add --encoder multimodal")
             return mae.VideoClassifier("tiny" if self.model == "small" else self.model, classes=classes,
                                        frames=self.num_frames, image_size=self.input_size, drop=self.drop,
                                        drop_path=self.drop_path, positions="axes" if self.model == "small" else "sinusoid")
         if self.model not in ("small", *uniformerv2.SIZES):
-            raise Mistake(f"--model {self.model}: is a VideoMAE; add --encoder masked")
+            raise UserError(f"--model {self.model}: is a VideoMAE; add --encoder masked")
         motion = dict(local_units=1, temporal_downsample=True, global_layers=(SMALL.depth - 1,)) \
             if self.model == "small" else {}
         return uniformerv2.UniFormerV2(SMALL if self.model == "small" else self.model, frames=self.num_frames,
@@ -1431,7 +1420,7 @@ class Fuse(Labels):
         experts = [model.masked, *model.multimodal] if model else self.experts()
         frames = max(expert.config["frames"] for expert in experts)
         if self.num_frames and self.num_frames < frames:
-            raise Mistake(f"--num-frames {self.num_frames}: the encoders look at up to {frames} frames")
+            raise UserError(f"--num-frames {self.num_frames}: the encoders look at up to {frames} frames")
         self.num_frames = self.num_frames or frames
         self.input_size = self.input_size or max(max(expert.config["image_size"]) for expert in experts)
         classes = self.ask()
@@ -1439,14 +1428,14 @@ class Fuse(Labels):
             self.decided(masked="", multimodal="", second="", before="", layers="", heads=0, way="both", bridges=True,
                       source=model.config["source"], gates=model.config["gates"])
             if model.masked.config["classes"] != classes:
-                raise Mistake(f"--weights {self.weights}: names {model.masked.config['classes']} classes, the data "
+                raise UserError(f"--weights {self.weights}: names {model.masked.config['classes']} classes, the data "
                               f"has {classes}")
             model.recompute(self.recompute)
             return model.requires_grad_(True) if self.thaw else model
         experts = [expert if expert.config["classes"] == classes else expert.with_head(classes) for expert in experts]
         try:
             if self.way == "multimodal" and (self.before or self.layers):
-                raise Mistake("--way multimodal: has no bridges before blocks; leave out --before and --layers")
+                raise UserError("--way multimodal: has no bridges before blocks; leave out --before and --layers")
             before = [] if self.way == "multimodal" else numbers(self.before, "before")
             model = fusion.InternVideo(
                 experts[0], experts[1:], before=before, layers=self.layers_for(len(experts) - 1), last=self.way != "masked",
@@ -1454,21 +1443,21 @@ class Fuse(Labels):
             model.recompute(self.recompute)
             return model.requires_grad_(True) if self.thaw else model
         except ValueError as error:
-            raise Mistake(str(error)) from None
+            raise UserError(str(error)) from None
 
     def scale_of(self, name):
         return self.scalar_scale if ".gate_" in name or name == "balance" else 1.0
 
     def experts(self):
-        """The two or three encoders, with the heads they have; Mistake where one is missing or of the wrong kind."""
+        """The two or three encoders, with the heads they have; UserError where one is missing or of the wrong kind."""
         for name in ("masked", "multimodal"):
             if not getattr(self, name):
-                raise Mistake(f"--{name}: fuse needs both encoders; give a run of `classify` or an official file")
+                raise UserError(f"--{name}: fuse needs both encoders; give a run of `classify` or an official file")
         found = {name: load_encoder(getattr(self, name)) for name in ("masked", "multimodal", "second") if getattr(self, name)}
         for name, expert in found.items():
             if isinstance(expert, mae.VideoClassifier) != (name == "masked"):
                 kind = "VideoMAE; that is for --masked" if name != "masked" else "UniFormerV2; that is for --multimodal"
-                raise Mistake(f"--{name} {getattr(self, name)}: is a {kind}")
+                raise UserError(f"--{name} {getattr(self, name)}: is a {kind}")
         return list(found.values())
 
     def layers_for(self, experts):
@@ -1570,32 +1559,32 @@ class Localise(Stage):
         self.model = model or localisation.Localiser(
             encoder, localisation.Head(width, len(names), self.width, self.depth, self.drop), names, self.stride)
         if self.model.names != names or self.model.stride != self.stride:
-            raise Mistake(f"--weights {self.weights}: was trained with other classes, or a stride of {self.model.stride}")
+            raise UserError(f"--weights {self.weights}: was trained with other classes, or a stride of {self.model.stride}")
         return self.model
 
     def open(self, model, encoder):
         """(class names, [training items, held-out items], width of the features); of generated videos the worlds."""
         if not self.data:
             if encoder is None:
-                raise Mistake("--weights: localise needs an encoder; give a run of mae, clip or classify, or an official file")
+                raise UserError("--weights: localise needs an encoder; give a run of mae, clip or classify, or an official file")
             size = encoder.config["image_size"]
             sets = [moving_shapes.LongShapes(split, size, self.seed) for split in ("train", "val")]
             return sets[0].motions, sets, encoder.config["size"]["width"]
         if not self.annotations:
-            raise Mistake("--annotations: --data is a folder of features; name the JSON that says what happens when")
+            raise UserError("--annotations: --data is a folder of features; name the JSON that says what happens when")
         told, names, sets = annotations.read_segments(self.annotations), model and model.names, []
         for folder, subset in ((self.data, self.train_subset), (self.val_data or self.data, self.val_subset)):
             items, names, missing = data.read_features(folder, told, subset, names)
             print(f"--data {folder}: {len(items)} videos of the subset {subset}, {len(names)} classes"
-                  + (f"; the features of {len(missing)} are MISSING, e.g. {annotations.printable(str(missing[0]))}" if missing else ""))
+                  + (f"; the features of {len(missing)} are MISSING, e.g. {printable(str(missing[0]))}" if missing else ""))
             sets.append(items)
         first = sets[0][0]
         for item in itertools.chain(*sets):
             if any(item[key] != first[key] for key in ("model", "window", "stride")) or \
                     item["features"].shape[1] != first["features"].shape[1]:
-                raise Mistake(f"--data: {item['path']} was extracted with another model, window or stride than {first['path']}")
+                raise UserError(f"--data: {item['path']} was extracted with another model, window or stride than {first['path']}")
         if encoder is not None and model is None and weights.fingerprint(self.weights) != first["model"]:
-            raise Mistake(f"--weights {self.weights}: is not the model {first['model']} that the features were extracted with")
+            raise UserError(f"--weights {self.weights}: is not the model {first['model']} that the features were extracted with")
         self.stride, self.eval_clips = first["stride"], len(sets[1])
         return names, sets, first["features"].shape[1]
 
@@ -1754,7 +1743,7 @@ class Answer(Stage):
 
     def build(self):
         if not self.weights:
-            raise Mistake("--weights: answering starts from a video-text model; give a run of clip, or InternVideo-MM weights")
+            raise UserError("--weights: answering starts from a video-text model; give a run of clip, or InternVideo-MM weights")
         run = weights.read(self.weights)[1].get("model") == "VideoQA"
         try:
             if run:
@@ -1766,13 +1755,13 @@ class Answer(Stage):
             config = (model.clip if run else clip).config
             self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, config["vocabulary"])
         except ValueError as error:
-            raise Mistake(str(error)) from None
+            raise UserError(str(error)) from None
         self.num_frames, size = self.num_frames or config["frames"], config["image_size"][0]
         if self.data:
             self.sets = clips(self, self.num_frames, size, self.sampling, flip=False, transform=self.transform)
             for source in self.sets:
                 if not isinstance(source, data.VideoFiles) or any(row.answer is None or not (row.question or "").strip() for row in source.rows):
-                    raise Mistake(f"{source.source}: a question or an answer is missing; give JSON, JSONL or CSV with "
+                    raise UserError(f"{source.source}: a question or an answer is missing; give JSON, JSONL or CSV with "
                                   "video, question and answer")
             asked = [(row.question, row.answer) for row in self.sets[0].rows]
         else:
@@ -1867,19 +1856,19 @@ def resized(model, size):
     try:
         found = model.resized(size)
     except ValueError as error:
-        raise Mistake(f"--input-size {size}: {error}") from None
+        raise UserError(f"--input-size {size}: {error}") from None
     height, width = model.config["image_size"]
     print(f"--input-size {size}: the weights' table of places, made for {height} x {width} pixels, is interpolated")
     return found
 
 
 def numbers(text, name, kind=int):
-    """"2,5,8" -> [2, 5, 8], "" -> None; Mistake where it is neither."""
+    """"2,5,8" -> [2, 5, 8], "" -> None; UserError where it is neither."""
     one, example = (r"\d+", "2,5,8") if kind is int else (r"\d*\.?\d+", "0.6,0.75,0.9")
     if not text:
         return None
     if not re.fullmatch(f"{one}(,{one})*", text):
-        raise Mistake(f"--{name} {text}: give numbers with commas, as {example}")
+        raise UserError(f"--{name} {text}: give numbers with commas, as {example}")
     return [kind(number) for number in text.split(",")]
 
 
@@ -2092,14 +2081,14 @@ class Log:
 
 
 def choose_device(name):
-    """"auto" or a torch device name -> the device's name; Mistake where it is not to be had."""
+    """"auto" or a torch device name -> the device's name; UserError where it is not to be had."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError):
-        raise Mistake(f"--device {name}: not available here; use cpu"
+        raise UserError(f"--device {name}: not available here; use cpu"
                       + (" or cuda" if torch.cuda.is_available() else "")) from None
     return str(device)
 
@@ -2234,7 +2223,7 @@ def tensors_of(model, optimisers, average):
 
 def restore(tensors, model, optimisers, average):
     """Put back what `tensors_of` took, whole or in parts."""
-    other = Mistake("the checkpoint's tensors are not those of this model; start anew without --resume")
+    other = UserError("the checkpoint's tensors are not those of this model; start anew without --resume")
     for found, own in ((tensors["model"], model.state_dict()), (tensors["average"], average.state if average else {})):
         if list(found) != list(own) or any(found[name].shape != own[name].shape for name in own):
             raise other
@@ -2334,7 +2323,7 @@ def read_checkpoint(path, like):
 
 def resume_from(out, stage, like):
     """(facts, tensors) of the newest checkpoint that can be read, or None where there is none; a damaged one is
-    named and set aside. Mistake where none can be read or the recipe is not this one."""
+    named and set aside. UserError where none can be read or the recipe is not this one."""
     damaged = []
     for path in checkpoints(out):
         try:
@@ -2344,7 +2333,7 @@ def resume_from(out, stage, like):
             damaged.append((path, error))
     else:
         if damaged:
-            raise Mistake(f"{damaged[0][0]}: not a readable checkpoint ({damaged[0][1]}), nor is an older one there; "
+            raise UserError(f"{damaged[0][0]}: not a readable checkpoint ({damaged[0][1]}), nor is an older one there; "
                           "start anew without --resume")
         print(f"nothing to resume in {out}: starting at step 0")
         return None
@@ -2353,7 +2342,7 @@ def resume_from(out, stage, like):
     same = {"batch_size", "accum"} if before == clips else set()  # shared out in another way
     other = {key: value for key, value in was.items() if key in now and now[key] != value and key not in same}
     if other:
-        raise Mistake(f"{path} was made with " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
+        raise UserError(f"{path} was made with " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
                       other.items()) + ": resume with the same, or use another --out")
     for bad, error in damaged:
         aside = next(place for n in itertools.count() if not (place := Path(f"{bad}.damaged" + f".{n}" * (n > 0))).exists())
@@ -2392,7 +2381,7 @@ def keep_old_run(out):
 
 
 def explained(fit):
-    """What the machine says when it fails, as a `Failure`, or what a run says that is asked to stop, as `Stopped`: one line
+    """What the machine says when it fails, as a `RunError`, or what a run says that is asked to stop, as `Interrupted`: one line
     with the last good checkpoint in it."""
     @functools.wraps(fit)
     def run(stage, name, again="--resume"):
@@ -2403,19 +2392,19 @@ def explained(fit):
         try:
             return fit(stage, name, again)
         except KeyboardInterrupt:
-            raise Stopped(with_checkpoint("interrupted")) from None
+            raise Interrupted(with_checkpoint("interrupted")) from None
         except (OSError, EOFError, MemoryError, RuntimeError) as error:
             reason = trouble(error, stage)
             if not reason:
                 raise
-            raise Failure(with_checkpoint(reason)) from None
+            raise RunError(with_checkpoint(reason)) from None
     return run
 
 
 def trouble(error, stage):
     """One line on an error that is nobody's typing, or None where it is an error of this program."""
     text = str(error)
-    if isinstance(error, Failure):
+    if isinstance(error, RunError):
         return None
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         B, lower = stage.batch_size, []
@@ -2502,7 +2491,7 @@ def fit(stage, name, again):
     if stage.device == "cpu":
         stage.onednn, why_products = choose_products(stage.onednn)
         if stage.attention == "flex" and stage.steps:
-            raise Mistake("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, written_out, piecewise or fused")
+            raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, written_out, piecewise or fused")
     first_process = processes.rank() == 0
     torch.manual_seed(stage.seed)
     model = stage.build().to(stage.device)
@@ -2515,7 +2504,7 @@ def fit(stage, name, again):
         with tempfile.TemporaryFile(dir=out):
             pass
     except (OSError, ValueError) as error:  # ValueError: no letter of a name
-        raise Mistake(f"--out {out}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--out {out}: {getattr(error, 'strerror', None) or error}") from None
     train_set, held_out_set = stage.datasets()
     if not stage.resume and first_process:  # only now: a mistake leaves all where it is
         keep_old_run(out)
@@ -2639,7 +2628,7 @@ def fit(stage, name, again):
                 save(step)
                 named = processes.collect([(processes.rank(), suspect, files)])
                 names = [path for _, guilty, paths in named if guilty or not any(row[1] for row in named) for path in paths]
-                raise Failure(f"step {step}: loss {sums.get('loss')}, gradient norm {norm}, lr {rate:.2e}, batch "
+                raise RunError(f"step {step}: loss {sums.get('loss')}, gradient norm {norm}, lr {rate:.2e}, batch "
                               f"{', '.join(names) or 'of generated clips'}: not finite; the weights before it are in "
                               f"{out}/last.pt; try a lower --blr or --lr, or --precision fp32")
             spiked = stage.spike and usual is not None and sums["loss"] > stage.spike * usual
@@ -2688,7 +2677,7 @@ def fit(stage, name, again):
                 signal.signal(number, handler)
     if processes.means({"stop": bool(stop) or stopping}, stage.device)["stop"] > 0:  # also after the last step
         line = f"python train.py {name} --resume --out {out} and the same flags" if again == "--resume" else again
-        raise Stopped(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: {line}")
+        raise Interrupted(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: {line}")
 
     model.eval()
     with averaged():
@@ -2770,7 +2759,7 @@ class Parser(argparse.ArgumentParser):
         found = super().parse_args(argv)
         for name, value in vars(found).items():
             if isinstance(value, list):  # what argparse makes of --flag=--
-                raise Mistake(f"--{name.replace('_', '-')}: expected a value")
+                raise UserError(f"--{name.replace('_', '-')}: expected a value")
         return found
 
 
@@ -2792,7 +2781,7 @@ def parser_of(card, name):
 
 
 def parse(card, name, argv):
-    """Command line -> card; Mistake where a value is out of range."""
+    """Command line -> card; UserError where a value is out of range."""
     argv = ["--" + arg[2:].split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]):]
             if arg.startswith("--") else arg for arg in argv]
     argv = ["--resume" if arg == "--resume=auto" else arg for i, arg in enumerate(argv)
@@ -2804,11 +2793,11 @@ def parse(card, name, argv):
             continue
         most = 10**9 if info["high"] is None else info["high"]  # what numpy, torch and float32 count
         if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) or value > most:
-            raise Mistake(f"--{field.name.replace('_', '-')} {value}: must be at least {info['low']} and at most {most}")
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be at least {info['low']} and at most {most}")
     for field in dataclasses.fields(stage):  # a flag that would change nothing is a mistake, not a wish
         world = field.metadata["help"].partition(":")[0]
         if getattr(stage, field.name) != field.default and world == ("moving shapes" if stage.data else "files"):
-            raise Mistake(f"--{field.name.replace('_', '-')}: is for " + ("moving shapes; leave it or --data out" if stage.data else
+            raise UserError(f"--{field.name.replace('_', '-')}: is for " + ("moving shapes; leave it or --data out" if stage.data else
                           "video files; a clip of moving shapes is all there is; give --data or leave it out"))
     return stage
 
@@ -2820,7 +2809,7 @@ def default_run(argv):
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     args = parser.parse_args(argv)
     if not 0 <= args.seed <= 10**9:
-        raise Mistake(f"--seed {args.seed}: must be at least 0 and at most {10**9}")
+        raise UserError(f"--seed {args.seed}: must be at least 0 and at most {10**9}")
     out, started = Path(args.out), time.monotonic()
     again = "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default") + f" --seed {args.seed}" * (args.seed > 0)
     waiting = [row for row in DEFAULT_RUN if not os.path.exists(out / row[0] / "metrics.json")]
@@ -2831,9 +2820,9 @@ def default_run(argv):
             try:
                 seed = json.loads((out / name / "metrics.json").read_text())["settings"]["seed"]
             except (OSError, ValueError, KeyError, TypeError):
-                raise Mistake(f"{out / name}/metrics.json: not what a run wrote; remove it to have the stage done anew") from None
+                raise UserError(f"{out / name}/metrics.json: not what a run wrote; remove it to have the stage done anew") from None
             if seed != args.seed:
-                raise Mistake(f"--seed {args.seed}: {out / name} was made with seed {seed}; use another --out")
+                raise UserError(f"--seed {args.seed}: {out / name} was made with seed {seed}; use another --out")
             print(f"{name}: done already, see {out / name}/metrics.json")
             continue
         options = {key: value.format(out) if isinstance(value, str) else value for key, value in options.items()}
@@ -2919,9 +2908,9 @@ def main(argv=None):
     try:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
             if not os.environ.get(name, "0").isdecimal():
-                raise Mistake(f"{name}={os.environ.pop(name)}: torchrun makes it a number; unset it")
+                raise UserError(f"{name}={os.environ.pop(name)}: torchrun makes it a number; unset it")
         if processes.several() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-            raise Mistake(f"WORLD_SIZE={os.environ.pop('WORLD_SIZE')}: several processes are started with torchrun; unset it for one")
+            raise UserError(f"WORLD_SIZE={os.environ.pop('WORLD_SIZE')}: several processes are started with torchrun; unset it for one")
         if processes.several() and int(os.environ["RANK"]) > 0:  # of several processes one speaks; any may say why it ends
             sys.stdout = open(os.devnull, "w")
         if not argv or argv[0] in ("--out", "--seed") or argv[0].startswith(("--out=", "--seed=")):
@@ -2930,11 +2919,11 @@ def main(argv=None):
             print(__doc__)
             print("stages: " + ", ".join(f"{name} ({card.__doc__.splitlines()[0]})" for name, card in STAGES.items()))
         elif argv[0] not in STAGES:
-            raise Mistake(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the default run")
+            raise UserError(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the default run")
         else:
             fit(parse(STAGES[argv[0]], argv[0], argv[1:]), argv[0])
-    except (Mistake, weights.WeightsError, data.DataError, Failure) as error:
-        text, code = str(error), 130 if isinstance(error, Stopped) else 1 if isinstance(error, Failure) else 2
+    except (UserError, weights.WeightsError, data.DataError, RunError) as error:
+        text, code = str(error), 130 if isinstance(error, Interrupted) else 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:  # before a stage began, or at the table of the default run
         text, code = "interrupted; nothing is lost: the same line goes on", 130
     else:
@@ -2943,7 +2932,7 @@ def main(argv=None):
     finally:
         if signal.getsignal(signal.SIGTERM) is asked_to_end:
             signal.signal(signal.SIGTERM, before)
-    text = annotations.printable(text)  # a name may have anything in it; a mistake is one line
+    text = printable(text)  # a name may have anything in it; a mistake is one line
     if processes.first_to_say(text):
         who, line = (f"process {os.environ['RANK']}: ", "\n") if processes.several() else ("", "")  # not behind another's bar
         print(f"{line}train.py: {who}{text}", file=sys.stderr)

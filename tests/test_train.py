@@ -255,7 +255,7 @@ def test_a_torn_checkpoint_is_named(tmp_path, capsys):
 def test_the_decoders_width_and_depth_are_flags():
     card = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5, decoder_width=48, decoder_depth=1)
     assert card.build().config["size"]["decoder_width"] == 48 and card.build().config["size"]["decoder_depth"] == 1
-    with pytest.raises(train.Mistake, match="multiple of the 4 heads"):
+    with pytest.raises(train.UserError, match="multiple of the 4 heads"):
         train.MAE(decoder_width=50).build()
 
 

@@ -109,7 +109,7 @@ def places(paths, out, suffix):
 def run(args):
     """Extract what is missing; returns {path: reason} of what cannot be read."""
     if args.stride < 1 or args.batch_size < 1:
-        raise train.Mistake("--stride and --batch-size must be at least 1")
+        raise train.UserError("--stride and --batch-size must be at least 1")
     paths = list(dict.fromkeys(row.path for row in annotations.read(args.data).rows))
     model, out, device = load(args.model), Path(args.out), train.choose_device(args.device)
     model.to(device)
@@ -117,7 +117,7 @@ def run(args):
                     format=args.format)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "settings.json").exists() and json.loads((out / "settings.json").read_text()) != settings:
-        raise train.Mistake(f"--out {out}: holds features made with {(out / 'settings.json').read_text().strip()}; "
+        raise train.UserError(f"--out {out}: holds features made with {(out / 'settings.json').read_text().strip()}; "
                             "use another folder")
     (out / "settings.json").write_text(json.dumps(settings) + "\n")
     targets = places(paths, out, "." + args.format)
@@ -159,7 +159,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         bad = run(args)
-    except (train.Mistake, weights.WeightsError, data.DataError, OSError) as error:
+    except (train.UserError, weights.WeightsError, data.DataError, OSError) as error:
         print(f"extract.py: {error}", file=sys.stderr)
         return 2
     for reason in bad.values():

@@ -57,19 +57,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.errors import UserError, printable
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """The user's data or request is at fault: one line with what, which file, and what to do."""
-
-    def __str__(self):
-        return printable(super().__str__())
-
-
-def printable(text):
-    """The text on one line, as any terminal shows it. What does not print is written as an escape: file names may
-    hold line breaks, and bytes that are no UTF-8."""
-    return text if text.isprintable() else "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 class Row(NamedTuple):

@@ -53,6 +53,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from engine.errors import UserError
+
 ENVELOPES = ("model", "module", "state_dict", "model_state")
 PREFIXES = ("module.", "model.", "_orig_mod.")  # DataParallel, Hugging Face remote code, compile
 
@@ -62,12 +64,8 @@ DAMAGE = (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.Un
           AttributeError, TypeError, ArithmeticError, AssertionError, struct.error, zlib.error)
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file of weights cannot be used; the message is one line and says why."""
-
-    def __str__(self):  # names of files and tensors may hold anything
-        text = super().__str__()
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
