@@ -631,7 +631,9 @@ def main(argv=None):
     from pathlib import Path
 
     import clip_video
-    import data
+    from video.annotations import DataError
+    from video.clips import one_clip
+    from video.transforms import normalise
     from video import moving_shapes
     from engine import pictures
 
@@ -659,11 +661,11 @@ def main(argv=None):
             decoder = CaptionDecoder(128, heads=2, depth=2, visual_width=192, vocabulary=tokenizer.vocabulary, queries=8).eval()
         T, (H, W) = model.config["frames"], model.config["image_size"]
         if args.video:
-            clip, told = data.one_clip(args.video, T, (H, W)), None
+            clip, told = one_clip(args.video, T, (H, W)), None
         else:
             item = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[args.seed]
             clip, told = item["video"], item["caption"]
-        _, tokens = model.encode_video_tokens(data.normalise(torch.as_tensor(clip)[None], model.mean, model.std))
+        _, tokens = model.encode_video_tokens(normalise(torch.as_tensor(clip)[None], model.mean, model.std))
         words = generate(decoder, model.text, tokens.flatten(1, 2), start=tokenizer.start,
                          end=tokenizer.end, maximum=min(args.maximum, model.config["context"] - 1),
                          method=args.method, generator=torch.Generator().manual_seed(args.seed))
@@ -678,7 +680,7 @@ def main(argv=None):
             pictures.attention(clip, *looks(model, decoder, tokenizer, tokens, ids),
                            f'where the decoder looks as it writes "{sentence}"', path)
             print(f"drawn: {path}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
+    except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"caption_decoder.py: {error}", file=sys.stderr)
         return 2
     return 0

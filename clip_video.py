@@ -1099,7 +1099,9 @@ def main(argv=None):
     import sys
     from pathlib import Path
 
-    import data
+    from video.annotations import DataError
+    from video.clips import one_clip
+    from video.transforms import normalise
     from video import moving_shapes
     from engine import pictures
 
@@ -1127,14 +1129,14 @@ def main(argv=None):
         model = VideoCLIP.from_official(args.weights, frames=args.frames)
         tokenizer = tokenizer_of(args.weights, args.tokenizer, model.config["vocabulary"])
         T, (H, W) = args.frames or model.config["frames"], model.config["image_size"]
-        clip = torch.as_tensor(data.one_clip(args.video, T, (H, W)))[None]
-        video = data.normalise(clip, model.mean, model.std)                  # (1, 3, T, H, W)
+        clip = torch.as_tensor(one_clip(args.video, T, (H, W)))[None]
+        video = normalise(clip, model.mean, model.std)                  # (1, 3, T, H, W)
         ids, _ = tokenizer.encode(args.text, model.config["context"])
         classes = F.normalize(model.encode_text(ids), dim=-1)[None]
         found = zero_shot(model.encode_video(video), classes, model.logit_scale)[0]
         for share, text in sorted(zip(found.tolist(), args.text), reverse=True):
             print(f"{share:8.4f}  {text}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
+    except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"clip_video.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -1148,7 +1150,7 @@ def explain(data, moving_shapes):
     captions = [item["caption"] for item in items]
     tokenizer = train_tokenizer([world[i]["caption"] for i in range(100)], 800)
     model = VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=24).eval()
-    video = data.normalise(torch.stack([torch.as_tensor(item["video"]) for item in items]), model.mean, model.std)
+    video = normalise(torch.stack([torch.as_tensor(item["video"]) for item in items]), model.mean, model.std)
     ids, is_token = tokenizer.encode(captions, 24, trim=True)
     seen, patches = model.encode_video_tokens(video)
     read, words = model.encode_text_tokens(ids)

@@ -414,7 +414,8 @@ def main(argv=None):
     import sys
     from pathlib import Path
 
-    import data
+    from video.annotations import DataError
+    from video.clips import one_clip
     from video import moving_shapes
     from engine import pictures
 
@@ -440,7 +441,7 @@ def main(argv=None):
         T = max(part.config["frames"] for part in (model.masked, *model.multimodal))
         H, W = (max(sides) for sides in zip(*(part.config["image_size"] for part in (model.masked, *model.multimodal))))
         if args.video:
-            clip = data.one_clip(args.video, T, (H, W))
+            clip = one_clip(args.video, T, (H, W))
         else:
             item = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[args.seed]
             clip = item["video"]
@@ -451,7 +452,7 @@ def main(argv=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             pictures.looks(clip, *places(model, torch.as_tensor(clip)[None]), path)
             print(f"drawn: {path}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
+    except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"fusion.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1011,7 +1011,10 @@ def main(argv=None):
     import sys
     from pathlib import Path
 
-    import data
+    from video.annotations import DataError
+    from video.decoding import probe, read_clip
+    from video.sampling import dense_indices
+    from video.transforms import normalise
     from video import moving_shapes
 
     parser = argparse.ArgumentParser(description="Hide most of a video and paint it back.")
@@ -1027,8 +1030,8 @@ def main(argv=None):
         model = VideoMAE.from_official(args.weights) if args.weights else VideoMAE("tiny", image_size=64)
         T, (H, W) = model.config["frames"], model.config["image_size"]
         if args.video:
-            count = data.probe(args.video).frames
-            clip = data.read_clip(args.video, data.dense_indices(count, T, 4), min(H, W))
+            count = probe(args.video).frames
+            clip = read_clip(args.video, dense_indices(count, T, 4), min(H, W))
             top, left = (clip.shape[1] - H) // 2, (clip.shape[2] - W) // 2
             clip = clip[:, top:top + H, left:left + W]
         else:
@@ -1037,14 +1040,14 @@ def main(argv=None):
         if not 0 < int(args.mask_ratio * h * w) < h * w:
             raise ValueError(f"--mask-ratio {args.mask_ratio}: must leave at least one of the "
                              f"{h * w} places of a frame visible and hide at least one")
-        video = data.normalise(torch.as_tensor(clip)[None], IMAGENET_MEAN, IMAGENET_STD)
+        video = normalise(torch.as_tensor(clip)[None], IMAGENET_MEAN, IMAGENET_STD)
         hidden = tube_mask(1, model.grid, args.mask_ratio, torch.Generator().manual_seed(args.seed))
         explain(model, video, hidden)
         path = Path(args.out).with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(model, video, hidden, path, "" if args.weights else "an untrained model: pass --weights")
         print(f"drawn: {path} and {path.with_suffix('.gif')}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
+    except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"mae.py: {error}", file=sys.stderr)
         return 2
     return 0

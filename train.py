@@ -70,11 +70,17 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from video import annotations
+from video.annotations import DataError
 import attention
 import caption_decoder
 from tasks import captioning
 import clip_video
 import data
+from video.features import read_features
+from video.loading import dead_worker
+from video.sampling import SAMPLINGS
+from video.shards import VideoShards
+from video.transforms import TRANSFORMS, normalise
 from video import moving_shapes
 from engine import pictures
 import fusion
@@ -145,8 +151,6 @@ class Stage:
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
     workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0, high=1000)
     max_bad: float = flag(0.5, "share of unreadable clips at which the run stops, once there are ten", low=0, high=1)
-    decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
-                        choices=("pyav", "torchcodec"))
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
     eval_batch: int = flag(32, "clips at a time in evaluation, per process; no number depends on --batch-size", low=1)
     eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0)
@@ -237,9 +241,9 @@ class MAE(Stage):
     sampling_rate: int = flag(4, "a clip takes every n-th frame of a video (paper: 4; 2 on Something-Something)",
                               low=1)
     sampling: str = flag("dense", "dense = neighbouring frames, segment = spread over the video; the others are those "
-                         "of the published models (paper: videomae-pretrain)", choices=tuple(data.SAMPLINGS))
+                         "of the published models (paper: videomae-pretrain)", choices=tuple(SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
-                          "the published models (paper: videomae-pretrain)", choices=tuple(data.TRANSFORMS))
+                          "the published models (paper: videomae-pretrain)", choices=tuple(TRANSFORMS))
     mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places at 40 px (paper: "
                              "0.9, which leaves 20 of 196 at 224 px)", low=0, high=1)
     mask_type: str = flag("tube", "tube = same places in every frame (paper: tube)", choices=tuple(mae.MASKS))
@@ -358,7 +362,7 @@ class MAE(Stage):
         paths = []
         grid = model.encoder.grid_of(*batch["video"].shape[1:4])
         for i in range(min(4, len(batch["video"]))):
-            video = data.normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+            video = normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
             hidden = mae.MASKS[self.mask_type](1, grid, self.mask_ratio, generator(self.seed, "picture", i))
             path = folder / f"reconstruction_{i}.png"
             title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
@@ -449,9 +453,9 @@ class Clip(Stage):
     num_frames: int = flag(8, "frames per clip (paper: 8)", low=1, high=10**4)
     input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1, high=10**4)
     sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
-                         "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
+                         "those of the published models (paper: internvideo)", choices=tuple(SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
-                          "the published models (paper: internvideo; clip for images)", choices=tuple(data.TRANSFORMS))
+                          "the published models (paper: internvideo; clip for images)", choices=tuple(TRANSFORMS))
     local_units: int = flag(1, "0, 1 or 2 per block, to compare neighbouring frames (paper: 0; UniFormerV2 "
                                "for motion: 2)", low=0, high=2)
     temporal_downsample: bool = flag(True, "embed three frames at a time, at every second one (UniFormerV2 "
@@ -588,7 +592,7 @@ class Clip(Stage):
     def check_captions(self):
         """All training captions, for the vocabulary; UserError where a list has none, or an empty one."""
         for source in (*self.sets, self.stills):
-            if not isinstance(source, (data.VideoFiles, data.VideoShards)):
+            if not isinstance(source, (data.VideoFiles, VideoShards)):
                 continue
             if source.captions is None and source.classes and not self.steps:
                 continue  # zero-shot recognition needs class names alone
@@ -611,7 +615,7 @@ class Clip(Stage):
             return moving_shapes.StillShapes("train", self.num_frames, self.input_size, self.seed)
         part = "all" if self.image_data or self.val_data else "train"
         return data.open_clips(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
-                               flip=False, part=part, transform=self.transform, decoder=self.decoder)
+                               flip=False, part=part, transform=self.transform)
 
     def datasets(self):
         return self.sets
@@ -624,7 +628,7 @@ class Clip(Stage):
         image = "image" in batch
         if image:  # where the tower embeds several frames at a time, the picture stands still
             video = video.expand(-1, getattr(model.clip.visual, "stride", 1), -1, -1, -1)
-        video = data.normalise(video, model.clip.mean, model.clip.std)
+        video = normalise(video, model.clip.mean, model.clip.std)
         ids, is_token = (x.to(video.device) for x in self.words.encode(captions, self.context, trim=True))
         if model.training:
             model.clip.clamp_scale()
@@ -679,7 +683,7 @@ class Clip(Stage):
         rows = []
         for batch in batches:
             _, losses = self.loss(model, batch, generator(self.seed, "evaluation", batch["number"]))
-            video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+            video = normalise(batch["video"], model.clip.mean, model.clip.std)
             told = batch.get("captions") or [[text] for text in batch["caption"]]
             with self.autocast():
                 rows.append((batch["number"], len(video), {name: float(value) for name, value in losses.items()},
@@ -713,7 +717,7 @@ class Clip(Stage):
         rows = []
         for batch in batches:
             with self.autocast():
-                seen = model.clip.encode_video(data.normalise(batch["video"], model.clip.mean, model.clip.std))
+                seen = model.clip.encode_video(normalise(batch["video"], model.clip.mean, model.clip.std))
             rows.append((batch["number"], clip_video.zero_shot(seen.float(), classes.float(), model.clip.logit_scale), batch["label"]))
         _, shares, labels = zip(*processes.collect(rows, self.device))
         found = accuracies({"label": torch.cat(shares)}, {"label": torch.cat(labels)})
@@ -744,7 +748,7 @@ class Clip(Stage):
         if self.data and self.sets[1].captions is None:
             return {}
         for batch in self.held_out(self.sets[1], self.eval_clips, self.eval_batch):
-            video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+            video = normalise(batch["video"], model.clip.mean, model.clip.std)
             number = range(batch["number"] * self.eval_batch, self.eval_clips)
             if "facts" in batch:
                 asked = [moving_shapes.choices(facts, np.random.default_rng((self.seed, i))) for facts, i in zip(batch["facts"], number)]
@@ -834,7 +838,7 @@ class Clip(Stage):
             return []
         shown = min(16, len(batch["video"]))
         raw, captions = batch["video"][:shown], batch["caption"][:shown]
-        video = data.normalise(raw, model.clip.mean, model.clip.std)
+        video = normalise(raw, model.clip.mean, model.clip.std)
         with self.autocast():
             seen, tokens = model.clip.encode_video_tokens(video)
             read = model.clip.encode_text(self.encode(captions, video.device))
@@ -1024,9 +1028,9 @@ class Labels(Stage):
     sampling_rate: int = flag(4, "with --sampling dense: a clip takes every n-th frame (paper: 4)", low=1)
     sampling: str = flag("segment", "files: dense = neighbouring frames, segment = spread over the video; the others are "
                          "those of the published models (paper: videomae-dense, uniformerv2)",
-                         choices=tuple(data.SAMPLINGS))
+                         choices=tuple(SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
-                          "the published models (paper: videomae, uniformerv2)", choices=tuple(data.TRANSFORMS))
+                          "the published models (paper: videomae, uniformerv2)", choices=tuple(TRANSFORMS))
     test: int = flag(0, "moving shapes: at the end measure on so many clips of the test split, too, which no choice has ever seen", low=0)
     train_clips: int = flag(0, "train on so many clips, over and over, to see what few labels are worth; 0 = all", low=0)
     flip: bool = flag(False, "files: mirror half of the training clips: not where labels know left from right")
@@ -1050,7 +1054,7 @@ class Labels(Stage):
         self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip, self.transform,
                           area=self.area or None, operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
         if self.train_clips:
-            if isinstance(self.sets[0], data.VideoShards):
+            if isinstance(self.sets[0], VideoShards):
                 raise UserError("--train-clips: shards are read as they come; give a folder or a list")
             self.sets[0].first(self.train_clips)
         self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
@@ -1081,7 +1085,7 @@ class Labels(Stage):
             if "facts" in batch else [batch["label"].tolist()]
         answers = torch.tensor(answers, device=batch["video"].device)
         if answers.min() < 0:
-            raise data.DataError(f"{self.data}: a video without a label: {batch['path'][int(answers[0].argmin())]}")
+            raise DataError(f"{self.data}: a video without a label: {batch['path'][int(answers[0].argmin())]}")
         return torch.cat([torch.nn.functional.one_hot(answer, len(names)).float()
                           for answer, names in zip(answers, self.questions.values())], dim=1)
 
@@ -1112,7 +1116,7 @@ class Labels(Stage):
             return {}
         views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,
                                 self.sampling, train=False, classes=self.sets[1].classes,
-                                part="all" if self.val_data else "val", transform=self.transform, decoder=self.decoder,
+                                part="all" if self.val_data else "val", transform=self.transform,
                                 views=(self.test_clips, self.test_crops))
         rows = []
         for batch in self.held_out(views, self.eval_clips, 1):
@@ -1316,7 +1320,7 @@ class Classify(Labels):
 
     def look(self, model, video):
         """uint8 clips -> the frozen features that a probe reads."""
-        video = data.normalise(video, model.mean, model.std)
+        video = normalise(video, model.mean, model.std)
         with self.autocast(), torch.no_grad():
             found = tokens_of(model.encoder, video) if self.mode == "attentive" else feature_of(model, video)
         return found.float()
@@ -1326,7 +1330,7 @@ class Classify(Labels):
         if "features" in batch:
             read = model.read if self.mode == "attentive" else model.head
             return read(batch["features"]), target
-        video = data.normalise(batch["video"], model.mean, model.std)
+        video = normalise(batch["video"], model.mean, model.std)
         if target is not None and model.training and self.mixup + self.cutmix > 0:
             video, target = self.mix(video, target)
         with self.autocast():
@@ -1574,7 +1578,7 @@ class Localise(Stage):
             raise UserError("--annotations: --data is a folder of features; name the JSON that says what happens when")
         told, names, sets = annotations.read_segments(self.annotations), model and model.names, []
         for folder, subset in ((self.data, self.train_subset), (self.val_data or self.data, self.val_subset)):
-            items, names, missing = data.read_features(folder, told, subset, names)
+            items, names, missing = read_features(folder, told, subset, names)
             print(f"--data {folder}: {len(items)} videos of the subset {subset}, {len(names)} classes"
                   + (f"; the features of {len(missing)} are MISSING, e.g. {printable(str(missing[0]))}" if missing else ""))
             sets.append(items)
@@ -1723,9 +1727,9 @@ class Answer(Stage):
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside --weights")
     num_frames: int = flag(0, "frames per clip; 0 = as --weights (paper: 8)", low=0, high=10**4)
     sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
-                         "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
+                         "those of the published models (paper: internvideo)", choices=tuple(SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
-                          "the published models (paper: internvideo)", choices=tuple(data.TRANSFORMS))
+                          "the published models (paper: internvideo)", choices=tuple(TRANSFORMS))
     answers: int = flag(1500, "the commonest answers of training, which alone can be given (paper: 1,000 to 1,540)", low=2)
     drop: float = flag(0.1, "dropout in the head (paper: 0.5)", low=0, high=1)
     head_scale: float = flag(3.0, "factor on the learning rate of the head (paper: 10)", low=0)
@@ -1785,7 +1789,7 @@ class Answer(Stage):
 
     def scores(self, model, batch):
         """What the model makes of each answer, (B, Y), and the places of the right ones, -1 where not in the table."""
-        video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+        video = normalise(batch["video"], model.clip.mean, model.clip.std)
         ids = self.words.encode(batch["question"], model.clip.config["context"], trim=True)[0].to(video.device)
         place = {answer: i for i, answer in enumerate(self.table)}
         right = [place.get(question_answering.normalised(answer), -1) for answer in batch["answer"]]
@@ -1926,7 +1930,7 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="p
         return (moving_shapes.MovingShapes("train", frames, size, stage.seed),
                 moving_shapes.MovingShapes("val", frames, size, stage.seed))
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed,
-                   flip=flip, transform=transform, decoder=stage.decoder)
+                   flip=flip, transform=transform)
     part = "all" if stage.val_data else "train"
     train = data.open_clips(stage.data, train=True, part=part, **options, **augment)
     held_out = data.open_clips(stage.val_data or stage.data, train=False, classes=train.classes,
@@ -2419,7 +2423,7 @@ def trouble(error, stage):
         return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
     chain = error  # the news of a dead worker comes at any time, also in the midst of writing a checkpoint
     while chain is not None:
-        if dead := data.dead_worker(chain):
+        if dead := dead_worker(chain):
             return dead
         chain = chain.__context__
     if not getattr(error, "filename", None) and re.search(  # torch hands clips over there
@@ -2471,7 +2475,7 @@ class HeldOut:
         rows = processes.collect(rows)
         self.clips, self.bad = sum(count for _, count, *_ in rows), [pair for *_, bad, _ in rows for pair in bad]
         if not self.clips:
-            raise data.DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
+            raise DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
         # All keep or none: who kept would be missing where the others meet at the end of the next pass.
         self.kept = kept if all(size <= self.KEPT for *_, size in rows) else None
 
@@ -2531,7 +2535,7 @@ def fit(stage, name, again):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shared = f", {processes.world()} processes{' with a part of the weights each' * stage.shard}" * (processes.world() > 1)
     epochs = f", {stage.steps * clips_per_step(stage) / len(train_set):.3g} epochs" if \
-        hasattr(train_set, "__len__") and not isinstance(train_set, data.VideoShards) else ""
+        hasattr(train_set, "__len__") and not isinstance(train_set, VideoShards) else ""
     print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips{epochs}, peak "
           f"lr {stage.lr or stage.blr * clips_per_step(stage) / 256:.2e}, {stage.device}, {stage.precision}{shared}, "
           f"{torch.get_num_threads()} threads -> {out}")
@@ -2611,7 +2615,7 @@ def fit(stage, name, again):
                 unreadable += len(batch.get("bad", ()))
                 asked_for += clips_in(batch) + len(batch.get("bad", ()))
                 if unreadable >= 10 and unreadable > stage.max_bad * asked_for:
-                    raise data.DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
+                    raise DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
                                          f"{stage.max_bad}, the last: {reason}; `python data.py PATH` lists all such files")
                 files += batch.get("path", ())
                 with processes.exchange(take_step, on=part == stage.accum - 1):
@@ -2922,7 +2926,7 @@ def main(argv=None):
             raise UserError(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the default run")
         else:
             fit(parse(STAGES[argv[0]], argv[0], argv[1:]), argv[0])
-    except (UserError, weights.WeightsError, data.DataError, RunError) as error:
+    except (UserError, weights.WeightsError, DataError, RunError) as error:
         text, code = str(error), 130 if isinstance(error, Interrupted) else 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:  # before a stage began, or at the table of the default run
         text, code = "interrupted; nothing is lost: the same line goes on", 130

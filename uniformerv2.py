@@ -808,7 +808,9 @@ def main(argv=None):
     import sys
     from pathlib import Path
 
-    import data
+    from video.annotations import DataError
+    from video.clips import one_clip
+    from video.transforms import normalise
     from video import moving_shapes
     from engine import pictures
 
@@ -827,10 +829,10 @@ def main(argv=None):
             UniFormerV2("tiny", classes=16, **{"frames": 16} | preset(args.family, "tiny"))
         T, (H, W) = model.config["frames"], model.config["image_size"]
         if args.video:
-            clip = data.one_clip(args.video, T, (H, W))
+            clip = one_clip(args.video, T, (H, W))
         else:
             clip = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
-        video = data.normalise(torch.as_tensor(clip)[None], model.mean, model.std)
+        video = normalise(torch.as_tensor(clip)[None], model.mean, model.std)
         explain(model.eval(), video)
         path = Path(args.out)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -839,7 +841,7 @@ def main(argv=None):
             title = "where the global token looks" + ("" if args.weights else ": everywhere, for nothing is trained")
             pictures.attention(clip, torch.cat(list(found.values())), [f"after layer {i}" for i in found], title, path)
             print(f"drawn: {path}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
+    except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"uniformerv2.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -25,7 +25,7 @@ import json
 import numpy as np
 import torch
 
-import data
+from video.sampling import segment_indices
 
 
 def pyplot():
@@ -72,7 +72,7 @@ def plain(text):
 
 def strip(video, count=4):
     """`count` frames of a clip (T, H, W, 3) side by side, with thin white gaps."""
-    chosen = data.segment_indices(len(video), min(count, len(video)))
+    chosen = segment_indices(len(video), min(count, len(video)))
     return np.concatenate([np.pad(video[t], ((0, 0), (0, 2), (0, 0)), constant_values=255) for t in chosen], axis=1)
 
 

@@ -446,7 +446,7 @@ class Localiser(nn.Module):
         return self
 
     def find(self, video, batch_size=16, tick=lambda: None):
-        """Segments of a data.Video of any length: (n, 4), start s, end s, score, label, the best first.
+        """Segments of a Video of any length: (n, 4), start s, end s, score, label, the best first.
 
         tick  called at every frame
         """
@@ -489,7 +489,9 @@ def main(argv=None):
 
     from tqdm import tqdm
 
-    import data
+    from video.annotations import DataError
+    from video.decoding import Video
+    from video.sampling import segment_indices
     from video import moving_shapes
     from engine import pictures
 
@@ -515,9 +517,9 @@ def main(argv=None):
                              "a video; train it with --weights as well")
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if args.video:
-            with data.Video(args.video) as video:
+            with Video(args.video) as video:
                 info, true = video.info, None
-                shown = dict.fromkeys(data.segment_indices(info.frames, 12).tolist())
+                shown = dict.fromkeys(segment_indices(info.frames, 12).tolist())
                 with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
                           mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
                     found = model.find(video, args.batch_size, bar.update)
@@ -538,13 +540,13 @@ def main(argv=None):
         for start, end, score, label in best:
             print(f"{start:9.2f} s to {end:9.2f} s   {score:4.0%}  {model.names[int(label)]}")
         if args.video:  # after the segments are said: whatever the pictures cost, those are there
-            with data.Video(args.video) as video:
+            with Video(args.video) as video:
                 strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
         path = Path(args.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.segments([(Path(name).name, strip, duration, true, clearest(found, args.least))], model.names, path)
         print(f"drawn: {path}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
+    except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"localise.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import clip_video
-import data
+from video.transforms import normalise
 import fusion
 import mae
 import uniformerv2
@@ -319,7 +319,7 @@ def test_the_tower_of_a_video_text_model_is_an_expert_that_sees_as_it_was_traine
     masked, _ = experts()
     x = clip()
     model = InternVideo(masked, tower)
-    normalised = data.normalise(x, clip_video.CLIP_MEAN, clip_video.CLIP_STD)
+    normalised = normalise(x, clip_video.CLIP_MEAN, clip_video.CLIP_STD)
     assert torch.allclose(model.scores(x)[1], tower(normalised), atol=1e-5)
     again = InternVideo.from_config(json.loads(json.dumps(model.config)))
     assert again.multimodal[0].mean == clip_video.CLIP_MEAN

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import assert_summary, official_fill, values
 
 import attention
-import data
+from video.transforms import normalise
 import mae
 import weights
 from attention import sinusoid_table
@@ -151,7 +151,7 @@ def test_the_target_follows_the_official_recipe_step_by_step():
 def test_bytes_go_straight_in_with_the_numbers_of_normalised_clips():
     """Only the tubelets that are looked at become floats; the numbers are the same to the last bit."""
     clip = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
-    video = data.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    video = normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
     raw, model = clip.permute(0, 4, 1, 2, 3), toy()
     hidden = tube_mask(2, model.grid, 0.5)
     assert torch.equal(model(raw, hidden), model(video, hidden))

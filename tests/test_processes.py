@@ -199,7 +199,7 @@ def runs(folder, cut=True):
 
     def failing(step):
         if processes.rank() == 1:
-            raise train.data.DataError("the disk of process 1 is gone")
+            raise train.DataError("the disk of process 1 is gone")
 
     def power_cut(step):
         if step == 4:

@@ -46,7 +46,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention  # noqa: E402
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
-import data  # noqa: E402
+from video.decoding import Video, probe, read_clip, shown_size  # noqa: E402
+from video.sampling import dense_indices, segment_indices  # noqa: E402
+from video.transforms import normalise  # noqa: E402
 import fusion  # noqa: E402
 import mae  # noqa: E402
 import train  # noqa: E402
@@ -514,7 +516,7 @@ def mae_case(form):
         mask = hidden.to(DEVICE)
 
         def loss():
-            video = data.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD).transpose(1, 2)
+            video = normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD).transpose(1, 2)
             return model(video, mask).loss
     return training(model, loss, precision, name.startswith("ours"))
 
@@ -690,7 +692,7 @@ def decoders(example):
     import numpy as np
 
     def ours(path, numbers, size):
-        with data.Video(path) as video:
+        with Video(path) as video:
             video.info  # as in training: what it holds is not known beforehand
             return video.read(numbers, size)
 
@@ -729,8 +731,8 @@ def decoders(example):
     return forms
 
 
-CHOICES = {"stride 4, centre": lambda n: data.dense_indices(n, 16, 4),
-           "spread over the video": lambda n: data.segment_indices(n, 16)}
+CHOICES = {"stride 4, centre": lambda n: dense_indices(n, 16, 4),
+           "spread over the video": lambda n: segment_indices(n, 16)}
 
 
 def decode_case(form):
@@ -738,8 +740,8 @@ def decode_case(form):
     name, _, videos, what = form
     read, asked = decoders(videos[0])[name], []
     for path in videos:
-        info = data.probe(path)
-        asked.append((path, CHOICES[what](info.frames), data._shown_size(info, 256)))
+        info = probe(path)
+        asked.append((path, CHOICES[what](info.frames), shown_size(info, 256)))
     return lambda: [read(*call) for call in asked]
 
 
@@ -756,8 +758,8 @@ def bench_decode():
         for what, choose in CHOICES.items():
             total = dict.fromkeys(forms, 0.0)
             for path in videos:
-                info = data.probe(path)
-                numbers, size = choose(info.frames), data._shown_size(info, 256)
+                info = probe(path)
+                numbers, size = choose(info.frames), shown_size(info, 256)
                 reference = forms["ours"](path, numbers, size).astype(float)
                 other = [name for name, form in forms.items()
                          if abs(form(path, numbers, size).astype(float) - reference).mean() > 6]
@@ -781,7 +783,7 @@ def bench_memory():
     with tempfile.TemporaryDirectory() as folder:
         path = made_video(Path(folder) / "small.mp4", 160, 120, 30)
         for i in range(1, 10_001):
-            data.read_clip(path, [0, 20], 64)
+            read_clip(path, [0, 20], 64)
             if i in (500, 2_000, 5_000, 10_000):
                 resident = page * int(Path("/proc/self/statm").read_text().split()[1])  # Linux
                 print(f"memory: after {i:,} decodes {resident:.1f} MiB", flush=True)
