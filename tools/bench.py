@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention  # noqa: E402
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
+from engine import large_batches  # noqa: E402
 import data  # noqa: E402
 import fusion  # noqa: E402
 import mae  # noqa: E402
@@ -338,7 +339,7 @@ def caption_case(form):
             if name == "plain":
                 loss = caption_decoder.caption_loss(decoder.logits(hidden), ids, is_text)
             else:
-                loss = caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
+                loss = large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
         loss.backward()
         return loss.detach()
     return run
@@ -353,14 +354,14 @@ def coca_case(form):
     if name == "ours":
         clip = clip_video.VideoCLIP(uniformerv2.Size(768, 12, 12, 3072, 32), text_size="b16", kind="frames", frames=1)
         decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=12, visual_width=768, vocabulary=49408, queries=256)
-        model = train.VideoText(clip, decoder).to(DEVICE).train()
+        model = caption_decoder.VideoText(clip, decoder).to(DEVICE).train()
         ids[:, -1] = 49407
         is_text = torch.ones_like(ids, dtype=torch.bool)
 
         def loss():
-            seen, read, hidden = model.encode(pictures[:, :, None], ids)
+            seen, read, hidden = model(pictures[:, :, None], ids)
             return clip_video.contrastive_loss(seen, read, clip.logit_scale) \
-                + 2 * caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
+                + 2 * large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
     else:
         model = open_clip.create_model("coca_ViT-B-32", pretrained=None)
         # open_clip 3.3 leaves this one as memory happened to be: nothing calls init_parameters, which would fail.
@@ -439,7 +440,8 @@ def contrastive_case(form):
 
     def run():
         video.grad = text.grad = None
-        loss = clip_video.contrastive_loss(video, text, scale, rows=4096 if form[0] == "whole" else 512)
+        loss = clip_video.contrastive_loss(video, text, scale) if form[0] == "whole" else \
+            large_batches.blocked_contrastive_loss(video, text, scale, rows=512)
         loss.backward()
         return loss.detach()
     return run
