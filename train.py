@@ -73,7 +73,8 @@ from video import annotations
 from video.annotations import DataError
 import attention
 import caption_decoder
-from tasks import captioning
+from caption_decoder import VideoText
+from tasks import captioning, retrieval
 import clip_video
 import data
 from video.features import read_features
@@ -82,7 +83,7 @@ from video.sampling import SAMPLINGS
 from video.shards import VideoShards
 from video.transforms import TRANSFORMS, normalise
 from video import moving_shapes
-from engine import pictures
+from engine import large_batches, pictures
 import fusion
 from tasks import localisation
 import mae
@@ -91,6 +92,8 @@ from tasks import question_answering
 import uniformerv2
 import weights
 from attention import Attention, Block
+from weights.merging import merge
+from weights.tokenizer import load_tokenizer, tokenizer_of, train_tokenizer
 from engine.errors import Interrupted, RunError, UserError, printable
 
 
@@ -377,47 +380,6 @@ SMALL_TEXT = clip_video.TextSize(96, 2, 2)
 FACTS = {"motion": moving_shapes.MOTIONS, "shape": moving_shapes.SHAPES, "colour": tuple(moving_shapes.COLOURS)}
 
 
-class VideoText(torch.nn.Module):
-    """What the clip card trains: both encoders and the caption decoder, under the names they have in
-    InternVideo's own file, so that a run is laid out like it: `clip.*` and `caption_decoder.*`.
-
-    The two config entries rebuild the parts; each part also reads such a run by itself, with
-    VideoCLIP.from_official(RUN) and CaptionDecoder.from_official(RUN)."""
-
-    def __init__(self, clip, caption_decoder):
-        super().__init__()
-        self.clip, self.caption_decoder = clip, caption_decoder
-
-    @property
-    def config(self):
-        return {"model": "VideoText", "clip": self.clip.config, "caption_decoder": self.caption_decoder.config}
-
-    @classmethod
-    def from_run(cls, folder):
-        """Load a run of the clip card, in eval mode."""
-        return cls(clip_video.VideoCLIP.from_official(folder),
-                   caption_decoder.CaptionDecoder.from_official(folder)).eval()
-
-    def to_official(self):
-        """{official name: tensor}, laid out like InternVideo's own file."""
-        clip = {"clip." + name: tensor for name, tensor in self.clip.to_official().items()}
-        return clip | self.caption_decoder.to_official()
-
-    def encode(self, video, ids, hidden=True):
-        """video (B, C, T, H, W), ids (B, L) -> embeddings (B, E), (B, E), and, where `hidden` is wanted, what the
-        decoder knows before each word, (B, L-1, W). The loss needs no more, and each clip is treated alone."""
-        seen, tokens = self.clip.encode_video_tokens(video)
-        read, words = self.clip.encode_text_tokens(ids)
-        return (seen, read, self.caption_decoder.hidden(tokens.flatten(1, 2), words[:, :-1])) if hidden else (seen, read)
-
-    def caption(self, video, tokenizer, maximum):
-        """video (B, C, T, H, W), normalised -> B sentences, greedy."""
-        _, tokens = self.clip.encode_video_tokens(video)
-        return tokenizer.decode(caption_decoder.generate(
-            self.caption_decoder, self.clip.text, tokens.flatten(1, 2), start=tokenizer.start,
-            end=tokenizer.end, maximum=maximum))
-
-
 @dataclass
 class Clip(Stage):
     """Stage two: which sentence belongs to which video, and write one (InternVideo, Sec. 3.2).
@@ -445,7 +407,6 @@ class Clip(Stage):
     merge: str = flag("", "with --steps 0: official weights, of the CLIP that --weights grew from, to average those with "
                           "(WiSE-FT)")
     merge_share: float = flag(0.5, "share of --merge in the average (paper: 0.5, zero-shot)", low=0, high=1)
-    merge_as_published: bool = flag(False, "leave out blocks 12 and above, as the published list does")
     model: str = flag("small", "size of both towers (paper: b16, l14; small is ours)",
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2 (paper), frames = frame-wise CLIP, joint = ViCLIP",
@@ -524,8 +485,7 @@ class Clip(Stage):
 
     def fresh(self, captions):
         """Everything from scratch, the vocabulary too."""
-        self.words = clip_video.load_tokenizer(self.tokenizer) if self.tokenizer else \
-            clip_video.train_tokenizer(captions, self.vocabulary)
+        self.words = load_tokenizer(self.tokenizer) if self.tokenizer else train_tokenizer(captions, self.vocabulary)
         size, text, layers = self.model, self.model, None
         if size == "small":  # one global block, after the last layer: two more cost time and brought nothing
             size, text, layers = SMALL, SMALL_TEXT, (SMALL.depth - 1,)
@@ -565,8 +525,7 @@ class Clip(Stage):
         size = clip.config["image_size"]
         if self.merge:
             try:
-                clip_video.merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share,
-                                 as_published=self.merge_as_published)
+                merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share)
             except ValueError as error:
                 raise UserError(f"--merge {self.merge}: {error}") from None
         if size != [self.input_size] * 2:
@@ -576,7 +535,7 @@ class Clip(Stage):
             clip = resized(clip, self.input_size)
         if self.context > clip.config["context"]:
             raise UserError(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
-        self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
+        self.words = tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
         self.decided(kind=clip.kind, local_units=clip.config["local_units"], temporal_downsample=clip.config["temporal_downsample"],
                      vocabulary=clip.config["vocabulary"], model=size_named(clip.config["size"], uniformerv2.SIZES | {"small": SMALL}))
         self.local_units = clip.config["local_units"]
@@ -630,25 +589,27 @@ class Clip(Stage):
             video = video.expand(-1, getattr(model.clip.visual, "stride", 1), -1, -1, -1)
         video = normalise(video, model.clip.mean, model.clip.std)
         ids, is_token = (x.to(video.device) for x in self.words.encode(captions, self.context, trim=True))
-        if model.training:
-            model.clip.clamp_scale()
 
-        def encode(video, ids):
+        def forward(video, ids):
             with self.autocast():
-                return model.encode(video, ids, hidden=self.caption_weight > 0)
+                return model(video, ids) if self.caption_weight else model.clip(video, ids)[:2]
 
         cached = self.cache_size and torch.is_grad_enabled()
-        seen, read, *hidden = clip_video.in_pieces(encode, self.cache_size, video, ids) if cached else encode(video, ids)
+        video_embedding, text_embedding, *hidden = large_batches.in_pieces(forward, self.cache_size, video, ids) if cached \
+            else forward(video, ids)
         # Clips with the same caption are not each other's negatives, in whichever process they are.
         same = torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") for text in captions],
                             device=video.device)
-        contrastive = clip_video.contrastive_loss(seen, read, model.clip.logit_scale, targets=same, gather=model.training)
+        # Same numbers, less memory: engine/large_batches.py.
+        pairs = len(video) * (processes.world() if model.training else 1)
+        contrast = clip_video.contrastive_loss if pairs <= large_batches.BLOCKED_ABOVE else large_batches.blocked_contrastive_loss
+        contrastive = contrast(video_embedding, text_embedding, model.clip.logit_scale, targets=same, gather=model.training)
         kind = "image_" if image else ""
         if not hidden:
             return contrastive, {"loss": contrastive.detach(), kind + "contrastive": contrastive.detach()}
         count = processes.mean(is_token[:, 1:].sum()).clamp(min=1) if model.training else None
         with self.autocast():
-            caption = caption_decoder.chunked_caption_loss(model.caption_decoder, hidden[0], ids, is_token, count=count)
+            caption = large_batches.chunked_caption_loss(model.caption_decoder, hidden[0], ids, is_token, count=count)
         loss = contrastive + self.caption_weight * caption
         return loss, {"loss": loss.detach(), kind + "contrastive": contrastive.detach(),
                       kind + "caption": caption.detach()}
@@ -713,7 +674,7 @@ class Clip(Stage):
         """Zero-shot recognition of the files' classes, by their names in every prompt -> {name: percent}."""
         names = [name.replace("_", " ") for name in self.sets[1].classes]
         with self.autocast():
-            classes = clip_video.embed_classes(model.clip, self.words, names, self.sentences())
+            classes = retrieval.embed_classes(model.clip, self.words, names, self.sentences())
         rows = []
         for batch in batches:
             with self.autocast():
@@ -726,7 +687,7 @@ class Clip(Stage):
     def sentences(self):
         """What class names are put into: the lines of --prompts, or InternVideo's 16."""
         if not self.prompts:
-            return clip_video.PROMPTS
+            return retrieval.PROMPTS
         try:
             lines = [line.strip() for line in text_of(self.prompts).split("\n") if line.strip()]
         except (OSError, ValueError) as error:
@@ -740,7 +701,7 @@ class Clip(Stage):
         count = min(self.gallery, len(told))
         owner = torch.arange(count).repeat_interleave(torch.tensor(told[:count]))
         similarity = model.clip.logit_scale.exp() * read[:len(owner)] @ seen[:count].T
-        return clip_video.retrieval_metrics(similarity, owner, grouped=True)
+        return retrieval.retrieval_metrics(similarity, owner, grouped=True)
 
     def finish(self, model):
         """Multiple choice, zero-shot recognition, and the captions scored against all that is told of each clip."""
@@ -756,7 +717,7 @@ class Clip(Stage):
                 asked = [(options, options.index(text)) for options, text in zip(batch.get("candidates", ()), batch["caption"])]
             with self.autocast():
                 if asked:
-                    chosen = clip_video.choose(model.clip, video, [self.encode(list(options), video.device) for options, _ in asked])
+                    chosen = retrieval.choose(model.clip, video, [self.encode(list(options), video.device) for options, _ in asked])
                     choices += [(batch["number"], [c == right for c, (_, right) in zip(chosen.tolist(), asked)])]
                 if self.caption_weight:
                     told = [moving_shapes.phrasings(facts) for facts in batch["facts"]] if "facts" in batch else \
@@ -812,11 +773,11 @@ class Clip(Stage):
                     f"one view of {self.num_frames} frames, {self.input_size} px, sampling {self.sampling}, transform {self.transform}; chance is {100 / len(self.sets[1].classes):.1f} %")
         told = list(self.sets[1].told.values()) if files and self.sets[1].told else []
         texts = sum(len(told[i]) for i in data.spread(len(told), self.eval_clips)[:videos]) if told else videos
-        return clip_video.protocol(
+        return retrieval.protocol(
             self.sets[1].source if self.data else "moving shapes", videos=videos, captions=texts, frames=self.num_frames,
             size=self.input_size, crop=f"transform {self.transform}" if self.data else "all of the frame",
             sampling=self.sampling if self.data else "all of the clip", merge=self.merge_share if self.merge else None,
-            grouped=True) + "; merged as published, blocks 12 and above left out" * bool(self.merge and self.merge_as_published) + self.tasks()
+            grouped=True) + self.tasks()
 
     def tasks(self):
         """Of the protocol what is not retrieval."""
@@ -840,7 +801,7 @@ class Clip(Stage):
         raw, captions = batch["video"][:shown], batch["caption"][:shown]
         video = normalise(raw, model.clip.mean, model.clip.std)
         with self.autocast():
-            seen, tokens = model.clip.encode_video_tokens(video)
+            seen = model.clip.encode_video(video)
             read = model.clip.encode_text(self.encode(captions, video.device))
             written = model.caption(video, self.words, self.context - 1)
         seen, read = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (seen, read))
@@ -852,8 +813,9 @@ class Clip(Stage):
             return paths[:2]
         pictures.captions(raw, captions, written, paths[2])
         ids = self.encode(written[:1], video.device)
-        where, spoken = caption_decoder.looks(model.clip, model.caption_decoder, self.words, tokens[:1].float(), ids)
-        pictures.attention(raw[0], where, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
+        maps = model.attention_maps(video[:1], ids)[0].cpu()
+        spoken = [self.words.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
+        pictures.attention(raw[0], maps, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
         return paths
 
 
@@ -1757,7 +1719,7 @@ class Answer(Stage):
                 clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames or None)
                 decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
             config = (model.clip if run else clip).config
-            self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, config["vocabulary"])
+            self.words = tokenizer_of(self.weights, self.tokenizer, config["vocabulary"])
         except ValueError as error:
             raise UserError(str(error)) from None
         self.num_frames, size = self.num_frames or config["frames"], config["image_size"][0]

@@ -524,7 +524,7 @@ def convert(path, target):
 # model of a run -> (class, key under which the official code looks for the tensors in a .pth file)
 PUBLISHED = {"VideoMAE": ("mae.VideoMAE", "model"), "VideoClassifier": ("mae.VideoClassifier", "module"),
              "UniFormerV2": ("uniformerv2.UniFormerV2", "model_state"), "VideoCLIP": ("clip_video.VideoCLIP", None),
-             "CaptionDecoder": ("caption_decoder.CaptionDecoder", None), "VideoText": ("train.VideoText", "state_dict")}
+             "CaptionDecoder": ("caption_decoder.CaptionDecoder", None), "VideoText": ("caption_decoder.VideoText", "state_dict")}
 
 
 def publish(source, target):
