@@ -62,7 +62,7 @@ import math
 import os
 import re
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tokenizers
@@ -76,8 +76,8 @@ import uniformerv2
 import weights
 from attention import Block, Mask, attention, quick_gelu, run_blocks
 from engine.processes import gather_with_gradient, joined, piece
-from uniformerv2 import UniFormerV2, as_kernel, as_matrix, block_rules, official_rules, pairs
-from weights import Rule, WeightsError, commonest
+from uniformerv2 import UniFormerV2
+from weights import WeightsError
 
 # Red, green, blue of pixels in [0, 1]. CLIP and InternVideo-MM were trained on clips normalised with
 # the first, ViCLIP with ImageNet's.
@@ -402,18 +402,20 @@ class JointTower(nn.Module):
 
     Patch n of frame t gets a code for its place, shared by all frames, plus one for its time.
     size, frames, image_size, channels   as UniFormerV2
+    tubelet      frames that one patch spans
     """
 
-    def __init__(self, size, *, frames, image_size=None, channels=3, drop_path=0.0):
+    def __init__(self, size, *, frames, image_size=None, channels=3, drop_path=0.0, tubelet=1):
         super().__init__()
         D, p = size.width, size.patch
         image_size = size.image_size if image_size is None else image_size
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.patch, self.grid, self._recompute = p, (H // p, W // p), False
-        self.embed = nn.Linear(channels * p * p, D, bias=False)
+        self.tubelet = tubelet
+        self.embed = nn.Linear(channels * tubelet * p * p, D, bias=False)
         self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
         self.positions = nn.Parameter(uniformerv2.place_codes(*self.grid, D))
-        self.times = nn.Parameter(torch.zeros(frames, D))
+        self.times = nn.Parameter(torch.zeros(frames // tubelet, D))
         self.norm_pre = nn.LayerNorm(D)
         rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(clip_block(D, size.heads, rate, size.mlp_width) for rate in rates)
@@ -426,10 +428,11 @@ class JointTower(nn.Module):
         """
         B, C, T, H, W = video.shape
         p, (h, w) = self.patch, self.grid
-        if (H, W) != (h * p, w * p) or T > len(self.times):
+        if (H, W) != (h * p, w * p) or T > len(self.times) * self.tubelet or T % self.tubelet:
             raise ValueError(f"a clip of {T} frames of {H} x {W}: this tower takes up to "
-                             f"{len(self.times)} frames of {h * p} x {w * p} pixels")
-        patches = video.reshape(B, C, T, h, p, w, p).permute(0, 2, 3, 5, 1, 4, 6)  # b t h w (c p p)
+                             f"{len(self.times) * self.tubelet} frames of {h * p} x {w * p} pixels")
+        T = T // self.tubelet
+        patches = video.reshape(B, C, T, self.tubelet, h, p, w, p).permute(0, 2, 4, 6, 1, 3, 5, 7)
         times = self.times.mean(dim=0, keepdim=True) if T == 1 else self.times[:T]
         x = self.embed(patches.reshape(B, T, h * w, -1)) + self.positions[1:] + times[:, None]
         x = x.flatten(1, 2)                                                  # (B, N, D)
@@ -465,11 +468,13 @@ class VideoCLIP(nn.Module):
     embedding   E, default the width of the text tower
     vocabulary, context, end, masked_text   see TextTower
     drop_path   see attention.DropPath; visual tower only
+    tubelet     of "joint": frames that one patch spans
     """
 
     def __init__(self, size="b16", *, kind="video", frames=8, image_size=None, global_layers=None,
                  global_heads=None, text_size=None, embedding=None, vocabulary=49408, context=77,
-                 end=None, masked_text=False, drop_path=0.0, local_units=0, temporal_downsample=False):
+                 end=None, masked_text=False, drop_path=0.0, local_units=0, temporal_downsample=False,
+                 tubelet=1):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}: choose {', '.join(KINDS)}")
@@ -482,7 +487,7 @@ class VideoCLIP(nn.Module):
         text_size = TEXT_SIZES[text_size] if isinstance(text_size, str) else text_size
         embedding = embedding or text_size.width
         if kind == "joint":
-            self.visual = JointTower(size, frames=frames, image_size=image_size, drop_path=drop_path)
+            self.visual = JointTower(size, frames=frames, image_size=image_size, drop_path=drop_path, tubelet=tubelet)
             self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD  # what pixels are normalised with
         else:
             layers = () if kind == "frames" else global_layers
@@ -497,7 +502,7 @@ class VideoCLIP(nn.Module):
                        "global_heads": global_heads, "text_size": asdict(text_size),
                        "embedding": embedding, "vocabulary": vocabulary, "context": context,
                        "end": end, "masked_text": masked_text, "local_units": local_units,
-                       "temporal_downsample": temporal_downsample}
+                       "temporal_downsample": temporal_downsample, "tubelet": tubelet}
         self.visual_norm = nn.LayerNorm(size.width)
         self.visual_proj = nn.Linear(size.width, embedding, bias=False)
         nn.init.normal_(self.visual_proj.weight, std=size.width**-0.5)
@@ -598,50 +603,15 @@ class VideoCLIP(nn.Module):
                       QuickGELU is meant; a Hugging Face folder whose config.json says otherwise is refused,
                       and its numbers of heads are taken. A file alone tells neither.
         """
-        file = OfficialFile(source)
-        if file.layout == "Hugging Face CLIP":
-            eyes, reader = (weights.hub_config(source).get(part) or {} for part in ("vision_config", "text_config"))
-            for part in (eyes, reader):
-                weights.activation(part, file.name, "quick_gelu")
-            heads, text_heads = heads or eyes.get("num_attention_heads"), text_heads or reader.get("num_attention_heads")
-        if file.config and file.config.get("model") != "VideoCLIP":
-            raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, not a VideoCLIP")
-        config = dict(file.config) if file.config else file.sizes(heads, text_heads)
-        if grow and config.get("kind") != "frames":
-            raise WeightsError(f"{file.name}: grow=True is for plain CLIP weights, these are "
-                               f"{file.layout or KINDS.get(config.get('kind'))}")
-        if file.config:
-            if frames and config.get("kind") != "joint":
-                config["frames"] = frames
-            model = weights.fill(weights.build(cls.from_config, config, file.name), file.tensors, name=file.name)
-        else:
-            config["frames"] = frames or config["frames"]
-            if config["kind"] == "video":
-                count, depth = file.depth("visual.transformer.dec."), config["size"].depth
-                layers = tuple(range(depth - count, depth)) if global_layers is None else global_layers
-                config.update(global_heads=global_heads, global_layers=layers)
-            model = cls(**config)
-            weights.fill(model, file.tensors, file.rules(model), name=file.name)
-        if grow:
-            config = model.config | dict(kind="video", global_heads=global_heads, global_layers=global_layers)
-            grown = cls.from_config(config)
-            grown.load_state_dict({**grown.state_dict(), **model.state_dict()}, strict=True)
-            model = grown
-        model.unused = file.unused
-        return model.eval()
+        from weights import clip
+        return clip.load(cls, source, heads=heads, global_heads=global_heads, text_heads=text_heads,
+                         global_layers=global_layers, frames=frames, grow=grow)
 
     def to_official(self):
         """{official name: tensor}: InternVideo-MM's, OpenAI CLIP's or ViCLIP's, as `kind` is "video", "frames" or
         "joint". Raises ValueError for what none of them has."""
-        config = self.config
-        if config["local_units"] or config["temporal_downsample"]:
-            raise ValueError("InternVideo's video-text models have no local units and no temporal downsampling; train with "
-                             "--local-units 0 --no-temporal-downsample")
-        if config["end"] not in (None, config["vocabulary"] - 1):
-            raise ValueError(f"token {config['end']} ends a text; officially it is the last of the vocabulary")
-        uniformerv2.officially_last(config["global_layers"], config["size"]["depth"])
-        layout = {"video": "InternVideo-MM", "frames": "CLIP", "joint": "ViCLIP"}[self.kind]
-        return weights.official(self, key_map(self, layout))
+        from weights import clip
+        return clip.to_official(self)
 
 
 # What CLIP brought to the video model, by our names: the published list, but for the blocks. It names blocks 0
@@ -907,185 +877,6 @@ def protocol(dataset, *, videos, captions, frames, sampling, crop, size, merge=N
     return (f"{dataset}: {videos} videos, {captions} captions{several}; {frames} frames, {sampling}; "
             f"{crop} {size} px; " + ("no weight merge" if merge is None else f"{merge:g} of CLIP merged")
             + "; raw and dual softmax (dsl); ties count against us")
-
-
-# ------------------------------------------------------------------------------------------------
-# Official weights
-
-# How others call what OpenAI's CLIP calls otherwise. Those in braces are stacked into one matrix.
-SPELLINGS = {
-    "CLIP": (),
-    "InternVideo-MM": (
-        (r"^visual\.ln_post\.", "visual_ln_post."),
-        (r"^visual\.proj$", "visual_proj"),
-    ),
-    "ViCLIP": (
-        (r"^visual\.", "vision_encoder."),
-        (r"^logit_scale$", "temp"),
-        (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text_encoder.\1"),
-    ),
-    "Hugging Face CLIP": (
-        (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-        (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-        (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-        (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # their spelling
-        (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-        (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-        (r"^visual\.proj$", "visual_projection.weight"),
-        (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-        (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-        (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-        (r"^ln_final\.", "text_model.final_layer_norm."),
-        (r"^text_projection$", "text_projection.weight"),
-        (r"\.ln_([12])\.", r".layer_norm\1."),
-        (r"\.attn\.in_proj_(weight|bias)$", r".self_attn.{q,k,v}_proj.\1"),
-        (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
-        (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-        (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    ),
-}
-# A tensor with one of these names tells the layout; the first that fits is taken.
-SIGNS = (
-    ("ViCLIP", ("vision_encoder.", "text_encoder.")),
-    ("Hugging Face CLIP", ("vision_model.", "text_model.")),
-    ("InternVideo-MM", ("visual_proj", "visual_ln_post.", "visual.transformer.dec.",
-                        "visual.transformer.dpe.", "visual.transformer.temporal_cls_token")),
-    ("CLIP", ("visual.transformer.", "visual.proj")),
-)
-# Left aside wherever they occur: sizes that OpenAI stores as tensors, counters of old Hugging Face
-# files, and the captioning half of InternVideo (caption_decoder.py reads that).
-UNUSED = (r"^(input_resolution|context_length|vocab_size)$",
-          r"^(text|vision)_model\.embeddings\.position_ids$", r"^caption_decoder\.")
-
-
-class OfficialFile:
-    """An official file, seen through the names of OpenAI's CLIP."""
-
-    def __init__(self, source):
-        tensors, self.config = weights.part(*weights.read(source), "clip")
-        self.name = "the dict of weights" if isinstance(source, dict) else str(source)
-        self.tensors, self.layout, self.prefix, self.unused = tensors, None, "", []
-        if self.config:
-            return
-        if any(key.startswith("clip.") for key in tensors):  # the whole of InternVideo's training
-            self.prefix = "clip."
-        self.layout = next((layout for layout, signs in SIGNS if any(
-            key.startswith(tuple(self.prefix + sign for sign in signs)) for key in tensors)), None)
-        if self.layout is None:
-            raise WeightsError(f"{self.name}: not the weights of a CLIP, InternVideo-MM or ViCLIP model; "
-                               f"its names are like {', '.join(list(tensors)[:3])}")
-        self.unused = [key for key in tensors if not key.startswith(self.prefix)
-                       or any(re.search(pattern, key) for pattern in UNUSED)]
-        self.tensors = {key: tensors[key] for key in tensors if key not in set(self.unused)}
-
-    def spell(self, name):
-        """What this file calls the tensor that OpenAI calls `name`; several in a tuple."""
-        return spell(name, self.layout, self.prefix)
-
-    def depth(self, blocks):
-        return weights.depth_of(self.tensors, self.spell(blocks))
-
-    def shape(self, name, ndim):
-        return weights.shape_of(self.tensors, self.spell(name), ndim, self.name)
-
-    def width(self, blocks, *parts):
-        """A size that these tensors of all blocks share, by majority, so that one damaged tensor is
-        named when we fill."""
-        names = [self.spell(f"{blocks}{i}.{part}") for i in range(self.depth(blocks)) for part in parts]
-        found = [self.tensors[key].shape[0] for key in names
-                 if key in self.tensors and self.tensors[key].ndim]
-        if not found:
-            raise WeightsError(f"{self.name}: missing: {names[0] if names else self.spell(blocks) + '*'}")
-        return commonest(found)
-
-    def heads(self, width, given, keyword):
-        if not given and width % 64:
-            raise WeightsError(f"{self.name}: shapes cannot tell how many heads a width of {width} has; "
-                               f"pass {keyword}=")
-        return given or width // 64
-
-    def sizes(self, heads, text_heads):
-        """The arguments of VideoCLIP, read off the shapes."""
-        eyes, reader = "visual.transformer.resblocks.", "transformer.resblocks."
-        norms = ("ln_1.weight", "ln_2.weight", "mlp.c_proj.bias")
-        D, W = self.width(eyes, *norms), self.width(reader, *norms)
-        kernel = self.tensors.get(self.spell("visual.conv1.weight"))
-        patch = self.shape("visual.conv1.weight", 4 if kernel is None else max(4, min(5, kernel.ndim)))[-1]
-        places = self.shape("visual.positional_embedding", 2)[0] - 1
-        side = math.isqrt(max(places, 0))
-        if side * side != places:
-            raise WeightsError(f"{self.name}: wrong shape: {self.spell('visual.positional_embedding')} has "
-                               f"{places} places, which is not a square")
-        joint, layout = self.layout == "ViCLIP", self.layout
-        ends = [self.shape(name, 2)[0 if layout == "Hugging Face CLIP" else 1]
-                for name in ("visual.proj", "text_projection")]
-        if ends[0] != ends[1]:
-            raise WeightsError(f"{self.name}: wrong shape: {self.spell('visual.proj')} and "
-                               f"{self.spell('text_projection')} lead to spaces of {ends[0]} and {ends[1]}")
-        size = uniformerv2.Size(D, self.depth(eyes), self.heads(D, heads, "heads"),
-                                self.width(eyes, "mlp.c_fc.weight", "mlp.c_fc.bias"), patch, side * patch)
-        vocabulary = self.shape("token_embedding.weight", 2)[0]
-        return dict(
-            size=size, kind={"InternVideo-MM": "video", "ViCLIP": "joint"}.get(layout, "frames"),
-            frames=self.shape("visual.temporal_positional_embedding", 3)[1] if joint else 8,
-            embedding=ends[0],
-            text_size=TextSize(W, self.depth(reader), self.heads(W, text_heads, "text_heads")),
-            vocabulary=vocabulary, context=self.shape("positional_embedding", 2)[0],
-            masked_text=self.prefix + "text_mask_embedding" in self.tensors)
-
-    def rules(self, model):
-        """The key map, in network order."""
-        return key_map(model, self.layout, self.prefix)
-
-
-def spell(name, layout, prefix=""):
-    """What a layout calls the tensor that OpenAI calls `name`; several in a tuple."""
-    for pattern, replacement in SPELLINGS[layout]:
-        name = re.sub(pattern, replacement, name)
-    if "{" in name:
-        before, middle, after = re.split("[{}]", prefix + name)
-        return tuple(before + part + after for part in middle.split(","))
-    return prefix + name
-
-
-def key_map(model, layout, prefix=""):
-    """The rules, in network order."""
-    flip = (None, None) if layout == "Hugging Face CLIP" else (transposed, transposed)
-    if model.kind == "joint":
-        frames, p = len(model.visual.times), model.visual.patch
-        eyes = [Rule("embed.weight", "conv1.weight", as_matrix, as_kernel(-1, 1, p, p)), Rule("class_token", "class_embedding"),
-                Rule("positions", "positional_embedding"),
-                Rule("times", "temporal_positional_embedding", lambda table: resize_times(table, frames),
-                     lambda table: table[None]),
-                *pairs("norm_pre.", "ln_pre.")]
-        for i in range(len(model.visual.blocks)):
-            eyes += block_rules(f"blocks.{i}.", f"transformer.resblocks.{i}.")
-    else:
-        eyes = official_rules(model.visual)
-    rules = [replace(rule, ours="visual." + rule.ours, official="visual." + rule.official) for rule in eyes]
-    rules += pairs("visual_norm.", "visual.ln_post.") + [
-        Rule("visual_proj.weight", "visual.proj", *flip), Rule("scale", "logit_scale"),
-        Rule("text.embed.weight", "token_embedding.weight"),
-        Rule("text.positions", "positional_embedding")]
-    if model.config["masked_text"]:
-        rules.append(Rule("text.mask_embedding", "text_mask_embedding"))
-    for i in range(len(model.text.blocks)):
-        rules += block_rules(f"text.blocks.{i}.", f"transformer.resblocks.{i}.")
-    rules += pairs("text.norm.", "ln_final.") + [Rule("text.proj.weight", "text_projection", *flip)]
-    return [replace(rule, official=spell(rule.official, layout, prefix)) for rule in rules]
-
-
-def transposed(matrix):
-    """A matrix turned round; a vector as it is. CLIP stores its projections input first."""
-    return matrix.T if matrix.ndim == 2 else matrix
-
-
-def resize_times(table, frames):
-    """ViCLIP's codes for time (1, T, D) for another number of frames: (frames, D). Fewer: the first
-    ones, as the official helper; more: stretched, as it meant to."""
-    if table.ndim != 3 or table.shape[1] >= frames:
-        return table[0, :frames] if table.ndim == 3 else table
-    return F.interpolate(table.transpose(1, 2), size=frames, mode="linear", align_corners=False)[0].T
 
 
 # ------------------------------------------------------------------------------------------------
