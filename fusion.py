@@ -331,11 +331,7 @@ class InternVideo(nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run of the fuse stage, experts included, in eval mode. WeightsError where it is none."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "InternVideo":
-            raise WeightsError(f"{folder}: holds a {config.get('model', 'file without a configuration')}, not an "
-                               "InternVideo; give the folder of a fuse run")
-        return weights.fill(weights.build(cls.from_config, config, folder), tensors, name=str(folder)).eval()
+        return weights.load_run(cls.from_config, folder, "InternVideo", "fuse")
 
 
 def evenly(count, depth):

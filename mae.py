@@ -60,16 +60,14 @@ torch.Size([2, 456, 384])
 """
 
 import functools
-import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import weights
 from attention import Attention, Block, Dropout, Mask, run_blocks, sinusoid_table
-from weights import Rule, WeightsError
+from weights import WeightsError
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -532,27 +530,15 @@ class VideoMAE(nn.Module):
                         Hugging Face's LayerNorm epsilons (1e-12; 1e-5 before the head).
         raises          WeightsError: not such a file, or one that does not fit to the last tensor
         """
-        file = OfficialFile(source, pretraining=True)
-        told = file.hub_config(source)
-        heads = heads or told.get("num_attention_heads")
-        decoder_heads = decoder_heads or told.get("decoder_num_attention_heads")
-        if file.config.get("model") == "VideoMAE":  # a run of ours
-            return weights.fill(weights.build(cls.from_config, file.config, file.name), file.tensors, name=file.name).eval()
-        if not (file.has("encoder_to_decoder.weight") or file.has("mask_token")):
-            raise WeightsError(f"{file.name}: a masked autoencoder needs its decoder, and this file has "
-                               "none (no encoder_to_decoder.weight, no mask_token); a fine-tuned file "
-                               "loads with VideoClassifier.from_official")
-        size, options = file.encoder(heads, frames, image_size, positions)
-        decoder_width = file.width("decoder.blocks.")
-        size = replace(size, decoder_width=decoder_width, decoder_depth=file.depth("decoder.blocks."),
-                       decoder_heads=decoder_heads or file.heads(decoder_width, "decoder_heads"),
-                       decoder_mlp_width=file.mlp_width("decoder.blocks."))
-        rules = file.pretraining_rules(size, options)
-        return weights.fill(cls(size, **options), file.tensors, rules, name=file.name).eval()
+        from weights import videomae
+        return videomae.load_pretrained(cls, source, heads=heads, decoder_heads=decoder_heads,
+                                        frames=frames, image_size=image_size, positions=positions)
 
     def to_official(self):
-        """{official name: tensor}, what VideoMAE's own code calls them. Raises ValueError for positions by axes."""
-        return weights.official(self, Names().pretraining_rules(Size(**self.config["size"]), published(self.config)))
+        """{official name: tensor}, as VideoMAE's own code names them. ValueError for positions by
+        axes, which that code does not have."""
+        from weights import videomae
+        return videomae.export_pretrained(self)
 
 
 class VideoClassifier(nn.Module):
@@ -657,32 +643,14 @@ class VideoClassifier(nn.Module):
         Arguments, result and errors as VideoMAE.from_official. A file without a head loads as a
         feature extractor (classes = 0).
         """
-        file = OfficialFile(source, pretraining=False)
-        heads = heads or file.hub_config(source).get("num_attention_heads")
-        if file.config.get("model") == "VideoClassifier":
-            return weights.fill(weights.build(cls.from_config, file.config, file.name), file.tensors, name=file.name).eval()
-        if file.has("encoder_to_decoder.weight") or file.has("mask_token"):
-            raise WeightsError(f"{file.name}: a pretraining file, without a classifier; it loads with "
-                               "VideoMAE.from_official")
-        size, options = file.encoder(heads, frames, image_size, positions)
-        pool = "mean"
-        if not file.has("fc_norm.weight") and file.spell("encoder.norm.weight") in file.tensors:
-            pool = "first"
-        head = [key for key in ("head.weight", "head.bias") if file.spell(key) in file.tensors]
-        classes = [file.sizes(key)[0] for key in head]
-        if len(set(classes)) > 1:
-            shapes = {file.spell(key): tuple(file.tensors[file.spell(key)].shape) for key in head}
-            raise WeightsError(f"{file.name}: wrong shape: the head's tensors disagree: {shapes}")
-        classes = classes[0] if head else 0
-        rules = file.classifier_rules(size, options, pool, classes)
-        model = cls(size, classes=classes, pool=pool, **options)
-        return weights.fill(model, file.tensors, rules, name=file.name).eval()
+        from weights import videomae
+        return videomae.load_classifier(cls, source, heads=heads, frames=frames,
+                                        image_size=image_size, positions=positions)
 
     def to_official(self):
-        """{official name: tensor}, what VideoMAE's own code calls them. Raises ValueError for positions by axes."""
-        size = Size(**self.config["size"])
-        rules = Names(FINE_TUNED).classifier_rules(size, published(self.config), self.pool, self.config["classes"])
-        return weights.official(self, rules)
+        """{official name: tensor}, as VideoMAE's own code names them. ValueError as there."""
+        from weights import videomae
+        return videomae.export_classifier(self)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -747,192 +715,6 @@ def reconstruction_loss(prediction, target, weight=None, *, count=None):
         return F.mse_loss(prediction, target)
     error, weight = (prediction - target) ** 2, weight.to(prediction.dtype)
     return (error.mean(dim=-1) * weight).sum() / (weight.sum() if count is None else count)
-
-
-# ------------------------------------------------------------------------------------------------
-# Official weights
-
-# How Hugging Face names what the official files call otherwise, in network order. The three in
-# braces are stacked into one matrix.
-HUGGING_FACE = (
-    (r"^encoder\.patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
-    (r"^encoder\.blocks\.", "videomae.encoder.layer."),
-    (r"^encoder\.norm\.", "videomae.layernorm."),
-    (r"^decoder\.blocks\.", "decoder.decoder_layers."),
-    (r"norm1\.", "layernorm_before."),
-    (r"attn\.qkv\.weight", "attention.attention.{query,key,value}.weight"),
-    (r"attn\.([qv]_bias)", r"attention.attention.\1"),
-    (r"attn\.proj\.", "attention.output.dense."),
-    (r"norm2\.", "layernorm_after."),
-    (r"mlp\.fc1\.", "intermediate.dense."),
-    (r"mlp\.fc2\.", "output.dense."),
-    (r"^head\.", "classifier."),
-)
-# transformers 5 spells the two biases like any other layer's.
-HUGGING_FACE_5 = HUGGING_FACE + ((r"attention\.q_bias", "attention.query.bias"),
-                                 (r"attention\.v_bias", "attention.value.bias"))
-FINE_TUNED = ((r"^encoder\.", ""),)  # the official classifier is the encoder, without a prefix
-
-# Width -> heads of the published models; other widths have heads of 64.
-USUAL_HEADS = {640: 8, 1280: 16, 1408: 16, 1664: 16}
-
-
-class Names:
-    """How a family calls the tensors of the official pretraining model, and the key maps in its spelling."""
-
-    def __init__(self, respellings=()):
-        self.respellings = respellings
-
-    def spell(self, name):
-        """What this family calls the tensor that the official pretraining model calls `name`."""
-        for pattern, replacement in self.respellings:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def rule(self, ours, official, convert=None, back=None):
-        """A weights.Rule in this spelling."""
-        name = self.spell(official)
-        if "{" in name:
-            before, middle, after = re.split("[{}]", name)
-            name = tuple(before + part + after for part in middle.split(","))
-        return Rule(ours, name, convert, back)
-
-    def pairs(self, ours, official):
-        """The two rules of a layer with weight and bias."""
-        return [self.rule(ours + part, official + part) for part in ("weight", "bias")]
-
-    def pretraining_rules(self, size, options):
-        """Key map of VideoMAE."""
-        return (self.encoder_rules(size, options) + self.pairs("encoder.norm.", "encoder.norm.")
-                + [Rule("encoder_to_decoder.weight", "encoder_to_decoder.weight"), Rule("mask_token", "mask_token")]
-                + self.block_rules("decoder.blocks.", size.decoder_depth, options)
-                + self.pairs("decoder.norm.", "decoder.norm.") + self.pairs("decoder.head.", "decoder.head."))
-
-    def classifier_rules(self, size, options, pool, classes):
-        """Key map of VideoClassifier."""
-        norm = {"mean": "fc_norm.", "first": "encoder.norm."}[pool]
-        return (self.encoder_rules(size, options) + self.pairs(norm, norm)
-                + (self.pairs("head.", "head.") if classes else []))
-
-    def encoder_rules(self, size, options):
-        """Key map of embedding and blocks."""
-        kernel = "encoder.patch_embed.proj."
-        stored = [Rule("encoder.stored", "pos_embed")] if options["positions"] == "stored" else []
-        shape = (options["channels"], options["tubelet"], size.patch, size.patch)
-        return ([self.rule("encoder.embed.weight", kernel + "weight", kernel_as_matrix, lambda matrix: matrix.unflatten(1, shape)),
-                 self.rule("encoder.embed.bias", kernel + "bias")] + stored
-                + self.block_rules("encoder.blocks.", size.depth, options))
-
-    def block_rules(self, blocks, depth, options):
-        """Key map of `depth` blocks, in network order; our names are the official ones but for
-        temperature and gamma."""
-        rules = []
-        for i in range(depth):
-            a = f"{blocks}{i}."
-            rules += self.pairs(a + "norm1.", a + "norm1.")
-            rules.append(self.rule(a + "attn.qkv.weight", a + "attn.qkv.weight"))
-            if options["bias"] == "qv":
-                rules += [self.rule(a + name, a + name) for name in ("attn.q_bias", "attn.v_bias")]
-            if options["cosine"]:
-                rules.append(self.rule(a + "attn.temperature", a + "attn.scale"))
-            rules += self.pairs(a + "attn.proj.", a + "attn.proj.")
-            if options["layer_scale"] is not None:
-                rules += [self.rule(a + f"gamma{n}", a + f"gamma_{n}") for n in (1, 2)]
-            for part in ("norm2.", "mlp.fc1.", "mlp.fc2."):
-                rules += self.pairs(a + part, a + part)
-        return rules
-
-
-class OfficialFile(Names):
-    """An official file, seen through the names of the official pretraining model."""
-
-    def __init__(self, source, pretraining):
-        self.tensors, self.config = weights.read(source)
-        self.name = "the dict of weights" if isinstance(source, dict) else str(source)
-        if any(key.startswith("embeddings.patch_embeddings.") for key in self.tensors):  # transformers' VideoMAEModel alone
-            self.tensors = {"videomae." + key: value for key, value in self.tensors.items()}
-        if "backbone.patch_embed.proj.weight" in self.tensors:  # an encoder inside somebody's larger model
-            self.tensors = {key.removeprefix("backbone."): value for key, value in self.tensors.items()}
-        self.hugging_face = any(key.startswith("videomae.") for key in self.tensors)
-        respellings = () if pretraining else FINE_TUNED
-        if self.hugging_face:
-            new = any(key.endswith("attention.query.bias") for key in self.tensors)
-            respellings = HUGGING_FACE_5 if new else HUGGING_FACE
-        super().__init__(respellings)
-
-    def hub_config(self, source):
-        """What transformers wrote beside its own file, else {}; WeightsError where it asks for what is not here."""
-        told = weights.hub_config(source) if self.hugging_face else {}
-        weights.activation(told, self.name, "gelu")
-        return told
-
-    def sizes(self, name, axis=0, blocks=None):
-        """What a tensor, or the same tensor of each block, says about a size: the majority wins, so
-        that one damaged tensor is named alone when the model is filled."""
-        names = [name] if blocks is None else [
-            f"{blocks}{i}.{name}" for i in range(self.depth(blocks))]
-        names = [self.spell(name) for name in names]
-        found = [self.tensors[key].shape[axis] for key in names
-                 if key in self.tensors and self.tensors[key].ndim > axis]
-        if not found:
-            raise WeightsError(f"{self.name}: missing: {names[0] if names else self.spell(blocks) + '0.*'}")
-        return found
-
-    def depth(self, blocks):
-        return weights.depth_of(self.tensors, self.spell(blocks))
-
-    def width(self, blocks):
-        return weights.commonest(self.sizes("norm1.weight", blocks=blocks)
-                                 + self.sizes("norm2.weight", blocks=blocks)
-                                 + self.sizes("mlp.fc2.bias", blocks=blocks))
-
-    def mlp_width(self, blocks):
-        return weights.commonest(self.sizes("mlp.fc1.bias", blocks=blocks)
-                                 + self.sizes("mlp.fc1.weight", blocks=blocks)
-                                 + self.sizes("mlp.fc2.weight", axis=1, blocks=blocks))
-
-    def heads(self, width, keyword):
-        if width not in USUAL_HEADS and width % 64:
-            raise WeightsError(f"{self.name}: shapes cannot tell how many heads a width of {width} "
-                               f"has; pass {keyword}=")
-        return USUAL_HEADS.get(width, width // 64)
-
-    def has(self, ending):
-        return any(key.endswith(ending) for key in self.tensors)
-
-    def encoder(self, heads, frames, image_size, positions):
-        """Size (without a decoder) and constructor options, read off the shapes."""
-        kernel = self.spell("encoder.patch_embed.proj.weight")
-        _, channels, tubelet, patch, across = weights.shape_of(self.tensors, kernel, 5, self.name)
-        if patch != across:
-            raise WeightsError(f"{self.name}: wrong shape: {kernel} has patches of {patch} x {across}")
-        width = self.width("encoder.blocks.")
-        size = Size(width, self.depth("encoder.blocks."), heads or self.heads(width, "heads"),
-                    self.mlp_width("encoder.blocks."), patch, 0, 0, 0, 0)
-        # Hugging Face files always have the biases: an early transformers 5 lost them in a renaming
-        # and went on with zeros, so a file without them is refused.
-        biased = self.hugging_face or self.has(".attn.q_bias") or self.has(".attn.v_bias")
-        options = dict(
-            frames=frames or 16, image_size=image_size or 224, tubelet=tubelet, channels=channels,
-            positions="stored" if "pos_embed" in self.tensors else positions,
-            bias="qv" if biased else "none", cosine=self.has(".attn.scale"),
-            layer_scale=1.0 if self.has(".gamma_1") or self.has(".gamma_2") else None,
-            eps=1e-12 if self.hugging_face else 1e-6, head_eps=1e-5 if self.hugging_face else 1e-6)
-        return size, options
-
-
-def published(config):
-    """The configuration, where the official code can express it; ValueError where not."""
-    if config["positions"] not in ("sinusoid", "stored"):
-        raise ValueError(f"position codes {config['positions']!r} are unknown to the official code; train with --positions sinusoid")
-    if config["space_time"] != "joint":
-        raise ValueError("divided attention is unknown to the official code; train with --space-time joint")
-    return config
-
-
-def kernel_as_matrix(kernel):
-    """A convolution whose stride is its size is a matrix: (D, C, tubelet, p, p) -> (D, C*tubelet*p*p)."""
-    return kernel.flatten(1) if kernel.ndim == 5 else kernel
 
 
 # ------------------------------------------------------------------------------------------------

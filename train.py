@@ -95,6 +95,8 @@ from attention import Attention, Block
 from weights.merging import merge
 from weights.tokenizer import load_tokenizer, tokenizer_of, train_tokenizer
 from engine.errors import Interrupted, RunError, UserError, printable
+from weights.clip import CLIPFile
+from weights.encoders import load_encoder
 
 
 def flag(default, help, low=None, high=None, choices=None):
@@ -511,7 +513,7 @@ class Clip(Stage):
 
     def load(self):
         """From a run of ours, InternVideo-MM, ViCLIP, or CLIP; CLIP and a frame-wise run grow into a video model."""
-        source = clip_video.OfficialFile(self.weights)
+        source = CLIPFile(self.weights)
         ours = self.steps and source.config.get("kind") == "frames"  # without steps it is measured as it is
         grow = self.kind == "video" and bool(ours or source.layout in ("CLIP", "Hugging Face CLIP"))
         if self.global_layers and not grow:
@@ -894,15 +896,11 @@ class AttentiveProbe(torch.nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run of `classify --mode attentive`, in eval mode. Raises WeightsError."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "AttentiveProbe":
-            raise weights.WeightsError(f"{folder}: not a run of `train.py classify --mode attentive`")
-
         def make(config):
             family = mae.VideoClassifier if config["encoder"]["model"] == "VideoClassifier" else uniformerv2.UniFormerV2
             return cls(family.from_config(config["encoder"]), config["classes"], config["heads"])
 
-        return weights.fill(weights.build(make, config, folder), tensors, name=str(folder)).eval()
+        return weights.load_run(make, folder, "AttentiveProbe", "classify --mode attentive")
 
     def read(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
@@ -924,58 +922,6 @@ def feature_of(encoder, video):
     """What either encoder's head sees, (B, D)."""
     feature = encoder.features(video)
     return feature if isinstance(encoder, mae.VideoClassifier) else encoder.norm(feature)
-
-
-def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0, rows=None, positions="sinusoid"):
-    """Either encoder of InternVideo, with a head for Y classes, out of whatever holds it.
-
-    source   a run of mae, clip or classify, or an official file: VideoMAE pretrained or fine-tuned, UniFormerV2,
-             CLIP (which grows), InternVideo-MM. What the file is, its names tell
-    classes  Y; None: the head that it has, or where it has none a fresh one of one class, to be replaced
-    rows     which row of the file's head each class is, where it has a head; default and heads: see their `with_head`
-    positions   of official VideoMAE files: see mae.position_codes
-    returns  mae.VideoClassifier or uniformerv2.UniFormerV2
-    """
-    tensors, config = weights.read(source)
-    kind = config.get("model")
-    masked = kind in ("VideoMAE", "VideoClassifier") if kind else any(
-        "patch_embed.proj." in key or "patch_embeddings.projection." in key for key in tensors)
-    if masked:
-        pretrained = kind == "VideoMAE" or any(key.endswith("mask_token") for key in tensors) and not kind
-        family = mae.VideoMAE if pretrained else mae.VideoClassifier
-        found = family.from_official(source, frames=frames, image_size=image_size, positions=positions)
-        options = {"rows": rows} if of_the_head(source, found, classes, rows) else {}
-        return found.with_head(classes or found.config.get("classes") or 1, frames=frames or found.config["frames"],
-                               image_size=image_size or found.config["image_size"], drop=drop, drop_path=drop_path, **options)
-    options = dict(head_dropout=drop, drop_path=drop_path)
-    names = " ".join(tensors)
-    if kind == "UniFormerV2" or not kind and "transformer.dec." in names and "text_projection" not in names:
-        found = uniformerv2.UniFormerV2.from_official(source, frames=frames)
-        if of_the_head(source, found, classes, rows):
-            options["rows"] = rows
-        return found.with_head(classes or found.config["classes"] or 1, **options)
-    of_the_head(source, None, classes, rows)
-    if kind not in (None, "VideoCLIP", "VideoText"):
-        raise weights.WeightsError(f"{source}: holds a {kind}, which is no encoder that `classify` knows")
-    grow = not kind and clip_video.OfficialFile(source).layout in ("CLIP", "Hugging Face CLIP")
-    clip = clip_video.VideoCLIP.from_official(source, frames=frames, grow=grow)
-    if clip.kind == "joint":
-        raise weights.WeightsError(f"{source}: ViCLIP's joint tower has no classifier here; use UniFormerV2, "
-                                   "InternVideo-MM or CLIP weights")
-    return clip.visual.with_head(classes or 1, norm=clip.visual_norm, mean=clip.mean, std=clip.std, **options)
-
-
-def of_the_head(source, model, classes, rows):
-    """True where `rows` names rows of the model's head; WeightsError where they cannot be. Says what shapes do not tell."""
-    had = model.config.get("classes", 0) if model is not None else 0
-    if rows is None:
-        if (had, classes) == (710, 400):
-            print(f"{source}: the first 400 of its 710 classes are taken for Kinetics-400, as in InternVideo and UniFormerV2; VideoMAE "
-                  "V2's are in another order, for which see --head-rows")
-        return False
-    if len(rows) != classes or not had or not all(0 <= row < had for row in rows):
-        raise weights.WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes out of a head with {had} of {source}")
-    return True
 
 
 @dataclass

@@ -61,16 +61,15 @@ True
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import weights
 from attention import Block, Dropout, attention, quick_gelu, sinusoid_table
 from engine.processes import gather_with_gradient, world
-from weights import Rule, WeightsError, commonest
+from weights import WeightsError
 
 # Grey levels in [0, 1]: every UniFormerV2 model was trained on clips normalised so. Inside
 # InternVideo's video-text model CLIP's own numbers apply (clip_video.py).
@@ -320,8 +319,8 @@ class GlobalBlock(Block):
     token = token + mlp(norm2 token)                           dropout between the two layers
     """
 
-    def __init__(self, size, heads, dropout, drop_path):
-        super().__init__(size.width, heads, mlp_width=size.mlp_width, eps=1e-5, drop_path=drop_path,
+    def __init__(self, size, heads, dropout, drop_path, mlp_width=None):
+        super().__init__(size.width, heads, mlp_width=mlp_width or size.mlp_width, eps=1e-5, drop_path=drop_path,
                          activation=quick_gelu)
         self.near = Kernel(size.width, 1, 3, 3, 3)
         self.norm_context = nn.LayerNorm(size.width)
@@ -387,6 +386,7 @@ class UniFormerV2(nn.Module):
                     four, at most half; (): none, just the image tower, whose feature is the mean
                     over frames of the class token (CLIP without its last norm)
     global_heads    heads of the global blocks; default: those of the tower
+    global_mlp_width   of the global blocks; default: the tower's
     local_units     0, 1 or 2 per block; reduction: how much narrower than D they are inside
     temporal_downsample   True: the embedding takes 3 frames at every second one, t = T/2, T even
     balance         False: the feature is the global token alone (for a frozen tower)
@@ -403,7 +403,8 @@ class UniFormerV2(nn.Module):
     def __init__(self, size="b16", *, frames=8, image_size=None, channels=3, classes=0,
                  global_layers=None, global_heads=None, local_units=0, reduction=1.5,
                  temporal_downsample=False, balance=True, drop_path=0.0, global_drop_path=0.0,
-                 global_mlp_dropout=0.5, head_dropout=0.5, mean=MEAN, std=STD):
+                 global_mlp_dropout=0.5, head_dropout=0.5, mean=MEAN, std=STD,
+                 global_mlp_width=None):
         super().__init__()
         size = SIZES[size] if isinstance(size, str) else size
         D, p = size.width, size.patch
@@ -422,7 +423,8 @@ class UniFormerV2(nn.Module):
             "global_heads": global_heads, "local_units": local_units, "reduction": reduction,
             "temporal_downsample": temporal_downsample, "balance": balance, "drop_path": drop_path,
             "global_drop_path": global_drop_path, "global_mlp_dropout": global_mlp_dropout,
-            "head_dropout": head_dropout, "mean": list(mean), "std": list(std)}
+            "head_dropout": head_dropout, "mean": list(mean), "std": list(std),
+            "global_mlp_width": global_mlp_width}
         self.mean, self.std = tuple(mean), tuple(std)
         self.patch, self.grid, self.global_layers, self._recompute = p, (H // p, W // p), layers, False
         self.window, self.stride = (3, 2) if temporal_downsample else (1, 1)  # frames per embedding
@@ -438,7 +440,8 @@ class UniFormerV2(nn.Module):
             self.global_token = nn.Parameter(torch.zeros(1, 1, D))
             rates = torch.linspace(0, global_drop_path, len(layers), device="cpu").tolist()
             self.global_blocks = nn.ModuleList(
-                GlobalBlock(size, global_heads or size.heads, global_mlp_dropout, rate) for rate in rates)
+                GlobalBlock(size, global_heads or size.heads, global_mlp_dropout, rate,
+                            global_mlp_width) for rate in rates)
             self.balance = nn.Parameter(torch.zeros(D)) if balance else None
         if classes:
             self.norm, self.drop, self.head = nn.LayerNorm(D), Dropout(head_dropout), nn.Linear(D, classes)
@@ -588,23 +591,15 @@ class UniFormerV2(nn.Module):
                        without a balance is a frozen one, a file without a head gives features.
         raises         WeightsError: not such a file, or one that does not fit to the last tensor
         """
-        file = OfficialFile(source)
-        if file.config.get("model") == "UniFormerV2":
-            return weights.fill(weights.build(cls.from_config, file.config, file.name), file.tensors, name=file.name).eval()
-        if file.config:
-            raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, no UniFormerV2 alone; give a run of `train.py "
-                               "classify` on one, as runs/default/multimodal")
-        size, options = file.measures(heads, global_layers)
-        frames = frames or (16 if options["temporal_downsample"] else 8)
-        model = cls(size, frames=frames, global_heads=global_heads, **options)
-        return weights.fill(model, file.tensors, file.rules(model), name=file.name).eval()
+        from weights import uniformerv2
+        return uniformerv2.load(cls, source, heads=heads, global_heads=global_heads,
+                                global_layers=global_layers, frames=frames)
 
     def to_official(self):
-        """{official name: tensor}, what UniFormerV2's own code calls them."""
-        if not self.global_layers:
-            raise ValueError("a plain tower is no UniFormerV2: it has no name of its own officially")
-        officially_last(self.global_layers, len(self.blocks))
-        return weights.official(self, [replace(rule, official="backbone." + rule.official) for rule in official_rules(self)])
+        """{official name: tensor}, as UniFormerV2's own code names them. ValueError for global
+        blocks that do not stand after the last layers."""
+        from weights import uniformerv2
+        return uniformerv2.to_official(self)
 
     @classmethod
     def from_clip(cls, source, *, heads=None, image_size=None, **options):
@@ -618,22 +613,8 @@ class UniFormerV2(nn.Module):
         returns     the model in eval mode
         raises      WeightsError, as from_official
         """
-        file = OfficialFile(source, prefix="visual.")
-        size, plain = file.measures(heads, global_layers=())
-        tower = weights.fill(cls(size, **plain), file.tensors, file.rules(cls(size, **plain)), name=file.name)
-        model = cls(size, image_size=image_size, **options)
-        ours = tower.state_dict()
-        ours["positions"] = resize_positions(ours["positions"], tower.grid, model.grid)
-        kernel = ours["embed.weight"].unflatten(1, (-1, size.patch, size.patch))
-        ours["embed.weight"] = inflate(kernel, model.window).flatten(1)
-        model.load_state_dict({**model.state_dict(), **ours}, strict=True)
-        return model.eval()
-
-
-def officially_last(layers, depth):
-    """ValueError unless global blocks stand after the last of `depth` layers: official names count them, no more."""
-    if list(layers) != list(range(depth - len(layers), depth)):
-        raise ValueError(f"global blocks after layers {list(layers)}; officially they stand after the last ones")
+        from weights import uniformerv2
+        return uniformerv2.grow(cls, source, heads=heads, image_size=image_size, options=options)
 
 
 def resize_positions(table, old, new):
@@ -644,159 +625,6 @@ def resize_positions(table, old, new):
     places = table[1:].unflatten(0, old).permute(2, 0, 1)[None]
     places = F.interpolate(places, size=tuple(new), mode="bicubic", align_corners=False)
     return torch.cat([table[:1], places[0].flatten(1).T])
-
-
-# ------------------------------------------------------------------------------------------------
-# Official weights
-
-
-class OfficialFile:
-    """An official file of weights: its names without the prefix, and what its shapes tell.
-
-    prefix  what the names begin with; None: "backbone." where the file has it
-    """
-
-    def __init__(self, source, prefix=None):
-        self.tensors, self.config = weights.read(source)
-        self.name = "the dict of weights" if isinstance(source, dict) else str(source)
-        self.prefix = ""
-        if self.config:
-            return
-        if prefix is None:
-            prefix = "backbone." if any(key.startswith("backbone.") for key in self.tensors) else ""
-        else:  # CLIP: leave the text tower and what stands behind the blocks
-            self.tensors = {key: value for key, value in self.tensors.items() if key.startswith(prefix)
-                            and key != prefix + "proj" and not key.startswith(prefix + "ln_post.")}
-        self.prefix = prefix
-        if not self.depth("transformer.resblocks."):
-            raise WeightsError(f"{self.name}: no {prefix}transformer.resblocks.*, so not the weights of a "
-                               f"{'CLIP image tower' if prefix == 'visual.' else 'UniFormerV2'}")
-
-    def depth(self, blocks):
-        return weights.depth_of(self.tensors, self.prefix + blocks)
-
-    def has(self, part):
-        return any(part in key for key in self.tensors)
-
-    def sizes(self, *endings):
-        """The first dimension of all tensors of the blocks whose names end so."""
-        blocks = self.prefix + "transformer.resblocks."
-        return [value.shape[0] for key, value in self.tensors.items()
-                if key.startswith(blocks) and key.endswith(endings) and value.ndim]
-
-    def shape(self, name, ndim):
-        return weights.shape_of(self.tensors, self.prefix + name, ndim, self.name)
-
-    def measures(self, heads, global_layers):
-        """(Size, options of UniFormerV2). Where many tensors tell a size, most of them decide, so that
-        a damaged one is named alone when the model is filled."""
-        found = self.sizes(".ln_1.weight", ".ln_2.weight", ".ln_1.bias", ".ln_2.bias")
-        hidden = self.sizes(".mlp.c_fc.bias", ".mlp.c_fc.weight")
-        if not found or not hidden:
-            missing = "mlp.c_fc.weight" if found else "ln_1.weight"
-            raise WeightsError(f"{self.name}: missing: {self.prefix}transformer.resblocks.0.{missing}")
-        width = commonest(found)
-        if not heads and width % 64:
-            raise WeightsError(f"{self.name}: shapes cannot tell how many heads a width of {width} has; "
-                               "pass heads=")
-        kernel = self.shape("conv1.weight", 4 if self.prefix == "visual." else 5)
-        window = kernel[2] if len(kernel) == 5 else 1
-        places = self.shape("positional_embedding", 2)[0] - 1
-        side = math.isqrt(max(places, 0))
-        if kernel[-1] != kernel[-2] or window not in (1, 3):
-            raise WeightsError(f"{self.name}: wrong shape: {self.prefix}conv1.weight is {kernel}; expected "
-                               "square patches of 1 or 3 frames")
-        if side < 1 or side * side != places:
-            raise WeightsError(f"{self.name}: wrong shape: {self.prefix}positional_embedding has {places} "
-                               "places besides the class token, which is not a square")
-        size = Size(width, self.depth("transformer.resblocks."), heads or width // 64, commonest(hidden),
-                    kernel[-1], side * kernel[-1])
-        count = max(self.depth("transformer.dec."), self.depth("transformer.dpe."))
-        if global_layers is None:
-            global_layers = range(size.depth - count, size.depth)
-        if len(global_layers) != count:
-            raise WeightsError(f"{self.name}: holds {count} global blocks, global_layers names "
-                               f"{len(global_layers)} layers")
-        local_units = 2 if self.has(".lmhra2.") else 1 if self.has(".lmhra1.") else 0
-        if local_units and not self.has(".num_batches_tracked"):  # a counter that no output depends on
-            for i in range(size.depth):
-                for unit in range(1, local_units + 1):
-                    self.tensors[f"{self.prefix}transformer.resblocks.{i}.lmhra{unit}.pos_embed.0."
-                                 "num_batches_tracked"] = torch.tensor(0)
-        narrow = self.sizes(".pos_embed.1.bias", ".pos_embed.1.weight", ".pos_embed.2.bias")
-        narrow = commonest(narrow) if narrow else int(width // 1.5)
-        reduction = 1.5 if int(width // 1.5) == narrow else width / (narrow + 0.5)  # gives int(narrow + 0.5)
-        return size, dict(channels=kernel[1], classes=self.classes(), global_layers=tuple(global_layers),
-                          local_units=local_units, reduction=reduction, temporal_downsample=window == 3,
-                          balance=self.has("transformer.balance"))
-
-    def classes(self):
-        """Y, 0 where the file has no head."""
-        if not self.has("transformer.proj."):
-            return 0
-        head = {key: tuple(value.shape) for key, value in self.tensors.items()
-                if key.startswith(self.prefix + "transformer.proj.2.") and value.ndim}
-        if len({shape[0] for shape in head.values()}) > 1:
-            raise WeightsError(f"{self.name}: wrong shape: the head's tensors disagree: {head}")
-        if not head:
-            raise WeightsError(f"{self.name}: missing: {self.prefix}transformer.proj.2.weight, "
-                               f"{self.prefix}transformer.proj.2.bias")
-        return next(iter(head.values()))[0]
-
-    def rules(self, model):
-        return [replace(rule, official=self.prefix + rule.official) for rule in official_rules(model)]
-
-
-def official_rules(model):
-    """The key map of a UniFormerV2, in network order; official names without `backbone.`. A plain tower
-    (no global layers) is CLIP's `visual.*`."""
-    p, channels = model.config["size"]["patch"], model.config["channels"]
-    window = (model.window,) if model.global_layers else ()  # a plain tower's kernel is that of an image
-    rules = [Rule("embed.weight", "conv1.weight", as_matrix, as_kernel(channels, *window, p, p)), Rule("class_token", "class_embedding"),
-             Rule("positions", "positional_embedding")] + pairs("norm_pre.", "ln_pre.")
-    for i, block in enumerate(model.blocks):
-        ours, official = f"blocks.{i}.", f"transformer.resblocks.{i}."
-        rules += block_rules(ours, official)
-        for j in range(len(block.local)):
-            a, b = f"{ours}local.{j}.", f"{official}lmhra{j + 1}.pos_embed."
-            rules += [Rule(f"{a}norm.{name}", f"{b}0.{name}") for name in
-                      ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
-            for k, (part, frames) in enumerate((("reduce.", 1), ("time.", 3), ("expand.", 1)), start=1):
-                rules += pairs(a + part, f"{b}{k}.", as_matrix, as_kernel(-1, frames, 1, 1))
-    if model.global_layers:
-        rules.append(Rule("global_token", "transformer.temporal_cls_token"))
-    for j in range(len(model.global_layers)):
-        ours, official = f"global_blocks.{j}.", f"transformer.dec.{j}."
-        rules += (pairs(ours + "near.", f"transformer.dpe.{j}.")
-                  + pairs(ours + "norm_context.", official + "ln_3.") + block_rules(ours, official))
-    if model.balance is not None:
-        rules.append(Rule("balance", "transformer.balance"))
-    if model.config["classes"]:
-        rules += pairs("norm.", "transformer.proj.0.") + pairs("head.", "transformer.proj.2.")
-    return rules
-
-
-def block_rules(ours, official):
-    """Key map of what every block of CLIP has."""
-    return [rule for a, b in (("norm1.", "ln_1."), ("attn.qkv.", "attn.in_proj_"),
-                              ("attn.proj.", "attn.out_proj."), ("norm2.", "ln_2."),
-                              ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."))
-            for rule in pairs(ours + a, official + b)]
-
-
-def pairs(ours, official, convert=None, back=None):
-    """The two rules of a layer with weight and bias."""
-    return [Rule(ours + part, official + part, convert, back) for part in ("weight", "bias")]
-
-
-def as_matrix(kernel):
-    """A convolution as the matrix that it is: (D, C, ...) -> (D, C * the rest)."""
-    return kernel.flatten(1) if kernel.ndim in (4, 5) else kernel
-
-
-def as_kernel(*shape):
-    """The way back: (D, n) -> (D, *shape); a bias stays as it is."""
-    return lambda matrix: matrix.unflatten(1, shape) if matrix.ndim == 2 else matrix
 
 
 # ------------------------------------------------------------------------------------------------

@@ -467,11 +467,7 @@ class Localiser(nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run of the localise stage, in eval mode. WeightsError where it is none."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "Localiser":
-            raise WeightsError(f"{folder}: holds a {config.get('model', 'file without a configuration')}, not a "
-                               "Localiser; give the folder of a localise run")
-        return weights.fill(weights.build(cls.from_config, config, folder), tensors, name=str(folder)).eval()
+        return weights.load_run(cls.from_config, folder, "Localiser", "localise")
 
     @classmethod
     def from_config(cls, config):

@@ -126,13 +126,12 @@ class VideoQA(nn.Module):
     @classmethod
     def from_run(cls, folder, drop=0.0):
         """Load a run of the answer card, in eval mode; drop: as above, to train on. Raises WeightsError."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "VideoQA":
-            raise weights.WeightsError(f"{folder}: not a run of `train.py answer`")
-        model = weights.build(lambda told: cls(
-            clip_video.VideoCLIP.from_config(told["clip"]), caption_decoder.CaptionDecoder.from_config(told["caption_decoder"]),
-            told["answers"], drop), config, folder)
-        return weights.fill(model, tensors, name=str(folder)).eval()
+        def make(config):
+            return cls(clip_video.VideoCLIP.from_config(config["clip"]),
+                       caption_decoder.CaptionDecoder.from_config(config["caption_decoder"]),
+                       config["answers"], drop)
+
+        return weights.load_run(make, folder, "VideoQA", "answer")
 
 
 @torch.no_grad()
