@@ -489,7 +489,7 @@ class VideoMAE(nn.Module):
         told = file.hub_config(source)
         heads = heads or told.get("num_attention_heads")
         decoder_heads = decoder_heads or told.get("decoder_num_attention_heads")
-        if file.config.get("model") == "VideoMAE":  # a run of ours
+        if file.config.get("model") == cls.model_name:  # a run of ours
             return weights.fill(weights.build(cls.from_config, file.config, file.name), file.tensors, name=file.name).eval()
         if not (file.has("encoder_to_decoder.weight") or file.has("mask_token")):
             raise WeightsError(f"{file.name}: a masked autoencoder needs its decoder, and this file has "
@@ -633,29 +633,26 @@ class VideoClassifier(nn.Module):
         """
         file = OfficialFile(source, pretraining=False)
         heads = heads or file.hub_config(source).get("num_attention_heads")
-        if file.config.get("model") == "VideoClassifier":
+        if file.config.get("model") == cls.model_name:
             return weights.fill(weights.build(cls.from_config, file.config, file.name), file.tensors, name=file.name).eval()
         if file.has("encoder_to_decoder.weight") or file.has("mask_token"):
             raise WeightsError(f"{file.name}: a pretraining file, without a classifier; it loads with "
                                "VideoMAE.from_official")
         size, options = file.encoder(heads, frames, image_size, positions)
-        pool = "mean"
-        if not file.has("fc_norm.weight") and file.spell("encoder.norm.weight") in file.tensors:
-            pool = "first"
         head = [key for key in ("head.weight", "head.bias") if file.spell(key) in file.tensors]
         classes = [file.sizes(key)[0] for key in head]
         if len(set(classes)) > 1:
             shapes = {file.spell(key): tuple(file.tensors[file.spell(key)].shape) for key in head}
             raise WeightsError(f"{file.name}: wrong shape: the head's tensors disagree: {shapes}")
         classes = classes[0] if head else 0
-        rules = file.classifier_rules(size, options, pool, classes)
-        model = cls(size, classes=classes, pool=pool, **options)
+        rules = file.classifier_rules(size, options, "mean", classes)
+        model = cls(size, classes=classes, **options)
         return weights.fill(model, file.tensors, rules, name=file.name).eval()
 
     def to_official(self):
         """{official name: tensor}, what VideoMAE's own code calls them. Raises ValueError for positions by axes."""
         size = Size(**self.config["size"])
-        rules = Names(FINE_TUNED).classifier_rules(size, published(self.config), self.pool, self.config["classes"])
+        rules = Names(FINE_TUNED).classifier_rules(size, published(self.config), "mean", self.config["classes"])
         return weights.official(self, rules)
 
 
@@ -916,8 +913,6 @@ def published(config):
     """The configuration, where the official code can express it; ValueError where not."""
     if config["positions"] not in ("sinusoid", "stored"):
         raise ValueError(f"position codes {config['positions']!r} are unknown to the official code; train with --positions sinusoid")
-    if config["space_time"] != "joint":
-        raise ValueError("divided attention is unknown to the official code; train with --space-time joint")
     return config
 
 
