@@ -96,7 +96,7 @@ def test_pretraining(name, dtype):
                                    frames=video.shape[2], image_size=tuple(video.shape[3:])).to(dtype)
     prediction = model(video, hidden, skipped)
     wanted = hidden if skipped is None else ~skipped
-    weight = None if skipped is None else hidden.gather(1, mae.split(wanted)[1])
+    weight = None if skipped is None else hidden.gather(1, mae.split_by_mask(wanted)[1])
     target, raw = (reconstruction_target(video, wanted, normalise) for normalise in (True, False))
     loss = reconstruction_loss(prediction, target, weight)
     loss.backward()
@@ -104,7 +104,7 @@ def test_pretraining(name, dtype):
                        ("target_raw", raw), ("loss", loss.detach()),
                        ("loss_raw_target", reconstruction_loss(prediction.detach(), raw, weight))):
         case.check(key, value)
-    visible, _ = mae.split(hidden)
+    visible, _ = mae.split_by_mask(hidden)
     for key in ("encoder_tokens", "encoder_last_hidden_state"):
         case.check(key, model.encoder(video, visible))
     file = mae.OfficialFile(case.state, pretraining=True)
