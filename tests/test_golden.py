@@ -6,6 +6,7 @@ Tolerances relative to the largest reference number: 1e-5 and 5e-5 (gradients) i
 float64, where a wrong LayerNorm epsilon would show.
 """
 
+import functools
 import inspect
 import json
 import os
@@ -22,6 +23,7 @@ import mae
 import uniformerv2
 import weights
 from mae import VideoClassifier, VideoMAE, reconstruction_loss, reconstruction_target
+from variants.dual_masking import DualMaskedVideoMAE, dual_masking_loss, hidden_among_decoded
 
 FOLDER = Path(os.environ.get("GOLDEN", Path(__file__).resolve().parent.parent.parent / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no reference vectors (set GOLDEN)")
@@ -92,17 +94,18 @@ def test_pretraining(name, dtype):
     skipped = case.inputs.get("decode_mask")
     heads = case.arguments.get("encoder_num_heads", case.arguments.get("num_attention_heads"))
     decoder_heads = case.arguments.get("decoder_num_heads", case.arguments.get("decoder_num_attention_heads"))
-    model = VideoMAE.from_official(case.state, heads=heads, decoder_heads=decoder_heads,
+    model = DualMaskedVideoMAE.from_official(case.state, heads=heads, decoder_heads=decoder_heads,
                                    frames=video.shape[2], image_size=tuple(video.shape[3:])).to(dtype)
     prediction = model(video, hidden, skipped)
     wanted = hidden if skipped is None else ~skipped
-    weight = None if skipped is None else hidden.gather(1, mae.split_by_mask(wanted)[1])
+    weight = None if skipped is None else hidden_among_decoded(hidden, skipped)
     target, raw = (reconstruction_target(video, wanted, normalise) for normalise in (True, False))
-    loss = reconstruction_loss(prediction, target, weight)
+    measure = reconstruction_loss if weight is None else functools.partial(dual_masking_loss, weight=weight)
+    loss = measure(prediction, target)
     loss.backward()
     for key, value in (("pred", prediction), ("logits", prediction), ("target_normalized", target),
                        ("target_raw", raw), ("loss", loss.detach()),
-                       ("loss_raw_target", reconstruction_loss(prediction.detach(), raw, weight))):
+                       ("loss_raw_target", measure(prediction.detach(), raw))):
         case.check(key, value)
     visible, _ = mae.split_by_mask(hidden)
     for key in ("encoder_tokens", "encoder_last_hidden_state"):
@@ -117,7 +120,7 @@ def test_pretraining(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["videomae_finetune_meanpool", "videomae_finetune_layerscale",
-                                  "videomae_finetune_token0", "hf_videomae_classify"])
+                                  "hf_videomae_classify"])
 def test_classification(name, dtype):
     case = Case(name, dtype)
     video = case.inputs.get("video")
@@ -130,7 +133,7 @@ def test_classification(name, dtype):
     loss.backward()
     case.check("logits", logits)
     case.check("loss", loss.detach())
-    case.check("features", model.features(video.to(dtype)))
+    case.check("features", model.feature(video.to(dtype)))
     file = mae.OfficialFile(case.state, pretraining=False)
     size, options = file.encoder(heads, 16, 16, "sinusoid")
     case.check_gradients(model, file.encoder_rules(size, options) + file.pairs("head.", "head.")
@@ -344,7 +347,7 @@ def has_ftfy():
 
 LOADERS = {
     "videomae_pretrain": "mae.VideoMAE", "videomae_v2_pretrain": "mae.VideoMAE", "hf_videomae_pretrain": "mae.VideoMAE",
-    "videomae_finetune_meanpool": "mae.VideoClassifier", "videomae_finetune_token0": "mae.VideoClassifier",
+    "videomae_finetune_meanpool": "mae.VideoClassifier",
     "videomae_finetune_layerscale": "mae.VideoClassifier", "hf_videomae_classify": "mae.VideoClassifier",
     "uniformerv2_k400": "uniformerv2.UniFormerV2", "uniformerv2_ssv2": "uniformerv2.UniFormerV2",
     "uniformerv2_frozen": "uniformerv2.UniFormerV2", "caption_decoder": "caption_decoder.CaptionDecoder",

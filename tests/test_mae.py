@@ -58,7 +58,9 @@ def test_random_and_frame_masks_hide_as_many_tokens_in_their_own_shape():
 
 
 def test_a_mask_is_a_function_of_its_generator():
-    draw = lambda seed: tube_mask(3, (2, 4, 4), 0.5, torch.Generator().manual_seed(seed))  # noqa: E731
+    def draw(seed):
+        return tube_mask(3, (2, 4, 4), 0.5, torch.Generator().manual_seed(seed))
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
@@ -75,11 +77,11 @@ def test_rows_that_hide_different_counts_are_refused():
 def test_tubelets_go_out_and_come_back_unchanged():
     video = clip(4, 32)
     index = torch.stack([torch.randperm(32)[:20] for _ in range(2)])
-    cut = mae.take_tubelets(video, index, 8, 2)
-    assert torch.equal(mae.put_tubelets(torch.zeros_like(video), index, cut, 8, 2) != 0,
-                       mae.put_tubelets(torch.zeros_like(video), index, torch.ones_like(cut), 8, 2) != 0)
+    cut, empty = mae.take_tubelets(video, index, 8, 2), torch.zeros_like(video)
+    assert torch.equal(mae.put_tubelets(empty, index, cut, 8, 2) != 0,
+                       mae.put_tubelets(empty, index, torch.ones_like(cut), 8, 2) != 0)
     every = torch.arange(32).expand(2, -1)
-    back = mae.put_tubelets(torch.zeros_like(video), every, mae.take_tubelets(video, None, 8, 2), 8, 2)
+    back = mae.put_tubelets(empty, every, mae.take_tubelets(video, None, 8, 2), 8, 2)
     assert torch.equal(back, video)
 
 
@@ -94,7 +96,8 @@ def test_token_order_is_time_then_row_then_column():
 def test_the_embedding_is_the_official_strided_convolution():
     model, video = toy(), clip()
     kernel = model.encoder.embed.weight.view(32, 3, 2, 8, 8)
-    expected = F.conv3d(video, kernel, model.encoder.embed.bias, stride=(2, 8, 8)).flatten(2).transpose(1, 2)
+    expected = F.conv3d(video, kernel, model.encoder.embed.bias, stride=(2, 8, 8))
+    expected = expected.flatten(2).transpose(1, 2)
     got = model.encoder.embed(mae.take_tubelets(video, None, 8, 2).flatten(2))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -126,7 +129,8 @@ def test_the_target_follows_the_official_recipe_step_by_step():
                         part = pixels[:, 2 * tau:2 * tau + 2, 8 * y:8 * y + 8, 8 * x:8 * x + 8]
                         flat = part.permute(1, 2, 3, 0).reshape(-1, 3)
                         if normalise:
-                            flat = (flat - flat.mean(0)) / (flat.var(0, unbiased=True).sqrt() + 1e-6)
+                            deviation = flat.var(0, unbiased=True).sqrt() + 1e-6
+                            flat = (flat - flat.mean(0)) / deviation
                         rows.append(flat.flatten())
         got = reconstruction_target(video, hidden, normalise)
         torch.testing.assert_close(got[0], torch.stack(rows), atol=1e-5, rtol=1e-5)
@@ -232,7 +236,8 @@ def test_codes_by_axis_shift_alike_everywhere():
     codes = mae.position_codes("axes", (t, h, w), 8, 2, 48)[0].double()
     assert codes.shape == (t * h * w, 48) and len(codes.unique(dim=0)) == t * h * w
     product = (codes @ codes.T).view(t, h, w, t, h, w)
-    assert torch.allclose(product[1:, 1:, 1:, 1:, 1:, 1:], product[:-1, :-1, :-1, :-1, :-1, :-1], atol=1e-5)
+    later, earlier = product[(slice(1, None),) * 6], product[(slice(-1),) * 6]
+    assert torch.allclose(later, earlier, atol=1e-5)
 
 
 def test_any_grid_will_do():
@@ -241,7 +246,8 @@ def test_any_grid_will_do():
     for frames, height, width in ((2, 16, 24), (6, 40, 8)):
         grid = model.encoder.grid_of(frames, height, width)
         hidden = tube_mask(1, grid, 0.5)
-        assert model(torch.randn(1, 3, frames, height, width), hidden).shape == (1, int(hidden.sum()), 384)
+        prediction = model(torch.randn(1, 3, frames, height, width), hidden)
+        assert prediction.shape == (1, int(hidden.sum()), 384)
     with pytest.raises(ValueError, match="33 x 32"):
         model(torch.randn(1, 3, 4, 33, 32), hidden)
 
@@ -301,8 +307,9 @@ def block_shapes(prefix, width, depth, mlp, cosine=None):
         b = f"{prefix}{i}."
         shapes |= {b + "norm1.weight": (width,), b + "norm1.bias": (width,),
                    b + "attn.q_bias": (width,), b + "attn.v_bias": (width,),
-                   b + "attn.qkv.weight": (3 * width, width), b + "attn.proj.weight": (width, width),
-                   b + "attn.proj.bias": (width,), b + "norm2.weight": (width,), b + "norm2.bias": (width,),
+                   b + "attn.qkv.weight": (3 * width, width),
+                   b + "attn.proj.weight": (width, width), b + "attn.proj.bias": (width,),
+                   b + "norm2.weight": (width,), b + "norm2.bias": (width,),
                    b + "mlp.fc1.weight": (mlp, width), b + "mlp.fc1.bias": (mlp,),
                    b + "mlp.fc2.weight": (width, mlp), b + "mlp.fc2.bias": (width,)}
         if cosine:
@@ -311,39 +318,44 @@ def block_shapes(prefix, width, depth, mlp, cosine=None):
 
 
 def official(cosine=None):
-    """A complete official pretraining state dict of toy size, as the official class would save it."""
+    """A complete official pretraining state dict of toy size, as the official class saves it."""
     return official_fill(
         {"mask_token": (1, 1, 16), "encoder.patch_embed.proj.weight": (24, 3, 2, 16, 16),
-         "encoder.patch_embed.proj.bias": (24,), "encoder.norm.weight": (24,), "encoder.norm.bias": (24,),
-         "encoder_to_decoder.weight": (16, 24), "decoder.norm.weight": (16,), "decoder.norm.bias": (16,),
+         "encoder.patch_embed.proj.bias": (24,), "encoder.norm.weight": (24,),
+         "encoder.norm.bias": (24,), "encoder_to_decoder.weight": (16, 24),
+         "decoder.norm.weight": (16,), "decoder.norm.bias": (16,),
          "decoder.head.weight": (1536, 16), "decoder.head.bias": (1536,)}
         | block_shapes("encoder.blocks.", 24, 2, 96, cosine)
         | block_shapes("decoder.blocks.", 16, 2, 64, cosine))
 
 
 def official_fine_tuned():
-    tensors = official_fill({"patch_embed.proj.weight": (24, 3, 2, 16, 16), "patch_embed.proj.bias": (24,),
-                             "fc_norm.weight": (24,), "fc_norm.bias": (24,), "head.weight": (5, 24),
-                             "head.bias": (5,)} | block_shapes("blocks.", 24, 2, 96))
-    return tensors
+    return official_fill({"patch_embed.proj.weight": (24, 3, 2, 16, 16),
+                          "patch_embed.proj.bias": (24,), "fc_norm.weight": (24,),
+                          "fc_norm.bias": (24,), "head.weight": (5, 24),
+                          "head.bias": (5,)} | block_shapes("blocks.", 24, 2, 96))
 
 
 def hugging_face(tensors, new_spelling=False):
     """The same weights under the names that transformers gives them."""
     out = {}
     for key, value in tensors.items():
-        key = key.replace("encoder.patch_embed.proj", "videomae.embeddings.patch_embeddings.projection")
-        key = key.replace("encoder.blocks", "videomae.encoder.layer").replace("encoder.norm", "videomae.layernorm")
+        key = key.replace("encoder.patch_embed.proj",
+                          "videomae.embeddings.patch_embeddings.projection")
+        key = key.replace("encoder.blocks", "videomae.encoder.layer")
+        key = key.replace("encoder.norm", "videomae.layernorm")
         key = key.replace("decoder.blocks", "decoder.decoder_layers")
         key = key.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
-        key = key.replace("attn.proj", "attention.output.dense").replace("mlp.fc1", "intermediate.dense")
+        key = key.replace("attn.proj", "attention.output.dense")
+        key = key.replace("mlp.fc1", "intermediate.dense")
         key = key.replace("mlp.fc2", "output.dense")
         if "attn.qkv" in key:
             for part, rows in zip(("query", "key", "value"), value.chunk(3)):
                 out[key.replace("attn.qkv", f"attention.attention.{part}")] = rows
             continue
         if new_spelling:
-            key = key.replace("attn.q_bias", "attn.query.bias").replace("attn.v_bias", "attn.value.bias")
+            key = key.replace("attn.q_bias", "attn.query.bias")
+            key = key.replace("attn.v_bias", "attn.value.bias")
         out[key.replace("attn.", "attention.attention.")] = value
     return out
 
@@ -361,9 +373,11 @@ OPTIONS = dict(heads=2, decoder_heads=2, frames=16, image_size=32)
 
 def test_official_pretraining_numbers():
     """Printed sums of the official class on these weights and this clip."""
-    model, video, hidden = VideoMAE.from_official(official(), **OPTIONS), reference_clip(), reference_mask()
+    model = VideoMAE.from_official(official(), **OPTIONS)
+    video, hidden = reference_clip(), reference_mask()
     out = model(video, hidden)
-    assert_summary(out, -1635.343138, 63223.852998, [-3.902112, 0.337986, 0.305057, 0.839681], 0.338370)
+    assert_summary(out, -1635.343138, 63223.852998,
+                   [-3.902112, 0.337986, 0.305057, 0.839681], 0.338370)
     visible, _ = mae.split_by_mask(hidden)
     assert_summary(model.encoder(video, visible), -3.047012, 312.690386,
                    [0.674724, 0.650136, 1.711398, 0.073737], -0.341673)
@@ -414,7 +428,8 @@ def test_hugging_face_files_give_the_official_numbers(new_spelling):
 
 
 def test_a_hugging_face_file_that_lost_its_biases_is_refused():
-    tensors = {k: v for k, v in hugging_face(official()).items() if not k.endswith(("q_bias", "v_bias"))}
+    tensors = {key: value for key, value in hugging_face(official()).items()
+               if not key.endswith(("q_bias", "v_bias"))}
     with pytest.raises(WeightsError, match="videomae.encoder.layer.0.attention.attention.q_bias"):
         VideoMAE.from_official(tensors, **OPTIONS)
 
@@ -430,7 +445,8 @@ def test_each_missing_extra_or_misshapen_tensor_is_named_and_alone(style):
     for key in whole:
         with pytest.raises(WeightsError) as caught:
             load({k: v for k, v in whole.items() if k != key})
-        assert key in str(caught.value) and sum(k in str(caught.value) for k in whole) == 1, caught.value
+        said = str(caught.value)
+        assert key in said and sum(k in said for k in whole) == 1, said
         changed = whole | {key: torch.cat([whole[key], whole[key]])}
         with pytest.raises(WeightsError) as caught:
             load(changed)
@@ -468,7 +484,8 @@ def test_a_run_of_ours_loads_again(tmp_path, cls):
     weights.save(tmp_path, model, model.config)
     loaded = cls.from_official(tmp_path)
     assert loaded.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    other = loaded.state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in model.state_dict().items())
 
 
 def test_a_classifier_may_lack_its_head_and_gives_features_then():
@@ -546,8 +563,9 @@ def test_a_model_that_was_exported_first_still_runs():
 
 
 @pytest.mark.parametrize("frames", [4, 8])
-def test_a_stored_position_table_goes_along_to_another_head_and_is_stretched_for_longer_clips(frames):
-    model = VideoClassifier(TINY, classes=3, frames=4, image_size=32, positions="stored", head_scale=1.0).eval()
+def test_a_stored_table_goes_along_to_another_head_and_is_stretched_for_longer_clips(frames):
+    model = VideoClassifier(TINY, classes=3, frames=4, image_size=32, positions="stored",
+                            head_scale=1.0).eval()
     torch.nn.init.normal_(model.encoder.stored)
     other = model.with_head(3, frames=frames).eval()
     if frames == 4:
@@ -557,28 +575,10 @@ def test_a_stored_position_table_goes_along_to_another_head_and_is_stretched_for
     assert torch.equal(other.encoder.stored, expected)
 
 
-def test_an_encoder_alone_loads_under_the_names_of_transformers_and_inside_a_larger_model():
+def test_an_encoder_alone_and_one_inside_a_larger_model_load():
     model = VideoClassifier(TINY, classes=0, frames=4, image_size=32).eval()
     torch.nn.init.normal_(model.fc_norm.weight)
-    official = model.to_official()
-    x = clip()
+    official, x = model.to_official(), clip()
     for tensors in (official, {"backbone." + key: value for key, value in official.items()}):
         found = VideoClassifier.from_official(tensors, heads=TINY.heads, frames=4, image_size=32)
         assert torch.equal(found(x), model(x))
-    theirs = {}
-    for key, value in official.items():
-        if key.endswith("attn.qkv.weight"):
-            for part, piece in zip(("query", "key", "value"), value.chunk(3)):
-                theirs[key.replace("attn.qkv", f"attention.attention.{part}")] = piece
-        else:
-            theirs[key] = value
-    for old, new in (("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
-                     ("blocks.", "encoder.layer."), ("attn.q_bias", "attention.attention.q_bias"),
-                     ("attn.v_bias", "attention.attention.v_bias"),
-                     ("attn.proj.", "attention.output.dense."), ("norm1.", "layernorm_before."),
-                     ("norm2.", "layernorm_after."), ("mlp.fc1.", "intermediate.dense."),
-                     ("mlp.fc2.", "output.dense.")):
-        theirs = {key.replace(old, new): value for key, value in theirs.items()}
-    assert weights.describe(theirs)[0] == "VideoMAE, encoder, of Hugging Face"
-    found = VideoClassifier.from_official(theirs, heads=TINY.heads, frames=4, image_size=32)
-    assert torch.allclose(found(x), model(x), atol=1e-4)  # another epsilon

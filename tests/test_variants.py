@@ -134,8 +134,8 @@ def test_runs_of_older_code_with_divided_attention_load():
 
 # As stages --------------------------------------------------------------------------------------
 
-FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 --workers 0 "
-         "--steps 2 --precision fp32 --device cpu --no-figures").split()
+FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 "
+         "--workers 0 --steps 2 --precision fp32 --device cpu --no-figures").split()
 
 
 @pytest.mark.parametrize("name", ["mae-dual", "mae-divided"])

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from video import moving_shapes  # noqa: E402
 import mae  # noqa: E402
+from engine import pictures  # noqa: E402
 import weights  # noqa: E402
 
 CLIP = 3  # which held-out clip README shows; the first one with a motion across the frame

@@ -41,7 +41,7 @@ class DualMasking(train.MAE):
         return model
 
     def loss(self, model, batch, rng):
-        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), uint8
+        video = batch["video"].permute(0, 4, 1, 2, 3)  # (B, 3, T, H, W), uint8
         hidden = self.hidden(model, video, rng)
         rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
         grid = model.encoder.grid_of(*video.shape[2:])

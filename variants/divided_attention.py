@@ -39,8 +39,8 @@ class DividedBlock(Block):
             raise ValueError(f"divided attention is for whole clips of {self.times} time steps, "
                              "the same places in each")
         B, N, D = x.shape
-        time = self.norm_time(x).unflatten(1, (self.times, -1)).transpose(1, 2)  # (B, places, t, D)
-        time = self.attn_time(time.flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2)
+        time = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)    # (B*places, t, D)
+        time = self.attn_time(self.norm_time(time)).unflatten(0, (B, -1)).transpose(1, 2)
         x = x + self.drop_path(time.reshape(B, N, D))
         space = self.norm1(x).unflatten(1, (self.times, -1))                     # (B, t, places, D)
         space = self.attn(space.flatten(0, 1)).view(B, N, D)

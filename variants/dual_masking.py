@@ -1,4 +1,6 @@
-"""Dual masking: the decoder reconstructs half of the tokens (VideoMAE V2, arXiv 2303.16727, Sec. 3.2).
+"""Dual masking: the decoder reconstructs half of the tokens.
+
+VideoMAE V2, arXiv 2303.16727, Sec. 3.2, Dual Masking.
 
     hidden (B, N)   True = the encoder does not see it        mae.tube_mask
     skipped (B, N)  True = the decoder does not predict it    running_cell_mask
