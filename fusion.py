@@ -63,6 +63,7 @@ Try it: python fusion.py; python fusion.py VIDEO --weights runs/default/fuse
 """
 
 import contextlib
+import dataclasses
 import math
 
 import torch
@@ -70,8 +71,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Attention, Dropout, Mlp, run_blocks
-from mae import VideoClassifier
+from attention import Attention, Dropout, Mlp
+from mae import State, VideoClassifier
 from uniformerv2 import UniFormerV2
 from weights import WeightsError
 
@@ -208,10 +209,8 @@ class InternVideo(nn.Module):
 
     def learned(self):
         """The modules and parameters that train (InternVideo, Sec. 3.2: bridges, gates, shares,
-        classification layers, and the multimodal encoder's query token). Of the masked encoder's two norms
-        one is the classifier's, the other an Identity: see `pool` of mae.VideoClassifier."""
-        yield from (self.bridges, self.last, self.balance, self.masked.encoder.norm, self.masked.fc_norm,
-                    self.masked.head)
+        classification layers, and the multimodal encoder's query token)."""
+        yield from (self.bridges, self.last, self.balance, *self.masked.learned_parts())
         for expert in self.multimodal:
             yield from (expert.norm, expert.head)
             if expert.global_token is not None:
@@ -235,7 +234,7 @@ class InternVideo(nn.Module):
         """uint8 (B, T, H, W, 3) -> [logits (B, Y) of the masked encoder, then of each multimodal one], after
         they have talked."""
         masked, features, _ = self.streams(clip)
-        found = [self.masked.head(self.drop(self.masked.pooled(masked)))]
+        found = [self.masked.head(self.drop(self.masked.finish(State(masked))))]
         return found + [expert.head(self.drop(expert.norm(feature)))
                         for expert, feature in zip(self.multimodal, features)]
 
@@ -256,7 +255,7 @@ class InternVideo(nn.Module):
         side; "masked": tokens (B, N, Da), t*h*w of them, after the bridges; "multimodal": for each encoder its
         last tokens (B, t, 1+S, Dm), class token of each frame first, which no bridge touches}."""
         masked, features, tokens = self.streams(clip)
-        seen = [self.masked.pooled(masked)]
+        seen = [self.masked.finish(State(masked))]
         seen += [expert.norm(feature) for expert, feature in zip(self.multimodal, features)]
         return {"clip": torch.cat(seen, dim=1), "masked": masked, "multimodal": tokens}
 
@@ -291,16 +290,17 @@ class InternVideo(nn.Module):
     def cross(self, clip, told, until=None):
         """The masked encoder with its bridges, -> (B, N, D). told: for each expert, for each bridge, tokens
         (B, M, Dm). Up to the first bridge nothing trains. until: a bridge, (place, expert); stop before it."""
-        encoder, edges = self.masked.encoder, [*self.before, len(self.masked.encoder.blocks)]
+        edges = [*self.before, self.masked.depth]
         with self.quietly():
-            x = run_blocks(encoder.blocks[:edges[0]], encoder.begin(view(clip, self.masked)))
+            state = self.masked.run(self.masked.start(view(clip, self.masked)), 0, edges[0])
         for place, (start, stop) in enumerate(zip(edges, edges[1:])):
+            x = state.tokens
             for expert, (bridges, words) in enumerate(zip(self.bridges, told)):
                 if (place, expert) == until:
                     return x
                 x = bridges[place](x, words[place])
-            x = run_blocks(encoder.blocks[start:stop], x, recompute=encoder.recompute)
-        return encoder.norm(x)
+            state = self.masked.run(dataclasses.replace(state, tokens=x), start, stop)
+        return state.tokens
 
     @torch.no_grad()
     def looks(self, clip, place=-1, expert=0):

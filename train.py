@@ -252,28 +252,22 @@ class MAE(Stage):
     mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places at 40 px (paper: "
                              "0.9, which leaves 20 of 196 at 224 px)", low=0, high=1)
     mask_type: str = flag("tube", "tube = same places in every frame (paper: tube)", choices=tuple(mae.MASKS))
-    dual_mask: bool = flag(False, "decode half of the tokens only (VideoMAE V2, running cells)")
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel (paper: yes)")
     positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of the token's number "
                           "(paper: sinusoid)", choices=("axes", "sinusoid"))
-    space_time: str = flag("joint", "attention of the encoder: joint = every token sees every other; divided = over time, then "
-                           "over space (paper: joint)", choices=("joint", "divided"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
     decoder_width: int = flag(0, "width of the decoder; 0 = as the size says (paper: half of the encoder's)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
-    pack_frames: str = flag("", "train on clips of several lengths, drawn for each clip, in one row without padding, "
-                            "as 4,6,8: at most --num-frames (paper: all the same)")
-    pack_ratios: str = flag("", "the same for mask ratios, as 0.6,0.75,0.9 (paper: all the same)")
-    pack = None  # both lists, once `build` has read them
+    network = mae.VideoMAE  # a variant has its own
 
     def build(self):
         if self.weights:
-            model = mae.VideoMAE.from_official(self.weights, frames=self.num_frames,
+            model = self.network.from_official(self.weights, frames=self.num_frames,
                                                image_size=self.input_size)
             size = model.config["size"]
             self.decided(normalise=model.config["normalised"])
             self.normalise = model.config["normalised"]
-            self.decided(positions=model.config["positions"], space_time=model.config["space_time"],
+            self.decided(positions=model.config["positions"],
                       decoder_depth=size["decoder_depth"], decoder_width=size["decoder_width"], drop_path=0.0,
                       model=size_named(size, mae.SIZES))
         else:
@@ -285,77 +279,39 @@ class MAE(Stage):
                     raise UserError(f"--decoder-width {self.decoder_width}: must be a multiple of the {size.decoder_heads} heads")
                 size = dataclasses.replace(size, decoder_width=self.decoder_width, decoder_mlp_width=4 * self.decoder_width)
             try:
-                model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
+                model = self.network(size, frames=self.num_frames, image_size=self.input_size,
                                      positions=self.positions, drop_path=self.drop_path,
-                                     normalised=self.normalise, space_time=self.space_time)
+                                     normalised=self.normalise)
             except ValueError as error:
                 raise UserError(f"--num-frames, --input-size: {error}") from None
         t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
-        frames, ratios = numbers(self.pack_frames, "pack-frames"), numbers(self.pack_ratios, "pack-ratios", float)
-        for T in frames or ():
-            if T % model.encoder.tubelet or not 0 < T <= self.num_frames:
-                raise UserError(f"--pack-frames {self.pack_frames}: {T} is not a multiple of {model.encoder.tubelet} "
-                              f"up to --num-frames {self.num_frames}")
-        if (frames or ratios) and (self.dual_mask or self.drop_path):
-            raise UserError("--pack-frames, --pack-ratios: not with --dual-mask or --drop-path, which treat rows, not clips")
-        self.pack = (frames or [self.num_frames], ratios or [self.mask_ratio]) if frames or ratios else None
-        for name, values in (("mask-ratio", [self.mask_ratio]), ("pack-ratios", ratios or ())):
-            shortest = min(frames or [self.num_frames]) // model.encoder.tubelet
-            places, unit = (shortest, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
-            for ratio in values:
-                if not 0 < int(ratio * places) < places:
-                    raise UserError(f"--{name} {ratio}: must hide at least one of the {places} {unit} "
-                                  "and leave at least one")
-        if model.config["space_time"] == "divided" and (self.mask_type != "tube" or self.pack):
-            raise UserError("--space-time divided: every frame must show the same places; only with --mask-type tube, not with "
-                          "--pack-frames or --pack-ratios")
-        if self.dual_mask and (h % 2 or w % 2):
-            raise UserError(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
+        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
+        if not 0 < int(self.mask_ratio * places) < places:
+            raise UserError(f"--mask-ratio {self.mask_ratio}: must hide at least one of the {places} {unit} "
+                          "and leave at least one")
         model.recompute(self.recompute)
         return model
 
     def datasets(self):
         return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, transform=self.transform)
 
-    def loss(self, model, batch, rng):
-        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), still bytes
-        if self.pack and model.training:
-            return self.packed_loss(model, video, rng)
-        grid = model.encoder.grid_of(*video.shape[2:])
+    def hidden(self, model, video, rng):
+        """(B, N) bool. In training one draw for all processes, of which each takes its rows."""
         rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
-        hidden = mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
-        patch, tubelet = model.encoder.patch, model.encoder.tubelet
-        wanted, skipped, weight, count = hidden, None, None, None
-        if self.dual_mask:
-            skipped = mae.running_cell_mask(rows, grid, rng)[mine]
-            wanted = ~skipped
-            weight = mae.gather(hidden[..., None], mae.split(wanted)[1])[..., 0].to(video.device)
-            count = processes.mean(weight.float().sum()) if model.training else None
-        index = mae.split(wanted)[1].to(video.device)
-        target = self.faster(mae.target_of)(video, index, self.normalise, patch, tubelet)
+        grid = model.encoder.grid_of(*video.shape[2:])
+        return mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
+
+    def loss(self, model, batch, rng):
+        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), uint8
+        hidden = self.hidden(model, video, rng)
+        target = mae.reconstruction_target(video, hidden, self.normalise, tubelet=model.encoder.tubelet)
         with self.autocast():
-            prediction = model(video, hidden, skipped)
-        loss = mae.reconstruction_loss(prediction, target, weight, count=count)
+            prediction = model(video, hidden)
+        loss = mae.reconstruction_loss(prediction, target)
         metrics = {"loss": loss.detach()}
         if self.normalise and not model.training:
-            metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target, weight)
+            metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target)
         return loss, metrics
-
-    def packed_loss(self, model, video, rng):
-        """The mean over all hidden numbers of all clips, so that a long clip counts as much as its tubelets do."""
-        rows, mine = processes.joined(len(video))
-        patch, tubelet = model.encoder.patch, model.encoder.tubelet
-        lengths, ratios = ([choices[i] for i in torch.randint(len(choices), (rows,), generator=rng)] for choices in self.pack)
-        hidden = [mae.MASKS[self.mask_type](1, model.encoder.grid_of(T, *video.shape[3:]), ratio, rng)
-                  for T, ratio in zip(lengths, ratios)][mine]
-        videos = [clip[:, :T] for clip, T in zip(video, lengths[mine])]
-        target = torch.cat([mae.reconstruction_target(clip[None], mask, self.normalise, patch=patch, tubelet=tubelet)
-                            for clip, mask in zip(videos, hidden)], dim=1)[0]
-        with self.autocast():
-            prediction = model.packed(videos, [mask[0] for mask in hidden])
-        weight = torch.ones(len(target), device=video.device)
-        loss = mae.reconstruction_loss(prediction, target, weight, count=processes.mean(weight.sum()))
-        return loss, {"loss": loss.detach()}
 
     def note(self):
         if not self.normalise:
@@ -371,7 +327,7 @@ class MAE(Stage):
             hidden = mae.MASKS[self.mask_type](1, grid, self.mask_ratio, generator(self.seed, "picture", i))
             path = folder / f"reconstruction_{i}.png"
             title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
-            mae.draw(model, video, hidden, path, f"held-out clip: {title}")
+            pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden), path, f"held-out clip: {title}")
             paths += [path, path.with_suffix(".gif")]
         return paths
 
@@ -920,8 +876,7 @@ def tokens_of(encoder, video):
 
 def feature_of(encoder, video):
     """What either encoder's head sees, (B, D)."""
-    feature = encoder.features(video)
-    return feature if isinstance(encoder, mae.VideoClassifier) else encoder.norm(feature)
+    return encoder.feature(video) if isinstance(encoder, mae.VideoClassifier) else encoder.norm(encoder.features(video))
 
 
 @dataclass

@@ -325,19 +325,6 @@ def test_the_tower_of_a_video_text_model_is_an_expert_that_sees_as_it_was_traine
     assert again.multimodal[0].mean == clip_video.CLIP_MEAN
 
 
-def test_a_masked_encoder_that_reads_its_first_token_is_itself_too():
-    """VideoMAE's other classifier norms all tokens and takes the first; the norm is then the head's and trains."""
-    _, others = experts()
-    masked = VideoClassifier(MASKED, classes=5, frames=4, image_size=16, head_scale=1.0, pool="first").eval()
-    x = clip()
-    alone = masked(fusion.view(x, masked))
-    model = InternVideo(masked, others)
-    assert torch.equal(model.scores(x)[0], alone)
-    assert torch.equal(model.features(x)["clip"][:, :24], masked.features(fusion.view(x, masked)))
-    trained = {name for name, p in masked.named_parameters() if p.requires_grad}
-    assert trained == {"encoder.norm.weight", "encoder.norm.bias", "head.weight", "head.bias"}
-
-
 @pytest.mark.parametrize("options, complaint", [
     (dict(before=[2, 1]), "rising"), (dict(before=[3]), "blocks 0 to 2"), (dict(layers=[0, 1]), "name 3 layers"),
     (dict(before=[0], layers=[9]), "from 0 to 3"), (dict(source="class"), "choose all or patches"),
