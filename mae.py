@@ -555,6 +555,13 @@ class VideoMAE(nn.Module):
         return weights.official(self, Names().pretraining_rules(Size(**self.config["size"]), published(self.config)))
 
 
+@dataclass(frozen=True)
+class State:
+    """A clip between two blocks."""
+
+    tokens: torch.Tensor  # (B, N, D)
+
+
 class VideoClassifier(nn.Module):
     """The encoder on all tokens, their mean, a norm and a linear layer (VideoMAE, Sec. 4, fine-tuning).
 
@@ -631,6 +638,44 @@ class VideoClassifier(nn.Module):
     def features(self, video):
         """video (B, C, T, H, W) -> (B, D), what the head sees."""
         return self.pooled(self.encoder(video))
+
+    # The interface of both encoders (uniformerv2.UniFormerV2 has it too)
+
+    family = "masked"
+
+    @property
+    def width(self):
+        return self.config["size"]["width"]
+
+    @property
+    def depth(self):
+        return self.config["size"]["depth"]
+
+    @property
+    def heads(self):
+        return self.config["size"]["heads"]
+
+    def grid_of(self, T, H, W):
+        return self.encoder.grid_of(T, H, W)
+
+    def start(self, video):
+        return State(self.encoder.begin(video))
+
+    def run(self, state, start, stop):
+        return replace(state, tokens=run_blocks(self.encoder.blocks[start:stop], state.tokens,
+                                                recompute=self.encoder.recompute))
+
+    def finish(self, state):
+        return self.pooled(self.encoder.norm(state.tokens))
+
+    def feature(self, video):
+        return self.finish(self.run(self.start(video), 0, self.depth))
+
+    def tokens(self, video):
+        return self.encoder(video)
+
+    def learned_parts(self):
+        return [self.encoder.norm, self.fc_norm, self.head]
 
     def pooled(self, tokens):
         """What the encoder gave, (B, N, D) -> (B, D), what the head sees."""

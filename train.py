@@ -949,15 +949,12 @@ class AttentiveProbe(torch.nn.Module):
 
 def tokens_of(encoder, video):
     """All tokens of either encoder's last block, (B, N, D)."""
-    if isinstance(encoder, mae.VideoClassifier):
-        return encoder.encoder(video)
-    return encoder.encode(video)[1].flatten(1, 2)
+    return encoder.tokens(video)
 
 
 def feature_of(encoder, video):
     """What either encoder's head sees, (B, D)."""
-    feature = encoder.features(video)
-    return feature if isinstance(encoder, mae.VideoClassifier) else encoder.norm(feature)
+    return encoder.feature(video)
 
 
 def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0, rows=None, positions="sinusoid"):
@@ -1502,7 +1499,10 @@ class Fuse(Labels):
         pictures.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
         if model.before:
             paths.append(folder / "looks.png")
-            pictures.looks(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
+            maps = model.attention_maps(batch["video"][:1])[0]
+            grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"]) for encoder in
+                     (model.masked, model.multimodal[0])]
+            pictures.looks(batch["video"][0].cpu().numpy(), *pictures.strongest(maps, *grids), paths[-1])
         return paths
 
 
