@@ -548,7 +548,7 @@ class UniFormerV2(nn.Module):
         norm     a LayerNorm to start the head's norm with; default: this model's, where it has one
         options  head_dropout, drop_path, mean, std, ...: see `Options`
         """
-        model = UniFormerV2(**vars(self.options) | options, **{"classes": classes})
+        model = UniFormerV2(**vars(self.options) | options | {"classes": classes})
         tensors = self.state_dict()
         if norm is not None:
             tensors |= {f"norm.{key}": value for key, value in norm.state_dict().items()}
