@@ -637,7 +637,7 @@ class VideoClassifier(nn.Module):
 
     def features(self, video):
         """video (B, C, T, H, W) -> (B, D), what the head sees."""
-        return self.pooled(self.encoder(video))
+        return self.feature(video)
 
     # The interface of both encoders (uniformerv2.UniFormerV2 has it too)
 
@@ -672,7 +672,7 @@ class VideoClassifier(nn.Module):
         return self.finish(self.run(self.start(video), 0, self.depth))
 
     def tokens(self, video):
-        return self.encoder(video)
+        return self.encoder.norm(self.run(self.start(video), 0, self.depth).tokens)
 
     def learned_parts(self):
         return [self.encoder.norm, self.fc_norm, self.head]
