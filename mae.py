@@ -493,6 +493,13 @@ class VideoMAE(nn.Module):
         return videomae.export_pretrained(self)
 
 
+@dataclass(frozen=True)
+class State:
+    """A clip between two blocks."""
+
+    tokens: torch.Tensor  # (B, N, D)
+
+
 class VideoClassifier(nn.Module):
     """The encoder on all tokens, their mean, a norm and a linear layer (VideoMAE, Sec. 4).
 

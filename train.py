@@ -869,9 +869,7 @@ class AttentiveProbe(torch.nn.Module):
 
 def tokens_of(encoder, video):
     """All tokens of either encoder's last block, (B, N, D)."""
-    if isinstance(encoder, mae.VideoClassifier):
-        return encoder.encoder(video)
-    return encoder.encode(video)[1].flatten(1, 2)
+    return encoder.tokens(video)
 
 
 def feature_of(encoder, video):
@@ -1369,7 +1367,10 @@ class Fuse(Labels):
         pictures.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
         if model.before:
             paths.append(folder / "looks.png")
-            pictures.looks(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
+            maps = model.attention_maps(batch["video"][:1])[0]
+            grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"]) for encoder in
+                     (model.masked, model.multimodal[0])]
+            pictures.looks(batch["video"][0].cpu().numpy(), *pictures.strongest(maps, *grids), paths[-1])
         return paths
 
 

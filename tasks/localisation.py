@@ -396,8 +396,9 @@ def look(encoder, frames, stride, batch_size=16):
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (encoder.mean, encoder.std))
     for clips in in_batches(windows(frames, encoder.config["frames"], stride), batch_size):
         clips = torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
-        feature = encoder.feature if isinstance(encoder, VideoClassifier) else encoder.features
-        yield feature((clips / 255 - mean) / std).float()
+        clips = (clips / 255 - mean) / std
+        # Of the multimodal encoder before the head's norm, as runs made before have it.
+        yield (encoder.encode(clips)[0] if encoder.family == "multimodal" else encoder.feature(clips)).float()
 
 
 @torch.no_grad()

@@ -191,7 +191,6 @@ def test_inflated_kernels():
     for frames in (1, 3):
         kernel = case.inputs["weight2d"]
         assert torch.equal(uniformerv2.inflate(kernel, frames), case.outputs[f"center_{frames}"])
-        case.check_all(**{f"mean_{frames}": uniformerv2.inflate(kernel, frames, centre=False)})
 
 
 def logits_of(model, video, text):
