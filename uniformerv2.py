@@ -40,7 +40,7 @@ Numbers: B/16 has 115 M parameters, L/14 354 M; configured for motion 163 M and 
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
