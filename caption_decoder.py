@@ -677,7 +677,7 @@ def main(argv=None):
             ids = tokenizer.encode([sentence], model.config["context"], trim=True)[0]
             path = Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            pictures.attention(clip, *looks(model, decoder, tokenizer, tokens, ids),
+            pictures.attention_maps(clip, *looks(model, decoder, tokenizer, tokens, ids),
                            f'where the decoder looks as it writes "{sentence}"', path)
             print(f"drawn: {path}")
     except (WeightsError, DataError, ValueError, OSError) as error:

@@ -450,7 +450,7 @@ def main(argv=None):
         if model.before:
             path = Path(args.out)
             path.parent.mkdir(parents=True, exist_ok=True)
-            pictures.looks(clip, *places(model, torch.as_tensor(clip)[None]), path)
+            pictures.cross_attention_maps(clip, *places(model, torch.as_tensor(clip)[None]), path)
             print(f"drawn: {path}")
     except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"fusion.py: {error}", file=sys.stderr)

@@ -853,7 +853,7 @@ class Clip(Stage):
         pictures.captions(raw, captions, written, paths[2])
         ids = self.encode(written[:1], video.device)
         where, spoken = caption_decoder.looks(model.clip, model.caption_decoder, self.words, tokens[:1].float(), ids)
-        pictures.attention(raw[0], where, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
+        pictures.attention_maps(raw[0], where, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
         return paths
 
 
@@ -1506,7 +1506,7 @@ class Fuse(Labels):
         pictures.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
         if model.before:
             paths.append(folder / "looks.png")
-            pictures.looks(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
+            pictures.cross_attention_maps(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
         return paths
 
 

@@ -839,7 +839,7 @@ def main(argv=None):
         found = looks(model, video)
         if found:
             title = "where the global token looks" + ("" if args.weights else ": everywhere, for nothing is trained")
-            pictures.attention(clip, torch.cat(list(found.values())), [f"after layer {i}" for i in found], title, path)
+            pictures.attention_maps(clip, torch.cat(list(found.values())), [f"after layer {i}" for i in found], title, path)
             print(f"drawn: {path}")
     except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"uniformerv2.py: {error}", file=sys.stderr)
