@@ -116,7 +116,7 @@ def complete(options):
     if kind != "video":
         layers = ()
     elif layers is None:
-        layers = uniformerv2.last_layers(size.depth)
+        layers = uniformerv2.Options(size).global_layers
     return replace(
         options, size=size, text_size=text, embedding=options.embedding or text.width,
         image_size=[image_size] * 2 if isinstance(image_size, int) else list(image_size),

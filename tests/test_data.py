@@ -679,9 +679,9 @@ def test_what_stands_beside_a_video_in_a_shard_is_text_and_a_class_number(said, 
 
 def test_a_worker_notes_any_name(monkeypatch):
     desk = torch.zeros(512, dtype=torch.uint8)
-    monkeypatch.setattr(loading, "_desk", desk)
-    loading._note(os.fsdecode(b"a\xff\n.mp4"))
+    monkeypatch.setattr(loading, "_note", desk)
+    loading._write(os.fsdecode(b"a\xff\n.mp4"))
     assert bytes(desk.tolist()).rstrip(b"\0").endswith(rb"a\udcff" + b"\n.mp4")
-    monkeypatch.setattr(loading, "_desks", [desk[None]])
+    monkeypatch.setattr(loading, "_notes", [desk[None]])
     told = dead_worker(RuntimeError(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly"))
     assert "\n" not in told and ".mp4" in told

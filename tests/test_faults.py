@@ -203,10 +203,10 @@ def test_a_pipe_that_broke_because_a_worker_died_is_reported_as_that(monkeypatch
     desk = torch.zeros(1, 512, dtype=torch.uint8)
     note = torch.tensor(list(f"{child.pid} a/b.mp4".encode()), dtype=torch.uint8)
     desk[0, :len(note)] = note
-    monkeypatch.setattr(loading, "_desks", [desk])
+    monkeypatch.setattr(loading, "_notes", [desk])
     said = train.trouble(error, train.MAE())
     assert said.startswith(f"a process that prepares clips (pid {child.pid}) has ended, with a/b.mp4 in hand")
-    monkeypatch.setattr(loading, "_desks", [])
+    monkeypatch.setattr(loading, "_notes", [])
     assert "clips" not in (train.trouble(error, train.MAE(out="runs/x")) or "")
 
 

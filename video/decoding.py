@@ -1,4 +1,22 @@
-"""One video file: what it holds, and any of its frames."""
+"""One video file: what it holds, and any of its frames.
+
+Video files are unreliable. Headers promise frames that are not there, frame rates vary, edit lists
+hide frames, and phones store pictures sideways.
+
+    path --> Video.info   (VideoInfo: size, frames, timestamps, keyframes)
+         --> Video.read   (T,) frame numbers or seconds --> (T, H, W, 3) uint8 RGB, upright
+
+1. `info` reads all packets, without decoding them, to find out when each frame is shown.
+2. `read` seeks to the last keyframe before a wanted frame and decodes from there. It identifies
+   frames by their timestamps, never by counting from the seek. The result equals that of a full
+   sequential decode.
+3. Rotation, pixel aspect ratio and colour matrix are applied, so frames look as in a player.
+4. Every fault becomes a `DataError`: one line that names the file.
+
+Speed, one core: sixteen frames at stride 4 of a 640x360 H.264 file take 70 to 125 ms. Over eleven
+files of all kinds this is 1.3 times as fast as torchcodec and 1.4 times as fast as decord2
+(tools/bench.py decode), because frames that no other frame depends on are skipped.
+"""
 
 import bisect
 import dataclasses
@@ -11,10 +29,10 @@ import numpy as np
 
 from video.annotations import DataError
 
-TIME_LIMIT = 60.0  # seconds for opening a file, and again for each thing that is asked of it
-MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more is a broken header, and would fill the memory
-CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video")  # decoders that leave out one frame and are none the worse
-WORTH_A_SEEK = 8  # frames that a jump to a later keyframe must spare; seeking costs about as many
+TIME_LIMIT = 60.0  # seconds for opening a file, and again for each request
+MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more means a broken header and would fill memory
+CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video")  # decoders that can leave out single frames
+WORTH_A_SEEK = 8  # frames that a jump to a later keyframe must save; a seek costs about as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,26 +40,26 @@ class VideoInfo:
     """What `probe` learns about the first video stream of a file."""
 
     path: str
-    width: int  # pixels, as shown: square ones, after the rotation
+    width: int  # pixels as shown: square, after rotation
     height: int
     frames: int  # that will be shown; edit lists may hide some
-    duration: float  # seconds, from the first frame's start to the last one's end
+    duration: float  # seconds, from the start of the first frame to the end of the last
     fps: float  # frames per second, measured from the timestamps; an average where they vary
     codec: str
     rotation: int  # 0, 90, 180, 270: degrees counter-clockwise from the stored to the shown frame
     timestamps: tuple  # (frames,) float, seconds since the first shown frame
-    pts: tuple  # (frames,) int, the same in the stream's own clock; empty if the file has none
+    pts: tuple  # (frames,) int, the same in the stream's time base; empty if the file has none
     keyframes: tuple  # int, numbers of the frames at which decoding can start, ascending
 
 
 class Video:
-    """`with Video(path) as video:` one open file: video.info, and video.read(times_or_indices, size).
+    """An open file: `with Video(path) as video:`, then video.info and video.read(numbers, size).
 
-    path  of the file; or a `Bytes`, a file's content in memory
+    path  of the file, or a `Bytes`: the content of a file in memory
+    info  its `VideoInfo`, if known
 
-    Both come from one opening, so this is the way to look before choosing frames; `probe` and
-    `read_clip` are for those who need only one of the two. Whatever goes wrong inside becomes a
-    DataError that names the file.
+    Both use one opening of the file. `probe` and `read_clip` are for callers who need only one.
+    Any error inside becomes a DataError that names the file.
     """
 
     def __init__(self, path, info=None):
@@ -68,13 +86,14 @@ class Video:
             raise DataError(f"{self.path}: no such file")
         source = io.BytesIO(self.path.content) if isinstance(self.path, Bytes) else self.path
         try:
-            # Titles may be in any encoding; PyAV minds until version 19.
-            lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+            # Titles may be in any encoding. PyAV before 19 fails on those that are not UTF-8.
+            old = int(av.__version__.split(".")[0]) < 19
+            lenient = {"metadata_errors": "replace"} if old else {}
             self.container = av.open(source, timeout=TIME_LIMIT, **lenient)
         except (av.FFmpegError, ValueError, EOFError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(f"{self.path}: not a readable video ({reason})") from None
-        # A cover picture in a sound file is a video stream to FFmpeg, and none to anybody else.
+        # FFmpeg lists the cover picture of a sound file as a video stream.
         pictures = [stream for stream in self.container.streams.video
                     if not stream.disposition & Disposition.attached_pic]
         self.stream = next(iter(pictures), None)
@@ -85,11 +104,12 @@ class Video:
         context = self.context = self.stream.codec_context
         if context.width * context.height > MOST_PIXELS:
             self.container.close()
-            raise DataError(f"{self.path}: damaged, claims frames of {context.width} x {context.height} pixels")
-        # One thread a file: clips are read in parallel, and FFmpeg's own threads cost 10-50 % CPU.
+            raise DataError(f"{self.path}: damaged, claims frames of {context.width} x "
+                            f"{context.height} pixels")
+        # One thread a file: clips are read in parallel, and FFmpeg's threads cost 10-50 % more CPU.
         context.thread_count = 1
-        # A converter of our own with one thread: PyAV keeps one with a pool, which a worker process
-        # forked from here would inherit without its threads, and wait for them for ever.
+        # A converter with one thread. PyAV's own has a thread pool. A forked worker process would
+        # inherit the pool without its threads and wait for them for ever.
         self.converter = VideoReformatter()
 
     def __exit__(self, kind, error, trace):
@@ -101,22 +121,25 @@ class Video:
     def _packets(self):
         for packet in self.container.demux(self.stream):
             if time.monotonic() > self.deadline:
-                raise DataError(f"{self.path}: took too long to read; given up after {TIME_LIMIT:g} s")
+                raise DataError(f"{self.path}: took too long to read; "
+                                f"given up after {TIME_LIMIT:g} s")
             yield packet
 
     @property
     def info(self):
-        """The file's `VideoInfo`, from the packets alone; only the first frame is decoded."""
+        """The file's `VideoInfo`, from the packets; only the first frame is decoded."""
         if self._info is None:
             self._info = self._probe()
         return self._info
 
     def _bytes(self):
-        return len(self.path.content) if isinstance(self.path, Bytes) else os.path.getsize(self.path)
+        if isinstance(self.path, Bytes):
+            return len(self.path.content)
+        return os.path.getsize(self.path)
 
     def _probe(self):
         pts, keyframes, first = set(), set(), None
-        self._start_clock(self._bytes() / 2**20)  # all of it is read: a second more for each MiB
+        self._start_clock(self._bytes() / 2**20)  # all of the file is read: 1 s more for each MiB
         codec = self.context.codec.canonical_name
         for packet in self._packets():
             if is_shown(packet, codec):
@@ -127,52 +150,63 @@ class Video:
                 first = next(iter(packet.decode()), None)
         if first is None:
             raise DataError(f"{self.path}: no frame in its video stream can be decoded")
-        clock, rate = self.stream.time_base, self.stream.average_rate or self.stream.guessed_rate or 25
-        if None in pts or not pts:  # a raw stream: nothing but counting the frames is left
+        rate = self.stream.average_rate or self.stream.guessed_rate or 25
+        if None in pts or not pts:  # a raw stream without timestamps: count the frames
             self._rewind()
             count = sum(len(packet.decode()) for packet in self._packets())
-            seconds, pts, keyframes, tail = [float(i / rate) for i in range(count)], (), (), float(1 / rate)
             if not count:
                 raise DataError(f"{self.path}: no frame in its video stream is to be shown")
+            seconds, pts, keyframes = [float(i / rate) for i in range(count)], (), ()
+            tail = float(1 / rate)
         else:
-            # What was cut off before the first picture that needs no other is never shown.
+            clock = self.stream.time_base
+            # Frames before the first one that decodes on its own are never shown.
             pts = tuple(sorted(p for p in pts if first.pts is None or p >= first.pts))
             number = {p: i for i, p in enumerate(pts)}
             keyframes = tuple(sorted(number[p] for p in keyframes if p in number))
             seconds = [(p - pts[0]) * clock.numerator / clock.denominator for p in pts]
             tail = seconds[-1] - seconds[-2] if len(seconds) > 1 else float(1 / rate)
         duration = seconds[-1] + tail
+        height, width, rotation = self._shape(first)
+        return VideoInfo(str(self.path), width, height, len(seconds), duration,
+                         len(seconds) / duration, codec, rotation, tuple(seconds), pts, keyframes)
+
+    def _shape(self, first):
+        """(height, width, rotation) as a player shows the first frame."""
         quarter_turns = round(first.rotation / 90) % 4
-        # Pixels that are wider than high, as DVDs and phones have them, are shown wider.
-        aspect = self.stream.sample_aspect_ratio or 1
-        height, width = (first.height, max(1, round(first.width * aspect)))[:: -1 if quarter_turns % 2 else 1]
+        aspect = self.stream.sample_aspect_ratio or 1  # pixels of DVDs and phones may be wide
+        height, width = first.height, max(1, round(first.width * aspect))
+        if quarter_turns % 2:
+            height, width = width, height
         if height * width > MOST_PIXELS:
-            raise DataError(f"{self.path}: damaged, claims to be shown at {width} x {height} pixels")
-        return VideoInfo(str(self.path), width, height, len(seconds), duration, len(seconds) / duration,
-                         codec, 90 * quarter_turns, tuple(seconds), pts, keyframes)
+            raise DataError(f"{self.path}: damaged, claims to be shown at {width} x {height} "
+                            "pixels")
+        return height, width, 90 * quarter_turns
 
     def read(self, times_or_indices, size=None):
         """Frames as shown, upright: uint8 (T, H, W, 3) RGB; arguments and errors as `read_clip`."""
         info = self.info
         self._start_clock()
         numbers = _frame_numbers(info, times_or_indices).tolist()
-        found, wanted = {}, sorted(set(numbers))
+        frames, wanted = {}, sorted(set(numbers))
         for group in _groups(info, wanted):
             before = bisect.bisect_right(info.keyframes, group[0])
             if before:
                 self._seek(info.keyframes[before - 1])
-                found |= self._decode(group, size)
-            if not found.keys() >= set(group):  # no keyframe, or the seek came out too late
+                frames |= self._decode(group, size)
+            if not frames.keys() >= set(group):  # no keyframe, or the seek went too far
                 self._rewind()
-                found |= self._decode(group, size)
-            if not found.keys() >= set(group):
-                raise DataError(f"{self.path}: damaged, its frame {min(set(group) - set(found))} of "
-                                f"{info.frames} cannot be decoded")
-        return np.stack([found[number] for number in numbers])
+                frames |= self._decode(group, size)
+            if not frames.keys() >= set(group):
+                raise DataError(f"{self.path}: damaged, its frame {min(set(group) - set(frames))} "
+                                f"of {info.frames} cannot be decoded")
+        return np.stack([frames[number] for number in numbers])
 
     def play(self, size=None):
-        """Yield every frame in order, once, uint8 (H, W, 3) RGB, and keep none: for videos of any length. size and
-        errors as `read_clip`; one frame for each of info.timestamps."""
+        """Yield every frame once, in order: uint8 (H, W, 3) RGB, one for each of info.timestamps.
+
+        No frame is kept, so a video may have any length. size and errors as `read_clip`.
+        """
         shown, number = frozenset(self.info.pts), 0
         self._rewind()
         for packet in self._packets():
@@ -180,54 +214,45 @@ class Video:
                 if number < self.info.frames and (not shown or frame.pts in shown):
                     yield self._convert(frame, size)
                     number += 1
-            self._start_clock()  # however long the caller takes with a frame
+            self._start_clock()  # the caller's time does not count
         if number < self.info.frames:
-            raise DataError(f"{self.path}: damaged, of its {self.info.frames} frames {number} can be decoded")
+            raise DataError(f"{self.path}: damaged, of its {self.info.frames} frames {number} "
+                            "can be decoded")
 
     def count(self):
-        """Decode everything; the number of frames. Raises DataError at the first that is damaged."""
-        self._start_clock(extra=self.info.duration)  # slower than it plays is too slow
+        """Decode everything; the number of frames. DataError at the first damaged one."""
+        self._start_clock(extra=self.info.duration)  # decoding slower than playback is too slow
         self._rewind()
         return sum(len(packet.decode()) for packet in self._packets())
-
-    def frames(self, size=None):
-        """All frames in order, one in memory at a time: yields uint8 (H, W, 3), size as in `read_clip`."""
-        self._start_clock(extra=10 * self.info.duration)  # whoever looks at them may take time for it
-        self._rewind()
-        shown = set(self.info.pts)
-        for packet in self._packets():
-            for frame in packet.decode():
-                if not shown or frame.pts in shown:
-                    yield self._convert(frame, size)
 
     def _seek(self, number):
         self.container.seek(self.info.pts[number], stream=self.stream)
 
     def _rewind(self):
-        # Opened anew: a format without an index may not find its way back to the beginning.
+        # Open the file again: a format without an index may not be able to seek to its start.
         self.container.close()
         self._open()
 
     def _decode(self, numbers, size):
-        """{number: uint8 (H, W, 3)} for those of the frame numbers that are met from here on."""
-        info, found, count = self.info, {}, itertools.count()
-        place = {info.pts[number]: number for number in numbers} if info.pts else None
+        """{number: uint8 (H, W, 3)} for those of the frame numbers that follow from here."""
+        info, frames, count = self.info, {}, itertools.count()
+        number_of = {info.pts[number]: number for number in numbers} if info.pts else None
         for packet in self._packets():
-            # Frames that no other needs are not decoded, unless they are wanted themselves.
-            if place and info.codec in CAN_SKIP:
-                needless = packet.size and packet.pts is not None and packet.pts not in place
-                self.context.skip_frame = "NONREF" if needless else "DEFAULT"
+            # Skip frames that are not wanted and that no other frame depends on.
+            if number_of and info.codec in CAN_SKIP:
+                skip = packet.size and packet.pts is not None and packet.pts not in number_of
+                self.context.skip_frame = "NONREF" if skip else "DEFAULT"
             for frame in packet.decode():
-                number = place.get(frame.pts) if place else next(count)
-                if number in numbers and number not in found:
-                    found[number] = self._convert(frame, size)
-            if len(found) == len(numbers):
+                number = number_of.get(frame.pts) if number_of else next(count)
+                if number in numbers and number not in frames:
+                    frames[number] = self._convert(frame, size)
+            if len(frames) == len(numbers):
                 break
-        return found
+        return frames
 
     def _convert(self, frame, size):
-        # Resized by swscale while it converts: one pass, and no full-size RGB frame. It also knows
-        # matrix and range of the colours, of any pixel format; untagged ones count as BT.601.
+        # swscale resizes while it converts: one pass, no full-size RGB frame. It also applies the
+        # colour matrix and range of any pixel format. Untagged colours count as BT.601.
         height, width = shown_size(self.info, size)
         turns = self.info.rotation // 90
         stored = (width, height) if turns % 2 else (height, width)
@@ -236,7 +261,7 @@ class Video:
 
 
 class Bytes:
-    """The content of a video file in memory, and the name to call it by in messages."""
+    """The content of a video file in memory, and the name for it in messages."""
 
     def __init__(self, name, content):
         self.name, self.content = name, content
@@ -246,17 +271,35 @@ class Bytes:
 
 
 def probe(path):
-    """A `VideoInfo`, from the packets alone; only the first frame is decoded.
+    """A `VideoInfo`, from the packets; only the first frame is decoded.
 
-    Raises DataError (no such file, not a video, no video stream, first frame broken, too slow).
+    Raises DataError: no such file, not a video, no video stream, first frame broken, too slow.
     """
     with Video(path) as video:
         return video.info
 
 
+def read_clip(path, times_or_indices, size=None, info=None):
+    """Frames of a video file as shown, upright: uint8 (T, H, W, 3) RGB, in the requested order.
+
+    times_or_indices  (T,) integers: frame numbers in presentation order; or floats: seconds from
+            the first frame, giving the frame that is shown at that time. Repeats are allowed
+    size    None = as shown, int = short side in pixels with the aspect kept, (H, W) = exactly that
+    info    the file's `VideoInfo`, if known: saves a pass over its packets
+
+    The result equals a selection from a full decode. Raises DataError as `probe`, for a frame
+    outside the video, and for damage on the way to a wanted frame.
+    """
+    with Video(path, info) as video:
+        return video.read(times_or_indices, size)
+
+
 def is_shown(packet, codec):
-    """Whether a packet holds a frame to show: not the empty end mark, nor discarded by an edit
-    list, nor one of the reference frames that VP8 and VP9 store but hide."""
+    """Whether a packet holds a frame to show.
+
+    False for the empty end mark, for packets that an edit list discards, and for the hidden
+    reference frames that VP8 and VP9 store as packets of their own.
+    """
     if not packet.size or packet.is_discard:
         return False
     first, last = memoryview(packet)[0], memoryview(packet)[-1]
@@ -269,21 +312,14 @@ def is_shown(packet, codec):
     return True
 
 
-def read_clip(path, times_or_indices, size=None, info=None):
-    """Frames of a video file as shown, upright: uint8 (T, H, W, 3) RGB, in the order asked for.
-
-    times_or_indices  (T,) integers: frame numbers in presentation order, or floats: seconds from the first
-            frame, giving the frame on show at that time; repeats are allowed
-    size    None = as shown, int = short side in pixels with the aspect kept, (H, W) = exactly that
-    info    the file's `VideoInfo`, if at hand: saves a second pass over its packets
-
-    The result equals picking from a full decode: we seek to the last keyframe before the first
-    wanted frame, then match frames by timestamp, never by counting from the seek. Wanted frames far
-    apart are reached by a seek each, and frames that nothing depends on are skipped. Raises DataError
-    (as `probe`; a frame outside the video; damage on the way to a wanted frame).
-    """
-    with Video(path, info) as video:
-        return video.read(times_or_indices, size)
+def shown_size(info, size):
+    """(H, W) in pixels; size as in `read_clip`."""
+    if size is None:
+        return info.height, info.width
+    if np.ndim(size):
+        return tuple(size)
+    scale = size / min(info.height, info.width)
+    return tuple(max(1, round(side * scale)) for side in (info.height, info.width))
 
 
 def _frame_numbers(info, wanted):
@@ -303,7 +339,7 @@ def _frame_numbers(info, wanted):
 
 
 def _groups(info, wanted):
-    """Split ascending frame numbers where jumping to a later keyframe spares enough decoding."""
+    """Split ascending frame numbers where a jump to a later keyframe saves enough decoding."""
     groups, keys = [wanted[:1]], info.keyframes
     for last, number in zip(wanted, wanted[1:]):
         before = bisect.bisect_right(keys, number)
@@ -311,13 +347,3 @@ def _groups(info, wanted):
             groups.append([])
         groups[-1].append(number)
     return groups
-
-
-def shown_size(info, size):
-    """(H, W) in pixels; size as in `read_clip`."""
-    if size is None:
-        return info.height, info.width
-    if np.ndim(size):
-        return tuple(size)
-    scale = size / min(info.height, info.width)
-    return tuple(max(1, round(side * scale)) for side in (info.height, info.width))

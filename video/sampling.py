@@ -1,13 +1,23 @@
-"""Which frames of a video a clip takes."""
+"""Which frames of a video make a clip.
+
+`dense` and `segment` are ours and follow the papers. The others reproduce the official code of one
+family each, off-by-one behaviour included: a model that is evaluated on other frames than it was
+trained on loses accuracy without any error message.
+
+>>> segment_indices(100, 4)
+array([12, 37, 62, 87])
+"""
 
 import numpy as np
 
 
 def dense_indices(n, frames, stride, rng=None, view=(0, 1)):
-    """(frames,) int: every stride-th of n frames, in a window of frames * stride (VideoMAE
-    Sec. 3.3, "Temporal downsampling"). Random start with rng, the centre without; a short video
-    repeats its last frame. view=(c, C) is clip c of C spread evenly from the first frame to the last
-    (VideoMAE, multi-view test); of one, the centre."""
+    """(frames,) int: every stride-th of n frames, in a window of frames * stride.
+
+    VideoMAE Sec. 3.3, "Temporal downsampling". With rng the window starts at random, without it is
+    the centre. A short video repeats its last frame. view=(c, C) is clip c of C spread evenly from
+    the first frame to the last (VideoMAE, multi-view test); of one clip, the centre.
+    """
     spare = max(n - frames * stride, 0)
     clip, clips = view
     start = spare // 2 if clips == 1 else spare * clip // (clips - 1)
@@ -16,17 +26,22 @@ def dense_indices(n, frames, stride, rng=None, view=(0, 1)):
 
 
 def segment_indices(n, frames, rng=None, view=(0, 1)):
-    """(frames,) int: one of n frames from each of `frames` equal segments (TSN Sec. 3.1,
-    "Temporal Segment Networks"): random within its segment with rng, the middle without.
-    view=(c, C) is clip c of C: at (c + 1) / (C + 1) of each segment (UniFormerV2's test)."""
+    """(frames,) int: one of n frames from each of `frames` equal segments.
+
+    TSN Sec. 3.1, "Temporal Segment Networks". With rng a random frame of each segment, without the
+    middle one. view=(c, C) is clip c of C: at (c + 1) / (C + 1) of each segment (UniFormerV2's
+    test).
+    """
     clip, clips = view
     edges = np.arange(frames + 1) * n // frames
     first, last = edges[:-1], np.maximum(edges[1:] - 1, edges[:-1])
-    return first + (last - first) * (clip + 1) // (clips + 1) if rng is None else rng.integers(first, last + 1)
+    if rng is not None:
+        return rng.integers(first, last + 1)
+    return first + (last - first) * (clip + 1) // (clips + 1)
 
 
-# The official samplers, for those who want the official numbers. All are called alike:
-# (n, frames, stride, rng, view, fps) -> (frames,) int; rng=None = test.
+# The official samplers. All have one signature:
+# (n, frames, stride, rng, view, fps) -> (frames,) int; rng=None means test.
 
 
 def _mae_pretrain(n, frames, stride, rng, view, fps):
@@ -47,7 +62,8 @@ def _mae_dense(n, frames, stride, rng, view, fps):
         return np.minimum(np.pad(np.linspace(0, n, n // stride), (0, frames))[:frames]
                           + n * (np.arange(frames) >= n // stride), n - 1).astype(int)
     end = (n + span) // 2 if rng is None else int(rng.integers(span, n))
-    return np.minimum(np.linspace(end - span, end, frames).astype(int), end - 1)  # spacing 64/15, not 4
+    # The spacing is 64/15, not 4.
+    return np.minimum(np.linspace(end - span, end, frames).astype(int), end - 1)
 
 
 def _mae_segment(n, frames, stride, rng, view, fps):
@@ -74,7 +90,8 @@ def _internvideo(n, frames, stride, rng, view, fps):
     edges = np.linspace(0, n, frames + 1).astype(int)
     if rng is None:
         return np.clip((edges[:-1] + edges[1:] - 1) // 2, 0, n - 1)
-    # The last frame of an interval is never drawn, unless it is the only one: there the original stops.
+    # The last frame of an interval is never drawn, unless it is the only one. There the original
+    # code fails.
     first = np.minimum(edges[:-1], n - 1)
     return rng.integers(first, np.maximum(edges[1:] - 1, first + 1))
 
@@ -95,7 +112,7 @@ def _viclip(n, frames, stride, rng, view, fps):
     return np.minimum(max(1, n // frames) * np.arange(frames), n - 1)
 
 
-SAMPLINGS = {  # name -> sampler; in brackets where the rule comes from
+SAMPLINGS = {  # name -> sampler; the comment says where the rule comes from
     "dense": lambda n, frames, stride, rng, view, fps: dense_indices(n, frames, stride, rng, view),
     "segment": lambda n, frames, stride, rng, view, fps: segment_indices(n, frames, rng, view),
     "videomae-pretrain": _mae_pretrain,  # VideoMAE, masked pretraining
@@ -110,8 +127,9 @@ SAMPLINGS = {  # name -> sampler; in brackets where the rule comes from
 
 
 def choose_frames(name, n, frames, stride=4, rng=None, view=(0, 1), fps=25.0):
-    """(frames,) int in [0, n): which of a video's n frames a clip takes, by one of SAMPLINGS.
+    """(frames,) int in [0, n): the frame numbers of a clip, by one of SAMPLINGS.
 
+    n       frames of the video
     stride  frames from one to the next, where the sampler is dense
     rng     numpy Generator for training; None for evaluation
     view    (c, C) in evaluation: clip c of C

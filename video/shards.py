@@ -20,40 +20,45 @@ from video.decoding import Bytes
 
 
 class VideoShards(Clips, ClipSet):
-    """Clips from tar shards in the WebDataset layout: k.mp4 with k.txt, k.json or k.cls beside it.
+    """Clips from tar shards: k.mp4 with k.txt, k.json or k.cls beside it.
 
-    source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files; the pattern
-            may be a URL, as the `webdataset` package reads them (pip install webdataset)
-    The rest as `VideoFiles`; labels are the numbers of .cls. "val" is every tenth shard, "train" the rest.
+    source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files. The
+            pattern may be a URL, as the `webdataset` package reads it (pip install webdataset)
 
-    Shards are for data too large to be listed, so training draws shards with replacement for ever, a
-    shuffle buffer of 200 samples mixes what comes out, and a run is as long as its steps say, however
-    the shards fall on processes and workers. A batch is a function of (seed, number of workers, step at
-    which the run began): a resumed run draws new shards, it does not repeat the old ones. Evaluation
-    reads its shards once, in order.
+    The other arguments are those of data.VideoFiles. Labels are the numbers of .cls. part="val" is
+    every tenth shard, "train" the rest.
 
-    `items` and `captions` list what the first shard holds, the held-out part all of its own: enough for
-    a vocabulary and for `summary`. Raises DataError: no such shard, no video in it, package absent.
+    Shards are for data too large to be listed. Training draws shards with replacement, endlessly,
+    and a shuffle buffer of 200 samples mixes what comes out. So a run is as long as its steps say,
+    however the shards fall on processes and workers. A batch is a function of (seed, number of
+    workers, step at which the run began): a resumed run draws new shards and does not repeat the
+    old ones. Evaluation reads its shards once, in order.
+
+    `items` and `captions` list the content of the first shard, or of all held-out shards: enough
+    for a vocabulary and for `summary`. Raises DataError: no such shard, no video in it, package
+    absent.
     """
 
     missing = ()
 
-    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all", classes=None,
-                 **recipe):
+    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
+                 classes=None, **recipe):
         try:
             import webdataset
         except ImportError:
-            raise DataError(f"{source}: tar shards are read by the webdataset package: pip install webdataset") from None
+            raise DataError(f"{source}: tar shards are read by the webdataset package: "
+                            "pip install webdataset") from None
         shards = (sorted(map(str, Path(source).glob("*.tar"))) if os.path.isdir(source)
                   else webdataset.shardlists.expand_urls(str(source)))
         absent = [shard for shard in shards if ":" not in shard and not os.path.isfile(shard)]
         if absent or not shards:
             raise DataError(f"{source}: no such shard{': ' + absent[0] if absent else ''}")
         if part != "all":
-            shards = [shard for shard, in split_files([(shard,) for shard in shards])[part == "val"]]
+            parts = split_files([(shard,) for shard in shards])
+            shards = [shard for shard, in parts[part == "val"]]
         self.prepare(frames, size, stride, sampling, train, **recipe)
         self.source, self.shards = str(source), shards
-        known = [describe_sample(sample) for sample in self.samples(shards[:1] if train else shards)]
+        known = list(map(describe_sample, self.samples(shards[:1] if train else shards)))
         if not known:
             raise DataError(f"{shards[0]}: no video in this shard")
         self.items = [(item["path"], item["labels"].get("label")) for item, _ in known]
@@ -65,16 +70,20 @@ class VideoShards(Clips, ClipSet):
 
     def summary(self):
         """One line for the user: how many shards, and what is in the first."""
-        said = f" = {self.captions[0]!r}" if self.captions else ""
+        caption = f" = {self.captions[0]!r}" if self.captions else ""
+        where = "the first" if self.train else "them"
         return printable(f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
-                                     f"{'the first' if self.train else 'them'}, first {self.items[0][0]}{said}")
+                         f"{where}, first {self.items[0][0]}{caption}")
 
     def training_captions(self):
         """The captions of the first shard. DataError where one has none."""
         return self.captions or super().training_captions()
 
     def samples(self, shards, mix=None):
-        """The raw samples of an iterable of shards, one after another; mix: a random.Random to shuffle by."""
+        """The raw samples of an iterable of shards, in order.
+
+        mix  None or a random.Random to shuffle by
+        """
         import webdataset
         stages = [lambda: ({"url": shard} for shard in shards), webdataset.tarfile_to_samples()]
         if mix is not None:
@@ -89,24 +98,27 @@ class VideoShards(Clips, ClipSet):
             raise DataError(f"{self.source}: a shard cannot be read ({error})") from None
 
     def stream(self, *key):
-        """Items like those of VideoFiles: for ever and mixed by the numbers of `key`, or in evaluation once."""
+        """Items like those of VideoFiles: endless and mixed by the numbers of `key`; in evaluation
+        once, in order."""
         if not self.train:
             for item, content in map(describe_sample, self.samples(self.shards)):
                 yield self.item(item, content, None)
             return
         rng = np.random.default_rng((self.seed, *key))
         endless = (self.shards[rng.integers(len(self.shards))] for _ in itertools.count())
-        bad = []
-        for count, sample in enumerate(self.samples(endless, random.Random(int(rng.integers(2**63))))):
+        mix, bad = random.Random(int(rng.integers(2**63))), []
+        for count, sample in enumerate(self.samples(endless, mix)):
             item = self.item(*describe_sample(sample), (self.seed, *key, count))
             bad += item["bad"]
             if len(bad) > 1000:
-                raise DataError(f"{self.source}: a thousand samples in a row cannot be read; {bad[0][1]}")
+                raise DataError(f"{self.source}: a thousand samples in a row cannot be read; "
+                                f"{bad[0][1]}")
             if item["video"] is not None:
                 item["bad"], bad = bad, []
                 yield item
 
     def item(self, item, content, key):
+        """The item of `describe_sample` with its video, or with its fault in "bad"."""
         item |= {"video": None, "bad": []}
         try:
             item["video"] = self.clip(Bytes(item["path"], content), key)
@@ -116,25 +128,28 @@ class VideoShards(Clips, ClipSet):
 
 
 def describe_sample(sample):
-    """({"path", "label" and "caption" if there}, content of its video) of a WebDataset sample, or None."""
+    """What a WebDataset sample holds; None where it has no video.
+
+    returns  {"path", "label" and, if there, "caption"}, and the content of its video
+    raises   DataError where its .cls holds a number that is no class
+    """
     video = next((key for key in sample if annotations.is_media(f"x.{key}")), None)
     if video is None:
         return None
-    said = sample.get("txt", b"").decode("utf-8", "replace").strip()
+    caption = sample.get("txt", b"").decode("utf-8", "replace").strip()
     with contextlib.suppress(ValueError, AttributeError, RecursionError):
-        told = json.loads(sample.get("json", b"null")).get("caption")
-        said = said or (told if isinstance(told, str) else "")
-    label = sample.get("cls", b"-1").strip()
+        in_json = json.loads(sample.get("json", b"null")).get("caption")
+        caption = caption or (in_json if isinstance(in_json, str) else "")
+    name, label = f"{sample['__url__']}/{sample['__key__']}", sample.get("cls", b"-1").strip()
     if label.isdigit() and (len(label) > 18 or int(label) >= annotations.MOST_CLASSES):
-        raise DataError(f"{sample['__url__']}/{sample['__key__']}.cls: {label[:20].decode()} is no class number; these are "
+        raise DataError(f"{name}.cls: {label[:20].decode()} is no class number; these are "
                         f"below {annotations.MOST_CLASSES:,}")
-    item = {"path": f"{sample['__url__']}/{sample['__key__']}.{video}",
-            "labels": {"label": int(label)} if label.isdigit() else {}}
-    return item | ({"caption": said, "captions": (said,)} if said else {}), sample[video]
+    item = {"path": f"{name}.{video}", "labels": {"label": int(label)} if label.isdigit() else {}}
+    return item | ({"caption": caption, "captions": (caption,)} if caption else {}), sample[video]
 
 
 class ShardStream(torch.utils.data.IterableDataset):
-    """The endless items of VideoShards, each worker's its own."""
+    """The endless items of VideoShards; each worker process has its own."""
 
     def __init__(self, shards, *key):
         self.shards, self.key = shards, key
