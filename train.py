@@ -39,27 +39,19 @@ evaluation and the settings), `model.safetensors` with `config.json` (what other
 Numbers: the default run takes minutes on two CPU cores; README.md has the table it prints.
 """
 
-import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import errno
-import functools
 import hashlib
+import importlib
 import itertools
 import json
-import math
 import os
+import pkgutil
 import re
-import resource
 import shlex
-import shutil
-import signal
 import sys
-import tempfile
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,152 +72,91 @@ from engine import pictures
 import fusion
 from tasks import localisation
 import mae
-from engine import processes
+from engine import machine, processes
 from tasks import question_answering
+import tasks
 import uniformerv2
 import weights
 from attention import Attention, Block
-from engine.errors import Interrupted, RunError, UserError, printable
-
-
-def flag(default, help, low=None, high=None, choices=None):
-    """A field of a card: a default and, for the command line, help with a unit and the legal range."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
-
-
-# ------------------------------------------------------------------------------------------------
-# The knobs that every stage shares
-
-
-@dataclass
-class Stage:
-    """A recipe. Cards inherit the fields below; `STAGES`, at the end of the cards, gives them their names. A card defines
-
-    build()                  -> the model, untrained or from weights, with a dict `config` of what it was made with
-    datasets()               -> (training set, held-out set); an item is a dict with "video", see data.py
-    loss(model, batch, rng)  -> (loss, {name: number}); chance comes from the generator `rng` alone
-
-    and may redefine `evaluate`, `note` (the protocol in words), `pictures`, and whatever else it does otherwise."""
-
-    data: str = flag("", "folder of videos, or a list of `path label` lines; default: generated moving shapes")
-    val_data: str = flag("", "the same for evaluation; default: every tenth file of --data")
-    out: str = flag("", "folder for logs, weights and pictures; default: runs/<stage>")
-    weights: str = flag("", "start from these weights: a run's folder or an official file")
-    resume: bool = flag(False, "go on from the newest good checkpoint in --out; starts anew where there is none, so that a "
-                               "cluster may start the same line again and again")
-    keep: int = flag(2, "checkpoints to keep, last.pt included: should one be damaged, --resume takes the one before",
-                     low=1)
-    steps: int = flag(1000, "optimiser steps; 0 = evaluate only", low=0)
-    batch_size: int = flag(32, "clips per process and step", low=1)
-    accum: int = flag(1, "micro-batches per step: more clips a step, no more memory", low=1)
-    blr: float = flag(1.5e-4, "learning rate at 256 clips a step; scaled by clips/256", low=0)
-    lr: float = flag(0.0, "learning rate as it is; overrides --blr when above 0", low=0)
-    min_lr: float = flag(0.01, "final learning rate as a fraction of the peak", low=0, high=1)
-    warmup: float = flag(0.05, "share of the steps that warm up linearly from 0", low=0, high=1)
-    optimizer: str = flag("muon", "muon = Muon for the matrices of numbered layers (blocks, bridges, heads of several), AdamW for the rest; adamw = AdamW for "
-                          "all (paper: adamw)", choices=("muon", "adamw"))
-    weight_decay: float = flag(0.05, "weight decay, on matrices only", low=0)
-    beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=0.999999)
-    clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
-    spike: float = flag(0.0, "leave out steps whose loss is more than so many times its running mean; 0 = none", low=0)
-    ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; 0 = none",
-                      low=0, high=1)
-    figures: bool = flag(True, "pictures at the end of the run; --no-figures saves some seconds")
-    seed: int = flag(0, "of everything random", low=0)
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
-                          choices=("auto", "bf16", "fp32"))
-    attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and mask, see attention.choose",
-                          choices=("auto", "written_out", "piecewise", "fused", "flex"))
-    onednn: str = flag("auto", "CPU: float32 matrix products by oneDNN; auto = where the processor is not Intel's and a probe finds it as exact",
-                       choices=("auto", "on", "off"))
-    compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half a minute and gains at "
-                        "most 4 percent", choices=("auto", "on", "off"))
-    recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the memory")
-    shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
-    workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0, high=1000)
-    max_bad: float = flag(0.5, "share of unreadable clips at which the run stops, once there are ten", low=0, high=1)
-    decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
-                        choices=("pyav", "torchcodec"))
-    eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
-    eval_batch: int = flag(32, "clips at a time in evaluation, per process; no number depends on --batch-size", low=1)
-    eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0)
-    save_every: int = flag(100, "steps between checkpoints", low=1)
-    log_every: int = flag(10, "steps between lines of log.jsonl", low=1)
-    dry_run: bool = flag(False, "print parameters, FLOPs per clip and memory, then stop")
-    began = False  # True once what is in --out is this run's
-
-    def decided(self, **own):
-        """What --weights have decided: UserError where a flag asks for something else than these values."""
-        for name, value in own.items():
-            asked, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if asked not in (usual, value):
-                raise UserError(f"--{name.replace('_', '-')} {asked}: {self.weights} keeps its own, {value}; leave it out")
-
-    def autocast(self):
-        """Run networks, not losses, in bfloat16 where --precision says so."""
-        kind = torch.device(self.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def faster(self, function):
-        """The function, compiled into one kernel where --compile says so."""
-        return compiled(function) if self.compile == "on" else function
-
-    def batches(self, train_set, first):
-        """What each micro-batch holds, from step `first` on; a function of (seed, step) alone."""
-        return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum, start=first * self.accum,
-                            workers=self.workers, rank=processes.rank(), world=processes.world())
-
-    def held_out(self, dataset, count, batch_size):
-        """Batches of clips to look at once, on the device, each with its "number". Of several processes each
-        gets other ones; `processes.collect` puts together what they found."""
-        for batch in data.held_out(dataset, count, batch_size, self.workers, processes.rank(), processes.world()):
-            if batch["video"] is not None:
-                yield to_device(batch, self.device)
-
-    def evaluate(self, model, batches):
-        """Mean of the training metrics over held-out batches -> {name: float}."""
-        rows = []
-        for batch in batches:
-            _, metrics = self.loss(model, batch, generator(self.seed, "evaluation", batch["number"]))
-            rows.append((batch["number"], len(batch["video"]), {name: float(value) for name, value in metrics.items()}))
-        return {f"val_{name}": value for name, value in weighted_mean(processes.collect(rows)).items()}
-
-    def prepare(self, model):
-        """Whatever takes time and must be there before the first step."""
-
-    def scale_of(self, name):
-        """Factor on the learning rate of the parameter with this name."""
-        return 1.0
-
-    def note(self):
-        """What a reader must know to judge the curve, printed at the start."""
-        return ""
-
-    def finish(self, model):
-        """What is measured once, after the last step -> {name: float}."""
-        return {}
-
-    def pictures(self, model, batch, folder):
-        """Draw what the stage learned on one held-out batch; returns the paths."""
-        return []
-
-    def extras(self, folder):
-        """Write what else belongs beside the weights."""
+from engine.checkpoints import recipe_of
+from engine.command_line import Parser, exit_code, parse, text_of
+from engine.dry_run import dry_run
+from engine.errors import UserError, printable
+from engine.evaluation import to_device, weighted_mean
+from engine.optimisers import build_optimizer, learning_rate
+from engine.run import Run, add_means, one_line_errors
+from engine.stage import STAGES, Stage, flag, generator
 
 
 # ------------------------------------------------------------------------------------------------
 # The cards
 
+class OldCard(Stage):
+    """ADAPTER, to be deleted when the cards have the new interface: build(), datasets(), evaluate(model, batches),
+    finish(model), pictures(model, batch, folder), note(), prepare(model) behind the methods of Stage."""
+
+    def __init_subclass__(cls, name=None, **options):
+        for field in vars(cls).values():
+            if isinstance(field, dataclasses.Field) and "help" in field.metadata:
+                text, more = field.metadata["help"], {}
+                for prefix, only in (("files: ", "files"), ("moving shapes: ", "generated")):
+                    if text.startswith(prefix):
+                        text, more["only"] = text[len(prefix):], only
+                if found := re.search(r" \(papers?: (.*)\)$", text):
+                    text, more["paper"] = text[:found.start()], found[1]
+                field.metadata = dict(field.metadata, help=text, **more)
+        super().__init_subclass__(name, **options)
+
+    def build(self, train_set=None):
+        return self.__dict__.pop("built", None) or self.old_build()
+
+    def datasets(self):
+        self.built = self.old_build().to(self.device if self.device != "auto" else "cpu")
+        if self.out and not self.dry_run:
+            with contextlib.suppress(OSError, ValueError):
+                Path(self.out).mkdir(parents=True, exist_ok=True)
+        train_set, held_out_set = self.old_datasets()
+        return train_set, {"val": held_out_set}
+
+    def evaluate(self, model, batches, held_out_set=None):
+        if not hasattr(self, "old_evaluate"):
+            return super().evaluate(model, batches, held_out_set)
+        return {name.removeprefix("val_"): value for name, value in self.old_evaluate(model, batches).items()}
+
+    def prepare(self, model, train_set):
+        if hasattr(self, "old_prepare"):
+            self.old_prepare(model)
+
+    def protocol(self, held_out):
+        return {"note": self.note()} if self.note() else {}
+
+    def note(self):
+        return self.old_note()
+
+    def old_note(self):
+        return ""
+
+    def finish(self, model, held_out, results):
+        return self.old_finish(model)
+
+    def old_finish(self, model):
+        return {}
+
+    def pictures(self, model, batch, folder, results):
+        return self.old_pictures(model, batch, folder)
+
+
+
 
 @dataclass
-class MAE(Stage):
+class MAE(OldCard, name="mae"):
     """Stage one: masked video modelling (InternVideo, Sec. 3.2; VideoMAE, arXiv 2203.12602).
 
     Hide most of each clip in tubes, paint it back, keep the encoder."""
 
     steps: int = flag(1500, "optimiser steps; 0 = evaluate only (paper: 800 to 1600 epochs of Kinetics-400)",
                       low=0)
+    lr: float = flag(0.0, "learning rate as it is; overrides --blr when above 0", low=0)
     blr: float = flag(8e-2, "learning rate at 256 clips a step; scaled by clips/256 (paper: 1.5e-4, AdamW)", low=0)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0 (paper: 40 of 800 epochs)",
                          low=0, high=1)
@@ -257,14 +188,14 @@ class MAE(Stage):
     pack_ratios: str = flag("", "the same for mask ratios, as 0.6,0.75,0.9 (paper: all the same)")
     pack = None  # both lists, once `build` has read them
 
-    def build(self):
+    def old_build(self):
         if self.weights:
             model = mae.VideoMAE.from_official(self.weights, frames=self.num_frames,
                                                image_size=self.input_size)
             size = model.config["size"]
-            self.decided(normalise=model.config["normalised"])
+            self.check_against_weights(normalise=model.config["normalised"])
             self.normalise = model.config["normalised"]
-            self.decided(positions=model.config["positions"], space_time=model.config["space_time"],
+            self.check_against_weights(positions=model.config["positions"], space_time=model.config["space_time"],
                       decoder_depth=size["decoder_depth"], decoder_width=size["decoder_width"], drop_path=0.0,
                       model=size_named(size, mae.SIZES))
         else:
@@ -305,7 +236,7 @@ class MAE(Stage):
         model.recompute(self.recompute)
         return model
 
-    def datasets(self):
+    def old_datasets(self):
         return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, transform=self.transform)
 
     def loss(self, model, batch, rng):
@@ -348,13 +279,13 @@ class MAE(Stage):
         loss = mae.reconstruction_loss(prediction, target, weight, count=processes.mean(weight.sum()))
         return loss, {"loss": loss.detach()}
 
-    def note(self):
+    def old_note(self):
         if not self.normalise:
             return "targets are pixels in [0, 1]: the loss is a squared brightness error"
         return ("painting every hidden tubelet with its mean alone costs 0.99 to 1.0: that is the trivial baseline. "
                 "A good loss is not near 0, for fine texture and noise cannot be foreseen")
 
-    def pictures(self, model, batch, folder):
+    def old_pictures(self, model, batch, folder):
         paths = []
         grid = model.encoder.grid_of(*batch["video"].shape[1:4])
         for i in range(min(4, len(batch["video"]))):
@@ -415,7 +346,7 @@ class VideoText(torch.nn.Module):
 
 
 @dataclass
-class Clip(Stage):
+class Clip(OldCard, name="clip"):
     """Stage two: which sentence belongs to which video, and write one (InternVideo, Sec. 3.2).
 
     Contrastive and captioning loss from one pass; batches of videos and of single pictures in turn.
@@ -476,7 +407,7 @@ class Clip(Stage):
     freeze_text: bool = flag(False, "do not train the text tower")
     freeze_visual: bool = flag(False, "do not train the visual tower")
 
-    def build(self):
+    def old_build(self):
         if self.accum > 1:
             raise UserError(f"--accum {self.accum}: accumulation gives a contrastive loss no more negatives, each "
                           f"micro-batch is compared with itself alone; use --batch-size "
@@ -573,12 +504,12 @@ class Clip(Stage):
         if self.context > clip.config["context"]:
             raise UserError(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
         self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
-        self.decided(kind=clip.kind, local_units=clip.config["local_units"], temporal_downsample=clip.config["temporal_downsample"],
+        self.check_against_weights(kind=clip.kind, local_units=clip.config["local_units"], temporal_downsample=clip.config["temporal_downsample"],
                      vocabulary=clip.config["vocabulary"], model=size_named(clip.config["size"], uniformerv2.SIZES | {"small": SMALL}))
         self.local_units = clip.config["local_units"]
         if any(key.startswith("caption_decoder.") for key in weights.read(self.weights)[0]):
             decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
-            self.decided(caption_depth=decoder.config["depth"], queries=decoder.config["queries"])
+            self.check_against_weights(caption_depth=decoder.config["depth"], queries=decoder.config["queries"])
             return VideoText(clip, decoder)
         if not self.steps:
             self.caption_weight = 0.0
@@ -611,9 +542,9 @@ class Clip(Stage):
             return moving_shapes.StillShapes("train", self.num_frames, self.input_size, self.seed)
         part = "all" if self.image_data or self.val_data else "train"
         return data.open_clips(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
-                               flip=False, part=part, transform=self.transform, decoder=self.decoder)
+                               flip=False, part=part, transform=self.transform)
 
-    def datasets(self):
+    def old_datasets(self):
         return self.sets
 
     def extras(self, folder):
@@ -662,7 +593,7 @@ class Clip(Stage):
         for step in range(first, self.steps):
             yield next(clips) if step % self.image_every else next(images) | {"image": True}
 
-    def evaluate(self, model, batches):
+    def old_evaluate(self, model, batches):
         """Losses, retrieval, and on moving shapes zero-shot classes and facts of the written captions; the
         same for pairs of shape and colour that were never shown. Of files without captions, zero-shot classes."""
         if self.data and self.sets[1].captions is None:
@@ -738,7 +669,7 @@ class Clip(Stage):
         similarity = model.clip.logit_scale.exp() * read[:len(owner)] @ seen[:count].T
         return clip_video.retrieval_metrics(similarity, owner, grouped=True)
 
-    def finish(self, model):
+    def old_finish(self, model):
         """Multiple choice, zero-shot recognition, and the captions scored against all that is told of each clip."""
         choices, said = [], []
         if self.data and self.sets[1].captions is None:
@@ -800,7 +731,7 @@ class Clip(Stage):
         """How many are in the gallery."""
         return min(self.gallery, self.eval_clips, len(self.sets[1]) if self.data else self.gallery)
 
-    def note(self):
+    def old_note(self):
         videos, files = self.videos(), isinstance(self.sets[1], data.VideoFiles)
         if self.data and self.sets[1].captions is None:
             return (f"protocol: zero-shot recognition of {min(self.eval_clips, len(self.sets[1]))} held-out files of {self.sets[1].source}, "
@@ -827,7 +758,7 @@ class Clip(Stage):
             "colour never shown in training; chance is 6 % for motion, 17 % for shape, 12 % for colour")
 
     @torch.no_grad()
-    def pictures(self, model, batch, folder):
+    def old_pictures(self, model, batch, folder):
         """The similarity matrix, the best clips for some sentences, captions under frames, and where the
         decoder looks while it writes each word."""
         if "caption" not in batch:
@@ -854,7 +785,7 @@ class Clip(Stage):
 
 
 @dataclass
-class Retrieve(Clip):
+class Retrieve(Clip, name="retrieve"):
     """Fine-tuned retrieval: contrast alone, from the weights of stage two (InternVideo, Sec. 4.4, video-text retrieval).
 
     On moving shapes with clips of two acts, which stage two has never seen; the sentences say which came first."""
@@ -869,14 +800,14 @@ class Retrieve(Clip):
     eval_clips: int = flag(500, "held-out videos, all of them in the gallery (MSR-VTT: 1,000)", low=2)
     eval_every: int = flag(0, "steps between evaluations; 0 = at the end", low=0)
 
-    def build(self):
+    def old_build(self):
         if not self.weights:
             raise UserError("--weights: fine-tuning starts from a model; give a run of clip, or an official file")
         if self.gallery != type(self).gallery or not self.data and self.motion_words != 1:
             raise UserError("--gallery: here all of --eval-clips are in it; --motion-words: clips of two acts name both motions; "
                           "leave them out")
         self.gallery, self.eval_every = self.eval_clips, self.eval_every or max(1, self.steps)
-        return super().build()
+        return super().old_build()
 
     def open(self):
         return super().open() if self.data else (self.world("train"), self.world("val"))
@@ -887,18 +818,18 @@ class Retrieve(Clip):
     def classes_of(self, model):
         return None
 
-    def evaluate(self, model, batches):
+    def old_evaluate(self, model, batches):
         """Loss and R@1 both ways, raw and dual softmax."""
         return self.measure(model, batches, None, "val_")
 
-    def finish(self, model):
+    def old_finish(self, model):
         """All ranks as a table."""
         print(f"{'':28s}" + "".join(f"{name:>8s}" for name in ("R@1", "R@5", "R@10", "MdR", "MnR")))
         for way, name in (("t2v", "text to video"), ("v2t", "video to text")):
             for kind in ("", "dsl_"):
                 print(f"{name + ', dual softmax' * bool(kind):28s}" + "".join(
                     f"{self.ranks[f'{kind}{way}_{rank}']:8.1f}" for rank in ("R@1", "R@5", "R@10", "MdR", "MnR")))
-        return self.ranks | super().finish(model)
+        return self.ranks | super().old_finish(model)
 
     def tasks(self):
         what = "" if self.data else (
@@ -1013,7 +944,7 @@ def of_the_head(source, model, classes, rows):
 
 
 @dataclass
-class Labels(Stage):
+class Labels(OldCard):
     """What the cards with labels share: questions, their answers, accuracies.
 
     On moving shapes three questions at once, motion, shape and colour, each with a softmax of its own; on your
@@ -1059,10 +990,10 @@ class Labels(Stage):
                           "or a list of `path label` lines, with two or more (shards serve mae and clip)")
         return sum(map(len, self.questions.values()))
 
-    def datasets(self):
+    def old_datasets(self):
         return self.sets
 
-    def note(self):
+    def old_note(self):
         """The protocol of the accuracies."""
         count = min(self.eval_clips, len(self.sets[1])) if self.data else self.eval_clips
         what = (f"files of {self.sets[1].source}, {len(self.questions['label'])} classes, top 1 and top 5" if self.data else
@@ -1102,7 +1033,7 @@ class Labels(Stage):
         return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum, start=first * self.accum,
                             workers=self.workers, rank=processes.rank(), world=processes.world(), repeats=self.repeats)
 
-    def finish(self, model):
+    def old_finish(self, model):
         """Accuracies over several views of each held-out video: softmax per view, averaged in memory. With --test, on the
         test split."""
         if self.test and not self.data:
@@ -1112,7 +1043,7 @@ class Labels(Stage):
             return {}
         views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,
                                 self.sampling, train=False, classes=self.sets[1].classes,
-                                part="all" if self.val_data else "val", transform=self.transform, decoder=self.decoder,
+                                part="all" if self.val_data else "val", transform=self.transform,
                                 views=(self.test_clips, self.test_crops))
         rows = []
         for batch in self.held_out(views, self.eval_clips, 1):
@@ -1126,7 +1057,7 @@ class Labels(Stage):
         return {f"val_{name} ({kind})": value for kind, found in named.items()
                 for name, value in accuracies({"label": torch.stack(found)}, answers).items()}
 
-    def evaluate(self, model, batches):
+    def old_evaluate(self, model, batches):
         """Losses and accuracies in percent: of each question, and of all together on moving shapes, there also
         for pairs of shape and colour that were never shown."""
         metrics = self.measure(model, batches, "val_", keep=True)
@@ -1151,7 +1082,7 @@ class Labels(Stage):
         return {prefix + name: value for name, value in
                 ({"loss": sum(losses) / len(next(iter(targets.values())))} | metrics).items()}
 
-    def pictures(self, model, batch, folder):
+    def old_pictures(self, model, batch, folder):
         first, names = next(iter(self.questions.items()))
         pictures.confusion({f"{first}, {when}": counts for when, counts in self.confusions().items()}, names,
                        folder / "confusion.png")
@@ -1163,7 +1094,7 @@ class Labels(Stage):
 
 
 @dataclass
-class Classify(Labels):
+class Classify(Labels, name="classify"):
     """Stage three: supervised post-pretraining of either encoder (InternVideo, Sec. 3.2).
 
     Fine-tune all of it, or leave it frozen and train a probe on its features, which are computed once. On moving
@@ -1218,12 +1149,12 @@ class Classify(Labels):
         self.questions = self.questions | {question: known}
         return classes - len(unknown)
 
-    def evaluate(self, model, batches):
+    def old_evaluate(self, model, batches):
         """As all cards with labels. With --unknown also the AUROC, in percent, of telling known from unknown classes by
         the largest probability that the model gives (arXiv 1610.02136, Sec. 3, Softmax Prediction Probability).
         InternVideo (Sec. 4.3, open-set action recognition) learns how much evidence there is instead (DEAR, arXiv
         2107.10161); we do not."""
-        metrics = super().evaluate(model, batches)
+        metrics = super().old_evaluate(model, batches)
         if self.unknown:
             question = next(iter(self.questions))
             strange = torch.cat([self.split(self.logits(model, to_device(batch, self.device))[0])[question].softmax(
@@ -1231,14 +1162,14 @@ class Classify(Labels):
             metrics |= {"val_unknown_auroc": 100 * auroc(self.sureness, strange), "val_unknown_clips": len(strange)}
         return metrics
 
-    def note(self):
+    def old_note(self):
         if not self.unknown:
-            return super().note()
+            return super().old_note()
         name, known = next(iter(self.questions.items()))
-        return super().note() + (f"; open set: trained on {len(known)} classes of {name}; the AUROC compares the largest probability on held-out "
+        return super().old_note() + (f"; open set: trained on {len(known)} classes of {name}; the AUROC compares the largest probability on held-out "
                 f"clips of these with clips of those left out ({self.unknown}); chance is 50")
 
-    def build(self):
+    def old_build(self):
         classes = self.ask()
         probed = bool(self.weights) and weights.read(self.weights)[1].get("model") == "AttentiveProbe"
         if probed and self.mode != "attentive":
@@ -1283,7 +1214,7 @@ class Classify(Labels):
             masked = isinstance(found, mae.VideoClassifier)
             if not masked and found.config["image_size"] != [self.input_size] * 2 and self.input_size != type(self).input_size:
                 found = resized(found, self.input_size)
-            self.decided(encoder="masked" if masked else "multimodal",
+            self.check_against_weights(encoder="masked" if masked else "multimodal",
                       model=size_named(found.config["size"], mae.SIZES if masked else uniformerv2.SIZES))
             return found
         if self.encoder == "masked":
@@ -1305,7 +1236,7 @@ class Classify(Labels):
         (model.encoder if isinstance(model, mae.VideoClassifier) else model).grid_of(
             self.num_frames, self.input_size, self.input_size)
 
-    def scale_of(self, name):
+    def scale_of(self, model, name):
         """Layer-wise decay: the embedding is layer 0, blocks are 1 to L, all behind them L + 1."""
         if self.mode != "finetune":
             return 1.0
@@ -1359,7 +1290,7 @@ class Classify(Labels):
             chosen = torch.randint(len(features), (rows,), generator=generator(self.seed, "probe", step))[mine]
             yield {"features": features[chosen].float(), "target": targets[chosen]}
 
-    def prepare(self, model):
+    def old_prepare(self, model):
         """For a probe: look at every training clip once, and keep what was seen in --out/features.pt."""
         if self.mode == "finetune" or not self.steps:
             return
@@ -1384,7 +1315,7 @@ class Classify(Labels):
 
 
 @dataclass
-class Fuse(Labels):
+class Fuse(Labels, name="fuse"):
     """Stage four: a bridge between two frozen experts, and a learned sum of their scores (InternVideo, Sec. 3.2,
     Cross-Model Interaction). Only bridges, gates, shares, heads with their norms and query tokens train."""
 
@@ -1415,7 +1346,7 @@ class Fuse(Labels):
     thaw: bool = flag(False, "train everything, both encoders too (paper: no)")
     bridges: bool = flag(True, "cross-model attention; --no-bridges: only heads and the sum of scores train")
 
-    def build(self):
+    def old_build(self):
         model = fusion.InternVideo.from_run(self.weights) if self.weights else None
         experts = [model.masked, *model.multimodal] if model else self.experts()
         frames = max(expert.config["frames"] for expert in experts)
@@ -1425,7 +1356,7 @@ class Fuse(Labels):
         self.input_size = self.input_size or max(max(expert.config["image_size"]) for expert in experts)
         classes = self.ask()
         if model:
-            self.decided(masked="", multimodal="", second="", before="", layers="", heads=0, way="both", bridges=True,
+            self.check_against_weights(masked="", multimodal="", second="", before="", layers="", heads=0, way="both", bridges=True,
                       source=model.config["source"], gates=model.config["gates"])
             if model.masked.config["classes"] != classes:
                 raise UserError(f"--weights {self.weights}: names {model.masked.config['classes']} classes, the data "
@@ -1445,7 +1376,7 @@ class Fuse(Labels):
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def scale_of(self, name):
+    def scale_of(self, model, name):
         return self.scalar_scale if ".gate_" in name or name == "balance" else 1.0
 
     def experts(self):
@@ -1478,11 +1409,11 @@ class Fuse(Labels):
                 metrics["gate_" + name.replace(".gate_", ".")] = parameter.detach().tanh()
         return loss, metrics
 
-    def note(self):
-        return super().note() + ("; untrained, the bridges are silent: step 0 is the equal average of both experts' logits, and what is "
+    def old_note(self):
+        return super().old_note() + ("; untrained, the bridges are silent: step 0 is the equal average of both experts' logits, and what is "
                                  "gained from there on is what training bridges, heads and shares adds")
 
-    def finish(self, model):
+    def old_finish(self, model):
         """As all cards with labels; before that, for a picture, the equal average of the experts' logits as they came.
         Here, where all processes are, for they share the clips."""
         self.before_training, classes = {}, sum(map(len, self.questions.values()))
@@ -1491,14 +1422,14 @@ class Fuse(Labels):
             late, kept = fusion.InternVideo(experts[0], experts[1:], bridges=False).to(self.device).eval(), self.confusion
             self.measure(late, self.held_out(self.sets[1], self.eval_clips, self.eval_batch), "", keep=True)
             self.before_training, self.confusion = {"equal average, before": self.confusion}, kept
-        return super().finish(model)
+        return super().old_finish(model)
 
     def confusions(self):
         """Of the experts' average, and of what training made of it."""
         return self.before_training | {"after": self.confusion}
 
-    def pictures(self, model, batch, folder):
-        paths = super().pictures(model, batch, folder) + [folder / "gates.png"]
+    def old_pictures(self, model, batch, folder):
+        paths = super().old_pictures(model, batch, folder) + [folder / "gates.png"]
         pictures.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
         if model.before:
             paths.append(folder / "looks.png")
@@ -1521,7 +1452,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 @dataclass
-class Localise(Stage):
+class Localise(OldCard, name="localise"):
     """What happens when, in long videos: a small head on a frozen encoder's features (InternVideo, Sec. 4.3,
     temporal action localisation; the head after AFSD and ActionFormer, the paper of the flags).
 
@@ -1550,7 +1481,7 @@ class Localise(Stage):
     middle: float = flag(0.6, "share of a segment whose steps answer for it", low=0, high=1)
     length: int = flag(1024, "most steps of a video in training; of a longer one a random part (paper: 2304)", low=8)
 
-    def build(self):
+    def old_build(self):
         run = bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser"
         model = localisation.Localiser.from_run(self.weights) if run else None
         encoder = model.encoder if run else load_encoder(self.weights) if self.weights else None
@@ -1588,7 +1519,7 @@ class Localise(Stage):
         self.stride, self.eval_clips = first["stride"], len(sets[1])
         return names, sets, first["features"].shape[1]
 
-    def datasets(self):
+    def old_datasets(self):
         if isinstance(self.sets[0], moving_shapes.LongShapes):
             self.sets = self.features()
         for items in self.sets:
@@ -1666,7 +1597,7 @@ class Localise(Stage):
         found = localisation.decode(scores[0].sigmoid(), distances[0])
         return localisation.soft_nms(localisation.in_seconds(found, item["times"], item["duration"]))
 
-    def evaluate(self, model, batches):
+    def old_evaluate(self, model, batches):
         """Mean loss, and mAP in percent at each temporal IoU and on average."""
         rows = []
         for i in (i for batch in batches for i in batch["video"].tolist()):
@@ -1683,7 +1614,7 @@ class Localise(Stage):
         values = {f"{name}_mAP@{threshold:g}": 100 * value for threshold, value in values.items()}
         return values | {f"{name}_mAP": float(np.mean(list(values.values())))}
 
-    def finish(self, model):
+    def old_finish(self, model):
         """The same of the baseline, and both as a table."""
         items = self.sets[1][:self.eval_clips]
         rows = {"localise": self.mean_ap("val", items, lambda item: self.found(model, item)),
@@ -1693,13 +1624,13 @@ class Localise(Stage):
             print(f"{name:32s}" + "".join(f"{value:7.1f}" for value in values.values()))
         return rows["mean segments"]
 
-    def note(self):
+    def old_note(self):
         what = "videos of --data" if self.data else "long videos of moving shapes, 14 motions, 8 frames a second"
         return (f"protocol: {self.eval_clips} held-out {what}; a feature every {self.stride} frames from a frozen encoder; "
                 "Gaussian soft-NMS; interpolated AP as ActivityNet's, mean over classes, at temporal IoU 0.3 to 0.7; the "
                 "baseline looks at no video and says the mean segments of the training videos, for every class")
 
-    def pictures(self, model, batch, folder):
+    def old_pictures(self, model, batch, folder):
         rows = []
         for i in batch["video"].tolist()[:4]:
             item, frames = self.sets[1][i], None
@@ -1713,7 +1644,7 @@ class Localise(Stage):
 
 
 @dataclass
-class Answer(Stage):
+class Answer(OldCard, name="answer"):
     """Questions about videos: a head on the caption decoder and both encoders, all of them trained (InternVideo,
     Sec. 4.4, video question answering).
 
@@ -1741,14 +1672,14 @@ class Answer(Stage):
                      "about moving shapes")
     weights: str = flag("", "the video-text model: a run of clip, InternVideo-MM weights, or a run of this stage")
 
-    def build(self):
+    def old_build(self):
         if not self.weights:
             raise UserError("--weights: answering starts from a video-text model; give a run of clip, or InternVideo-MM weights")
         run = weights.read(self.weights)[1].get("model") == "VideoQA"
         try:
             if run:
                 model = question_answering.VideoQA.from_run(self.weights, self.drop)
-                self.decided(answers=len(model.answers))
+                self.check_against_weights(answers=len(model.answers))
             else:
                 clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames or None)
                 decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
@@ -1774,13 +1705,13 @@ class Answer(Stage):
         model.clip.recompute(self.recompute)
         return model
 
-    def datasets(self):
+    def old_datasets(self):
         return self.sets
 
     def extras(self, folder):
         self.words.save(folder)
 
-    def scale_of(self, name):
+    def scale_of(self, model, name):
         return self.head_scale if name.startswith("head.") else 1.0
 
     def scores(self, model, batch):
@@ -1800,7 +1731,7 @@ class Answer(Stage):
         loss = torch.nn.functional.cross_entropy(scores, right, ignore_index=-1, reduction="sum") / count.clamp(min=1)
         return loss, {"loss": loss.detach()}
 
-    def evaluate(self, model, batches):
+    def old_evaluate(self, model, batches):
         """Accuracy of all questions and of each kind, in percent."""
         rows = self.asked(model, batches)
         return {"val_accuracy": 100 * float(np.mean([said == answer for _, answer, said in rows]))}
@@ -1814,7 +1745,7 @@ class Answer(Stage):
                                            for question, answer, i in zip(batch["question"], batch["answer"], said)]))
         return [row for _, part in processes.collect(rows) for row in part]
 
-    def finish(self, model):
+    def old_finish(self, model):
         """A table by kind of question, with both baselines: the commonest answer, and what the question alone tells."""
         rows = self.asked(model, self.held_out(self.sets[1], self.eval_clips, self.eval_batch))
         kinds, found = {}, {}
@@ -1832,14 +1763,14 @@ class Answer(Stage):
             found[name] = found["all_questions"][column]
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
-    def note(self):
+    def old_note(self):
         count = min(self.eval_clips, len(self.sets[1])) if self.data else self.eval_clips
         return (f"protocol: {count} held-out questions{'' if self.data else ' about moving shapes'}, open-ended; the answer is one "
                 f"of the {len(self.table)} commonest of training, compared in lower case without punctuation, others count as "
                 f"wrong; {self.num_frames} frames{f', sampling {self.sampling}, transform {self.transform}' if self.data else ''}; chance is {100 / len(self.table):.1f} %")
 
     @torch.no_grad()
-    def pictures(self, model, batch, folder):
+    def old_pictures(self, model, batch, folder):
         said = [self.table[i] for i in self.scores(model, batch)[0].argmax(dim=1).tolist()]
         pictures.captions(batch["video"].cpu().numpy(), [f"{question} {answer}" for question, answer in zip(
             batch["question"], batch["answer"])], said, folder / "answers.png")
@@ -1890,27 +1821,6 @@ def accuracies(logits, answers):
     return found | {"all_facts": 100 * float(torch.stack(list(right.values())).all(dim=0).float().mean())}
 
 
-STAGES = {"mae": MAE, "clip": Clip, "retrieve": Retrieve, "classify": Classify, "fuse": Fuse, "localise": Localise, "answer": Answer}
-
-# The default run: folder, card, what differs from the card ({} is the run's folder), seconds on two cores.
-DEFAULT_RUN = (
-    ("mae", MAE, {}, 120),
-    ("clip", Clip, {}, 260),
-    ("masked", Classify, dict(weights="{}/mae"), 45),
-    ("multimodal", Classify, dict(weights="{}/clip", lr=2e-3, layer_decay=0.75, steps=200), 25),
-    ("scratch", Classify, {}, 45),
-    ("fuse", Fuse, dict(masked="{}/masked", multimodal="{}/multimodal"), 45),
-)
-
-
-def weighted_mean(rows):
-    """[(number, clips, {name: value}, ...), ...] -> {name: mean over all clips}."""
-    total = {}
-    for _, count, values, *_ in rows:
-        for name, value in values.items():
-            total[name] = total.get(name, 0.0) + value * count
-    return {name: value / sum(row[1] for row in rows) for name, value in total.items()}
-
 
 def auroc(known, unknown):
     """Area under the ROC curve: how often a known clip (n,) scores above an unknown one (m,), ties counted half ->
@@ -1926,7 +1836,7 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="p
         return (moving_shapes.MovingShapes("train", frames, size, stage.seed),
                 moving_shapes.MovingShapes("val", frames, size, stage.seed))
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed,
-                   flip=flip, transform=transform, decoder=stage.decoder)
+                   flip=flip, transform=transform)
     part = "all" if stage.val_data else "train"
     train = data.open_clips(stage.data, train=True, part=part, **options, **augment)
     held_out = data.open_clips(stage.val_data or stage.data, train=False, classes=train.classes,
@@ -1937,1007 +1847,142 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="p
 
 
 # ------------------------------------------------------------------------------------------------
-# Chance, optimisers, log, machine
-
-
-def text_of(path):
-    """What is in a file of text, UTF-8. OSError or ValueError where it is none; a pipe would keep us waiting for ever."""
-    if not os.path.isfile(path):
-        raise OSError("no such file")
-    return Path(path).read_text(encoding="utf-8")
-
-
-def generator(seed, *parts):
-    """A torch.Generator on the CPU whose state is a function of its arguments alone."""
-    words = [seed] + [zlib.crc32(str(part).encode()) for part in parts]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
-
-
-def clips_per_step(stage):
-    """Of all micro-batches and all processes."""
-    return stage.batch_size * stage.accum * processes.world()
-
-
-def learning_rate(stage, step):
-    """Rate of step 0, 1, ...: linear warm-up from 0, then half a cosine down to min_lr of the peak."""
-    peak = stage.lr or stage.blr * clips_per_step(stage) / 256
-    warm = int(stage.warmup * stage.steps)
-    if step < warm:
-        return peak * step / warm
-    progress = (step - warm) / max(1, stage.steps - warm)
-    return peak * (stage.min_lr + (1 - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-class Muon(torch.optim.Muon):
-    """Muon (Jordan et al. 2024): a matrix moves by an orthogonal matrix, so that all directions of the gradient
-    count alike, also the faint ones, such as "look at the neighbour", that AdamW needs thousands of steps to
-    find (LOG.md). The library's optimiser, but for taking all matrices of a shape in one stack: the same
-    numbers within rounding, and small matrices are handed out once, not one by one."""
-
-    @torch.no_grad()
-    def step(self):
-        stacks = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if "momentum_buffer" not in self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                moment = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = processes.whole(parameter.grad.lerp(moment, group["momentum"]))
-                wide = update if update.shape[0] <= update.shape[1] else update.T
-                stacks.setdefault(wide.shape, []).append((parameter, wide, group))
-        for members in stacks.values():
-            stack = self.orthogonal(torch.stack([wide for _, wide, _ in members]), *members[0][2]["ns_coefficients"])
-            for (parameter, _, group), update in zip(members, stack):
-                rate = 0.2 * max(parameter.shape) ** 0.5 * group["lr"]  # the size of a step of AdamW
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = update if update.shape == parameter.shape else update.T
-                parameter.add_(processes.place(update.to(parameter.dtype), parameter), alpha=-rate)
-
-    @staticmethod
-    def orthogonal(stack, a, b, c, steps=5):
-        """(n, rows, columns), rows <= columns -> the same in bfloat16, every singular value pushed towards 1 by
-        `steps` rounds of x -> a x + b x x'x + c x x'x x'x, which need no singular vectors (Newton and Schulz)."""
-        x = stack.bfloat16()
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-        for _ in range(steps):
-            square = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-        return x
-
-
-def optimisers_of(model, stage):
-    """The optimisers of a recipe, as a list; their learning rates are set before each step.
-
-    AdamW decays matrices only: not biases, norms, nor class, mask and global tokens, whose size means something. `Muon`
-    moves the matrices of numbered layers: those of blocks and bridges, and of heads that have several; scaled to the step size of
-    AdamW, one learning rate serves both.
-    """
-    hidden, others = {}, {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decay = 0.0 if parameter.ndim < 2 or name.endswith("_token") else stage.weight_decay
-        matrix = decay and parameter.ndim == 2 and re.search(r"\.\d+\.", name)
-        groups = hidden if stage.optimizer == "muon" and matrix else others
-        # Parameters cut into parts (--shard) and whole ones do not mix in a group.
-        groups.setdefault((decay, stage.scale_of(name), hasattr(parameter, "placements")), []).append(parameter)
-    found = []
-    for groups, make in ((hidden, lambda groups: Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")),
-                         (others, lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True, betas=(0.9, stage.beta2)))):
-        if groups:
-            found.append(make([{"params": parameters, "weight_decay": decay, "scale": scale}
-                               for (decay, scale, _), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)]))
-    return found
-
-
-class Average:
-    """Exponential moving average of the weights (Polyak), kept in float32."""
-
-    def __init__(self, model, decay):
-        self.decay = decay
-        self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model):
-        for key, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.state[key].lerp_(value, 1 - self.decay)
-            else:
-                self.state[key].copy_(value)
-
-    @contextlib.contextmanager
-    def in_place(self, model):
-        """The model with averaged weights, for a while."""
-        own = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        model.load_state_dict(self.state)
-        try:
-            yield
-        finally:
-            model.load_state_dict(own)
-
-
-class Log:
-    """log.jsonl: one JSON object per line. After a resume, lines past the checkpoint go."""
-
-    def __init__(self, path, step):
-        self.path, kept = path, []
-        if processes.rank() > 0:
-            return
-        if step and path.exists():
-            for line in path.read_text(errors="replace").split("\n"):
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may have been cut off by a kill
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-        weights.write_aside(path, lambda aside: Path(aside).write_text("".join(x + "\n" for x in kept)))
-
-    def write(self, **values):
-        if processes.rank() > 0:
-            return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v
-                                   for k, v in values.items()}) + "\n")
-
-
-def choose_device(name):
-    """"auto" or a torch device name -> the device's name; UserError where it is not to be had."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no numbers
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not available here; use cpu"
-                      + (" or cuda" if torch.cuda.is_available() else "")) from None
-    return str(device)
-
-
-def choose_precision(name, device):
-    """bf16 where the processor multiplies bfloat16 itself; elsewhere it would be emulated, slowly."""
-    if name != "auto":
-        return name
-    if device.startswith("cuda"):
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()
-        known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch before 2.13
-        fast = bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") or known())
-    return "bf16" if fast else "fp32"
-
-
-def choose_products(choice):
-    """Let oneDNN multiply float32 matrices on a CPU, or not -> "on" or "off", and why.
-
-    MKL, which PyTorch uses otherwise where there is one, is slower on processors that are not Intel's, by a tenth (Zen 4)
-    to a half (Zen 5; LOG.md). The switch permits bfloat16 units, which oneDNN takes only where there are AMX units;
-    elsewhere it goes on in float32. So one product is tried, which must be right to 1e-5. No stopwatch: what is decided here changes
-    the last bits of a run, so it is the same each time, and in all processes of a run."""
-    setting = torch.backends.mkldnn.matmul
-    setting.fp32_precision = "none"
-    if choice == "off" or not torch.backends.mkldnn.is_available():
-        return "off", "as asked" if choice == "off" else "not there"
-    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
-    exact, error = a.double() @ b.double(), {}
-    for precision in ("none", "bf16"):
-        setting.fp32_precision = precision
-        error[precision] = float((a @ b - exact).abs().max() / exact.abs().max())
-    maker = processor_maker()
-    slow = torch.backends.mkl.is_available() and maker not in ("", "GenuineIntel")
-    found = processes.collect([(processes.rank(), slow and error["bf16"] < 1e-5)])
-    take = choice == "on" or all(better for _, better in found)
-    setting.fp32_precision = "bf16" if take else "none"
-    return "on" if take else "off", (f"processor by {maker or 'an unknown maker'}, error {error['bf16']:.0e} in place of "
-                                     f"{error['none']:.0e}")
-
-
-def processor_maker():
-    """"GenuineIntel", "AuthenticAMD" ... as the processor itself says; "" where the system does not tell."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text()):
-            return found[1]
-    return os.environ.get("PROCESSOR_IDENTIFIER", "").rpartition(" ")[2]  # Windows
-
-
-def keep_memory():
-    """Linux: the C library gives large tensors back to the system when they are freed and asks for them again,
-    page by page, a moment later: up to a quarter of a large step on a CPU. Let it keep them. Elsewhere: nothing."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        library = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            library.mallopt(option, value)
-
-
-# Modules whose forward pass is compiled, each by itself; subclasses of Block too.
-COMPILED = (Block, caption_decoder.SelfBlock, caption_decoder.CrossBlock, fusion.CrossModelAttention)
-
-
-@functools.lru_cache(maxsize=None)
-def compiled(function):
-    """torch.compile without graph breaks, by the backend that attention.py uses."""
-    return torch.compile(function, fullgraph=True, backend=attention.BACKEND)
-
-
-def choose_compile(stage):
-    """"on" or "off", and why. Blocks of one shape share their code; the rest of the network stays as it is."""
-    cuda = stage.device.startswith("cuda")
-    if stage.compile == "off" or (stage.compile == "auto" and not cuda):
-        return "off", ""
-    if stage.shard:
-        return "off", "--shard moves weights in and out around each block, which cannot be compiled"
-    reason = attention.no_compiler("cuda" if cuda else "cpu")
-    return ("off", f"nothing can be compiled here: {reason}") if reason else ("on", "")
-
-
-def compile_blocks(model):
-    """Compile the blocks in place: names and weights stay. fullgraph: a graph break is an error, not a slow
-    block. One piece of code serves encoder and decoder, training and evaluation, so it may have many versions."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for module in model.modules():
-        if isinstance(module, COMPILED):
-            module.compile(fullgraph=True, backend=attention.BACKEND)
-
-
-def memory_mib(device):
-    """Most memory used so far, in MiB: of the GPU, or of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def to_device(batch, device):
-    """A batch, a dict, with its tensors on the device; from pinned memory without waiting."""
-    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for key, value in batch.items()}
-
-
-def clips_in(batch):
-    """How many clips a batch holds, as pixels or as features."""
-    return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-
-FREE_TO_CHANGE = {"out", "resume", "keep", "device", "workers", "steps", "eval_every", "save_every", "log_every",
-                  "eval_clips", "eval_batch", "dry_run", "weights", "shard", "max_bad", "attention", "onednn", "compile",
-                  "precision", "recompute", "figures"}
-
-
-FACTS_OF_A_RUN = {"left_out": int, "step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict, "bad": dict}
-
-
-def recipe_of(stage):
-    """The settings that decide what is learned."""
-    return {key: value for key, value in dataclasses.asdict(stage).items() if key not in FREE_TO_CHANGE}
-
-
-def tensors_of(model, optimisers, average):
-    """Everything a run must remember beside its step: {"model": ..., "average": ..., "optimiser": {"<parameter>.<what>":
-    tensor}}. By name, so that it can be read however many processes hold it in parts."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    slots = {f"{names[parameter]}.{what}": value for optimiser in optimisers
-             for parameter, state in optimiser.state.items() for what, value in state.items()}
-    return {"model": model.state_dict(), "average": average.state if average else {}, "optimiser": slots}
-
-
-def restore(tensors, model, optimisers, average):
-    """Put back what `tensors_of` took, whole or in parts."""
-    other = UserError("the checkpoint's tensors are not those of this model; start anew without --resume")
-    for found, own in ((tensors["model"], model.state_dict()), (tensors["average"], average.state if average else {})):
-        if list(found) != list(own) or any(found[name].shape != own[name].shape for name in own):
-            raise other
-        for name, value in own.items():
-            value.detach().copy_(processes.place(found[name], value))
-    parameters = dict(model.named_parameters())
-    owner = {parameter: optimiser for optimiser in optimisers for group in optimiser.param_groups
-             for parameter in group["params"]}
-    slots = {}
-    for key, value in tensors["optimiser"].items():
-        name, what = key.rpartition(".")[::2]
-        if owner.get(parameters.get(name)) is None or value.ndim and value.shape != parameters[name].shape:
-            raise other
-        slots.setdefault(owner[parameters[name]], {}).setdefault(name, set()).add(what)
-    if any(whats != next(iter(group.values())) for group in slots.values() for whats in group.values()):
-        raise other  # an optimiser remembers the same of every parameter
-    for key, value in tensors["optimiser"].items():
-        name, what = key.rpartition(".")[::2]
-        owner[parameters[name]].state[parameters[name]][what] = processes.place(value, parameters[name])
-
-
-def checkpoints(out):
-    """Those in a run's folder, newest first: last.pt, last.1.pt, last.2.pt ... A run with --shard has folders."""
-    older = {int(path.name.split(".")[1]): path for path in out.glob("last.*.pt") if path.name.split(".")[1].isdecimal()}
-    return [path for path in (out / "last.pt", *(older[n] for n in sorted(older))) if path.exists()]
-
-
-def save_checkpoint(out, facts, tensors, keep, shard=False):
-    """Write last.pt aside, move the earlier ones on by one number, give it its name, then remove what is beyond `keep`.
-    All processes call this; with `shard` each writes its part, else the first writes all."""
-    new = out / "last.pt.part"
-    if shard:
-        if processes.rank() == 0:
-            shutil.rmtree(new, ignore_errors=True)
-        processes.wait()
-        flat = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
-        processes.save_parts(new, flat, facts)
-    if processes.rank() > 0:
-        return
-    if not shard:
-        weights.write_torch(out / "last.pt.whole", facts | tensors)
-        new = out / "last.pt.whole"
-
-    def place(n):
-        return out / (f"last.{n}.pt" if n else "last.pt")
-
-    hole = next(n for n in itertools.count() if n == keep or not place(n).exists())
-    remove(place(hole))  # there if it is beyond `keep`; a folder gives its place to nobody
-    for n in range(hole, 0, -1):
-        os.replace(place(n - 1), place(n))
-    os.replace(new, place(0))
-    weights.settle(out)
-    for old in checkpoints(out)[keep:]:
-        remove(old)
-
-
-def remove(path):
-    """A file or a whole folder, if there is one."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def read_checkpoint(path, like):
-    """(facts, tensors) of one checkpoint; ValueError where it is not what was written. like: tensors as those that
-    are wanted, `tensors_of` without the optimisers'."""
-    try:
-        if not path.is_dir():
-            saved = weights.load(path)
-            tensors = {key: saved.pop(key) for key in ("model", "average", "optimiser")}
-            if saved["tensors"] != [len(group) for group in tensors.values()]:
-                raise ValueError("some of its tensors are missing")
-            if any(not isinstance(saved[key], kind) for key, kind in FACTS_OF_A_RUN.items()) or "usual" not in saved:
-                raise ValueError("what it says of its run is no such thing")
-            if not all(isinstance(value, torch.Tensor) for group in tensors.values() for value in group.values()):
-                raise ValueError("holds something else than tensors")
-            return saved, tensors
-        saved = processes.read_facts(path)
-
-        def make(name, shape, dtype):
-            group, name = name.split("/", 1)
-            own = like["model"].get(name if group != "optimiser" else name.rpartition(".")[0])
-            return torch.zeros_like(own.detach()) if own is not None and own.shape == shape else torch.empty(shape, dtype=dtype)
-
-        tensors = {"model": {}, "average": {}, "optimiser": {}}
-        for name, value in processes.read_parts(path, make).items():
-            group, name = name.split("/", 1)
-            tensors[group][name] = value
-        for group in ("model", "average"):  # parts come in an order of their own
-            tensors[group] = {name: tensors[group][name] for name in like["model"] if name in tensors[group]}
-        return saved, tensors
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a torn file makes torch raise
-        if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise  # no fault of the file's
-        raise ValueError(str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__) from None
-
-
-def resume_from(out, stage, like):
-    """(facts, tensors) of the newest checkpoint that can be read, or None where there is none; a damaged one is
-    named and set aside. UserError where none can be read or the recipe is not this one."""
-    damaged = []
-    for path in checkpoints(out):
-        try:
-            saved, tensors = read_checkpoint(path, like)
-            break
-        except ValueError as error:
-            damaged.append((path, error))
-    else:
-        if damaged:
-            raise UserError(f"{damaged[0][0]}: not a readable checkpoint ({damaged[0][1]}), nor is an older one there; "
-                          "start anew without --resume")
-        print(f"nothing to resume in {out}: starting at step 0")
-        return None
-    was, now = saved["settings"], recipe_of(stage)
-    before, clips = saved["processes"] * was["batch_size"] * was["accum"], clips_per_step(stage)
-    same = {"batch_size", "accum"} if before == clips else set()  # shared out in another way
-    other = {key: value for key, value in was.items() if key in now and now[key] != value and key not in same}
-    if other:
-        raise UserError(f"{path} was made with " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
-                      other.items()) + ": resume with the same, or use another --out")
-    for bad, error in damaged:
-        aside = next(place for n in itertools.count() if not (place := Path(f"{bad}.damaged" + f".{n}" * (n > 0))).exists())
-        print(f"{bad}: damaged ({error}); taking {path}, step {saved['step']}, and setting it aside as {aside}")
-        if processes.rank() == 0:
-            bad.rename(aside)
-    if was["steps"] != stage.steps:
-        print(f"--steps was {was['steps']} and is {stage.steps} now: the learning rate follows the new schedule from "
-              "here on")
-    if was["precision"] != stage.precision:
-        print(f"--precision was {was['precision']} and is {stage.precision} now")
-    if saved["processes"] != processes.world():
-        print(f"{path} was made by {saved['processes']} processes, {processes.world()} go on with it: "
-              + (f"{clips} clips a step as before" if before == clips else
-                 f"a step had {before} clips and has {clips} now (--batch-size is per process)"))
-    return saved, tensors
-
-
-def keep_old_run(out):
-    """Move what an earlier run left in `out` into out/previous-N: nothing is overwritten."""
-    names = ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "tokenizer.json")
-    found = [out / name for name in names if (out / name).exists()] + checkpoints(out)
-    if not found:
-        return
-    n = 1
-    while (out / f"previous-{n}").exists():
-        n += 1
-    (out / f"previous-{n}").mkdir()
-    for path in found + sorted(out.glob("*.png")) + sorted(out.glob("*.gif")):
-        path.rename(out / f"previous-{n}" / path.name)
-    print(f"{out} holds an earlier run: moved to {out}/previous-{n} (--resume would go on with it)")
-
-
-# ------------------------------------------------------------------------------------------------
 # The loop
 
-
-def explained(fit):
-    """What the machine says when it fails, as a `RunError`, or what a run says that is asked to stop, as `Interrupted`: one line
-    with the last good checkpoint in it."""
-    @functools.wraps(fit)
-    def run(stage, name, again="--resume"):
-        def with_checkpoint(reason):
-            kept = checkpoints(Path(stage.out)) if stage.began else []  # what lies there before is another run's
-            return reason + (f"; the last good checkpoint is {kept[0]}, go on with {again}" if kept else
-                             "; no checkpoint was written yet")
-        try:
-            return fit(stage, name, again)
-        except KeyboardInterrupt:
-            raise Interrupted(with_checkpoint("interrupted")) from None
-        except (OSError, EOFError, MemoryError, RuntimeError) as error:
-            reason = trouble(error, stage)
-            if not reason:
-                raise
-            raise RunError(with_checkpoint(reason)) from None
-    return run
+# Classes of modules whose forward pass --compile compiles, each module by itself.
+BLOCKS = (Block, caption_decoder.SelfBlock, caption_decoder.CrossBlock, fusion.CrossModelAttention)
 
 
-def trouble(error, stage):
-    """One line on an error that is nobody's typing, or None where it is an error of this program."""
-    text = str(error)
-    if isinstance(error, RunError):
-        return None
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
-        B, lower = stage.batch_size, []
-        parts = next((n for n in range(2, B + 1) if B % n == 0), 1)  # the smallest number of equal parts
-        if hasattr(stage, "cache_size"):
-            lower += [f"--cache-size {(stage.cache_size or B) // 2}"] * ((stage.cache_size or B) > 1)
-        else:
-            lower += [f"--batch-size {B // parts} --accum {parts * stage.accum}, which is the same step"] * (parts > 1)
-        lower += [f"--eval-batch {stage.eval_batch // 2}"] * (stage.eval_batch > 1)
-        lower += ["--recompute"] * (not stage.recompute) + ["--precision bf16"] * (stage.precision == "fp32")
-        lower += ["--shard"] * (processes.world() > 1 and not stage.shard) + ["fewer --workers"]
-        return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
-    chain = error  # the news of a dead worker comes at any time, also in the midst of writing a checkpoint
-    while chain is not None:
-        if dead := data.dead_worker(chain):
-            return dead
-        chain = chain.__context__
-    if not getattr(error, "filename", None) and re.search(  # torch hands clips over there
-            r"shared memory (object|file)|shared memory\(shm\)|</torch_\d+_\d+|items of ancdata|Too many open files", text):
-        return (f"no room to hand clips from one process to another ({text.strip().splitlines()[0][:150]}): fewer --workers, "
-                "a smaller --batch-size, a larger /dev/shm, or a higher `ulimit -n`")
-    if isinstance(error, OSError) and error.errno:
-        return f"{error.filename or stage.out}: {error.strerror}"
-    if processes.world() > 1 and re.search(r"[Cc]onnection|peer|NCCL|gloo", text):
-        return "another process of this run has ended; its own line says why"
-    return None
+@one_line_errors
+def train(stage, again="--resume"):
+    """Train, evaluate and save one stage; returns what its metrics.json holds.
 
-
-class HeldOut:
-    """The held-out batches of this process, each time they are iterated over: looked at once and kept where they are
-    small, decoded again by the workers where they are not. After a pass:
-
-    clips    how many could be read, of all processes
-    bad      [(path, reason), ...] of those that could not
-    first    the first batch, for pictures; None where this process has none
-
-    The pass ends in DataError where no clip can be read. All processes must come to its end.
+    again  what to type to go on with this run where it ends early: "--resume", or a whole line
     """
-
-    KEPT = 2**28  # bytes
-
-    def __init__(self, dataset, stage):
-        self.dataset, self.stage = dataset, stage
-        self.first = self.clips = self.bad = self.kept = None
-
-    def __iter__(self):
-        if self.kept is not None:
-            yield from self.kept
-            return
-        self.first, kept, size, rows = None, [], 0, []  # size: bytes up to here
-        for batch in data.held_out(self.dataset, self.stage.eval_clips, self.stage.eval_batch, self.stage.workers,
-                                   processes.rank(), processes.world()):
-            seen = batch["video"] is not None
-            size += batch["video"].nbytes if seen else 0
-            rows.append((batch["number"], len(batch["video"]) if seen else 0, batch.get("bad", ()), size))
-            if not seen:
-                continue
-            self.first = self.first or batch
-            if size <= self.KEPT:
-                kept.append(batch)
-            else:
-                kept.clear()
-            yield batch
-        rows = processes.collect(rows)
-        self.clips, self.bad = sum(count for _, count, *_ in rows), [pair for *_, bad, _ in rows for pair in bad]
-        if not self.clips:
-            raise data.DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
-        # All keep or none: who kept would be missing where the others meet at the end of the next pass.
-        self.kept = kept if all(size <= self.KEPT for *_, size in rows) else None
-
-
-@explained
-def fit(stage, name, again):
-    """Train, evaluate and save one stage; returns its metrics. Names no stage.
-
-    again  what to type to go on with this run, told where it ends early: "--resume", or a whole line"""
-    out = Path(stage.out or f"runs/{name}")
-    stage.out = str(out)
-    stage.device = processes.start(choose_device(stage.device))
-    stage.precision = choose_precision(stage.precision, stage.device)
-    stage.compile, why_compile = choose_compile(stage)
-    kernels = attention.use(stage.attention, stage.device)
-    products = stage.onednn
-    if stage.device == "cpu":
-        stage.onednn, why_products = choose_products(stage.onednn)
-        if stage.attention == "flex" and stage.steps:
-            raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, written_out, piecewise or fused")
-    first_process = processes.rank() == 0
+    run = Run(stage, again)                         # folder, device, precision, kernels
     torch.manual_seed(stage.seed)
-    model = stage.build().to(stage.device)
-    if stage.compile == "on":
-        compile_blocks(model)
+    train_set, held_out = stage.datasets()          # held_out: {"val": ..., "unseen": ...}
+    model = stage.build(train_set)
     if stage.dry_run:
-        return dry_run(stage, model)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except (OSError, ValueError) as error:  # ValueError: no letter of a name
-        raise UserError(f"--out {out}: {getattr(error, 'strerror', None) or error}") from None
-    train_set, held_out_set = stage.datasets()
-    if not stage.resume and first_process:  # only now: a mistake leaves all where it is
-        keep_old_run(out)
-    stage.began = True
-    processes.wait()
+        return dry_run(stage, model, train_set)
+    training_loss = run.prepare(model, BLOCKS)      # to the device; compiled; DDP or FSDP2
+    optimizer = build_optimizer(model, stage)
+    first = run.resume(optimizer)                   # 0, or where the last checkpoint stopped
+    run.start(train_set, held_out)                  # the log; the evaluation before any step
 
-    take_step = processes.parallel(model, stage.loss, stage.shard, parts=(Block,))
-    optimisers = optimisers_of(model, stage)
-    average = Average(model, stage.ema) if stage.ema else None
-    found = resume_from(out, stage, tensors_of(model, [], average)) if stage.resume else None
-    first, seconds_before, usual, initial, bad, left_out = 0, 0.0, None, {}, {}, 0
-    if found:
-        restore(found[1], model, optimisers, average)
-        first, seconds_before, usual, initial, bad, left_out = (
-            found[0][key] for key in ("step", "seconds", "usual", "initial", "bad", "left_out"))
-        before = found[0]["settings"].get("onednn")
-        if products == "auto" and before in ("on", "off") and before != stage.onednn:
-            stage.onednn, why_products = choose_products(before)  # another machine does not change a run in its midst
-            why_products += ", as the run began"
-    del found
-    processes.wait()
-
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shared = f", {processes.world()} processes{' with a part of the weights each' * stage.shard}" * (processes.world() > 1)
-    epochs = f", {stage.steps * clips_per_step(stage) / len(train_set):.3g} epochs" if \
-        hasattr(train_set, "__len__") and not isinstance(train_set, data.VideoShards) else ""
-    print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips{epochs}, peak "
-          f"lr {stage.lr or stage.blr * clips_per_step(stage) / 256:.2e}, {stage.device}, {stage.precision}{shared}, "
-          f"{torch.get_num_threads()} threads -> {out}")
-    print(f"attention: {kernels}; blocks {'compiled' if stage.compile == 'on' else 'as they are'}"
-          + f" ({why_compile})" * bool(why_compile)
-          + (f"; oneDNN for float32 {stage.onednn} ({why_products})" if stage.device == "cpu" else ""))
-    print("settings: " + json.dumps(dataclasses.asdict(stage)))
-    if stage.note():
-        print("note: " + stage.note())
-    log = Log(out / "log.jsonl", first)
-    started = time.monotonic()
-
-    def save(step):
-        tensors = tensors_of(model, optimisers, average)
-        facts = dict(step=step, settings=dataclasses.asdict(stage), seconds=seconds_before + time.monotonic() - started,
-                     processes=processes.world(), usual=usual, initial=initial, bad=bad, left_out=left_out,
-                     tensors=[len(group) for group in tensors.values()])
-        save_checkpoint(out, facts, tensors, stage.keep,
-                        stage.shard and processes.world() > 1)
-
-    held_out = HeldOut(held_out_set, stage)
-
-    def averaged():
-        return average.in_place(model) if average else contextlib.nullcontext()
-
-    def evaluate(step):
-        model.eval()
-        with torch.no_grad(), averaged(), processes.unsharded(take_step):
-            batches = iter(held_out)
-            metrics = stage.evaluate(model, (to_device(batch, stage.device) for batch in batches))
-            for _ in batches:  # a stage may look at other things
-                pass
-        model.train()
-        metrics["val_clips"] = held_out.clips
-        log.write(step=step, **metrics)
-        return metrics
-
-    with processes.unsharded(take_step):
-        stage.prepare(model)
-    metrics = evaluate(first)
-    print(f"step {first}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-    initial = initial or {f"initial_{key}": value for key, value in metrics.items() if first == 0}
-    stop = []
-
-    def asked_to_stop(number, _):
-        if number in stop and processes.world() == 1:  # asked twice: not after this step but now
-            raise KeyboardInterrupt
-        stop.append(number)
-
-    previous = [(number, signal.signal(number, asked_to_stop)) for number in (signal.SIGINT, signal.SIGTERM)
-                if signal.getsignal(number) is not signal.SIG_IGN]  # a shell's background job does not hear Ctrl-C
-    bar = tqdm(total=stage.steps, initial=first, desc=name, unit="step", dynamic_ncols=True,
-               disable=stage.steps == 0 or not first_process, mininterval=0.5 if sys.stderr.isatty() else 15)
-    eval_every = stage.eval_every or max(1, stage.steps // 5)
-    batches = iter(stage.batches(train_set, first))
-    window = time.monotonic()
-    waited = seen = 0.0
-    asked_for = unreadable = 0
-    latest = {}  # a stage may report some numbers in some steps only
-    step, stopping, slow = first, False, False
-    try:
-        model.train()
-        while step < stage.steps and not stopping:
-            rate = learning_rate(stage, step)
-            for group in itertools.chain.from_iterable(optimiser.param_groups for optimiser in optimisers):
-                group["lr"] = rate * group["scale"]
+    with run.training():                            # a bar; a signal ends the run after a step
+        for step, micro_batches in run.steps(stage.batches(train_set, first)):
+            rate, metrics = learning_rate(stage, step), {}
+            optimizer.set_rate(rate)
             torch.manual_seed(generator(stage.seed, "dropout", step).initial_seed())
-            sums, files = {}, []
-            for part in range(stage.accum):
-                asked = time.monotonic()
-                batch = next(batches)
-                waited += time.monotonic() - asked
-                for path, reason in batch.get("bad", ()):
-                    if path not in bad:
-                        bad[path] = reason
-                        bar.write(f"skipped: {reason}")
-                unreadable += len(batch.get("bad", ()))
-                asked_for += clips_in(batch) + len(batch.get("bad", ()))
-                if unreadable >= 10 and unreadable > stage.max_bad * asked_for:
-                    raise data.DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
-                                         f"{stage.max_bad}, the last: {reason}; `python data.py PATH` lists all such files")
-                files += batch.get("path", ())
-                with processes.exchange(take_step, on=part == stage.accum - 1):
-                    loss, values = take_step(to_device(batch, stage.device), generator(stage.seed, "loss", step, part))
+            for i, batch in enumerate(micro_batches):
+                with run.accumulating(last=i == stage.accum - 1):
+                    rng = generator(stage.seed, "loss", step, i)
+                    loss, values = training_loss(batch, rng)  # stage.loss(model, batch, rng)
                     (loss / stage.accum).backward()
-                seen += clips_in(batch)
-                for key, value in values.items():
-                    sums[key] = sums.get(key, 0.0) + float(value) / stage.accum
-            norm = processes.clip(model, stage.clip_grad or math.inf)
-            suspect = not all(map(math.isfinite, sums.values()))
-            sums = processes.means(sums | {"stop": bool(stop)}, stage.device)
-            stopping = sums.pop("stop") > 0  # one process that is asked to stop stops all, after the same step
-            if not math.isfinite(norm) or not all(map(math.isfinite, sums.values())):
-                save(step)
-                named = processes.collect([(processes.rank(), suspect, files)])
-                names = [path for _, guilty, paths in named if guilty or not any(row[1] for row in named) for path in paths]
-                raise RunError(f"step {step}: loss {sums.get('loss')}, gradient norm {norm}, lr {rate:.2e}, batch "
-                              f"{', '.join(names) or 'of generated clips'}: not finite; the weights before it are in "
-                              f"{out}/last.pt; try a lower --blr or --lr, or --precision fp32")
-            spiked = stage.spike and usual is not None and sums["loss"] > stage.spike * usual
-            if spiked:
-                left_out += 1
-                bar.write(f"step {step} left out: loss {sums['loss']:.4g} is more than {stage.spike:g} times its mean "
-                          f"{usual:.4g}; batch {', '.join(files) or 'of generated clips'}")
-            else:
-                usual = sums["loss"] if usual is None else 0.98 * usual + 0.02 * sums["loss"]
-            for optimiser in optimisers:
-                if not spiked:
-                    optimiser.step()
-                optimiser.zero_grad()
-            if average:
-                average.update(model)
-            step += 1
-            latest |= sums
-            bar.update()
-            if step % stage.log_every == 0 or step == stage.steps:
-                elapsed = time.monotonic() - window
-                speed = dict(clips_per_s=seen * processes.world() / elapsed, data_wait=waited / elapsed,
-                             memory_mib=round(memory_mib(stage.device)))
-                log.write(step=step, **latest, lr=rate, grad_norm=norm, **speed,
-                          seconds=seconds_before + time.monotonic() - started)
-                bar.set_postfix_str(f"loss {sums['loss']:.3f}, lr {rate:.1e}, {speed['clips_per_s']:.0f} clips/s, "
-                                    f"data {speed['data_wait']:.0%}, {speed['memory_mib']} MiB")
-                if speed["data_wait"] > 0.2 and step >= first + 3 * stage.log_every and not slow:
-                    slow = True
-                    bar.write(f"the step waits for clips {speed['data_wait']:.0%} of the time: raise --workers"
-                              + (", or make small copies with data.py --cache" if stage.data else ""))
-                window, waited, seen = time.monotonic(), 0.0, 0.0
-            if step % eval_every == 0 or step == stage.steps:
-                metrics = evaluate(step)
-                bar.write(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-                window, waited, seen = time.monotonic(), 0.0, 0.0
-            if step % stage.save_every == 0 or step == stage.steps or stopping:
-                save(step)
-    finally:
-        bar.close()
-        for number, _ in previous:
-            signal.signal(number, signal.SIG_IGN)  # while the workers end: a moment
-        del batches
-        # Of several processes the first that is gone makes torchrun ask the others to end: they are ending.
-        if not stopping or processes.world() == 1:
-            for number, handler in previous:
-                signal.signal(number, handler)
-    if processes.means({"stop": bool(stop) or stopping}, stage.device)["stop"] > 0:  # also after the last step
-        line = f"python train.py {name} --resume --out {out} and the same flags" if again == "--resume" else again
-        raise Interrupted(f"stopped at step {step} of {stage.steps}, saved in {out}/last.pt; go on with: {line}")
-
-    model.eval()
-    with averaged():
-        tensors = {key: processes.whole(value) for key, value in model.state_dict().items()}
-        with torch.no_grad(), processes.unsharded(take_step):
-            metrics |= stage.finish(model)
-            bad = dict(pair for _, pairs in processes.collect([(processes.rank(), list(bad.items()))]) for pair in pairs)
-            held_bad = held_out.bad
-            report = dict(stage=name, step=step, protocol=stage.note(), **metrics, **initial, parameters=parameters, trained=trained,
-                          seconds=round(seconds_before + time.monotonic() - started, 1), processes=processes.world(),
-                          left_out=left_out, bad_files=bad | dict(held_bad), settings=dataclasses.asdict(stage))
-            if first_process:
-                leave(stage, name, model, tensors, held_out.first and to_device(held_out.first, stage.device), report)
-    if held_bad:
-        print(f"evaluated {metrics['val_clips']} of {metrics['val_clips'] + len(held_bad)} held-out files; not readable: "
-              + "; ".join(reason for _, reason in held_bad))
-    if bad:
-        print(f"{len(bad)} unreadable training files were skipped (named above and in metrics.json)")
-    processes.wait()
-    print(f"{name}: done in {report['seconds']:.0f} s; " + ", ".join(
-        f"{key} {value:.4g}" for key, value in metrics.items()))
-    return report
-
-
-def leave(stage, name, model, tensors, batch, report):
-    """Write what a run leaves, metrics.json last: where that is, all is. batch: held-out clips to draw, or None."""
-    out = Path(stage.out)
-    weights.save(out, tensors, model.config)
-    stage.extras(out)
-    if stage.figures and batch:
-        drawn = stage.pictures(model, batch, out) + (pictures.curve(out, name) if stage.steps else [])
-        print("pictures: " + ", ".join(str(path) for path in drawn))
-    weights.write_aside(out / "metrics.json", lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n"))
-
-
-def dry_run(stage, model):
-    """Print size, FLOPs and memory of a step without taking one, counted on one or two clips."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    train_set, _ = stage.datasets()
-    batch = to_device(next(iter(data.batches(train_set, 1, stage.seed, 1))), stage.device)
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    model.train()
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, \
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = stage.loss(model, batch, generator(stage.seed, "dry run"))
-    forward = counter.get_total_flops()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    activations = sum(size for place, size in kept.items() if place not in own)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = 4 * parameters + 12 * trained + (4 * parameters if stage.ema else 0)
-    fixed /= processes.world() if stage.shard else 1
-    total = fixed + activations * stage.batch_size
-    print(f"parameters           {parameters / 1e6:10.2f} M, {trained / 1e6:.2f} M of them trained")
-    print(f"FLOPs per clip       {forward / 1e9:10.2f} G forward, about {3 * forward / 1e9:.2f} G with backward")
-    print(f"weights, gradients, AdamW {fixed / 2**20:5.0f} MiB")
-    print(f"activations          {activations * stage.batch_size / 2**20:10.0f} MiB for {stage.batch_size} clips")
-    print(f"expected memory      {total / 2**20:10.0f} MiB, plus the framework's own")
-    return dict(parameters=parameters, forward_flops=forward, expected_bytes=total)
+                add_means(metrics, values, stage.accum)
+            grad_norm = processes.clip(model, stage.clip_grad or float("inf"))
+            metrics = run.check_finite(metrics, grad_norm, rate)  # means over processes
+            optimizer.step()
+            optimizer.zero_grad()
+            run.update_average()                    # --ema
+            done = step + 1
+            run.log(done, metrics, rate, grad_norm)
+            if run.evaluates_at(done):
+                run.evaluate(done)
+            if run.saves_at(done):
+                run.save(done)
+    return run.finish()                             # weights, metrics.json, pictures
 
 
 # ------------------------------------------------------------------------------------------------
-# Command line
+# The command line
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line: no usage text of fifty flags before them."""
-
-    def error(self, message):
-        self.exit(2, f"train.py: {message} (see python {self.prog} --help)\n")
-
-    def parse_args(self, argv):
-        found = super().parse_args(argv)
-        for name, value in vars(found).items():
-            if isinstance(value, list):  # what argparse makes of --flag=--
-                raise UserError(f"--{name.replace('_', '-')}: expected a value")
-        return found
-
-
-def parser_of(card, name):
-    """A card's fields as flags; --some-flag and --some_flag are the same."""
-    parser = Parser(prog=f"train.py {name}", description=card.__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(card):
-        info = field.metadata
-        options = dict(dest=field.name, default=field.default,
-                       help=info["help"].replace("%", "%%") + f" (default: {field.default})")
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options |= dict(type=field.type, choices=info["choices"],
-                            metavar=None if info["choices"] else field.name.upper())
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    return parser
-
-
-def parse(card, name, argv):
-    """Command line -> card; UserError where a value is out of range."""
-    argv = ["--" + arg[2:].split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]):]
-            if arg.startswith("--") else arg for arg in argv]
-    argv = ["--resume" if arg == "--resume=auto" else arg for i, arg in enumerate(argv)
-            if not (arg == "auto" and i and argv[i - 1] == "--resume")]  # it always is
-    stage = card(**vars(parser_of(card, name).parse_args(argv)))
-    for field in dataclasses.fields(stage):
-        value, info = getattr(stage, field.name), field.metadata
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        most = 10**9 if info["high"] is None else info["high"]  # what numpy, torch and float32 count
-        if not math.isfinite(value) or (info["low"] is not None and value < info["low"]) or value > most:
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be at least {info['low']} and at most {most}")
-    for field in dataclasses.fields(stage):  # a flag that would change nothing is a mistake, not a wish
-        world = field.metadata["help"].partition(":")[0]
-        if getattr(stage, field.name) != field.default and world == ("moving shapes" if stage.data else "files"):
-            raise UserError(f"--{field.name.replace('_', '-')}: is for " + ("moving shapes; leave it or --data out" if stage.data else
-                          "video files; a clip of moving shapes is all there is; give --data or leave it out"))
-    return stage
+# The default run: what a reader would type, and seconds on two CPU cores. {out} is its folder.
+DEFAULT_RUN = {
+    "mae --out {out}/mae": 120,
+    "clip --out {out}/clip": 260,
+    "classify --weights {out}/mae --out {out}/masked": 45,
+    "classify --weights {out}/clip --lr 2e-3 --layer-decay 0.75 --steps 200 --out {out}/multimodal": 25,
+    "classify --out {out}/scratch": 45,
+    "fuse --masked {out}/masked --multimodal {out}/multimodal --out {out}/fuse": 45,
+}
 
 
 def default_run(argv):
-    """Every stage in turn, then the table. A stage that is done is not done again."""
-    parser = Parser(prog="train.py", allow_abbrev=False, description="The default run: every stage on generated clips.")
-    parser.add_argument("--out", default="runs/default", help="folder; a folder in it for each stage")
+    """The commands of DEFAULT_RUN in turn, then tools/table.py. What is done is not done again."""
+    parser = Parser(prog="train.py", allow_abbrev=False,
+                    description="The default run: every stage on generated clips.")
+    parser.add_argument("--out", default="runs/default", help="folder; in it one for each stage")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     args = parser.parse_args(argv)
     if not 0 <= args.seed <= 10**9:
         raise UserError(f"--seed {args.seed}: must be at least 0 and at most {10**9}")
-    out, started = Path(args.out), time.monotonic()
-    again = "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default") + f" --seed {args.seed}" * (args.seed > 0)
-    waiting = [row for row in DEFAULT_RUN if not os.path.exists(out / row[0] / "metrics.json")]
-    print(f"the default run, about {sum(row[3] for row in waiting) / 60:.0f} minutes on two cores: "
-          + ", ".join(f"{name} {seconds} s" for name, _, _, seconds in waiting))
-    for name, card, options, _ in DEFAULT_RUN:
-        if (name, card) not in [row[:2] for row in waiting]:
-            try:
-                seed = json.loads((out / name / "metrics.json").read_text())["settings"]["seed"]
-            except (OSError, ValueError, KeyError, TypeError):
-                raise UserError(f"{out / name}/metrics.json: not what a run wrote; remove it to have the stage done anew") from None
-            if seed != args.seed:
-                raise UserError(f"--seed {args.seed}: {out / name} was made with seed {seed}; use another --out")
-            print(f"{name}: done already, see {out / name}/metrics.json")
-            continue
-        options = {key: value.format(out) if isinstance(value, str) else value for key, value in options.items()}
-        fit(card(out=str(out / name), seed=args.seed, resume=True, **options), name, again)
+    began = time.monotonic()
+    again = "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default") \
+        + f" --seed {args.seed}" * (args.seed > 0)
+    stages = []
+    for command, seconds in DEFAULT_RUN.items():
+        name, *flags = shlex.split(command.format(out=shlex.quote(args.out)))
+        flags += ["--seed", str(args.seed), "--resume"]
+        stages.append((parse(STAGES[name], flags), seconds))
+    waiting = [(stage, seconds) for stage, seconds in stages if not is_done(stage)]
+    print(f"the default run, about {sum(seconds for _, seconds in waiting) / 60:.0f} minutes on two "
+          "cores: " + ", ".join(f"{Path(stage.out).name} {seconds} s" for stage, seconds in waiting))
+    for stage, _ in stages:
+        if is_done(stage):
+            print(f"{Path(stage.out).name}: done already, see {stage.out}/metrics.json")
+        else:
+            train(stage, again)
     if processes.rank() == 0:
-        compare(out, args.seed)
-    print(f"the default run took {time.monotonic() - started:.0f} s; pictures, table and weights are in {out}")
+        from tools import table
+        table.write_table(args.out, args.seed)
+    print(f"the default run took {time.monotonic() - began:.0f} s; pictures, table and weights are "
+          f"in {args.out}")
 
 
-@torch.no_grad()
-def compare(out, seed, clips=1000):
-    """The table of the default run: what each encoder knows alone, and what putting them together adds.
+def is_done(stage):
+    """True where the folder of a stage has its metrics.json. UserError where that is another's."""
+    path = Path(stage.out) / "metrics.json"
+    if not os.path.exists(path):
+        return False
+    try:
+        seed = json.loads(path.read_text())["settings"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not what a run wrote; remove it to have the stage done "
+                        "anew") from None
+    if seed != stage.seed:
+        raise UserError(f"--seed {stage.seed}: {stage.out} was made with seed {seed}; use another "
+                        "--out")
+    return True
 
-    On the test split and on pairs of shape and colour never shown, `clips` of each; the weight of late fusion
-    is tuned on as many validation clips. Writes table.json and table.png, prints the same; returns the rows
-    {name: {column: number}}, accuracies in percent.
-    """
-    card = Fuse(seed=seed, device=choose_device("auto"), weights=str(out / "fuse"))
-    card.precision = choose_precision("auto", card.device)
-    bridge = card.build().to(card.device)
-    models = {name: load_encoder(out / name).to(card.device).eval() for name in ("scratch", "masked", "multimodal")}
-    found = {}
-    for split in ("val", "test", "unseen"):
-        world = moving_shapes.MovingShapes(split, card.num_frames, card.input_size, seed)
-        said, answers = {name: [] for name in (*models, "bridge")}, []
-        for batch in data.held_out(world, clips, 100):
-            batch = to_device(batch, card.device)
-            answers.append(card.target(batch))
-            for name, model in models.items():
-                with card.autocast():
-                    said[name].append(model(fusion.view(batch["video"], model)).float())
-            said["bridge"].append(card.logits(bridge, batch)[0])
-        answers = {name: part.argmax(dim=1) for name, part in card.split(torch.cat(answers)).items()}
-        found[split] = {name: card.split(torch.cat(logits)) for name, logits in said.items()}, answers
 
-    def late(split, share):
-        said, answers = found[split]
-        return accuracies({name: fusion.late_fusion([said["masked"][name], said["multimodal"][name]], (1 - share, share))
-                           for name in answers}, answers)
-
-    def alone(name):
-        return lambda split: accuracies(found[split][0][name], found[split][1])
-
-    share = fusion.best_weight(lambda share: late("val", share)["all_facts"])
-    runs = {name: json.loads((out / name / "metrics.json").read_text()) for name, *_ in DEFAULT_RUN}
-    cost = {name: run["seconds"] for name, run in runs.items()}
-    experts = cost["mae"] + cost["masked"] + cost["clip"] + cost["multimodal"]
-    rows = {}
-    for name, score, trained, seconds in (
-            ("from scratch", alone("scratch"), runs["scratch"]["trained"], cost["scratch"]),
-            ("masked encoder", alone("masked"), runs["masked"]["trained"], cost["mae"] + cost["masked"]),
-            ("multimodal encoder", alone("multimodal"), runs["multimodal"]["trained"], cost["clip"] + cost["multimodal"]),
-            ("late fusion, equal", lambda split: late(split, 0.5), 0, experts),
-            (f"late fusion, tuned on validation ({1 - share:.2f}, {share:.2f})", lambda split: late(split, share), 1, experts),
-            ("cross-model attention", alone("bridge"), runs["fuse"]["trained"], experts + cost["fuse"])):
-        rows[name] = {key.replace("_", " "): value for key, value in score("test").items()}
-        rows[name] |= {"unseen " + key.replace("_", " "): value for key, value in score("unseen").items()}
-        rows[name] |= {"trained": trained, "seconds": round(seconds)}
-    columns = list(rows["from scratch"])
-    title = (f"moving shapes, {clips} test clips and {clips} of pairs of shape and colour never shown; accuracy in "
-             "percent, one view")
-    print(title)
-    print(" " * 32 + "".join(f"{column:>{len(column) + 2}s}" for column in columns))
-    for name, row in rows.items():
-        print(f"{name:32s}" + "".join(f"{value:>{len(column) + 2},{'d' if isinstance(value, int) else '.1f'}}"
-                                      for column, value in row.items()))
-    weights.write_aside(out / "table.json", lambda path: Path(path).write_text(json.dumps(
-        {"protocol": title, "seed": seed, "rows": rows}, indent=1) + "\n"))
-    pictures.table(rows, columns, out / "table.png", title)
-    return rows
+def command(argv):
+    """["mae", "--steps", "10"] -> that stage; [] or only --out and --seed -> the default run."""
+    if not argv or argv[0].split("=")[0] in ("--out", "--seed"):
+        default_run(argv)
+    elif argv[0] in ("-h", "--help"):
+        print(__doc__)
+        print("stages: " + ", ".join(f"{name} ({stage.__doc__.splitlines()[0]})"
+                                     for name, stage in STAGES.items()))
+    elif argv[0] not in STAGES:
+        raise UserError(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the "
+                        "default run")
+    else:
+        train(parse(STAGES[argv[0]], argv[1:]))
 
 
 def main(argv=None):
-    """Run a stage, or the default run; returns the exit code: 0, 2 for a user's mistake, 1 for a failure, 130 where
-    it was asked to stop."""
-    argv = sys.argv[1:] if argv is None else argv
-    keep_memory()
+    """Run a stage, or the default run -> the exit code: 0; 2 for an error of the user's, 1 for one of
+    the machine or of the numbers, 130 where the run was asked to stop."""
+    machine.keep_memory()
+    return exit_code(lambda: command(sys.argv[1:] if argv is None else argv))
 
-    def asked_to_end(*_):
-        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, asked_to_end)  # as Ctrl-C; in the midst of training `fit` listens itself
-    try:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-            if not os.environ.get(name, "0").isdecimal():
-                raise UserError(f"{name}={os.environ.pop(name)}: torchrun makes it a number; unset it")
-        if processes.several() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-            raise UserError(f"WORLD_SIZE={os.environ.pop('WORLD_SIZE')}: several processes are started with torchrun; unset it for one")
-        if processes.several() and int(os.environ["RANK"]) > 0:  # of several processes one speaks; any may say why it ends
-            sys.stdout = open(os.devnull, "w")
-        if not argv or argv[0] in ("--out", "--seed") or argv[0].startswith(("--out=", "--seed=")):
-            default_run(argv)
-        elif argv[0] in ("-h", "--help"):
-            print(__doc__)
-            print("stages: " + ", ".join(f"{name} ({card.__doc__.splitlines()[0]})" for name, card in STAGES.items()))
-        elif argv[0] not in STAGES:
-            raise UserError(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the default run")
-        else:
-            fit(parse(STAGES[argv[0]], argv[0], argv[1:]), argv[0])
-    except (UserError, weights.WeightsError, data.DataError, RunError) as error:
-        text, code = str(error), 130 if isinstance(error, Interrupted) else 1 if isinstance(error, RunError) else 2
-    except KeyboardInterrupt:  # before a stage began, or at the table of the default run
-        text, code = "interrupted; nothing is lost: the same line goes on", 130
-    else:
-        processes.end()
-        return 0
-    finally:
-        if signal.getsignal(signal.SIGTERM) is asked_to_end:
-            signal.signal(signal.SIGTERM, before)
-    text = printable(text)  # a name may have anything in it; a mistake is one line
-    if processes.first_to_say(text):
-        who, line = (f"process {os.environ['RANK']}: ", "\n") if processes.several() else ("", "")  # not behind another's bar
-        print(f"{line}train.py: {who}{text}", file=sys.stderr)
-    return code
-
+# Every file in tasks/ may define stages; importing it registers them.
+TASKS = {module.name: importlib.import_module(f"tasks.{module.name}")
+         for module in pkgutil.iter_modules(tasks.__path__)}
 
 if __name__ == "__main__":
+    sys.modules["train"] = sys.modules["__main__"]  # tools/table.py imports it: once, not twice
     raise SystemExit(main())
