@@ -15,7 +15,6 @@ See `Stage` for the methods.
 
 import dataclasses
 import json
-import sys
 import types
 import zlib
 from dataclasses import dataclass
@@ -233,13 +232,9 @@ def check_stage(stage):
             faults.append(f"has no method {method}(); see engine.stage.Stage")
     methods = {name for base in kind.__mro__ for name, value in vars(base).items()
                if isinstance(value, types.FunctionType) and not name.startswith("_")}
-    world = vars(sys.modules[kind.__module__])
     for field in dataclasses.fields(stage):
         if field.name in methods or isinstance(field.default, types.FunctionType):
             faults.append(f"the field {field.name} has the name of a method")
-        elif field.name not in Stage.__dataclass_fields__ and isinstance(
-                world.get(field.name), types.ModuleType):
-            faults.append(f"the field {field.name} has the name of a module that it imports")
     if faults:
         raise UserError(*(f"stage {stage.name or kind.__name__}: {fault}" for fault in faults))
 
