@@ -116,12 +116,19 @@ class OldCard(Stage):
             with contextlib.suppress(OSError, ValueError):
                 Path(self.out).mkdir(parents=True, exist_ok=True)
         train_set, held_out_set = self.old_datasets()
-        return train_set, {"val": held_out_set}
+        sets = {"val": held_out_set}
+        if not self.data and isinstance(self, (Clip, Labels)) and not isinstance(self, Retrieve):
+            sets["unseen"] = moving_shapes.MovingShapes("unseen", self.num_frames, self.input_size, self.seed)
+        return train_set, sets
 
     def evaluate(self, model, batches, held_out_set=None):
         if not hasattr(self, "old_evaluate"):
             return super().evaluate(model, batches, held_out_set)
-        return {name.removeprefix("val_"): value for name, value in self.old_evaluate(model, batches).items()}
+        if getattr(held_out_set, "split", "") == "unseen":
+            return self.unseen
+        found = self.old_evaluate(model, batches)
+        self.unseen = {name[7:]: value for name, value in found.items() if name.startswith("unseen_")}
+        return {name.removeprefix("val_"): value for name, value in found.items() if not name.startswith("unseen_")}
 
     def prepare(self, model, train_set):
         if hasattr(self, "old_prepare"):
