@@ -3,8 +3,8 @@
     list --> Row (path, label, caption, ...) --> Video --> choose_frames --> crop_frames --> item
              video/annotations.py                video/decoding, sampling, transforms, clips
 
-    item: {"video": uint8 (T, H, W, 3), "label": int, "path": str, "bad": [...], ...}
-    items --> batches, held_out --> {"video": uint8 (B, T, H, W, 3), "label": int64 (B,), ...}
+    item: {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, ...}
+    items --> batches, held_out --> {"video": uint8 (B, T, H, W, 3), "labels": {question: (B,)}, ...}
 
 The idea in steps.
 1. `VideoFiles` reads a list of files, as video/annotations.py understands it. `VideoShards` reads
@@ -35,6 +35,8 @@ Try it:
 [0, 3, 6]
 """
 
+import copy
+import functools
 import itertools
 import os
 
@@ -42,14 +44,15 @@ import numpy as np
 import torch
 
 from engine.errors import printable
-from video import annotations
+from video import annotations, moving_shapes
 from video.annotations import DataError, split_files
+from video.clip_set import ClipSet
 from video.clips import Clips
 from video.loading import Plan, load
 from video.shards import ShardStream, VideoShards, describe_sample
 
 
-class VideoFiles(Clips):
+class VideoFiles(Clips, ClipSet):
     """Clips from video files, or from pictures, which are clips of one frame.
 
     source    whatever `annotations.read` knows: a folder, a list, a benchmark's own files
@@ -68,21 +71,23 @@ class VideoFiles(Clips):
     views     (clips, crops) with train=False: that many clips along time, and of each that many crops from
               end to end of the longer side. "video" is then uint8 (1 + clips * crops, T, H, W, 3), the one
               view in the centre of both first
+    decoder   one of DECODERS, see `Video`
     part      "all", or "train" / "val": without / only the tenth that `split_files` holds out. Where
               the source brings a split of its own, that counts instead, and "all" means what it has
               for `train`
     classes   class names in label order, to read a validation list with the training set's labels
 
     self[index] and self[index, epoch] return
-              {"video": uint8 (T, H, W, 3), or more with views, "label":
-               int, -1 = no label, "path": str, "bad": [(path, reason), ...], and where the source has
-               them "caption", "question", "answer": str and "candidates": tuple of str}
+              {"video": uint8 (T, H, W, 3), or more with views, "labels": {"label": int} where the
+               file has one, "path": str, "bad": [(path, reason), ...], and where the source has
+               them "caption" and "captions" (all of the video, after `by_video`), "question",
+               "answer": str and "candidates": tuple of str}
               A file that cannot be read is named in "bad". With train=True the next readable file
-              takes its place; with train=False nothing does and "video" is None: to count, not to
-              replace, is what keeps an evaluation honest.
+              takes its place. With train=False nothing does and "video" is None, so that an
+              evaluation counts unreadable files and does not replace them.
 
-    `items` lists (path, label or None), `captions` is None or parallel to it, `classes` the names,
-    `kind` says what the source is, `rows` has all that it says.
+    `classes` is {"label": names in label order}, or {} where the source has no labels. `captions` is
+    None or parallel to `items`, which lists (path, label or None). `kind` says what the source is.
     Raises DataError if source is none of these, a label is unknown, or no file can be read.
     """
 
@@ -91,10 +96,11 @@ class VideoFiles(Clips):
         if part not in ("all", "train", "val"):
             raise DataError(f"no part {part!r}: choose all, train or val")
         self.prepare(frames, size, stride, sampling, train, **recipe)
-        self.source, self.told = str(source), None
+        self.source, self.all_captions, self.recipe = str(source), None, recipe
         self.kind, rows, official = annotations.read(source)
         labels = [row.label for row in rows]
-        self.classes, number = annotations.number_labels(source, labels, classes or official)
+        names, number = annotations.number_labels(source, labels, classes or official)
+        self.classes = {"label": tuple(names)} if names else {}
         if len({row.split for row in rows}) > 1:
             own = {"all": "train" if train else "val"}.get(part, part)
             rows = [row for row in rows if row.split == own]
@@ -111,33 +117,62 @@ class VideoFiles(Clips):
             raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder")
 
-    def only(self, names):
-        """Keep the files of these classes alone, and number the classes in their order. Returns self."""
-        kept = [i for i, (_, label) in enumerate(self.items) if label is not None and self.classes[label] in names]
-        if not kept:
+    def keep(self, places):
+        """Keep the files at these places of the list alone. Returns self."""
+        self.rows = [self.rows[i] for i in places]
+        self.items = [self.items[i] for i in places]
+        self.captions = self.captions and [self.captions[i] for i in places]
+        return self
+
+    def only(self, question, names):
+        """Keep the files of these classes alone, numbered in this order. Returns self."""
+        old = self.classes[question]
+        self.keep([i for i, (_, label) in enumerate(self.items)
+                   if label is not None and old[label] in names])
+        if not self.items:
             raise DataError(f"{self.source}: no file of the classes {', '.join(names)}")
-        self.rows, self.items = [self.rows[i] for i in kept], [
-            (self.items[i][0], names.index(self.classes[self.items[i][1]])) for i in kept]
-        self.captions, self.classes = self.captions and [self.captions[i] for i in kept], list(names)
+        self.items = [(path, names.index(old[label])) for path, label in self.items]
+        self.classes = {question: tuple(names)}
         return self
 
     def first(self, count):
         """Keep `count` of the files, drawn at random but always the same. Returns self."""
-        kept = sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist())
-        self.rows, self.items = [self.rows[i] for i in kept], [self.items[i] for i in kept]
-        self.captions = self.captions and [self.captions[i] for i in kept]
-        return self
+        return self.keep(sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist()))
 
     def by_video(self):
-        """One item for each video, whatever number of captions it has: the item's "captions" is a tuple of all, its
-        "caption" the first. Returns self."""
-        told, first = {}, {}
+        """One item for each video: "captions" is a tuple of all its captions, "caption" the first.
+
+        Nothing changes where there are no captions, or a choice among several. Returns self.
+        """
+        if not self.captions or self.rows[0].candidates:
+            return self
+        captions, first = {}, {}
         for i, row in enumerate(self.rows):
-            told.setdefault(row.path, []).append(row.caption)
+            captions.setdefault(row.path, []).append(row.caption)
             first.setdefault(row.path, i)
-        self.rows, self.items = [self.rows[i] for i in first.values()], [self.items[i] for i in first.values()]
-        self.captions, self.told = [row.caption for row in self.rows], {path: tuple(texts) for path, texts in told.items()}
-        return self
+        self.all_captions = {path: tuple(texts) for path, texts in captions.items()}
+        return self.keep(list(first.values()))
+
+    def with_views(self, clips, crops):
+        """A copy for evaluation of which each item has several views: see `views`."""
+        views = copy.copy(self)
+        views.views = (clips, crops)
+        return views
+
+    def training_captions(self):
+        """All captions, for a vocabulary. DataError where there are none, or where one is empty."""
+        if self.captions is None:
+            return super().training_captions()
+        for (path, _), caption in zip(self.items, self.captions):
+            if not caption:
+                raise DataError(f"{self.source}: the caption of {path} is empty")
+        return list(self.captions)
+
+    def training_questions(self):
+        """All pairs (question, answer). DataError where one is missing."""
+        if any(row.answer is None or not (row.question or "").strip() for row in self.rows):
+            return super().training_questions()
+        return [(row.question, row.answer) for row in self.rows]
 
     def __len__(self):
         return len(self.items)
@@ -146,10 +181,12 @@ class VideoFiles(Clips):
         """One line for the user: kind, counts, classes, a sample, what is missing."""
         row, (path, label) = self.rows[0], self.items[0]
         videos = len({path for path, _ in self.items})
-        kinds = (f"{len(self.classes)} classes ({', '.join(self.classes[:3])}"
-                 f"{', ...' if len(self.classes) > 3 else ''})" if self.classes else "no labels")
-        said = f", {len(self):,} captions" if self.captions else f", {len(self):,} questions" if row.question else ""
-        first = f"first {path}" + ("" if label is None else f" = {self.classes[label]}") + (
+        names = self.classes.get("label", ())
+        kinds = (f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                 if names else "no labels")
+        said = (f", {len(self):,} captions" if self.captions else
+                f", {len(self):,} questions" if row.question else "")
+        first = f"first {path}" + ("" if label is None else f" = {names[label]}") + (
             f" = {row.caption!r}" if row.caption else "")
         missing = f"; {len(self.missing):,} MISSING, e.g. {self.missing[0]}" if self.missing else ""
         return printable(f"{self.source}: {self.kind}: {videos:,} videos{said}, {kinds}, {first}{missing}")
@@ -160,12 +197,12 @@ class VideoFiles(Clips):
         for place in range(index, index + (len(self) if self.train else 1)):
             place %= len(self)
             path, label = self.items[place]
-            label = -1 if label is None else label
-            item = {"video": None, "label": label, "path": path, "bad": bad}
+            item = {"video": None, "labels": {} if label is None else {"label": label}, "path": path,
+                    "bad": bad}
             item |= {key: getattr(self.rows[place], key) for key in ("caption", "question", "answer", "candidates")
                      if getattr(self.rows[place], key) is not None}
-            if self.told:
-                item["captions"] = self.told[path]
+            if "caption" in item:
+                item["captions"] = (self.all_captions or {}).get(path, (item["caption"],))
             try:
                 item["video"] = self.clip(path, (self.seed, index, epoch) if self.train else None)
                 return item
@@ -182,6 +219,35 @@ def open_clips(source, *args, **options):
     return (VideoShards if annotations.is_shards(source) else VideoFiles)(source, *args, **options)
 
 
+def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, motion_words=1.0,
+              sampling="dense", stride=4, transform="plain", flip=True, **augment):
+    """The training set and the held-out sets of a run: (train_set, {"val": ..., ...}).
+
+    source    what --data names: a folder, a list ...; "" = generated clips
+    held_out  what --val-data names; "" = a part of `source`
+    world     which class of video.moving_shapes the generated clips are of; its HELD_OUT names their
+              held-out sets, of which files have "val" alone
+    augment   more for the training set, see VideoFiles; the rest too
+
+    This is the one place that asks whether clips come from files: all data sets have one interface.
+    """
+    if not source:
+        make = functools.partial(getattr(moving_shapes, world), frames=frames, size=size, seed=seed,
+                                 motion_words=motion_words)
+        train_set = make("train")
+        sets = {split: make(split) for split in train_set.HELD_OUT}
+        return train_set, sets
+    options = dict(frames=frames, size=size, sampling=sampling, stride=stride, seed=seed, flip=flip,
+                   transform=transform)
+    train_set = open_clips(source, train=True, part="all" if held_out else "train", **options,
+                           **augment)
+    val = open_clips(held_out or source, train=False, classes=train_set.classes.get("label"),
+                     part="all" if held_out else "val", **options)
+    print(f"--data {train_set.summary()}")
+    print(f"held out: {len(val)} files")
+    return train_set, {"val": val}
+
+
 # ------------------------------------------------------------------------------------- batches
 
 
@@ -190,12 +256,17 @@ def _collate(items):
         if isinstance(item, DataError):
             return item
     good = [item for item in items if item["video"] is not None]
-    batch = {key: [item[key] for item in good] for key in ("caption", "captions", "path", "facts", "question", "answer",
-                                                          "candidates") if good and key in good[0]}
+    batch = {key: [item[key] for item in good] for key in BATCH_LISTS if good and key in good[0]}
+    questions = dict.fromkeys(question for item in good for question in item.get("labels", ()))
+    batch["labels"] = {question: torch.tensor([item["labels"].get(question, -1) for item in good])
+                       for question in questions}
     batch["bad"] = [entry for item in items for entry in item.get("bad", ())]
-    batch["label"] = torch.tensor([item["label"] for item in good], dtype=torch.int64)
     batch["video"] = torch.from_numpy(np.stack([item["video"] for item in good])) if good else None
     return batch
+
+
+# What a batch holds as lists, one entry for each clip, where the data set has it.
+BATCH_LISTS = ("caption", "captions", "path", "facts", "index", "question", "answer", "candidates")
 
 
 def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, rank=0, world=1, repeats=1):
@@ -209,8 +280,8 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
     workers  processes that load ahead; 0 = load in this one
     repeats  clips of each file side by side, each cut out anew (repeated augmentation, arXiv 1901.09335, as
              VideoMAE uses it); finite datasets only
-    yields   dict: "video" uint8 (B, T, H, W, 3), "label" int64 (B,), -1 = none, "bad" list of
-             (path, reason), and the lists "caption", "path", "facts" where the dataset has them
+    yields   dict: "video" uint8 (B, T, H, W, 3), "labels" {question: int64 (B,)}, -1 = none, "bad"
+             list of (path, reason), and lists such as "caption" and "path", see BATCH_LISTS
     Raises DataError where the dataset does, or if a batch has nothing but unreadable files.
     """
     shards = isinstance(dataset, VideoShards)

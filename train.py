@@ -73,7 +73,8 @@ from video import annotations
 from video.annotations import DataError
 import attention
 import caption_decoder
-from tasks import captioning
+from caption_decoder import VideoText
+from tasks import captioning, retrieval
 import clip_video
 import data
 from video.features import read_features
@@ -82,7 +83,7 @@ from video.sampling import SAMPLINGS
 from video.shards import VideoShards
 from video.transforms import TRANSFORMS, normalise
 from video import moving_shapes
-from engine import pictures
+from engine import large_batches, pictures
 import fusion
 from tasks import localisation
 import mae
@@ -91,7 +92,11 @@ from tasks import question_answering
 import uniformerv2
 import weights
 from attention import Attention, Block
+from weights.merging import merge
+from weights.tokenizer import load_tokenizer, tokenizer_of, train_tokenizer
 from engine.errors import Interrupted, RunError, UserError, printable
+from weights.clip import CLIPFile
+from weights.encoders import load_encoder
 
 
 def flag(default, help, low=None, high=None, choices=None):
@@ -247,28 +252,22 @@ class MAE(Stage):
     mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places at 40 px (paper: "
                              "0.9, which leaves 20 of 196 at 224 px)", low=0, high=1)
     mask_type: str = flag("tube", "tube = same places in every frame (paper: tube)", choices=tuple(mae.MASKS))
-    dual_mask: bool = flag(False, "decode half of the tokens only (VideoMAE V2, running cells)")
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel (paper: yes)")
     positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of the token's number "
                           "(paper: sinusoid)", choices=("axes", "sinusoid"))
-    space_time: str = flag("joint", "attention of the encoder: joint = every token sees every other; divided = over time, then "
-                           "over space (paper: joint)", choices=("joint", "divided"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
     decoder_width: int = flag(0, "width of the decoder; 0 = as the size says (paper: half of the encoder's)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
-    pack_frames: str = flag("", "train on clips of several lengths, drawn for each clip, in one row without padding, "
-                            "as 4,6,8: at most --num-frames (paper: all the same)")
-    pack_ratios: str = flag("", "the same for mask ratios, as 0.6,0.75,0.9 (paper: all the same)")
-    pack = None  # both lists, once `build` has read them
+    network = mae.VideoMAE  # a variant has its own
 
     def build(self):
         if self.weights:
-            model = mae.VideoMAE.from_official(self.weights, frames=self.num_frames,
+            model = self.network.from_official(self.weights, frames=self.num_frames,
                                                image_size=self.input_size)
             size = model.config["size"]
             self.decided(normalise=model.config["normalised"])
             self.normalise = model.config["normalised"]
-            self.decided(positions=model.config["positions"], space_time=model.config["space_time"],
+            self.decided(positions=model.config["positions"],
                       decoder_depth=size["decoder_depth"], decoder_width=size["decoder_width"], drop_path=0.0,
                       model=size_named(size, mae.SIZES))
         else:
@@ -280,77 +279,39 @@ class MAE(Stage):
                     raise UserError(f"--decoder-width {self.decoder_width}: must be a multiple of the {size.decoder_heads} heads")
                 size = dataclasses.replace(size, decoder_width=self.decoder_width, decoder_mlp_width=4 * self.decoder_width)
             try:
-                model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
+                model = self.network(size, frames=self.num_frames, image_size=self.input_size,
                                      positions=self.positions, drop_path=self.drop_path,
-                                     normalised=self.normalise, space_time=self.space_time)
+                                     normalised=self.normalise)
             except ValueError as error:
                 raise UserError(f"--num-frames, --input-size: {error}") from None
         t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
-        frames, ratios = numbers(self.pack_frames, "pack-frames"), numbers(self.pack_ratios, "pack-ratios", float)
-        for T in frames or ():
-            if T % model.encoder.tubelet or not 0 < T <= self.num_frames:
-                raise UserError(f"--pack-frames {self.pack_frames}: {T} is not a multiple of {model.encoder.tubelet} "
-                              f"up to --num-frames {self.num_frames}")
-        if (frames or ratios) and (self.dual_mask or self.drop_path):
-            raise UserError("--pack-frames, --pack-ratios: not with --dual-mask or --drop-path, which treat rows, not clips")
-        self.pack = (frames or [self.num_frames], ratios or [self.mask_ratio]) if frames or ratios else None
-        for name, values in (("mask-ratio", [self.mask_ratio]), ("pack-ratios", ratios or ())):
-            shortest = min(frames or [self.num_frames]) // model.encoder.tubelet
-            places, unit = (shortest, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
-            for ratio in values:
-                if not 0 < int(ratio * places) < places:
-                    raise UserError(f"--{name} {ratio}: must hide at least one of the {places} {unit} "
-                                  "and leave at least one")
-        if model.config["space_time"] == "divided" and (self.mask_type != "tube" or self.pack):
-            raise UserError("--space-time divided: every frame must show the same places; only with --mask-type tube, not with "
-                          "--pack-frames or --pack-ratios")
-        if self.dual_mask and (h % 2 or w % 2):
-            raise UserError(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
+        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
+        if not 0 < int(self.mask_ratio * places) < places:
+            raise UserError(f"--mask-ratio {self.mask_ratio}: must hide at least one of the {places} {unit} "
+                          "and leave at least one")
         model.recompute(self.recompute)
         return model
 
     def datasets(self):
         return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, transform=self.transform)
 
-    def loss(self, model, batch, rng):
-        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), still bytes
-        if self.pack and model.training:
-            return self.packed_loss(model, video, rng)
-        grid = model.encoder.grid_of(*video.shape[2:])
+    def hidden(self, model, video, rng):
+        """(B, N) bool. In training one draw for all processes, of which each takes its rows."""
         rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
-        hidden = mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
-        patch, tubelet = model.encoder.patch, model.encoder.tubelet
-        wanted, skipped, weight, count = hidden, None, None, None
-        if self.dual_mask:
-            skipped = mae.running_cell_mask(rows, grid, rng)[mine]
-            wanted = ~skipped
-            weight = mae.gather(hidden[..., None], mae.split(wanted)[1])[..., 0].to(video.device)
-            count = processes.mean(weight.float().sum()) if model.training else None
-        index = mae.split(wanted)[1].to(video.device)
-        target = self.faster(mae.target_of)(video, index, self.normalise, patch, tubelet)
+        grid = model.encoder.grid_of(*video.shape[2:])
+        return mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
+
+    def loss(self, model, batch, rng):
+        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), uint8
+        hidden = self.hidden(model, video, rng)
+        target = mae.reconstruction_target(video, hidden, self.normalise, tubelet=model.encoder.tubelet)
         with self.autocast():
-            prediction = model(video, hidden, skipped)
-        loss = mae.reconstruction_loss(prediction, target, weight, count=count)
+            prediction = model(video, hidden)
+        loss = mae.reconstruction_loss(prediction, target)
         metrics = {"loss": loss.detach()}
         if self.normalise and not model.training:
-            metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target, weight)
+            metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target)
         return loss, metrics
-
-    def packed_loss(self, model, video, rng):
-        """The mean over all hidden numbers of all clips, so that a long clip counts as much as its tubelets do."""
-        rows, mine = processes.joined(len(video))
-        patch, tubelet = model.encoder.patch, model.encoder.tubelet
-        lengths, ratios = ([choices[i] for i in torch.randint(len(choices), (rows,), generator=rng)] for choices in self.pack)
-        hidden = [mae.MASKS[self.mask_type](1, model.encoder.grid_of(T, *video.shape[3:]), ratio, rng)
-                  for T, ratio in zip(lengths, ratios)][mine]
-        videos = [clip[:, :T] for clip, T in zip(video, lengths[mine])]
-        target = torch.cat([mae.reconstruction_target(clip[None], mask, self.normalise, patch=patch, tubelet=tubelet)
-                            for clip, mask in zip(videos, hidden)], dim=1)[0]
-        with self.autocast():
-            prediction = model.packed(videos, [mask[0] for mask in hidden])
-        weight = torch.ones(len(target), device=video.device)
-        loss = mae.reconstruction_loss(prediction, target, weight, count=processes.mean(weight.sum()))
-        return loss, {"loss": loss.detach()}
 
     def note(self):
         if not self.normalise:
@@ -366,7 +327,7 @@ class MAE(Stage):
             hidden = mae.MASKS[self.mask_type](1, grid, self.mask_ratio, generator(self.seed, "picture", i))
             path = folder / f"reconstruction_{i}.png"
             title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
-            mae.draw(model, video, hidden, path, f"held-out clip: {title}")
+            pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden), path, f"held-out clip: {title}")
             paths += [path, path.with_suffix(".gif")]
         return paths
 
@@ -375,47 +336,6 @@ class MAE(Stage):
 SMALL = uniformerv2.Size(96, 3, 4, 384, 8, 40)
 SMALL_TEXT = clip_video.TextSize(96, 2, 2)
 FACTS = {"motion": moving_shapes.MOTIONS, "shape": moving_shapes.SHAPES, "colour": tuple(moving_shapes.COLOURS)}
-
-
-class VideoText(torch.nn.Module):
-    """What the clip card trains: both encoders and the caption decoder, under the names they have in
-    InternVideo's own file, so that a run is laid out like it: `clip.*` and `caption_decoder.*`.
-
-    The two config entries rebuild the parts; each part also reads such a run by itself, with
-    VideoCLIP.from_official(RUN) and CaptionDecoder.from_official(RUN)."""
-
-    def __init__(self, clip, caption_decoder):
-        super().__init__()
-        self.clip, self.caption_decoder = clip, caption_decoder
-
-    @property
-    def config(self):
-        return {"model": "VideoText", "clip": self.clip.config, "caption_decoder": self.caption_decoder.config}
-
-    @classmethod
-    def from_run(cls, folder):
-        """Load a run of the clip card, in eval mode."""
-        return cls(clip_video.VideoCLIP.from_official(folder),
-                   caption_decoder.CaptionDecoder.from_official(folder)).eval()
-
-    def to_official(self):
-        """{official name: tensor}, laid out like InternVideo's own file."""
-        clip = {"clip." + name: tensor for name, tensor in self.clip.to_official().items()}
-        return clip | self.caption_decoder.to_official()
-
-    def encode(self, video, ids, hidden=True):
-        """video (B, C, T, H, W), ids (B, L) -> embeddings (B, E), (B, E), and, where `hidden` is wanted, what the
-        decoder knows before each word, (B, L-1, W). The loss needs no more, and each clip is treated alone."""
-        seen, tokens = self.clip.encode_video_tokens(video)
-        read, words = self.clip.encode_text_tokens(ids)
-        return (seen, read, self.caption_decoder.hidden(tokens.flatten(1, 2), words[:, :-1])) if hidden else (seen, read)
-
-    def caption(self, video, tokenizer, maximum):
-        """video (B, C, T, H, W), normalised -> B sentences, greedy."""
-        _, tokens = self.clip.encode_video_tokens(video)
-        return tokenizer.decode(caption_decoder.generate(
-            self.caption_decoder, self.clip.text, tokens.flatten(1, 2), start=tokenizer.start,
-            end=tokenizer.end, maximum=maximum))
 
 
 @dataclass
@@ -445,7 +365,6 @@ class Clip(Stage):
     merge: str = flag("", "with --steps 0: official weights, of the CLIP that --weights grew from, to average those with "
                           "(WiSE-FT)")
     merge_share: float = flag(0.5, "share of --merge in the average (paper: 0.5, zero-shot)", low=0, high=1)
-    merge_as_published: bool = flag(False, "leave out blocks 12 and above, as the published list does")
     model: str = flag("small", "size of both towers (paper: b16, l14; small is ours)",
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2 (paper), frames = frame-wise CLIP, joint = ViCLIP",
@@ -524,8 +443,7 @@ class Clip(Stage):
 
     def fresh(self, captions):
         """Everything from scratch, the vocabulary too."""
-        self.words = clip_video.load_tokenizer(self.tokenizer) if self.tokenizer else \
-            clip_video.train_tokenizer(captions, self.vocabulary)
+        self.words = load_tokenizer(self.tokenizer) if self.tokenizer else train_tokenizer(captions, self.vocabulary)
         size, text, layers = self.model, self.model, None
         if size == "small":  # one global block, after the last layer: two more cost time and brought nothing
             size, text, layers = SMALL, SMALL_TEXT, (SMALL.depth - 1,)
@@ -551,7 +469,7 @@ class Clip(Stage):
 
     def load(self):
         """From a run of ours, InternVideo-MM, ViCLIP, or CLIP; CLIP and a frame-wise run grow into a video model."""
-        source = clip_video.OfficialFile(self.weights)
+        source = CLIPFile(self.weights)
         ours = self.steps and source.config.get("kind") == "frames"  # without steps it is measured as it is
         grow = self.kind == "video" and bool(ours or source.layout in ("CLIP", "Hugging Face CLIP"))
         if self.global_layers and not grow:
@@ -565,8 +483,7 @@ class Clip(Stage):
         size = clip.config["image_size"]
         if self.merge:
             try:
-                clip_video.merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share,
-                                 as_published=self.merge_as_published)
+                merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share)
             except ValueError as error:
                 raise UserError(f"--merge {self.merge}: {error}") from None
         if size != [self.input_size] * 2:
@@ -576,7 +493,7 @@ class Clip(Stage):
             clip = resized(clip, self.input_size)
         if self.context > clip.config["context"]:
             raise UserError(f"--context {self.context}: the weights read at most {clip.config['context']} tokens")
-        self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
+        self.words = tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
         self.decided(kind=clip.kind, local_units=clip.config["local_units"], temporal_downsample=clip.config["temporal_downsample"],
                      vocabulary=clip.config["vocabulary"], model=size_named(clip.config["size"], uniformerv2.SIZES | {"small": SMALL}))
         self.local_units = clip.config["local_units"]
@@ -630,25 +547,27 @@ class Clip(Stage):
             video = video.expand(-1, getattr(model.clip.visual, "stride", 1), -1, -1, -1)
         video = normalise(video, model.clip.mean, model.clip.std)
         ids, is_token = (x.to(video.device) for x in self.words.encode(captions, self.context, trim=True))
-        if model.training:
-            model.clip.clamp_scale()
 
-        def encode(video, ids):
+        def forward(video, ids):
             with self.autocast():
-                return model.encode(video, ids, hidden=self.caption_weight > 0)
+                return model(video, ids) if self.caption_weight else model.clip(video, ids)[:2]
 
         cached = self.cache_size and torch.is_grad_enabled()
-        seen, read, *hidden = clip_video.in_pieces(encode, self.cache_size, video, ids) if cached else encode(video, ids)
+        video_embedding, text_embedding, *hidden = large_batches.in_pieces(forward, self.cache_size, video, ids) if cached \
+            else forward(video, ids)
         # Clips with the same caption are not each other's negatives, in whichever process they are.
         same = torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") for text in captions],
                             device=video.device)
-        contrastive = clip_video.contrastive_loss(seen, read, model.clip.logit_scale, targets=same, gather=model.training)
+        # Same numbers, less memory: engine/large_batches.py.
+        pairs = len(video) * (processes.world() if model.training else 1)
+        contrast = clip_video.contrastive_loss if pairs <= large_batches.BLOCKED_ABOVE else large_batches.blocked_contrastive_loss
+        contrastive = contrast(video_embedding, text_embedding, model.clip.logit_scale, targets=same, gather=model.training)
         kind = "image_" if image else ""
         if not hidden:
             return contrastive, {"loss": contrastive.detach(), kind + "contrastive": contrastive.detach()}
         count = processes.mean(is_token[:, 1:].sum()).clamp(min=1) if model.training else None
         with self.autocast():
-            caption = caption_decoder.chunked_caption_loss(model.caption_decoder, hidden[0], ids, is_token, count=count)
+            caption = large_batches.chunked_caption_loss(model.caption_decoder, hidden[0], ids, is_token, count=count)
         loss = contrastive + self.caption_weight * caption
         return loss, {"loss": loss.detach(), kind + "contrastive": contrastive.detach(),
                       kind + "caption": caption.detach()}
@@ -713,7 +632,7 @@ class Clip(Stage):
         """Zero-shot recognition of the files' classes, by their names in every prompt -> {name: percent}."""
         names = [name.replace("_", " ") for name in self.sets[1].classes]
         with self.autocast():
-            classes = clip_video.embed_classes(model.clip, self.words, names, self.sentences())
+            classes = retrieval.embed_classes(model.clip, self.words, names, self.sentences())
         rows = []
         for batch in batches:
             with self.autocast():
@@ -726,7 +645,7 @@ class Clip(Stage):
     def sentences(self):
         """What class names are put into: the lines of --prompts, or InternVideo's 16."""
         if not self.prompts:
-            return clip_video.PROMPTS
+            return retrieval.PROMPTS
         try:
             lines = [line.strip() for line in text_of(self.prompts).split("\n") if line.strip()]
         except (OSError, ValueError) as error:
@@ -740,7 +659,7 @@ class Clip(Stage):
         count = min(self.gallery, len(told))
         owner = torch.arange(count).repeat_interleave(torch.tensor(told[:count]))
         similarity = model.clip.logit_scale.exp() * read[:len(owner)] @ seen[:count].T
-        return clip_video.retrieval_metrics(similarity, owner, grouped=True)
+        return retrieval.retrieval_metrics(similarity, owner, grouped=True)
 
     def finish(self, model):
         """Multiple choice, zero-shot recognition, and the captions scored against all that is told of each clip."""
@@ -756,7 +675,7 @@ class Clip(Stage):
                 asked = [(options, options.index(text)) for options, text in zip(batch.get("candidates", ()), batch["caption"])]
             with self.autocast():
                 if asked:
-                    chosen = clip_video.choose(model.clip, video, [self.encode(list(options), video.device) for options, _ in asked])
+                    chosen = retrieval.choose(model.clip, video, [self.encode(list(options), video.device) for options, _ in asked])
                     choices += [(batch["number"], [c == right for c, (_, right) in zip(chosen.tolist(), asked)])]
                 if self.caption_weight:
                     told = [moving_shapes.phrasings(facts) for facts in batch["facts"]] if "facts" in batch else \
@@ -812,11 +731,11 @@ class Clip(Stage):
                     f"one view of {self.num_frames} frames, {self.input_size} px, sampling {self.sampling}, transform {self.transform}; chance is {100 / len(self.sets[1].classes):.1f} %")
         told = list(self.sets[1].told.values()) if files and self.sets[1].told else []
         texts = sum(len(told[i]) for i in data.spread(len(told), self.eval_clips)[:videos]) if told else videos
-        return clip_video.protocol(
+        return retrieval.protocol(
             self.sets[1].source if self.data else "moving shapes", videos=videos, captions=texts, frames=self.num_frames,
             size=self.input_size, crop=f"transform {self.transform}" if self.data else "all of the frame",
             sampling=self.sampling if self.data else "all of the clip", merge=self.merge_share if self.merge else None,
-            grouped=True) + "; merged as published, blocks 12 and above left out" * bool(self.merge and self.merge_as_published) + self.tasks()
+            grouped=True) + self.tasks()
 
     def tasks(self):
         """Of the protocol what is not retrieval."""
@@ -840,7 +759,7 @@ class Clip(Stage):
         raw, captions = batch["video"][:shown], batch["caption"][:shown]
         video = normalise(raw, model.clip.mean, model.clip.std)
         with self.autocast():
-            seen, tokens = model.clip.encode_video_tokens(video)
+            seen = model.clip.encode_video(video)
             read = model.clip.encode_text(self.encode(captions, video.device))
             written = model.caption(video, self.words, self.context - 1)
         seen, read = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (seen, read))
@@ -852,8 +771,9 @@ class Clip(Stage):
             return paths[:2]
         pictures.captions(raw, captions, written, paths[2])
         ids = self.encode(written[:1], video.device)
-        where, spoken = caption_decoder.looks(model.clip, model.caption_decoder, self.words, tokens[:1].float(), ids)
-        pictures.attention_maps(raw[0], where, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
+        maps = model.attention_maps(video[:1], ids)[0].cpu()
+        spoken = [self.words.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
+        pictures.attention(raw[0], maps, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
         return paths
 
 
@@ -932,15 +852,11 @@ class AttentiveProbe(torch.nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run of `classify --mode attentive`, in eval mode. Raises WeightsError."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "AttentiveProbe":
-            raise weights.WeightsError(f"{folder}: not a run of `train.py classify --mode attentive`")
-
         def make(config):
             family = mae.VideoClassifier if config["encoder"]["model"] == "VideoClassifier" else uniformerv2.UniFormerV2
             return cls(family.from_config(config["encoder"]), config["classes"], config["heads"])
 
-        return weights.fill(weights.build(make, config, folder), tensors, name=str(folder)).eval()
+        return weights.load_run(make, folder, "AttentiveProbe", "classify --mode attentive")
 
     def read(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
@@ -953,67 +869,12 @@ class AttentiveProbe(torch.nn.Module):
 
 def tokens_of(encoder, video):
     """All tokens of either encoder's last block, (B, N, D)."""
-    if isinstance(encoder, mae.VideoClassifier):
-        return encoder.encoder(video)
-    return encoder.encode(video)[1].flatten(1, 2)
+    return encoder.tokens(video)
 
 
 def feature_of(encoder, video):
     """What either encoder's head sees, (B, D)."""
-    feature = encoder.features(video)
-    return feature if isinstance(encoder, mae.VideoClassifier) else encoder.norm(feature)
-
-
-def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0, rows=None, positions="sinusoid"):
-    """Either encoder of InternVideo, with a head for Y classes, out of whatever holds it.
-
-    source   a run of mae, clip or classify, or an official file: VideoMAE pretrained or fine-tuned, UniFormerV2,
-             CLIP (which grows), InternVideo-MM. What the file is, its names tell
-    classes  Y; None: the head that it has, or where it has none a fresh one of one class, to be replaced
-    rows     which row of the file's head each class is, where it has a head; default and heads: see their `with_head`
-    positions   of official VideoMAE files: see mae.position_codes
-    returns  mae.VideoClassifier or uniformerv2.UniFormerV2
-    """
-    tensors, config = weights.read(source)
-    kind = config.get("model")
-    masked = kind in ("VideoMAE", "VideoClassifier") if kind else any(
-        "patch_embed.proj." in key or "patch_embeddings.projection." in key for key in tensors)
-    if masked:
-        pretrained = kind == "VideoMAE" or any(key.endswith("mask_token") for key in tensors) and not kind
-        family = mae.VideoMAE if pretrained else mae.VideoClassifier
-        found = family.from_official(source, frames=frames, image_size=image_size, positions=positions)
-        options = {"rows": rows} if of_the_head(source, found, classes, rows) else {}
-        return found.with_head(classes or found.config.get("classes") or 1, frames=frames or found.config["frames"],
-                               image_size=image_size or found.config["image_size"], drop=drop, drop_path=drop_path, **options)
-    options = dict(head_dropout=drop, drop_path=drop_path)
-    names = " ".join(tensors)
-    if kind == "UniFormerV2" or not kind and "transformer.dec." in names and "text_projection" not in names:
-        found = uniformerv2.UniFormerV2.from_official(source, frames=frames)
-        if of_the_head(source, found, classes, rows):
-            options["rows"] = rows
-        return found.with_head(classes or found.config["classes"] or 1, **options)
-    of_the_head(source, None, classes, rows)
-    if kind not in (None, "VideoCLIP", "VideoText"):
-        raise weights.WeightsError(f"{source}: holds a {kind}, which is no encoder that `classify` knows")
-    grow = not kind and clip_video.OfficialFile(source).layout in ("CLIP", "Hugging Face CLIP")
-    clip = clip_video.VideoCLIP.from_official(source, frames=frames, grow=grow)
-    if clip.kind == "joint":
-        raise weights.WeightsError(f"{source}: ViCLIP's joint tower has no classifier here; use UniFormerV2, "
-                                   "InternVideo-MM or CLIP weights")
-    return clip.visual.with_head(classes or 1, norm=clip.visual_norm, mean=clip.mean, std=clip.std, **options)
-
-
-def of_the_head(source, model, classes, rows):
-    """True where `rows` names rows of the model's head; WeightsError where they cannot be. Says what shapes do not tell."""
-    had = model.config.get("classes", 0) if model is not None else 0
-    if rows is None:
-        if (had, classes) == (710, 400):
-            print(f"{source}: the first 400 of its 710 classes are taken for Kinetics-400, as in InternVideo and UniFormerV2; VideoMAE "
-                  "V2's are in another order, for which see --head-rows")
-        return False
-    if len(rows) != classes or not had or not all(0 <= row < had for row in rows):
-        raise weights.WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes out of a head with {had} of {source}")
-    return True
+    return encoder.feature(video) if isinstance(encoder, mae.VideoClassifier) else encoder.norm(encoder.features(video))
 
 
 @dataclass
@@ -1506,7 +1367,10 @@ class Fuse(Labels):
         pictures.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
         if model.before:
             paths.append(folder / "looks.png")
-            pictures.cross_attention_maps(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
+            maps = model.attention_maps(batch["video"][:1])[0]
+            grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"]) for encoder in
+                     (model.masked, model.multimodal[0])]
+            pictures.looks(batch["video"][0].cpu().numpy(), *pictures.strongest(maps, *grids), paths[-1])
         return paths
 
 
@@ -1757,7 +1621,7 @@ class Answer(Stage):
                 clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames or None)
                 decoder = caption_decoder.CaptionDecoder.from_official(self.weights)
             config = (model.clip if run else clip).config
-            self.words = clip_video.tokenizer_of(self.weights, self.tokenizer, config["vocabulary"])
+            self.words = tokenizer_of(self.weights, self.tokenizer, config["vocabulary"])
         except ValueError as error:
             raise UserError(str(error)) from None
         self.num_frames, size = self.num_frames or config["frames"], config["image_size"][0]

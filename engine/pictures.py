@@ -162,6 +162,20 @@ def masks(tables, path):
     finish(figure, path)
 
 
+def strongest(maps, grid, other, count=4):
+    """Of the tokens of one model, the `count` whose attention to another model is least even.
+
+    maps     (N, t', h'*w' or 1 + h'*w'), weights of the attention of each of N = t*h*w tokens
+    grid     (t, h, w) of these tokens; other (t', h', w'), the grid of those they attend to
+    returns  [(time step, row, column) of a token, ...], grid, and their weights (count, t', h', w') on
+             patches alone; each sum is at most 1, for class tokens take the rest
+    """
+    t, h, w = grid
+    maps = maps[:, :, -other[1] * other[2]:].unflatten(2, other[1:])
+    chosen = maps.flatten(1).amax(dim=1).argsort(descending=True)[:count].tolist()
+    return [(n // (h * w), n // w % h, n % w) for n in chosen], grid, maps[chosen]
+
+
 def cross_attention_maps(video, tokens, grid, maps, path):
     """Where tokens of one model attend in another: a row for each token.
 
@@ -343,3 +357,44 @@ def curve(out, name):
     figure.savefig(out / "loss.png", dpi=110)
     plt.close(figure)
     return [out / "loss.png"]
+
+
+def reconstruction(pictures, path, title=""):
+    """A masked clip and its reconstruction: frames as a strip (`path`, .png), moving beside it (.gif).
+
+    pictures  what mae.reconstruction_pictures gave: {name: (B, 3, T, H, W) torch, in [0, 1]}; clip 0
+              is drawn, a row for each name
+    """
+    from PIL import Image
+
+    pictures = {name: clips[0].cpu() for name, clips in pictures.items()}
+    shown = (pictures["visible"] == pictures["input"]).float().mean()
+    borrowed = "mean and contrast\nborrowed from input" if "borrowed" in pictures else \
+        "nothing borrowed"
+    labels = {"input": "input", "visible": f"what the encoder saw\n({shown:.0%})",
+              "reconstruction": f"reconstruction\n({borrowed})",
+              "borrowed": "what was borrowed:\nthe mean alone"}
+    T, H, W = pictures["input"].shape[1:]
+    frames = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
+    plt = pyplot()
+    figure, axes = plt.subplots(len(pictures), len(frames), squeeze=False, facecolor="white",
+                                figsize=(1.3 * len(frames) * W / H + 1.7, 1.35 * len(pictures) + 0.5))
+    for row, (name, clip) in zip(axes, pictures.items()):
+        for axis, frame in zip(row, frames):
+            axis.imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if name == "input":
+                axis.set_title(f"frame {frame}", fontsize=8)
+        row[0].set_ylabel(labels[name], fontsize=8, rotation=0, ha="right", va="center")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+    side_by_side = torch.cat(list(pictures.values()), dim=-1)                # (3, T, H, rows*W)
+    zoom = max(1, 144 // H)
+    moving = (side_by_side.permute(1, 2, 3, 0) * 255).round().byte()
+    moving = moving.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
+    images = [Image.fromarray(frame) for frame in moving]
+    images[0].save(path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=120,
+                   loop=0)

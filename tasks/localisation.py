@@ -396,7 +396,9 @@ def look(encoder, frames, stride, batch_size=16):
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (encoder.mean, encoder.std))
     for clips in in_batches(windows(frames, encoder.config["frames"], stride), batch_size):
         clips = torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
-        yield encoder.features((clips / 255 - mean) / std).float()
+        clips = (clips / 255 - mean) / std
+        # Of the multimodal encoder before the head's norm, as runs made before have it.
+        yield (encoder.encode(clips)[0] if encoder.family == "multimodal" else encoder.feature(clips)).float()
 
 
 @torch.no_grad()
@@ -467,11 +469,7 @@ class Localiser(nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run of the localise stage, in eval mode. WeightsError where it is none."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "Localiser":
-            raise WeightsError(f"{folder}: holds a {config.get('model', 'file without a configuration')}, not a "
-                               "Localiser; give the folder of a localise run")
-        return weights.fill(weights.build(cls.from_config, config, folder), tensors, name=str(folder)).eval()
+        return weights.load_run(cls.from_config, folder, "Localiser", "localise")
 
     @classmethod
     def from_config(cls, config):

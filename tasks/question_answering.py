@@ -45,6 +45,7 @@ from torch import nn
 import caption_decoder
 import clip_video
 import weights
+from weights.tokenizer import tokenizer_of, train_tokenizer
 from attention import Dropout
 
 
@@ -125,13 +126,12 @@ class VideoQA(nn.Module):
     @classmethod
     def from_run(cls, folder, drop=0.0):
         """Load a run of the answer card, in eval mode; drop: as above, to train on. Raises WeightsError."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "VideoQA":
-            raise weights.WeightsError(f"{folder}: not a run of `train.py answer`")
-        model = weights.build(lambda told: cls(
-            clip_video.VideoCLIP.from_config(told["clip"]), caption_decoder.CaptionDecoder.from_config(told["caption_decoder"]),
-            told["answers"], drop), config, folder)
-        return weights.fill(model, tensors, name=str(folder)).eval()
+        def make(config):
+            return cls(clip_video.VideoCLIP.from_config(config["clip"]),
+                       caption_decoder.CaptionDecoder.from_config(config["caption_decoder"]),
+                       config["answers"], drop)
+
+        return weights.load_run(make, folder, "VideoQA", "answer")
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def main(argv=None):
             raise ValueError("a video needs a question and --weights, a run of `train.py answer`")
         if args.weights:
             model = VideoQA.from_run(args.weights)
-            tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, model.clip.config["vocabulary"])
+            tokenizer = tokenizer_of(args.weights, args.tokenizer, model.clip.config["vocabulary"])
         else:
             model, tokenizer = untrained(moving_shapes)
         config = model.clip.config
@@ -188,7 +188,7 @@ def untrained(moving_shapes):
     torch.manual_seed(0)
     world = moving_shapes.QuestionShapes("train", 4, 64)
     items = [world[i] for i in range(100)]
-    tokenizer = clip_video.train_tokenizer([item["question"] for item in items], 600)
+    tokenizer = train_tokenizer([item["question"] for item in items], 600)
     clip = clip_video.VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=32, end=tokenizer.end)
     decoder = caption_decoder.CaptionDecoder(128, heads=2, depth=2, visual_width=192, vocabulary=tokenizer.vocabulary, queries=8)
     return VideoQA(clip, decoder, answer_table([item["answer"] for item in items])).eval(), tokenizer

@@ -66,7 +66,7 @@ def test_a_run_goes_on_as_a_classifier_with_the_same_encoder(encoders, kind, tmp
     else:
         assert isinstance(model, uniformerv2.UniFormerV2) and model.mean == clip_video.CLIP_MEAN
         video = torch.randn(2, 3, 4, 16, 16)
-        assert torch.equal(model.eval().features(video), pretrained.eval().clip.visual.features(video))
+        assert torch.equal(model.eval().encode(video)[0], pretrained.eval().clip.visual.encode(video)[0])
         assert torch.equal(model.norm.weight, pretrained.clip.visual_norm.weight)
     assert model.head.out_features == 30
     assert run("--weights", path, out=tmp_path) == 0

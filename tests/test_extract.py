@@ -94,7 +94,7 @@ def test_pooling_all_of_a_tower_is_what_its_head_sees(videos, runs):
         assert torch.allclose(model.head(extract.features(model, video, "all")), model(ready), atol=1e-5)
         tokens = extract.features(model, video, "none")
         assert torch.allclose(tokens.mean(dim=2), extract.features(model, video, "space"), atol=1e-6)
-        assert torch.allclose(model.fc_norm(tokens.flatten(1, 2).mean(dim=1)), model.features(ready), atol=1e-5)
+        assert torch.allclose(model.fc_norm(tokens.flatten(1, 2).mean(dim=1)), model.feature(ready), atol=1e-5)
 
 
 def test_the_tokens_of_viclip_are_told_apart_by_time(runs):

@@ -504,7 +504,7 @@ def mae_case(form):
         model = model.to(DEVICE).train()
         if card.compile == "on":
             train.compile_blocks(model)
-        visible, wanted = (index.to(DEVICE) for index in mae.split(hidden))
+        visible, wanted = (index.to(DEVICE) for index in mae.split_by_mask(hidden))
 
         def loss():
             video = clip.permute(0, 4, 1, 2, 3)
@@ -636,7 +636,7 @@ def bench_shortcuts():
     model = mae.VideoMAE("small").to(DEVICE)
     video = torch.randn(1, 3, 16, 224, 224, device=DEVICE)
     hidden = mae.tube_mask(1, model.grid, 0.9, torch.Generator().manual_seed(0))
-    visible, wanted = (index.to(DEVICE) for index in mae.split(hidden))
+    visible, wanted = (index.to(DEVICE) for index in mae.split_by_mask(hidden))
 
     def step(prediction):
         loss = mae.reconstruction_loss(prediction, mae.reconstruction_target(video, hidden))

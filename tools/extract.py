@@ -64,8 +64,8 @@ def features(model, clips, pool):
     video = normalise(clips, model.mean, model.std)
     if isinstance(model, mae.VideoClassifier):
         if pool == "all":
-            return model.features(video).float()
-        tokens = model.encoder(video).unflatten(1, (model.encoder.grid_of(*video.shape[2:])[0], -1))
+            return model.feature(video).float()
+        tokens = model.tokens(video).unflatten(1, (model.encoder.grid_of(*video.shape[2:])[0], -1))
     elif isinstance(model, clip_video.VideoCLIP):  # ViCLIP: its class token, then frame by frame
         feature, tokens = model.encode_video_tokens(video)
         if pool == "all":

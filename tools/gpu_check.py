@@ -155,7 +155,7 @@ def masked(size, clips, pixels, frames, compiled):
         train.compile_blocks(model)
     clip = torch.randint(256, (clips, frames, pixels, pixels, 3), dtype=torch.uint8, device=DEVICE)
     hidden = mae.tube_mask(clips, model.grid, 0.9, torch.Generator().manual_seed(0))
-    visible, wanted = (index.to(DEVICE) for index in mae.split(hidden))
+    visible, wanted = (index.to(DEVICE) for index in mae.split_by_mask(hidden))
 
     def loss():
         video = clip.permute(0, 4, 1, 2, 3)

@@ -14,11 +14,12 @@ import torch
 from engine.errors import printable
 from video import annotations
 from video.annotations import DataError, split_files
+from video.clip_set import ClipSet
 from video.clips import Clips
 from video.decoding import Bytes
 
 
-class VideoShards(Clips):
+class VideoShards(Clips, ClipSet):
     """Clips from tar shards: k.mp4 with k.txt, k.json or k.cls beside it.
 
     source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files. The
@@ -38,7 +39,7 @@ class VideoShards(Clips):
     absent.
     """
 
-    missing, classes = (), ()
+    missing = ()
 
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
                  classes=None, **recipe):
@@ -60,7 +61,7 @@ class VideoShards(Clips):
         known = list(map(describe_sample, self.samples(shards[:1] if train else shards)))
         if not known:
             raise DataError(f"{shards[0]}: no video in this shard")
-        self.items = [(item["path"], item["label"]) for item, _ in known]
+        self.items = [(item["path"], item["labels"].get("label")) for item, _ in known]
         captions = [item.get("caption") for item, _ in known]
         self.captions = None if None in captions else captions
 
@@ -73,6 +74,10 @@ class VideoShards(Clips):
         where = "the first" if self.train else "them"
         return printable(f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
                          f"{where}, first {self.items[0][0]}{caption}")
+
+    def training_captions(self):
+        """The captions of the first shard. DataError where one has none."""
+        return self.captions or super().training_captions()
 
     def samples(self, shards, mix=None):
         """The raw samples of an iterable of shards, in order.
@@ -139,8 +144,8 @@ def describe_sample(sample):
     if label.isdigit() and (len(label) > 18 or int(label) >= annotations.MOST_CLASSES):
         raise DataError(f"{name}.cls: {label[:20].decode()} is no class number; these are "
                         f"below {annotations.MOST_CLASSES:,}")
-    item = {"path": f"{name}.{video}", "label": int(label) if label.isdigit() else -1}
-    return item | ({"caption": caption} if caption else {}), sample[video]
+    item = {"path": f"{name}.{video}", "labels": {"label": int(label)} if label.isdigit() else {}}
+    return item | ({"caption": caption, "captions": (caption,)} if caption else {}), sample[video]
 
 
 class ShardStream(torch.utils.data.IterableDataset):
