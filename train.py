@@ -773,7 +773,7 @@ class Clip(Stage):
         ids = self.encode(written[:1], video.device)
         maps = model.attention_maps(video[:1], ids)[0].cpu()
         spoken = [self.words.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
-        pictures.attention(raw[0], maps, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
+        pictures.attention_maps(raw[0], maps, spoken, f'where the decoder looks as it writes "{written[0]}"', paths[3])
         return paths
 
 
@@ -1370,7 +1370,7 @@ class Fuse(Labels):
             maps = model.attention_maps(batch["video"][:1])[0]
             grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"]) for encoder in
                      (model.masked, model.multimodal[0])]
-            pictures.looks(batch["video"][0].cpu().numpy(), *pictures.strongest(maps, *grids), paths[-1])
+            pictures.cross_attention_maps(batch["video"][0].cpu().numpy(), *pictures.strongest(maps, *grids), paths[-1])
         return paths
 
 

@@ -176,6 +176,21 @@ def strongest(maps, grid, other, count=4):
     return [(n // (h * w), n // w % h, n % w) for n in chosen], grid, maps[chosen]
 
 
+def strongest(maps, grid, other, count=4):
+    """The `count` tokens of one model whose attention to another model is least even.
+
+    maps     (N, t', h'*w' or 1 + h'*w') torch: attention of each of N = t*h*w tokens
+    grid     (t, h, w) of these tokens
+    other    (t', h', w') of the tokens that they attend to
+    returns  [(time step, row, column) of each token], grid, and their attention to patches alone
+             (count, t', h', w'): a sum is at most 1, because class tokens take the rest
+    """
+    t, h, w = grid
+    maps = maps[:, :, -other[1] * other[2]:].unflatten(2, other[1:])
+    chosen = maps.flatten(1).amax(dim=1).argsort(descending=True)[:count].tolist()
+    return [(n // (h * w), n // w % h, n % w) for n in chosen], grid, maps[chosen]
+
+
 def cross_attention_maps(video, tokens, grid, maps, path):
     """Where tokens of one model attend in another: a row for each token.
 
@@ -205,17 +220,19 @@ def cross_attention_maps(video, tokens, grid, maps, path):
     finish(figure, path)
 
 
-def reconstruction(clips, visible, path, title=""):
-    """Rows of frames of a masked clip, as `path` (.png), and the moving picture beside it (.gif).
+def reconstruction(clips, path, title=""):
+    """A masked clip and its reconstruction: frames as a strip (.png), moving beside it (.gif).
 
-    clips    {"input", "seen", "painted" and, where the model predicts normalised pixels,
-             "borrowed"}: float (3, T, H, W) in [0, 1], torch
-    visible  share of the clip that the encoder saw
+    clips  result of mae.reconstruction_pictures: {"input", "visible", "reconstruction" and, where
+           the model predicts normalised pixels, "borrowed"}, each (B, 3, T, H, W) float in [0, 1],
+           torch. The first clip is drawn, a row for each name
     """
     plt = pyplot()
+    clips = {name: batch[0].cpu() for name, batch in clips.items()}
+    visible = (clips["visible"] == clips["input"]).float().mean()
     loan = "mean and contrast\nborrowed from input" if "borrowed" in clips else "nothing borrowed"
-    labels = {"input": "input", "seen": f"what the encoder saw\n({visible:.0%})",
-              "painted": f"reconstruction\n({loan})",
+    labels = {"input": "input", "visible": f"what the encoder saw\n({visible:.0%})",
+              "reconstruction": f"reconstruction\n({loan})",
               "borrowed": "what was borrowed:\nthe mean alone"}
     T, H, W = clips["input"].shape[1:]
     shown = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
@@ -224,7 +241,7 @@ def reconstruction(clips, visible, path, title=""):
                                 figsize=size)
     for row, (name, clip) in zip(axes, clips.items()):
         for axis, frame in zip(row, shown):
-            axis.imshow(clip[:, frame].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if name == "input":
                 axis.set_title(f"frame {frame}", fontsize=8)
@@ -241,7 +258,7 @@ def moving_picture(clip, path):
     from PIL import Image
 
     zoom = max(1, 144 // clip.shape[2])
-    frames = (clip.permute(1, 2, 3, 0) * 255).round().byte().cpu()
+    frames = (clip.permute(1, 2, 3, 0) * 255).round().byte()
     frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
     first, *others = [Image.fromarray(frame) for frame in frames]
     first.save(path, save_all=True, append_images=others, duration=120, loop=0)

@@ -279,7 +279,7 @@ def test_the_pictures_show_the_input_where_it_was_visible_and_the_prediction_els
 def test_the_pictures_of_frames_and_of_normalised_clips_are_the_same():
     frames, model = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8), toy(normalised=False)
     hidden = tube_mask(1, model.grid, 0.5)
-    video = data.normalise(frames, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    video = normalise(frames, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
     one, other = (mae.reconstruction_pictures(model, x, hidden)
                   for x in (video, frames.permute(0, 4, 1, 2, 3)))
     assert one.keys() == other.keys() == {"input", "visible", "reconstruction"}  # nothing borrowed

@@ -45,6 +45,7 @@ from video.clips import one_clip  # noqa: E402
 from video.decoding import Video  # noqa: E402
 from video.sampling import segment_indices  # noqa: E402
 from video.transforms import normalise  # noqa: E402
+from weights.tokenizer import tokenizer_of  # noqa: E402
 
 
 def parser():
@@ -88,10 +89,10 @@ def model_in(source):
     tensors, config = weights.read(source)
     if config.get("model"):
         return config["model"]
-    family, loaders = weights.describe(tensors)
+    _, loaders = weights.describe(tensors)
     if not loaders:
         raise UserError(f"{source}: weights of no family known here")
-    return loaders[0].split(".")[1]
+    return loaders[0]
 
 
 def clip_for(args, frames, size, sampling="segment"):
@@ -162,11 +163,8 @@ def reconstruct(args):
     loss = mae.reconstruction_loss(model(video, hidden), target)
     print(f"{int(hidden[0, :h * w].sum())} of {h * w} places of every frame are hidden; "
           f"loss on this clip {loss:.3f}")
-    clips = {name: clip[0] for name, clip in mae.paint(model, video, hidden).items()}
-    if not config["normalised"]:
-        del clips["borrowed"]
     path = picture_path(args)
-    pictures.reconstruction(clips, 1 - float(hidden.float().mean()), path)
+    pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden), path)
     print(f"drawn: {path} and {path.with_suffix('.gif')}")
 
 
@@ -179,7 +177,7 @@ def classify_multimodal(args):
     """UniFormerV2: the likeliest answers to each question, and where the global token attends."""
     model = uniformerv2.UniFormerV2.from_official(args.weights).eval()
     clip = answer_questions(args, model)
-    maps = uniformerv2.looks(model, as_input(clip, model))
+    maps = model.attention_maps(as_input(clip, model))
     if maps:
         path = picture_path(args)
         pictures.attention_maps(clip, torch.cat(list(maps.values())),
@@ -213,41 +211,38 @@ def describe(args):
     """VideoText or VideoCLIP: which of --text fits, or a caption and where each word attends."""
     model = clip_video.VideoCLIP.from_official(args.weights, frames=args.frames).eval()
     config = model.config
-    decoder = None if args.text else caption_decoder.CaptionDecoder.from_official(args.weights)
-    tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, config["vocabulary"])
+    if not args.text:
+        decoder = caption_decoder.CaptionDecoder.from_official(args.weights)
+        model = caption_decoder.VideoText(model, decoder).eval()
+    tokenizer = tokenizer_of(args.weights, args.tokenizer, config["vocabulary"])
     clip = clip_for(args, args.frames or config["frames"], config["image_size"])
-    if args.text:
-        match(model, tokenizer, as_input(clip, model), args.text)
-    else:
-        caption(args, model, decoder.eval(), tokenizer, clip)
+    (match if args.text else caption)(args, model, tokenizer, clip)
 
 
-def match(model, tokenizer, video, texts):
-    """Print a probability for each text, the highest first; video (1, 3, T, H, W)."""
-    ids, _ = tokenizer.encode(texts, model.config["context"])
+def match(args, model, tokenizer, clip):
+    """Print a probability for each text, the highest first; clip (T, H, W, 3)."""
+    ids, _ = tokenizer.encode(args.text, model.config["context"])
     classes = F.normalize(model.encode_text(ids), dim=-1)[None]
-    shares = clip_video.zero_shot(model.encode_video(video), classes, model.logit_scale)[0]
-    for share, text in sorted(zip(shares.tolist(), texts), reverse=True):
+    video = model.encode_video(as_input(clip, model))
+    shares = clip_video.zero_shot(video, classes, model.logit_scale)[0]
+    for share, text in sorted(zip(shares.tolist(), args.text), reverse=True):
         print(f"{share:8.4f}  {text}")
 
 
-def caption(args, model, decoder, tokenizer, clip):
+def caption(args, model, tokenizer, clip):
     """Print a caption of a clip (T, H, W, 3), and draw where each of its words attends."""
-    context = model.config["context"]
-    _, tokens = model.encode_video_tokens(as_input(clip, model))
-    written = caption_decoder.generate(
-        decoder, model.text, tokens.flatten(1, 2), start=tokenizer.start, end=tokenizer.end,
-        maximum=min(args.max_tokens, context - 1), method=args.method,
-        generator=torch.Generator().manual_seed(args.seed))
-    sentence = tokenizer.decode(written)[0]
+    video, context = as_input(clip, model.clip), model.clip.config["context"]
+    sentence, = model.caption(video, tokenizer, min(args.max_tokens, context - 1),
+                              method=args.method,
+                              generator=torch.Generator().manual_seed(args.seed))
     print(sentence)
-    if model.kind == "joint":  # its tokens do not belong to single frames
+    if model.clip.kind == "joint":  # its tokens do not belong to single frames
         return
     ids = tokenizer.encode([sentence], context, trim=True)[0]
+    words = [tokenizer.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
     path = picture_path(args)
-    maps, words = caption_decoder.looks(model, decoder, tokenizer, tokens, ids)
     title = f'where the decoder attends as it writes "{sentence}"'
-    pictures.attention_maps(clip, maps, words, title, path)
+    pictures.attention_maps(clip, model.attention_maps(video, ids)[0], words, title, path)
     print(f"drawn: {path}")
 
 
@@ -270,7 +265,10 @@ def fuse(args):
         print_answers(score[0], questions, args.top or 3, f"{name:11s} ")
     if model.before:
         path = picture_path(args)
-        pictures.cross_attention_maps(frames, *fusion.places(model, clip), path)
+        grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"])
+                 for encoder in encoders[:2]]
+        strongest = pictures.strongest(model.attention_maps(clip)[0], *grids)
+        pictures.cross_attention_maps(frames, *strongest, path)
         print(f"drawn: {path}")
 
 
@@ -331,7 +329,7 @@ def answer(args):
     """VideoQA: the likeliest answers to --question, or to a question about a generated clip."""
     model = question_answering.VideoQA.from_run(args.weights)
     config = model.clip.config
-    tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, config["vocabulary"])
+    tokenizer = tokenizer_of(args.weights, args.tokenizer, config["vocabulary"])
     T, (H, W) = config["frames"], config["image_size"]
     if args.video:
         if not args.question:
