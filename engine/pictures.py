@@ -226,6 +226,7 @@ def reconstruction(clips, path, title=""):
     clips  result of mae.reconstruction_pictures: {"input", "visible", "reconstruction" and, where
            the model predicts normalised pixels, "borrowed"}, each (B, 3, T, H, W) float in [0, 1],
            torch. The first clip is drawn, a row for each name
+    returns  both paths
     """
     plt = pyplot()
     clips = {name: batch[0].cpu() for name, batch in clips.items()}
@@ -251,6 +252,7 @@ def reconstruction(clips, path, title=""):
     figure.savefig(path, dpi=110)
     plt.close(figure)
     moving_picture(torch.cat(list(clips.values()), dim=-1), path.with_suffix(".gif"))
+    return [path, path.with_suffix(".gif")]
 
 
 def moving_picture(clip, path):
@@ -374,44 +376,3 @@ def curve(out, name):
     figure.savefig(out / "loss.png", dpi=110)
     plt.close(figure)
     return [out / "loss.png"]
-
-
-def reconstruction(pictures, path, title=""):
-    """A masked clip and its reconstruction: frames as a strip (`path`, .png), moving beside it (.gif).
-
-    pictures  what mae.reconstruction_pictures gave: {name: (B, 3, T, H, W) torch, in [0, 1]}; clip 0
-              is drawn, a row for each name
-    """
-    from PIL import Image
-
-    pictures = {name: clips[0].cpu() for name, clips in pictures.items()}
-    shown = (pictures["visible"] == pictures["input"]).float().mean()
-    borrowed = "mean and contrast\nborrowed from input" if "borrowed" in pictures else \
-        "nothing borrowed"
-    labels = {"input": "input", "visible": f"what the encoder saw\n({shown:.0%})",
-              "reconstruction": f"reconstruction\n({borrowed})",
-              "borrowed": "what was borrowed:\nthe mean alone"}
-    T, H, W = pictures["input"].shape[1:]
-    frames = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
-    plt = pyplot()
-    figure, axes = plt.subplots(len(pictures), len(frames), squeeze=False, facecolor="white",
-                                figsize=(1.3 * len(frames) * W / H + 1.7, 1.35 * len(pictures) + 0.5))
-    for row, (name, clip) in zip(axes, pictures.items()):
-        for axis, frame in zip(row, frames):
-            axis.imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if name == "input":
-                axis.set_title(f"frame {frame}", fontsize=8)
-        row[0].set_ylabel(labels[name], fontsize=8, rotation=0, ha="right", va="center")
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-    side_by_side = torch.cat(list(pictures.values()), dim=-1)                # (3, T, H, rows*W)
-    zoom = max(1, 144 // H)
-    moving = (side_by_side.permute(1, 2, 3, 0) * 255).round().byte()
-    moving = moving.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
-    images = [Image.fromarray(frame) for frame in moving]
-    images[0].save(path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=120,
-                   loop=0)

@@ -34,12 +34,11 @@ import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
 import fusion  # noqa: E402
 import mae  # noqa: E402
-import train  # noqa: E402
 import uniformerv2  # noqa: E402
 import weights  # noqa: E402
 from engine import pictures  # noqa: E402
 from engine.errors import UserError, printable  # noqa: E402
-from tasks import localisation, question_answering  # noqa: E402
+from tasks import localisation, question_answering, recognition  # noqa: E402
 from video import moving_shapes  # noqa: E402
 from video.clips import one_clip  # noqa: E402
 from video.decoding import Video  # noqa: E402
@@ -163,9 +162,9 @@ def reconstruct(args):
     loss = mae.reconstruction_loss(model(video, hidden), target)
     print(f"{int(hidden[0, :h * w].sum())} of {h * w} places of every frame are hidden; "
           f"loss on this clip {loss:.3f}")
-    path = picture_path(args)
-    pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden), path)
-    print(f"drawn: {path} and {path.with_suffix('.gif')}")
+    still, moving = pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden),
+                                            picture_path(args))
+    print(f"drawn: {still} and {moving}")
 
 
 def classify_masked(args):
@@ -188,7 +187,7 @@ def classify_multimodal(args):
 
 def classify_attentively(args):
     """AttentiveProbe: the likeliest answers to each question."""
-    model = train.AttentiveProbe.from_run(args.weights)
+    model = recognition.AttentiveProbe.from_run(args.weights)
     answer_questions(args, model, model.encoder.config)
 
 
