@@ -445,8 +445,8 @@ def zero_shot(video, classes, logit_scale, combine="probabilities"):
 @torch.no_grad()
 def main():
     """`python clip_video.py`: the shapes, of an untrained model on four generated clips."""
-    import data
     from video.moving_shapes import MovingShapes
+    from video.transforms import normalise
     from weights.tokenizer import train_tokenizer
 
     world = MovingShapes("train", 4, 64)
@@ -456,7 +456,7 @@ def main():
     model = VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=24)
     model.eval()
     pixels = torch.stack([torch.as_tensor(item["video"]) for item in items])
-    video = data.normalise(pixels, model.mean, model.std)
+    video = normalise(pixels, model.mean, model.std)
     video_embedding, video_tokens = model.encode_video_tokens(video)
     text_embedding, text_tokens = model.encode_text_tokens(ids)
     print(f"the first caption: {items[0]['caption']!r}, as tokens {ids[0][is_token[0]].tolist()}")

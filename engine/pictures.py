@@ -176,6 +176,21 @@ def strongest(maps, grid, other, count=4):
     return [(n // (h * w), n // w % h, n % w) for n in chosen], grid, maps[chosen]
 
 
+def strongest(maps, grid, other, count=4):
+    """The `count` tokens of one model whose attention to another model is least even.
+
+    maps     (N, t', h'*w' or 1 + h'*w') torch: attention of each of N = t*h*w tokens
+    grid     (t, h, w) of these tokens
+    other    (t', h', w') of the tokens that they attend to
+    returns  [(time step, row, column) of each token], grid, and their attention to patches alone
+             (count, t', h', w'): a sum is at most 1, because class tokens take the rest
+    """
+    t, h, w = grid
+    maps = maps[:, :, -other[1] * other[2]:].unflatten(2, other[1:])
+    chosen = maps.flatten(1).amax(dim=1).argsort(descending=True)[:count].tolist()
+    return [(n // (h * w), n // w % h, n % w) for n in chosen], grid, maps[chosen]
+
+
 def cross_attention_maps(video, tokens, grid, maps, path):
     """Where tokens of one model attend in another: a row for each token.
 
@@ -205,27 +220,28 @@ def cross_attention_maps(video, tokens, grid, maps, path):
     finish(figure, path)
 
 
-def reconstruction(pictures, path, title=""):
-    """A masked clip and its reconstruction: frames as a strip (`path`, .png), moving beside it (.gif).
+def reconstruction(clips, path, title=""):
+    """A masked clip and its reconstruction: frames as a strip (.png), moving beside it (.gif).
 
-    pictures  what mae.reconstruction_pictures gave: {name: (B, 3, T, H, W) torch, in [0, 1]}; clip 0
-              is drawn, a row for each name
-    returns   the two paths
+    clips  result of mae.reconstruction_pictures: {"input", "visible", "reconstruction" and, where
+           the model predicts normalised pixels, "borrowed"}, each (B, 3, T, H, W) float in [0, 1],
+           torch. The first clip is drawn, a row for each name
+    returns  both paths
     """
-    pictures = {name: clips[0].cpu() for name, clips in pictures.items()}
-    shown = (pictures["visible"] == pictures["input"]).float().mean()
-    borrowed = "mean and contrast\nborrowed from input" if "borrowed" in pictures else \
-        "nothing borrowed"
-    labels = {"input": "input", "visible": f"what the encoder saw\n({shown:.0%})",
-              "reconstruction": f"reconstruction\n({borrowed})",
-              "borrowed": "what was borrowed:\nthe mean alone"}
-    T, H, W = pictures["input"].shape[1:]
-    frames = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
     plt = pyplot()
-    figure, axes = plt.subplots(len(pictures), len(frames), squeeze=False, facecolor="white",
-                                figsize=(1.3 * len(frames) * W / H + 1.7, 1.35 * len(pictures) + 0.5))
-    for row, (name, clip) in zip(axes, pictures.items()):
-        for axis, frame in zip(row, frames):
+    clips = {name: batch[0].cpu() for name, batch in clips.items()}
+    visible = (clips["visible"] == clips["input"]).float().mean()
+    loan = "mean and contrast\nborrowed from input" if "borrowed" in clips else "nothing borrowed"
+    labels = {"input": "input", "visible": f"what the encoder saw\n({visible:.0%})",
+              "reconstruction": f"reconstruction\n({loan})",
+              "borrowed": "what was borrowed:\nthe mean alone"}
+    T, H, W = clips["input"].shape[1:]
+    shown = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
+    size = (1.3 * len(shown) * W / H + 1.7, 1.35 * len(clips) + 0.5)
+    figure, axes = plt.subplots(len(clips), len(shown), squeeze=False, facecolor="white",
+                                figsize=size)
+    for row, (name, clip) in zip(axes, clips.items()):
+        for axis, frame in zip(row, shown):
             axis.imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if name == "input":
@@ -235,7 +251,7 @@ def reconstruction(pictures, path, title=""):
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    moving_picture(torch.cat(list(pictures.values()), dim=-1), path.with_suffix(".gif"))
+    moving_picture(torch.cat(list(clips.values()), dim=-1), path.with_suffix(".gif"))
     return [path, path.with_suffix(".gif")]
 
 
@@ -244,7 +260,7 @@ def moving_picture(clip, path):
     from PIL import Image
 
     zoom = max(1, 144 // clip.shape[2])
-    frames = (clip.permute(1, 2, 3, 0) * 255).round().byte().cpu()
+    frames = (clip.permute(1, 2, 3, 0) * 255).round().byte()
     frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
     first, *others = [Image.fromarray(frame) for frame in frames]
     first.save(path, save_all=True, append_images=others, duration=120, loop=0)

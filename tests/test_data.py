@@ -331,7 +331,7 @@ def test_lists_are_read_as_people_write_them(folder, text, labels, classes):
     files = VideoFiles(folder / "list.csv", 2, 16)
     paths = [str(folder / name) for name in ("a.mp4", "b.mkv", "c d.mp4")]
     assert files.items == list(zip(paths, labels))
-    assert files.classes == classes and not files.missing
+    assert files.classes == ({"label": tuple(classes)} if classes else {}) and not files.missing
     assert files.captions == (["one, two", "x", "y"] if "caption" in text else None)
     assert ": 3 videos" in files.summary() and "\n" not in files.summary()
 
@@ -353,11 +353,11 @@ def test_folders_of_videos_are_classes(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     files = VideoFiles(tmp_path, 2, 16)
-    assert files.classes == ["jump", "run"]
+    assert files.classes == {"label": ("jump", "run")}
     assert files.items == [(str(tmp_path / "jump/deep/y.avi"), 0), (str(tmp_path / "run/x.mp4"), 1)]
     (tmp_path / "z.mp4").write_text("")
     flat = VideoFiles(tmp_path, 2, 16)
-    assert flat.classes == [] and {label for _, label in flat.items} == {None}
+    assert flat.classes == {} and {label for _, label in flat.items} == {None}
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no video below"):
         VideoFiles(tmp_path / "empty", 2, 16)
@@ -387,7 +387,7 @@ def test_training_crops_are_random_by_index_and_epoch_and_leave_the_global_state
     state = torch.get_rng_state()
     one, again, later = files[0], files[0], files[0, 1]
     assert torch.equal(torch.get_rng_state(), state)
-    assert one["video"].shape == (4, 32, 40, 3) and one["label"] == -1
+    assert one["video"].shape == (4, 32, 40, 3) and one["labels"] == {}
     assert np.array_equal(one["video"], again["video"])
     assert not np.array_equal(one["video"], later["video"])
 
@@ -460,15 +460,15 @@ def test_training_names_and_skips_a_bad_file_evaluation_never_replaces_it(folder
     train = VideoFiles(folder / "mixed.txt", 2, 16)
     assert train.missing == [str(folder / "missing.mp4")] and "1 MISSING" in train.summary()
     item = train[0]
-    assert item["path"].endswith("a.mp4") and item["label"] == 2
+    assert item["path"].endswith("a.mp4") and item["labels"] == {"label": 2}
     assert [path for path, _ in item["bad"]] == [
         str(folder / "text.mp4"), str(folder / "missing.mp4")]
     test = VideoFiles(folder / "mixed.txt", 2, 16, train=False)
-    assert test[0]["video"] is None and test[0]["label"] == 0 and len(test[0]["bad"]) == 1
+    assert test[0]["video"] is None and test[0]["labels"] == {"label": 0} and len(test[0]["bad"]) == 1
     assert test[2]["video"].shape == (2, 16, 16, 3) and test[2]["bad"] == []
     for batch_size in (1, 2, 3):
         seen = list(held_out(test, None, batch_size))
-        assert sum(len(b["label"]) for b in seen) == 1 and sum(len(b["bad"]) for b in seen) == 2
+        assert sum(len(b["path"]) for b in seen) == 1 and sum(len(b["bad"]) for b in seen) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -485,9 +485,11 @@ def test_nothing_readable_is_one_clear_line(folder, workers):
 
 
 def same(one, two):
-    return one.keys() == two.keys() and all(
-        torch.equal(one[key], two[key]) if torch.is_tensor(one[key]) else one[key] == two[key]
-        for key in one)
+    if torch.is_tensor(one):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    return one == two
 
 
 def sources(folder):
@@ -500,7 +502,8 @@ def test_batches_are_the_same_for_any_workers_and_after_a_resume(folder, which):
     dataset = sources(folder)[which]
     reference = list(batches(dataset, 3, seed=5, steps=6))
     assert len(reference) == 6 and reference[0]["video"].shape == (3, 4, 32, 32, 3)
-    assert reference[0]["video"].dtype == torch.uint8 and reference[0]["label"].dtype == torch.int64
+    assert reference[0]["video"].dtype == torch.uint8
+    assert {labels.dtype for labels in reference[0]["labels"].values()} == {torch.int64}
     for other in (batches(dataset, 3, seed=5, steps=6, workers=2),
                   itertools.chain(batches(dataset, 3, 5, 2), batches(dataset, 3, 5, 6, start=2))):
         other = list(other)
@@ -521,12 +524,12 @@ def test_an_epoch_visits_every_item_once_in_an_order_of_its_own():
             return 10
 
         def __getitem__(self, index_and_epoch):
-            return {"video": np.zeros((1, 1, 1, 3), np.uint8), "label": index_and_epoch[0]}
+            return {"video": np.zeros((1, 1, 1, 3), np.uint8), "labels": {"n": index_and_epoch[0]}}
 
-    labels = torch.cat([batch["label"] for batch in batches(Numbers(), 4, 0, steps=5)]).tolist()
+    labels = torch.cat([batch["labels"]["n"] for batch in batches(Numbers(), 4, 0, steps=5)]).tolist()
     assert sorted(labels[:10]) == sorted(labels[10:]) == list(range(10))
     assert labels[:10] != labels[10:]
-    plain = torch.cat([batch["label"] for batch in batches(Numbers(), 4, 0, 5, shuffle=False)])
+    plain = torch.cat([batch["labels"]["n"] for batch in batches(Numbers(), 4, 0, 5, shuffle=False)])
     assert plain.tolist() == 2 * list(range(10))
 
 
@@ -577,7 +580,7 @@ def test_worker_processes_end_with_the_run_also_after_an_interruption(folder, nu
 def test_held_out_items_come_in_order_once():
     world = MovingShapes("val", 1, 16)
     seen = list(held_out(world, 7, 3, workers=2))
-    assert [len(batch["label"]) for batch in seen] == [3, 3, 1]
+    assert [len(batch["caption"]) for batch in seen] == [3, 3, 1]
     assert sum([batch["caption"] for batch in seen], []) == [world[i]["caption"] for i in range(7)]
 
 
@@ -593,7 +596,7 @@ def test_a_check_names_bad_files_counts_the_rest_and_writes_a_list_without_them(
     assert "2 of 4 files are good" in said and "h264 (2)" in said and "64 x 48 (2)" in said
     assert "text.mp4: not a readable video" in said and (tmp_path / "sheet.png").stat().st_size > 1000
     fixed = VideoFiles(tmp_path / "good.jsonl", 2, 16)
-    assert fixed.classes == ["jump", "run"] and fixed.captions == ["one, two", "y", "again"]
+    assert fixed.classes == {"label": ("jump", "run")} and fixed.captions == ["one, two", "y", "again"]
     assert data.main([str(tmp_path / "good.jsonl"), "--out", str(tmp_path), "--workers", "1"]) == 0
     assert data.main([str(folder / "nothing")]) == 2 and "no such file" in capsys.readouterr().err
 
@@ -620,7 +623,7 @@ def test_part_of_a_list_that_comes_class_by_class_holds_all_classes(tmp_path):
         for i in range(3):
             write_video(tmp_path / name / f"{i}.mp4", frames=2)
     files = VideoFiles(tmp_path, 1, 16, train=False)
-    labels = [batch["label"].tolist() for batch in held_out(files, 3, 2)]
+    labels = [batch["labels"]["label"].tolist() for batch in held_out(files, 3, 2)]
     assert labels == [[0, 1], [2]]
     assert spread(9, 3) == [0, 3, 6] and spread(5, 3) == [0, 1, 3] and spread(2, 5) == [0, 1]
 
@@ -665,7 +668,7 @@ def test_a_damaged_file_of_features_is_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("said, expected", [
-    ({"json": b'{"caption": "a dog"}', "cls": b"3"}, (3, "a dog")), ({"json": b'{"caption": 5}'}, (-1, None)), ({"json": b"[" * 99999}, (-1, None)),
+    ({"json": b'{"caption": "a dog"}', "cls": b"3"}, (3, "a dog")), ({"json": b'{"caption": 5}'}, (None, None)), ({"json": b"[" * 99999}, (None, None)),
     ({"cls": b"1699999999"}, None), ({"cls": b"9" * 5000}, None)], ids=lambda value: str(value)[:30])
 def test_what_stands_beside_a_video_in_a_shard_is_text_and_a_class_number(said, expected):
     sample = {"__url__": "x.tar", "__key__": "a", "mp4": b"", **said}
@@ -674,7 +677,7 @@ def test_what_stands_beside_a_video_in_a_shard_is_text_and_a_class_number(said, 
             describe_sample(sample)
     else:
         item, _ = describe_sample(sample)
-        assert (item["label"], item.get("caption")) == expected
+        assert (item["labels"].get("label"), item.get("caption")) == expected
 
 
 def test_a_worker_notes_any_name(monkeypatch):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import assert_summary, official_fill, values
 
 import attention
-from video.transforms import normalise
+from video import transforms
 import mae
 import weights
 from engine import pictures
@@ -140,7 +140,7 @@ def test_the_target_follows_the_official_recipe_step_by_step():
 def test_bytes_go_straight_in_with_the_numbers_of_normalised_clips():
     """Only the selected tubelets become floats; the numbers are the same to the last bit."""
     clip = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
-    video = normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    video = transforms.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
     raw, model = clip.permute(0, 4, 1, 2, 3), toy()
     hidden = tube_mask(2, model.grid, 0.5)
     assert torch.equal(model(raw, hidden), model(video, hidden))
@@ -279,7 +279,7 @@ def test_the_pictures_show_the_input_where_it_was_visible_and_the_prediction_els
 def test_the_pictures_of_frames_and_of_normalised_clips_are_the_same():
     frames, model = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8), toy(normalised=False)
     hidden = tube_mask(1, model.grid, 0.5)
-    video = data.normalise(frames, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    video = transforms.normalise(frames, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
     one, other = (mae.reconstruction_pictures(model, x, hidden)
                   for x in (video, frames.permute(0, 4, 1, 2, 3)))
     assert one.keys() == other.keys() == {"input", "visible", "reconstruction"}  # nothing borrowed

@@ -385,6 +385,6 @@ def test_a_checked_data_set_is_copied_and_trains_from_the_copies(tmp_path, capsy
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").glob("*.mp4")}
     assert len(made) == 2 and not list((tmp_path / "small").glob("*.part"))
     found = data.VideoFiles(tmp_path / "small" / "list.jsonl", 2, 32, train=False)
-    assert found.classes == ["left", "right"] and found[0]["video"].shape == (2, 32, 32, 3)
+    assert found.classes == {"label": ("left", "right")} and found[0]["video"].shape == (2, 32, 32, 3)
     assert data.main(arguments) == 1 and {path: path.stat().st_mtime_ns for path in made} == made
     assert data.main([*arguments[:-1], "4"]) == 2 and "--short-side" in capsys.readouterr().err
