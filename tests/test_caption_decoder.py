@@ -22,8 +22,10 @@ from torch import nn
 import weights
 from attention import Block, Mask, quick_gelu, written_out
 from caption_decoder import (CaptionDecoder, caption_loss, chunked_caption_loss, generate,
-                             official_name, reorder, rotary_frequencies, rotate)
+                             reorder, rotary_frequencies, rotate)
 from weights import WeightsError
+from weights.caption_decoder import OFFICIAL
+from weights.official import spell
 
 START, END = 0, 1
 
@@ -98,8 +100,8 @@ def fill_clip_blocks(blocks, prefix):
 
 def official_state(decoder, prefix=""):
     """What an official file of this decoder would hold, filled with reference tensors."""
-    return {prefix + official_name(key): tensor.clone() if key.endswith(("beta", "frequencies"))
-            else filled(official_name(key), tensor.shape)
+    return {prefix + spell(key, OFFICIAL): tensor.clone() if key.endswith(("beta", "frequencies"))
+            else filled(spell(key, OFFICIAL), tensor.shape)
             for key, tensor in decoder.state_dict().items()}
 
 
