@@ -40,7 +40,6 @@ torch.Size([2, 9, 100])
 """
 
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -48,9 +47,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip_video
-import weights
 from attention import Mask, attention
-from weights import Rule, WeightsError, commonest
 
 # ------------------------------------------------------------------------------------------------
 # Layers
@@ -285,27 +282,13 @@ class CaptionDecoder(nn.Module):
         returns  the decoder in eval mode
         raises   WeightsError: no decoder inside, or one that does not fit to the last tensor
         """
-        tensors, config = weights.part(*weights.read(source), "caption_decoder")
-        name = "the dict of weights" if isinstance(source, dict) else str(source)
-        if config.get("model") == "CaptionDecoder":  # a run of ours
-            return weights.fill(weights.build(cls.from_config, config, name), tensors, name=name).eval()
-        prefix = "caption_decoder."
-        if not any(key.startswith(prefix) for key in tensors):
-            prefix = ""
-        tensors = {key: value for key, value in tensors.items() if key.startswith(prefix)}
-        sizes = official_sizes(tensors, prefix, name, heads)
-        try:
-            decoder = cls(**sizes)
-        except ValueError as error:
-            raise WeightsError(f"{name}: {error}") from None
-        rules = [Rule(key, prefix + official_name(key)) for key in decoder.state_dict()]
-        weights.fill(decoder, tensors, rules, name=name)
-        check_rotary(decoder, prefix, name)
-        return decoder.eval()
+        from weights import caption_decoder
+        return caption_decoder.load(cls, source, heads=heads)
 
     def to_official(self):
-        """{official name: tensor}, what InternVideo's own code calls them."""
-        return weights.official(self, [Rule(key, "caption_decoder." + official_name(key)) for key in self.state_dict()])
+        """{official name: tensor}, as InternVideo's own code names them."""
+        from weights import caption_decoder
+        return caption_decoder.to_official(self)
 
 
 def caption_loss(logits, ids, is_text, *, count=None):
@@ -525,80 +508,6 @@ def attention_maps(decoder, visual, text):
     last = decoder.cross_blocks[-1]
     words = share(last.attn, last.norm(before), last.attn.keys(pooled)[0])   # (B, L, Q)
     return words @ share(pooler.attn, queries, keys)
-
-
-# ------------------------------------------------------------------------------------------------
-# Official weights
-
-# Our names -> official names, in network order; each line is applied to what the one above gave.
-OFFICIAL = (
-    (r"^queries$", "visual_queries"),
-    (r"^pooler\.(attn\.)?", "visual_attn_pooler."),
-    (r"^pooled_norm\.", "visual_pooler_norm."),
-    (r"^self_blocks\.(\d+)\.", r"multimodal_layers.\1.0.fn."),
-    (r"fn\.frequencies$", "fn.rotary_emb.inv_freq"),
-    (r"fn\.fused\.", "fn.fused_attn_ff_proj."),  # rows: queries, keys, values, MLP
-    (r"fn\.proj\.", "fn.attn_out."),
-    (r"fn\.fc2\.", "fn.ff_out.1."),
-    (r"^cross_blocks\.(\d+)\.(attn\.)?", r"multimodal_layers.\1.1.fn."),
-    (r"\.q\.", ".to_q."),
-    (r"\.kv\.", ".to_kv."),
-    (r"\.proj\.", ".to_out."),
-    (r"\.fc1\.", ".ff.0."),
-    (r"\.fc2\.", ".ff.2."),
-    (r"^vocabulary\.", "predictor.4."),  # all others have the same name in both
-)
-
-
-def official_name(name):
-    """What the official files call our tensor `name`, without the prefix."""
-    for pattern, replacement in OFFICIAL:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def official_sizes(tensors, prefix, name, heads=None):
-    """Constructor arguments, read off the shapes. Where several tensors tell a size the majority
-    wins, so that one damaged tensor is named alone when the model is filled."""
-    layers, pooler = prefix + "multimodal_layers.", prefix + "visual_attn_pooler."
-    depth = weights.depth_of(tensors, layers)
-    if not depth or not any(key.startswith(prefix + "visual_") for key in tensors):
-        raise WeightsError(f"{name}: holds no caption decoder (no caption_decoder.*, nor "
-                           "visual_queries and multimodal_layers.* without that prefix)")
-
-    def size(axis, *names):
-        names = dict.fromkeys(name.replace("*", str(i)) for name in names for i in range(depth))
-        found = [tensors[key].shape[axis] for key in names
-                 if key in tensors and tensors[key].ndim > axis]
-        return commonest(found) if found else 2  # any: `fill` will name what is missing
-
-    width = size(0, prefix + "text_norm.weight", prefix + "text_norm.bias",
-                 layers + "*.0.fn.norm.gamma", layers + "*.1.fn.norm.gamma")
-    head_width = size(0, pooler + "to_kv.weight", layers + "*.1.fn.to_kv.weight") // 2
-    context = [pooler + key for key in ("context_norm.gamma", "context_norm.beta", "to_kv.weight")]
-    visual = [tensors[key].shape[-1] for key in context if key in tensors]
-    last = [prefix + "predictor.4.weight", prefix + "predictor.4.bias"]
-    words = [len(tensors[key]) for key in last if key in tensors]
-    if len(set(words)) > 1:  # one against one: no majority
-        raise WeightsError(f"{name} does not fit CaptionDecoder: wrong shape: {last[0]} says that "
-                           f"the vocabulary has {words[0]} words, {last[1]} says {words[1]}")
-    return {"width": width, "heads": heads or max(1, width // max(1, head_width)), "depth": depth,
-            "visual_width": commonest(visual or [2]),
-            "vocabulary": words[0] if words else 2,
-            "queries": size(0, prefix + "visual_queries"),
-            "mlp_width": size(1, layers + "*.0.fn.ff_out.1.weight", layers + "*.1.fn.ff.2.weight")}
-
-
-@torch.no_grad()
-def check_rotary(decoder, prefix, name):
-    """Files repeat a table that the code computes; another table would be another model. A file in
-    half precision holds it rounded: hence the tolerance, and the exact table put back."""
-    for i, block in enumerate(decoder.self_blocks):
-        table = rotary_frequencies(2 * len(block.frequencies)).to(block.frequencies)
-        if not torch.allclose(block.frequencies, table, rtol=0.01, atol=0):
-            key = prefix + official_name(f"self_blocks.{i}.frequencies")
-            raise WeightsError(f"{name}: {key} holds other frequencies than 10000^(-2j/K)")
-        block.frequencies.copy_(table)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -42,7 +42,6 @@ torch.Size([])
 """
 
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -50,11 +49,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import uniformerv2
-import weights
 from attention import Block, Mask, attention, quick_gelu, run_blocks
 from engine.processes import gather_with_gradient
-from uniformerv2 import UniFormerV2, as_kernel, as_matrix, block_rules, official_rules, pairs
-from weights import Rule, WeightsError, commonest
+from uniformerv2 import UniFormerV2
 
 # Red, green, blue of pixels in [0, 1]: CLIP and InternVideo-MM were trained on clips normalised
 # with the first, ViCLIP with ImageNet's.
@@ -119,7 +116,7 @@ def complete(options):
     if kind != "video":
         layers = ()
     elif layers is None:
-        layers = uniformerv2.last_layers(size.depth)
+        layers = uniformerv2.Options(size).global_layers
     return replace(
         options, size=size, text_size=text, embedding=options.embedding or text.width,
         image_size=[image_size] * 2 if isinstance(image_size, int) else list(image_size),
@@ -377,50 +374,16 @@ class VideoCLIP(nn.Module):
                       QuickGELU is meant; a Hugging Face folder whose config.json says otherwise is refused,
                       and its numbers of heads are taken. A file alone tells neither.
         """
-        file = OfficialFile(source)
-        if file.layout == "Hugging Face CLIP":
-            eyes, reader = (weights.hub_config(source).get(part) or {} for part in ("vision_config", "text_config"))
-            for part in (eyes, reader):
-                weights.activation(part, file.name, "quick_gelu")
-            heads, text_heads = heads or eyes.get("num_attention_heads"), text_heads or reader.get("num_attention_heads")
-        if file.config and file.config.get("model") != "VideoCLIP":
-            raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, not a VideoCLIP")
-        config = dict(file.config) if file.config else file.sizes(heads, text_heads)
-        if grow and config.get("kind") != "frames":
-            raise WeightsError(f"{file.name}: grow=True is for plain CLIP weights, these are "
-                               f"{file.layout or KINDS.get(config.get('kind'))}")
-        if file.config:
-            if frames and config.get("kind") != "joint":
-                config["frames"] = frames
-            model = weights.fill(weights.build(cls.from_config, config, file.name), file.tensors, name=file.name)
-        else:
-            config["frames"] = frames or config["frames"]
-            if config["kind"] == "video":
-                count, depth = file.depth("visual.transformer.dec."), config["size"].depth
-                layers = tuple(range(depth - count, depth)) if global_layers is None else global_layers
-                config.update(global_heads=global_heads, global_layers=layers)
-            model = cls(**config)
-            weights.fill(model, file.tensors, file.rules(model), name=file.name)
-        if grow:
-            config = model.config | dict(kind="video", global_heads=global_heads, global_layers=global_layers)
-            grown = cls.from_config(config)
-            grown.load_state_dict({**grown.state_dict(), **model.state_dict()}, strict=True)
-            model = grown
-        model.unused = file.unused
-        return model.eval()
+        from weights import clip
+        return clip.load(cls, source, heads=heads, global_heads=global_heads, text_heads=text_heads,
+                         global_layers=global_layers, frames=frames, grow=grow)
 
     def to_official(self):
         """{official name: tensor}: InternVideo-MM's, OpenAI CLIP's or ViCLIP's, as `kind` is "video", "frames" or
         "joint". Raises ValueError for what none of them has."""
-        config = self.config
-        if config["local_units"] or config["temporal_downsample"]:
-            raise ValueError("InternVideo's video-text models have no local units and no temporal downsampling; train with "
-                             "--local-units 0 --no-temporal-downsample")
-        if config["end"] not in (None, config["vocabulary"] - 1):
-            raise ValueError(f"token {config['end']} ends a text; officially it is the last of the vocabulary")
-        uniformerv2.officially_last(config["global_layers"], config["size"]["depth"])
-        layout = {"video": "InternVideo-MM", "frames": "CLIP", "joint": "ViCLIP"}[self.kind]
-        return weights.official(self, key_map(self, layout))
+        from weights import clip
+        return clip.to_official(self)
+
 
 # ------------------------------------------------------------------------------------------------
 # Loss, and the use of the trained model
@@ -473,183 +436,6 @@ def zero_shot(video, classes, logit_scale, combine="probabilities"):
         classes = F.normalize(classes.mean(dim=0, keepdim=True), dim=-1)
     cosines = torch.einsum("be,pye->bpy", F.normalize(video, dim=-1), classes)
     return (logit_scale.exp() * cosines).softmax(dim=-1).mean(dim=1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Official weights
-
-# How others call what OpenAI's CLIP calls otherwise. Those in braces are stacked into one matrix.
-SPELLINGS = {
-    "CLIP": (),
-    "InternVideo-MM": (
-        (r"^visual\.ln_post\.", "visual_ln_post."),
-        (r"^visual\.proj$", "visual_proj"),
-    ),
-    "ViCLIP": (
-        (r"^visual\.", "vision_encoder."),
-        (r"^logit_scale$", "temp"),
-        (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text_encoder.\1"),
-    ),
-    "Hugging Face CLIP": (
-        (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-        (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-        (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-        (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # their spelling
-        (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-        (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-        (r"^visual\.proj$", "visual_projection.weight"),
-        (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-        (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-        (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-        (r"^ln_final\.", "text_model.final_layer_norm."),
-        (r"^text_projection$", "text_projection.weight"),
-        (r"\.ln_([12])\.", r".layer_norm\1."),
-        (r"\.attn\.in_proj_(weight|bias)$", r".self_attn.{q,k,v}_proj.\1"),
-        (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
-        (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-        (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    ),
-}
-# A tensor with one of these names tells the layout; the first that fits is taken.
-SIGNS = (
-    ("ViCLIP", ("vision_encoder.", "text_encoder.")),
-    ("Hugging Face CLIP", ("vision_model.", "text_model.")),
-    ("InternVideo-MM", ("visual_proj", "visual_ln_post.", "visual.transformer.dec.",
-                        "visual.transformer.dpe.", "visual.transformer.temporal_cls_token")),
-    ("CLIP", ("visual.transformer.", "visual.proj")),
-)
-# Left aside wherever they occur: sizes that OpenAI stores as tensors, counters of old Hugging Face
-# files, and the captioning half of InternVideo (caption_decoder.py reads that).
-UNUSED = (r"^(input_resolution|context_length|vocab_size)$",
-          r"^(text|vision)_model\.embeddings\.position_ids$", r"^caption_decoder\.",
-          r"^(clip\.)?text_mask_embedding$")
-
-
-class OfficialFile:
-    """An official file, seen through the names of OpenAI's CLIP."""
-
-    def __init__(self, source):
-        tensors, self.config = weights.part(*weights.read(source), "clip")
-        self.name = "the dict of weights" if isinstance(source, dict) else str(source)
-        self.tensors, self.layout, self.prefix, self.unused = tensors, None, "", []
-        if self.config:
-            return
-        if any(key.startswith("clip.") for key in tensors):  # the whole of InternVideo's training
-            self.prefix = "clip."
-        self.layout = next((layout for layout, signs in SIGNS if any(
-            key.startswith(tuple(self.prefix + sign for sign in signs)) for key in tensors)), None)
-        if self.layout is None:
-            raise WeightsError(f"{self.name}: not the weights of a CLIP, InternVideo-MM or ViCLIP model; "
-                               f"its names are like {', '.join(list(tensors)[:3])}")
-        self.unused = [key for key in tensors if not key.startswith(self.prefix)
-                       or any(re.search(pattern, key) for pattern in UNUSED)]
-        self.tensors = {key: tensors[key] for key in tensors if key not in set(self.unused)}
-
-    def spell(self, name):
-        """What this file calls the tensor that OpenAI calls `name`; several in a tuple."""
-        return spell(name, self.layout, self.prefix)
-
-    def depth(self, blocks):
-        return weights.depth_of(self.tensors, self.spell(blocks))
-
-    def shape(self, name, ndim):
-        return weights.shape_of(self.tensors, self.spell(name), ndim, self.name)
-
-    def width(self, blocks, *parts):
-        """A size that these tensors of all blocks share, by majority, so that one damaged tensor is
-        named when we fill."""
-        names = [self.spell(f"{blocks}{i}.{part}") for i in range(self.depth(blocks)) for part in parts]
-        found = [self.tensors[key].shape[0] for key in names
-                 if key in self.tensors and self.tensors[key].ndim]
-        if not found:
-            raise WeightsError(f"{self.name}: missing: {names[0] if names else self.spell(blocks) + '*'}")
-        return commonest(found)
-
-    def heads(self, width, given, keyword):
-        if not given and width % 64:
-            raise WeightsError(f"{self.name}: shapes cannot tell how many heads a width of {width} has; "
-                               f"pass {keyword}=")
-        return given or width // 64
-
-    def sizes(self, heads, text_heads):
-        """The arguments of VideoCLIP, read off the shapes."""
-        eyes, reader = "visual.transformer.resblocks.", "transformer.resblocks."
-        norms = ("ln_1.weight", "ln_2.weight", "mlp.c_proj.bias")
-        D, W = self.width(eyes, *norms), self.width(reader, *norms)
-        kernel = self.tensors.get(self.spell("visual.conv1.weight"))
-        patch = self.shape("visual.conv1.weight", 4 if kernel is None else max(4, min(5, kernel.ndim)))[-1]
-        places = self.shape("visual.positional_embedding", 2)[0] - 1
-        side = math.isqrt(max(places, 0))
-        if side * side != places:
-            raise WeightsError(f"{self.name}: wrong shape: {self.spell('visual.positional_embedding')} has "
-                               f"{places} places, which is not a square")
-        joint, layout = self.layout == "ViCLIP", self.layout
-        ends = [self.shape(name, 2)[0 if layout == "Hugging Face CLIP" else 1]
-                for name in ("visual.proj", "text_projection")]
-        if ends[0] != ends[1]:
-            raise WeightsError(f"{self.name}: wrong shape: {self.spell('visual.proj')} and "
-                               f"{self.spell('text_projection')} lead to spaces of {ends[0]} and {ends[1]}")
-        size = uniformerv2.Size(D, self.depth(eyes), self.heads(D, heads, "heads"),
-                                self.width(eyes, "mlp.c_fc.weight", "mlp.c_fc.bias"), patch, side * patch)
-        vocabulary = self.shape("token_embedding.weight", 2)[0]
-        return dict(
-            size=size, kind={"InternVideo-MM": "video", "ViCLIP": "joint"}.get(layout, "frames"),
-            frames=self.shape("visual.temporal_positional_embedding", 3)[1] if joint else 8,
-            embedding=ends[0],
-            text_size=TextSize(W, self.depth(reader), self.heads(W, text_heads, "text_heads")),
-            vocabulary=vocabulary, context=self.shape("positional_embedding", 2)[0])
-
-    def rules(self, model):
-        """The key map, in network order."""
-        return key_map(model, self.layout, self.prefix)
-
-
-def spell(name, layout, prefix=""):
-    """What a layout calls the tensor that OpenAI calls `name`; several in a tuple."""
-    for pattern, replacement in SPELLINGS[layout]:
-        name = re.sub(pattern, replacement, name)
-    if "{" in name:
-        before, middle, after = re.split("[{}]", prefix + name)
-        return tuple(before + part + after for part in middle.split(","))
-    return prefix + name
-
-
-def key_map(model, layout, prefix=""):
-    """The rules, in network order."""
-    flip = (None, None) if layout == "Hugging Face CLIP" else (transposed, transposed)
-    if model.kind == "joint":
-        frames, p = len(model.visual.times), model.visual.patch
-        eyes = [Rule("embed.weight", "conv1.weight", as_matrix, as_kernel(-1, 1, p, p)), Rule("class_token", "class_embedding"),
-                Rule("positions", "positional_embedding"),
-                Rule("times", "temporal_positional_embedding", lambda table: resize_times(table, frames),
-                     lambda table: table[None]),
-                *pairs("norm_pre.", "ln_pre.")]
-        for i in range(len(model.visual.blocks)):
-            eyes += block_rules(f"blocks.{i}.", f"transformer.resblocks.{i}.")
-    else:
-        eyes = official_rules(model.visual)
-    rules = [replace(rule, ours="visual." + rule.ours, official="visual." + rule.official) for rule in eyes]
-    rules += pairs("visual_norm.", "visual.ln_post.") + [
-        Rule("visual_proj.weight", "visual.proj", *flip), Rule("scale", "logit_scale"),
-        Rule("text.embed.weight", "token_embedding.weight"),
-        Rule("text.positions", "positional_embedding")]
-    for i in range(len(model.text.blocks)):
-        rules += block_rules(f"text.blocks.{i}.", f"transformer.resblocks.{i}.")
-    rules += pairs("text.norm.", "ln_final.") + [Rule("text.proj.weight", "text_projection", *flip)]
-    return [replace(rule, official=spell(rule.official, layout, prefix)) for rule in rules]
-
-
-def transposed(matrix):
-    """A matrix turned round; a vector as it is. CLIP stores its projections input first."""
-    return matrix.T if matrix.ndim == 2 else matrix
-
-
-def resize_times(table, frames):
-    """ViCLIP's codes for time (1, T, D) for another number of frames: (frames, D). Fewer: the first
-    ones, as the official helper; more: stretched, as it meant to."""
-    if table.ndim != 3 or table.shape[1] >= frames:
-        return table[0, :frames] if table.ndim == 3 else table
-    return F.interpolate(table.transpose(1, 2), size=frames, mode="linear", align_corners=False)[0].T
 
 
 # ------------------------------------------------------------------------------------------------

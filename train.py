@@ -70,12 +70,18 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from video import annotations
+from video.annotations import DataError
 import attention
 import caption_decoder
 from caption_decoder import VideoText
 from tasks import captioning, retrieval
 import clip_video
 import data
+from video.features import read_features
+from video.loading import dead_worker
+from video.sampling import SAMPLINGS
+from video.shards import VideoShards
+from video.transforms import TRANSFORMS, normalise
 from video import moving_shapes
 from engine import large_batches, pictures
 import fusion
@@ -89,6 +95,8 @@ from attention import Attention, Block
 from weights.merging import merge
 from weights.tokenizer import load_tokenizer, tokenizer_of, train_tokenizer
 from engine.errors import Interrupted, RunError, UserError, printable
+from weights.clip import CLIPFile
+from weights.encoders import load_encoder
 
 
 def flag(default, help, low=None, high=None, choices=None):
@@ -148,8 +156,6 @@ class Stage:
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and optimiser states (FSDP2)")
     workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one", low=0, high=1000)
     max_bad: float = flag(0.5, "share of unreadable clips at which the run stops, once there are ten", low=0, high=1)
-    decoder: str = flag("pyav", "what decodes files; torchcodec, where installed, refuses some files and is rarely faster",
-                        choices=("pyav", "torchcodec"))
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1)
     eval_batch: int = flag(32, "clips at a time in evaluation, per process; no number depends on --batch-size", low=1)
     eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0)
@@ -240,34 +246,28 @@ class MAE(Stage):
     sampling_rate: int = flag(4, "a clip takes every n-th frame of a video (paper: 4; 2 on Something-Something)",
                               low=1)
     sampling: str = flag("dense", "dense = neighbouring frames, segment = spread over the video; the others are those "
-                         "of the published models (paper: videomae-pretrain)", choices=tuple(data.SAMPLINGS))
+                         "of the published models (paper: videomae-pretrain)", choices=tuple(SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
-                          "the published models (paper: videomae-pretrain)", choices=tuple(data.TRANSFORMS))
+                          "the published models (paper: videomae-pretrain)", choices=tuple(TRANSFORMS))
     mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places at 40 px (paper: "
                              "0.9, which leaves 20 of 196 at 224 px)", low=0, high=1)
     mask_type: str = flag("tube", "tube = same places in every frame (paper: tube)", choices=tuple(mae.MASKS))
-    dual_mask: bool = flag(False, "decode half of the tokens only (VideoMAE V2, running cells)")
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel (paper: yes)")
     positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of the token's number "
                           "(paper: sinusoid)", choices=("axes", "sinusoid"))
-    space_time: str = flag("joint", "attention of the encoder: joint = every token sees every other; divided = over time, then "
-                           "over space (paper: joint)", choices=("joint", "divided"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says (paper: 4; 12 for large)", low=0)
     decoder_width: int = flag(0, "width of the decoder; 0 = as the size says (paper: half of the encoder's)", low=0)
     drop_path: float = flag(0.0, "share of samples that skip a block (paper: 0)", low=0, high=1)
-    pack_frames: str = flag("", "train on clips of several lengths, drawn for each clip, in one row without padding, "
-                            "as 4,6,8: at most --num-frames (paper: all the same)")
-    pack_ratios: str = flag("", "the same for mask ratios, as 0.6,0.75,0.9 (paper: all the same)")
-    pack = None  # both lists, once `build` has read them
+    network = mae.VideoMAE  # a variant has its own
 
     def build(self):
         if self.weights:
-            model = mae.VideoMAE.from_official(self.weights, frames=self.num_frames,
+            model = self.network.from_official(self.weights, frames=self.num_frames,
                                                image_size=self.input_size)
             size = model.config["size"]
             self.decided(normalise=model.config["normalised"])
             self.normalise = model.config["normalised"]
-            self.decided(positions=model.config["positions"], space_time=model.config["space_time"],
+            self.decided(positions=model.config["positions"],
                       decoder_depth=size["decoder_depth"], decoder_width=size["decoder_width"], drop_path=0.0,
                       model=size_named(size, mae.SIZES))
         else:
@@ -279,77 +279,39 @@ class MAE(Stage):
                     raise UserError(f"--decoder-width {self.decoder_width}: must be a multiple of the {size.decoder_heads} heads")
                 size = dataclasses.replace(size, decoder_width=self.decoder_width, decoder_mlp_width=4 * self.decoder_width)
             try:
-                model = mae.VideoMAE(size, frames=self.num_frames, image_size=self.input_size,
+                model = self.network(size, frames=self.num_frames, image_size=self.input_size,
                                      positions=self.positions, drop_path=self.drop_path,
-                                     normalised=self.normalise, space_time=self.space_time)
+                                     normalised=self.normalise)
             except ValueError as error:
                 raise UserError(f"--num-frames, --input-size: {error}") from None
         t, h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)
-        frames, ratios = numbers(self.pack_frames, "pack-frames"), numbers(self.pack_ratios, "pack-ratios", float)
-        for T in frames or ():
-            if T % model.encoder.tubelet or not 0 < T <= self.num_frames:
-                raise UserError(f"--pack-frames {self.pack_frames}: {T} is not a multiple of {model.encoder.tubelet} "
-                              f"up to --num-frames {self.num_frames}")
-        if (frames or ratios) and (self.dual_mask or self.drop_path):
-            raise UserError("--pack-frames, --pack-ratios: not with --dual-mask or --drop-path, which treat rows, not clips")
-        self.pack = (frames or [self.num_frames], ratios or [self.mask_ratio]) if frames or ratios else None
-        for name, values in (("mask-ratio", [self.mask_ratio]), ("pack-ratios", ratios or ())):
-            shortest = min(frames or [self.num_frames]) // model.encoder.tubelet
-            places, unit = (shortest, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
-            for ratio in values:
-                if not 0 < int(ratio * places) < places:
-                    raise UserError(f"--{name} {ratio}: must hide at least one of the {places} {unit} "
-                                  "and leave at least one")
-        if model.config["space_time"] == "divided" and (self.mask_type != "tube" or self.pack):
-            raise UserError("--space-time divided: every frame must show the same places; only with --mask-type tube, not with "
-                          "--pack-frames or --pack-ratios")
-        if self.dual_mask and (h % 2 or w % 2):
-            raise UserError(f"--dual-mask: needs an even token grid, this one is {h} x {w}")
+        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
+        if not 0 < int(self.mask_ratio * places) < places:
+            raise UserError(f"--mask-ratio {self.mask_ratio}: must hide at least one of the {places} {unit} "
+                          "and leave at least one")
         model.recompute(self.recompute)
         return model
 
     def datasets(self):
         return clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, transform=self.transform)
 
-    def loss(self, model, batch, rng):
-        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), still bytes
-        if self.pack and model.training:
-            return self.packed_loss(model, video, rng)
-        grid = model.encoder.grid_of(*video.shape[2:])
+    def hidden(self, model, video, rng):
+        """(B, N) bool. In training one draw for all processes, of which each takes its rows."""
         rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
-        hidden = mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
-        patch, tubelet = model.encoder.patch, model.encoder.tubelet
-        wanted, skipped, weight, count = hidden, None, None, None
-        if self.dual_mask:
-            skipped = mae.running_cell_mask(rows, grid, rng)[mine]
-            wanted = ~skipped
-            weight = mae.gather(hidden[..., None], mae.split(wanted)[1])[..., 0].to(video.device)
-            count = processes.mean(weight.float().sum()) if model.training else None
-        index = mae.split(wanted)[1].to(video.device)
-        target = self.faster(mae.target_of)(video, index, self.normalise, patch, tubelet)
+        grid = model.encoder.grid_of(*video.shape[2:])
+        return mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
+
+    def loss(self, model, batch, rng):
+        video = batch["video"].permute(0, 4, 1, 2, 3)                        # (B, 3, T, H, W), uint8
+        hidden = self.hidden(model, video, rng)
+        target = mae.reconstruction_target(video, hidden, self.normalise, tubelet=model.encoder.tubelet)
         with self.autocast():
-            prediction = model(video, hidden, skipped)
-        loss = mae.reconstruction_loss(prediction, target, weight, count=count)
+            prediction = model(video, hidden)
+        loss = mae.reconstruction_loss(prediction, target)
         metrics = {"loss": loss.detach()}
         if self.normalise and not model.training:
-            metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target, weight)
+            metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target)
         return loss, metrics
-
-    def packed_loss(self, model, video, rng):
-        """The mean over all hidden numbers of all clips, so that a long clip counts as much as its tubelets do."""
-        rows, mine = processes.joined(len(video))
-        patch, tubelet = model.encoder.patch, model.encoder.tubelet
-        lengths, ratios = ([choices[i] for i in torch.randint(len(choices), (rows,), generator=rng)] for choices in self.pack)
-        hidden = [mae.MASKS[self.mask_type](1, model.encoder.grid_of(T, *video.shape[3:]), ratio, rng)
-                  for T, ratio in zip(lengths, ratios)][mine]
-        videos = [clip[:, :T] for clip, T in zip(video, lengths[mine])]
-        target = torch.cat([mae.reconstruction_target(clip[None], mask, self.normalise, patch=patch, tubelet=tubelet)
-                            for clip, mask in zip(videos, hidden)], dim=1)[0]
-        with self.autocast():
-            prediction = model.packed(videos, [mask[0] for mask in hidden])
-        weight = torch.ones(len(target), device=video.device)
-        loss = mae.reconstruction_loss(prediction, target, weight, count=processes.mean(weight.sum()))
-        return loss, {"loss": loss.detach()}
 
     def note(self):
         if not self.normalise:
@@ -361,11 +323,11 @@ class MAE(Stage):
         paths = []
         grid = model.encoder.grid_of(*batch["video"].shape[1:4])
         for i in range(min(4, len(batch["video"]))):
-            video = data.normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+            video = normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
             hidden = mae.MASKS[self.mask_type](1, grid, self.mask_ratio, generator(self.seed, "picture", i))
             path = folder / f"reconstruction_{i}.png"
             title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
-            mae.draw(model, video, hidden, path, f"held-out clip: {title}")
+            pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden), path, f"held-out clip: {title}")
             paths += [path, path.with_suffix(".gif")]
         return paths
 
@@ -410,9 +372,9 @@ class Clip(Stage):
     num_frames: int = flag(8, "frames per clip (paper: 8)", low=1, high=10**4)
     input_size: int = flag(40, "height and width in pixels (paper: 224)", low=1, high=10**4)
     sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
-                         "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
+                         "those of the published models (paper: internvideo)", choices=tuple(SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
-                          "the published models (paper: internvideo; clip for images)", choices=tuple(data.TRANSFORMS))
+                          "the published models (paper: internvideo; clip for images)", choices=tuple(TRANSFORMS))
     local_units: int = flag(1, "0, 1 or 2 per block, to compare neighbouring frames (paper: 0; UniFormerV2 "
                                "for motion: 2)", low=0, high=2)
     temporal_downsample: bool = flag(True, "embed three frames at a time, at every second one (UniFormerV2 "
@@ -507,7 +469,7 @@ class Clip(Stage):
 
     def load(self):
         """From a run of ours, InternVideo-MM, ViCLIP, or CLIP; CLIP and a frame-wise run grow into a video model."""
-        source = clip_video.OfficialFile(self.weights)
+        source = CLIPFile(self.weights)
         ours = self.steps and source.config.get("kind") == "frames"  # without steps it is measured as it is
         grow = self.kind == "video" and bool(ours or source.layout in ("CLIP", "Hugging Face CLIP"))
         if self.global_layers and not grow:
@@ -547,7 +509,7 @@ class Clip(Stage):
     def check_captions(self):
         """All training captions, for the vocabulary; UserError where a list has none, or an empty one."""
         for source in (*self.sets, self.stills):
-            if not isinstance(source, (data.VideoFiles, data.VideoShards)):
+            if not isinstance(source, (data.VideoFiles, VideoShards)):
                 continue
             if source.captions is None and source.classes and not self.steps:
                 continue  # zero-shot recognition needs class names alone
@@ -570,7 +532,7 @@ class Clip(Stage):
             return moving_shapes.StillShapes("train", self.num_frames, self.input_size, self.seed)
         part = "all" if self.image_data or self.val_data else "train"
         return data.open_clips(self.image_data or self.data, 1, self.input_size, sampling="segment", seed=self.seed,
-                               flip=False, part=part, transform=self.transform, decoder=self.decoder)
+                               flip=False, part=part, transform=self.transform)
 
     def datasets(self):
         return self.sets
@@ -583,7 +545,7 @@ class Clip(Stage):
         image = "image" in batch
         if image:  # where the tower embeds several frames at a time, the picture stands still
             video = video.expand(-1, getattr(model.clip.visual, "stride", 1), -1, -1, -1)
-        video = data.normalise(video, model.clip.mean, model.clip.std)
+        video = normalise(video, model.clip.mean, model.clip.std)
         ids, is_token = (x.to(video.device) for x in self.words.encode(captions, self.context, trim=True))
 
         def forward(video, ids):
@@ -640,7 +602,7 @@ class Clip(Stage):
         rows = []
         for batch in batches:
             _, losses = self.loss(model, batch, generator(self.seed, "evaluation", batch["number"]))
-            video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+            video = normalise(batch["video"], model.clip.mean, model.clip.std)
             told = batch.get("captions") or [[text] for text in batch["caption"]]
             with self.autocast():
                 rows.append((batch["number"], len(video), {name: float(value) for name, value in losses.items()},
@@ -674,7 +636,7 @@ class Clip(Stage):
         rows = []
         for batch in batches:
             with self.autocast():
-                seen = model.clip.encode_video(data.normalise(batch["video"], model.clip.mean, model.clip.std))
+                seen = model.clip.encode_video(normalise(batch["video"], model.clip.mean, model.clip.std))
             rows.append((batch["number"], clip_video.zero_shot(seen.float(), classes.float(), model.clip.logit_scale), batch["label"]))
         _, shares, labels = zip(*processes.collect(rows, self.device))
         found = accuracies({"label": torch.cat(shares)}, {"label": torch.cat(labels)})
@@ -705,7 +667,7 @@ class Clip(Stage):
         if self.data and self.sets[1].captions is None:
             return {}
         for batch in self.held_out(self.sets[1], self.eval_clips, self.eval_batch):
-            video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+            video = normalise(batch["video"], model.clip.mean, model.clip.std)
             number = range(batch["number"] * self.eval_batch, self.eval_clips)
             if "facts" in batch:
                 asked = [moving_shapes.choices(facts, np.random.default_rng((self.seed, i))) for facts, i in zip(batch["facts"], number)]
@@ -795,7 +757,7 @@ class Clip(Stage):
             return []
         shown = min(16, len(batch["video"]))
         raw, captions = batch["video"][:shown], batch["caption"][:shown]
-        video = data.normalise(raw, model.clip.mean, model.clip.std)
+        video = normalise(raw, model.clip.mean, model.clip.std)
         with self.autocast():
             seen = model.clip.encode_video(video)
             read = model.clip.encode_text(self.encode(captions, video.device))
@@ -890,15 +852,11 @@ class AttentiveProbe(torch.nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run of `classify --mode attentive`, in eval mode. Raises WeightsError."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "AttentiveProbe":
-            raise weights.WeightsError(f"{folder}: not a run of `train.py classify --mode attentive`")
-
         def make(config):
             family = mae.VideoClassifier if config["encoder"]["model"] == "VideoClassifier" else uniformerv2.UniFormerV2
             return cls(family.from_config(config["encoder"]), config["classes"], config["heads"])
 
-        return weights.fill(weights.build(make, config, folder), tensors, name=str(folder)).eval()
+        return weights.load_run(make, folder, "AttentiveProbe", "classify --mode attentive")
 
     def read(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
@@ -911,67 +869,12 @@ class AttentiveProbe(torch.nn.Module):
 
 def tokens_of(encoder, video):
     """All tokens of either encoder's last block, (B, N, D)."""
-    if isinstance(encoder, mae.VideoClassifier):
-        return encoder.encoder(video)
-    return encoder.encode(video)[1].flatten(1, 2)
+    return encoder.tokens(video)
 
 
 def feature_of(encoder, video):
     """What either encoder's head sees, (B, D)."""
-    feature = encoder.features(video)
-    return feature if isinstance(encoder, mae.VideoClassifier) else encoder.norm(feature)
-
-
-def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0, rows=None, positions="sinusoid"):
-    """Either encoder of InternVideo, with a head for Y classes, out of whatever holds it.
-
-    source   a run of mae, clip or classify, or an official file: VideoMAE pretrained or fine-tuned, UniFormerV2,
-             CLIP (which grows), InternVideo-MM. What the file is, its names tell
-    classes  Y; None: the head that it has, or where it has none a fresh one of one class, to be replaced
-    rows     which row of the file's head each class is, where it has a head; default and heads: see their `with_head`
-    positions   of official VideoMAE files: see mae.position_codes
-    returns  mae.VideoClassifier or uniformerv2.UniFormerV2
-    """
-    tensors, config = weights.read(source)
-    kind = config.get("model")
-    masked = kind in ("VideoMAE", "VideoClassifier") if kind else any(
-        "patch_embed.proj." in key or "patch_embeddings.projection." in key for key in tensors)
-    if masked:
-        pretrained = kind == "VideoMAE" or any(key.endswith("mask_token") for key in tensors) and not kind
-        family = mae.VideoMAE if pretrained else mae.VideoClassifier
-        found = family.from_official(source, frames=frames, image_size=image_size, positions=positions)
-        options = {"rows": rows} if of_the_head(source, found, classes, rows) else {}
-        return found.with_head(classes or found.config.get("classes") or 1, frames=frames or found.config["frames"],
-                               image_size=image_size or found.config["image_size"], drop=drop, drop_path=drop_path, **options)
-    options = dict(head_dropout=drop, drop_path=drop_path)
-    names = " ".join(tensors)
-    if kind == "UniFormerV2" or not kind and "transformer.dec." in names and "text_projection" not in names:
-        found = uniformerv2.UniFormerV2.from_official(source, frames=frames)
-        if of_the_head(source, found, classes, rows):
-            options["rows"] = rows
-        return found.with_head(classes or found.config["classes"] or 1, **options)
-    of_the_head(source, None, classes, rows)
-    if kind not in (None, "VideoCLIP", "VideoText"):
-        raise weights.WeightsError(f"{source}: holds a {kind}, which is no encoder that `classify` knows")
-    grow = not kind and clip_video.OfficialFile(source).layout in ("CLIP", "Hugging Face CLIP")
-    clip = clip_video.VideoCLIP.from_official(source, frames=frames, grow=grow)
-    if clip.kind == "joint":
-        raise weights.WeightsError(f"{source}: ViCLIP's joint tower has no classifier here; use UniFormerV2, "
-                                   "InternVideo-MM or CLIP weights")
-    return clip.visual.with_head(classes or 1, norm=clip.visual_norm, mean=clip.mean, std=clip.std, **options)
-
-
-def of_the_head(source, model, classes, rows):
-    """True where `rows` names rows of the model's head; WeightsError where they cannot be. Says what shapes do not tell."""
-    had = model.config.get("classes", 0) if model is not None else 0
-    if rows is None:
-        if (had, classes) == (710, 400):
-            print(f"{source}: the first 400 of its 710 classes are taken for Kinetics-400, as in InternVideo and UniFormerV2; VideoMAE "
-                  "V2's are in another order, for which see --head-rows")
-        return False
-    if len(rows) != classes or not had or not all(0 <= row < had for row in rows):
-        raise weights.WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes out of a head with {had} of {source}")
-    return True
+    return encoder.feature(video) if isinstance(encoder, mae.VideoClassifier) else encoder.norm(encoder.features(video))
 
 
 @dataclass
@@ -986,9 +889,9 @@ class Labels(Stage):
     sampling_rate: int = flag(4, "with --sampling dense: a clip takes every n-th frame (paper: 4)", low=1)
     sampling: str = flag("segment", "files: dense = neighbouring frames, segment = spread over the video; the others are "
                          "those of the published models (paper: videomae-dense, uniformerv2)",
-                         choices=tuple(data.SAMPLINGS))
+                         choices=tuple(SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
-                          "the published models (paper: videomae, uniformerv2)", choices=tuple(data.TRANSFORMS))
+                          "the published models (paper: videomae, uniformerv2)", choices=tuple(TRANSFORMS))
     test: int = flag(0, "moving shapes: at the end measure on so many clips of the test split, too, which no choice has ever seen", low=0)
     train_clips: int = flag(0, "train on so many clips, over and over, to see what few labels are worth; 0 = all", low=0)
     flip: bool = flag(False, "files: mirror half of the training clips: not where labels know left from right")
@@ -1012,7 +915,7 @@ class Labels(Stage):
         self.sets = clips(self, self.num_frames, self.input_size, self.sampling, self.sampling_rate, self.flip, self.transform,
                           area=self.area or None, operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
         if self.train_clips:
-            if isinstance(self.sets[0], data.VideoShards):
+            if isinstance(self.sets[0], VideoShards):
                 raise UserError("--train-clips: shards are read as they come; give a folder or a list")
             self.sets[0].first(self.train_clips)
         self.questions = {"label": tuple(self.sets[0].classes)} if self.data else FACTS
@@ -1043,7 +946,7 @@ class Labels(Stage):
             if "facts" in batch else [batch["label"].tolist()]
         answers = torch.tensor(answers, device=batch["video"].device)
         if answers.min() < 0:
-            raise data.DataError(f"{self.data}: a video without a label: {batch['path'][int(answers[0].argmin())]}")
+            raise DataError(f"{self.data}: a video without a label: {batch['path'][int(answers[0].argmin())]}")
         return torch.cat([torch.nn.functional.one_hot(answer, len(names)).float()
                           for answer, names in zip(answers, self.questions.values())], dim=1)
 
@@ -1074,7 +977,7 @@ class Labels(Stage):
             return {}
         views = data.open_clips(self.val_data or self.data, self.num_frames, self.input_size, self.sampling_rate,
                                 self.sampling, train=False, classes=self.sets[1].classes,
-                                part="all" if self.val_data else "val", transform=self.transform, decoder=self.decoder,
+                                part="all" if self.val_data else "val", transform=self.transform,
                                 views=(self.test_clips, self.test_crops))
         rows = []
         for batch in self.held_out(views, self.eval_clips, 1):
@@ -1278,7 +1181,7 @@ class Classify(Labels):
 
     def look(self, model, video):
         """uint8 clips -> the frozen features that a probe reads."""
-        video = data.normalise(video, model.mean, model.std)
+        video = normalise(video, model.mean, model.std)
         with self.autocast(), torch.no_grad():
             found = tokens_of(model.encoder, video) if self.mode == "attentive" else feature_of(model, video)
         return found.float()
@@ -1288,7 +1191,7 @@ class Classify(Labels):
         if "features" in batch:
             read = model.read if self.mode == "attentive" else model.head
             return read(batch["features"]), target
-        video = data.normalise(batch["video"], model.mean, model.std)
+        video = normalise(batch["video"], model.mean, model.std)
         if target is not None and model.training and self.mixup + self.cutmix > 0:
             video, target = self.mix(video, target)
         with self.autocast():
@@ -1464,7 +1367,10 @@ class Fuse(Labels):
         pictures.gates([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], paths[-1])
         if model.before:
             paths.append(folder / "looks.png")
-            pictures.looks(batch["video"][0].cpu().numpy(), *fusion.places(model, batch["video"][:1]), paths[-1])
+            maps = model.attention_maps(batch["video"][:1])[0]
+            grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"]) for encoder in
+                     (model.masked, model.multimodal[0])]
+            pictures.looks(batch["video"][0].cpu().numpy(), *pictures.strongest(maps, *grids), paths[-1])
         return paths
 
 
@@ -1536,7 +1442,7 @@ class Localise(Stage):
             raise UserError("--annotations: --data is a folder of features; name the JSON that says what happens when")
         told, names, sets = annotations.read_segments(self.annotations), model and model.names, []
         for folder, subset in ((self.data, self.train_subset), (self.val_data or self.data, self.val_subset)):
-            items, names, missing = data.read_features(folder, told, subset, names)
+            items, names, missing = read_features(folder, told, subset, names)
             print(f"--data {folder}: {len(items)} videos of the subset {subset}, {len(names)} classes"
                   + (f"; the features of {len(missing)} are MISSING, e.g. {printable(str(missing[0]))}" if missing else ""))
             sets.append(items)
@@ -1685,9 +1591,9 @@ class Answer(Stage):
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the one beside --weights")
     num_frames: int = flag(0, "frames per clip; 0 = as --weights (paper: 8)", low=0, high=10**4)
     sampling: str = flag("segment", "files: segment = spread over the video, dense = neighbouring frames; the others are "
-                         "those of the published models (paper: internvideo)", choices=tuple(data.SAMPLINGS))
+                         "those of the published models (paper: internvideo)", choices=tuple(SAMPLINGS))
     transform: str = flag("plain", "files: how frames are resized and cropped; plain is ours, the others are those of "
-                          "the published models (paper: internvideo)", choices=tuple(data.TRANSFORMS))
+                          "the published models (paper: internvideo)", choices=tuple(TRANSFORMS))
     answers: int = flag(1500, "the commonest answers of training, which alone can be given (paper: 1,000 to 1,540)", low=2)
     drop: float = flag(0.1, "dropout in the head (paper: 0.5)", low=0, high=1)
     head_scale: float = flag(3.0, "factor on the learning rate of the head (paper: 10)", low=0)
@@ -1747,7 +1653,7 @@ class Answer(Stage):
 
     def scores(self, model, batch):
         """What the model makes of each answer, (B, Y), and the places of the right ones, -1 where not in the table."""
-        video = data.normalise(batch["video"], model.clip.mean, model.clip.std)
+        video = normalise(batch["video"], model.clip.mean, model.clip.std)
         ids = self.words.encode(batch["question"], model.clip.config["context"], trim=True)[0].to(video.device)
         place = {answer: i for i, answer in enumerate(self.table)}
         right = [place.get(question_answering.normalised(answer), -1) for answer in batch["answer"]]
@@ -1888,7 +1794,7 @@ def clips(stage, frames, size, sampling="dense", rate=4, flip=True, transform="p
         return (moving_shapes.MovingShapes("train", frames, size, stage.seed),
                 moving_shapes.MovingShapes("val", frames, size, stage.seed))
     options = dict(frames=frames, size=size, sampling=sampling, stride=rate, seed=stage.seed,
-                   flip=flip, transform=transform, decoder=stage.decoder)
+                   flip=flip, transform=transform)
     part = "all" if stage.val_data else "train"
     train = data.open_clips(stage.data, train=True, part=part, **options, **augment)
     held_out = data.open_clips(stage.val_data or stage.data, train=False, classes=train.classes,
@@ -2381,7 +2287,7 @@ def trouble(error, stage):
         return f"out of memory on {stage.device}: try {', or '.join(lower)}; --dry-run estimates what a step needs"
     chain = error  # the news of a dead worker comes at any time, also in the midst of writing a checkpoint
     while chain is not None:
-        if dead := data.dead_worker(chain):
+        if dead := dead_worker(chain):
             return dead
         chain = chain.__context__
     if not getattr(error, "filename", None) and re.search(  # torch hands clips over there
@@ -2433,7 +2339,7 @@ class HeldOut:
         rows = processes.collect(rows)
         self.clips, self.bad = sum(count for _, count, *_ in rows), [pair for *_, bad, _ in rows for pair in bad]
         if not self.clips:
-            raise data.DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
+            raise DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
         # All keep or none: who kept would be missing where the others meet at the end of the next pass.
         self.kept = kept if all(size <= self.KEPT for *_, size in rows) else None
 
@@ -2493,7 +2399,7 @@ def fit(stage, name, again):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shared = f", {processes.world()} processes{' with a part of the weights each' * stage.shard}" * (processes.world() > 1)
     epochs = f", {stage.steps * clips_per_step(stage) / len(train_set):.3g} epochs" if \
-        hasattr(train_set, "__len__") and not isinstance(train_set, data.VideoShards) else ""
+        hasattr(train_set, "__len__") and not isinstance(train_set, VideoShards) else ""
     print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips{epochs}, peak "
           f"lr {stage.lr or stage.blr * clips_per_step(stage) / 256:.2e}, {stage.device}, {stage.precision}{shared}, "
           f"{torch.get_num_threads()} threads -> {out}")
@@ -2573,7 +2479,7 @@ def fit(stage, name, again):
                 unreadable += len(batch.get("bad", ()))
                 asked_for += clips_in(batch) + len(batch.get("bad", ()))
                 if unreadable >= 10 and unreadable > stage.max_bad * asked_for:
-                    raise data.DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
+                    raise DataError(f"{unreadable} of {asked_for} clips could not be read, more than --max-bad "
                                          f"{stage.max_bad}, the last: {reason}; `python data.py PATH` lists all such files")
                 files += batch.get("path", ())
                 with processes.exchange(take_step, on=part == stage.accum - 1):
@@ -2884,7 +2790,7 @@ def main(argv=None):
             raise UserError(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the default run")
         else:
             fit(parse(STAGES[argv[0]], argv[0], argv[1:]), argv[0])
-    except (UserError, weights.WeightsError, data.DataError, RunError) as error:
+    except (UserError, weights.WeightsError, DataError, RunError) as error:
         text, code = str(error), 130 if isinstance(error, Interrupted) else 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:  # before a stage began, or at the table of the default run
         text, code = "interrupted; nothing is lost: the same line goes on", 130

@@ -396,7 +396,9 @@ def look(encoder, frames, stride, batch_size=16):
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (encoder.mean, encoder.std))
     for clips in in_batches(windows(frames, encoder.config["frames"], stride), batch_size):
         clips = torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
-        yield encoder.features((clips / 255 - mean) / std).float()
+        clips = (clips / 255 - mean) / std
+        # Of the multimodal encoder before the head's norm, as runs made before have it.
+        yield (encoder.encode(clips)[0] if encoder.family == "multimodal" else encoder.feature(clips)).float()
 
 
 @torch.no_grad()
@@ -446,7 +448,7 @@ class Localiser(nn.Module):
         return self
 
     def find(self, video, batch_size=16, tick=lambda: None):
-        """Segments of a data.Video of any length: (n, 4), start s, end s, score, label, the best first.
+        """Segments of a Video of any length: (n, 4), start s, end s, score, label, the best first.
 
         tick  called at every frame
         """
@@ -467,11 +469,7 @@ class Localiser(nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run of the localise stage, in eval mode. WeightsError where it is none."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "Localiser":
-            raise WeightsError(f"{folder}: holds a {config.get('model', 'file without a configuration')}, not a "
-                               "Localiser; give the folder of a localise run")
-        return weights.fill(weights.build(cls.from_config, config, folder), tensors, name=str(folder)).eval()
+        return weights.load_run(cls.from_config, folder, "Localiser", "localise")
 
     @classmethod
     def from_config(cls, config):
@@ -489,7 +487,9 @@ def main(argv=None):
 
     from tqdm import tqdm
 
-    import data
+    from video.annotations import DataError
+    from video.decoding import Video
+    from video.sampling import segment_indices
     from video import moving_shapes
     from engine import pictures
 
@@ -515,9 +515,9 @@ def main(argv=None):
                              "a video; train it with --weights as well")
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if args.video:
-            with data.Video(args.video) as video:
+            with Video(args.video) as video:
                 info, true = video.info, None
-                shown = dict.fromkeys(data.segment_indices(info.frames, 12).tolist())
+                shown = dict.fromkeys(segment_indices(info.frames, 12).tolist())
                 with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
                           mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
                     found = model.find(video, args.batch_size, bar.update)
@@ -538,13 +538,13 @@ def main(argv=None):
         for start, end, score, label in best:
             print(f"{start:9.2f} s to {end:9.2f} s   {score:4.0%}  {model.names[int(label)]}")
         if args.video:  # after the segments are said: whatever the pictures cost, those are there
-            with data.Video(args.video) as video:
+            with Video(args.video) as video:
                 strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
         path = Path(args.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.segments([(Path(name).name, strip, duration, true, clearest(found, args.least))], model.names, path)
         print(f"drawn: {path}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
+    except (WeightsError, DataError, ValueError, OSError) as error:
         print(f"localise.py: {error}", file=sys.stderr)
         return 2
     return 0

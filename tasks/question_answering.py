@@ -126,13 +126,12 @@ class VideoQA(nn.Module):
     @classmethod
     def from_run(cls, folder, drop=0.0):
         """Load a run of the answer card, in eval mode; drop: as above, to train on. Raises WeightsError."""
-        tensors, config = weights.read(folder)
-        if config.get("model") != "VideoQA":
-            raise weights.WeightsError(f"{folder}: not a run of `train.py answer`")
-        model = weights.build(lambda told: cls(
-            clip_video.VideoCLIP.from_config(told["clip"]), caption_decoder.CaptionDecoder.from_config(told["caption_decoder"]),
-            told["answers"], drop), config, folder)
-        return weights.fill(model, tensors, name=str(folder)).eval()
+        def make(config):
+            return cls(clip_video.VideoCLIP.from_config(config["clip"]),
+                       caption_decoder.CaptionDecoder.from_config(config["caption_decoder"]),
+                       config["answers"], drop)
+
+        return weights.load_run(make, folder, "VideoQA", "answer")
 
 
 @torch.no_grad()
@@ -140,7 +139,9 @@ def main(argv=None):
     """`python question_answering.py`: the shapes. With VIDEO, QUESTION and --weights: the likeliest answers."""
     import argparse
 
-    import data
+    from video.annotations import DataError
+    from video.clips import one_clip
+    from video.transforms import normalise
     from video import moving_shapes
 
     parser = argparse.ArgumentParser(description="Answer a question about a video.")
@@ -161,13 +162,13 @@ def main(argv=None):
         config = model.clip.config
         T, (H, W) = config["frames"], config["image_size"]
         if args.video:
-            clip = data.one_clip(args.video, T, (H, W))
+            clip = one_clip(args.video, T, (H, W))
         else:
             item = moving_shapes.QuestionShapes("test", T, (H, W))[0]
             clip, args.question = item["video"], item["question"]
             print(f"a generated clip; {item['question']!r} is to be answered with {item['answer']!r}")
         ids, _ = tokenizer.encode([args.question], config["context"], trim=True)
-        video = data.normalise(torch.as_tensor(clip)[None], model.clip.mean, model.clip.std)
+        video = normalise(torch.as_tensor(clip)[None], model.clip.mean, model.clip.std)
         scores = model(video, ids)
         if not args.weights:
             explain(model, video, ids, scores)
@@ -176,7 +177,7 @@ def main(argv=None):
               "training has decided")
         for p, i in zip(*(found.tolist() for found in share.topk(min(5, len(share))))):
             print(f"{100 * p:5.1f} %  {model.answers[i]}")
-    except (weights.WeightsError, data.DataError, ValueError, OSError) as error:
+    except (weights.WeightsError, DataError, ValueError, OSError) as error:
         print(f"question_answering.py: {error}", file=sys.stderr)
         return 2
     return 0

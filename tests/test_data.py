@@ -20,9 +20,18 @@ import numpy as np
 import pytest
 import torch
 
-from video import annotations
 import data
-from data import DataError, VideoFiles, batches, held_out, probe, read_clip
+from data import VideoFiles, batches, held_out, spread, split_files
+from video import annotations, loading
+from video.annotations import DataError
+from video.checking import check
+from video.clips import GREY
+from video.decoding import Video, is_shown, probe, read_clip
+from video.features import read_features
+from video.loading import dead_worker
+from video.sampling import SAMPLINGS, choose_frames, dense_indices, segment_indices
+from video.shards import describe_sample
+from video.transforms import TRANSFORMS, crop_frames, normalise
 from video.moving_shapes import MovingShapes
 
 torch.set_num_threads(1)
@@ -108,7 +117,7 @@ def test_reference_frames_that_are_never_shown_are_not_counted(codec, head, tail
     file counted by packets then promises frames that no decoder returns."""
     class Packet(bytes):
         is_discard, size = False, 2
-    assert data._is_shown(Packet([head, tail]), codec) == shown
+    assert is_shown(Packet([head, tail]), codec) == shown
 
 
 def test_a_time_gives_the_frame_on_show_at_that_time(folder):
@@ -122,8 +131,8 @@ def test_a_time_gives_the_frame_on_show_at_that_time(folder):
 def test_a_seek_decodes_less_than_the_whole_file(folder, monkeypatch):
     """Frame 30 is reached from the last keyframe before it."""
     starts = []
-    seek = data.Video._seek
-    monkeypatch.setattr(data.Video, "_seek", lambda self, number: starts.append(number) or seek(self, number))
+    seek = Video._seek
+    monkeypatch.setattr(Video, "_seek", lambda self, number: starts.append(number) or seek(self, number))
     first, second, third, last = probe(folder / "a.mp4").keyframes
     read_clip(folder / "a.mp4", [third + 1])
     read_clip(folder / "a.mp4", [5])
@@ -200,25 +209,25 @@ def test_a_file_without_a_picture_says_so(tmp_path):
 
 
 def test_dense_sampling_keeps_its_stride_inside_the_video():
-    assert data.dense_indices(100, 16, 4).tolist() == list(range(18, 82, 4))
-    starts = {tuple(data.dense_indices(70, 16, 4, np.random.default_rng(i))) for i in range(200)}
+    assert dense_indices(100, 16, 4).tolist() == list(range(18, 82, 4))
+    starts = {tuple(dense_indices(70, 16, 4, np.random.default_rng(i))) for i in range(200)}
     assert {s[0] for s in starts} == set(range(7)) and {s[-1] - s[0] for s in starts} == {60}
-    assert data.dense_indices(5, 4, 2).tolist() == [0, 2, 4, 4]
-    assert data.dense_indices(1, 4, 2, np.random.default_rng(0)).tolist() == [0, 0, 0, 0]
+    assert dense_indices(5, 4, 2).tolist() == [0, 2, 4, 4]
+    assert dense_indices(1, 4, 2, np.random.default_rng(0)).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("n, frames", [(100, 8), (17, 16), (16, 16), (5, 16), (1, 3)])
 def test_segment_sampling_takes_one_frame_from_each_segment(n, frames):
     edges = [i * n // frames for i in range(frames + 1)]
-    drawn = [data.segment_indices(n, frames)]
-    drawn += [data.segment_indices(n, frames, np.random.default_rng(i)) for i in range(50)]
+    drawn = [segment_indices(n, frames)]
+    drawn += [segment_indices(n, frames, np.random.default_rng(i)) for i in range(50)]
     for indices in drawn:
         assert all(a <= i < max(b, a + 1) and i < n for a, b, i in zip(edges, edges[1:], indices))
 
 
 def views_in_time(name, n, frames, stride=4, clips=1, **options):
     """The chosen frames of each view in time, as lists."""
-    return [data.choose_frames(name, n, frames, stride, view=(clip, clips), **options).tolist() for clip in range(clips)]
+    return [choose_frames(name, n, frames, stride, view=(clip, clips), **options).tolist() for clip in range(clips)]
 
 
 @pytest.mark.parametrize("name, n, frames, stride, clips, expected", [
@@ -244,25 +253,25 @@ def test_retrieval_takes_a_frame_a_second_and_at_most_so_many():
     assert views_in_time("retrieval", 100, 3, fps=10.0) == [[0, 40, 90]]
 
 
-@pytest.mark.parametrize("name", data.SAMPLINGS)
+@pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 64, 65, 300])
 def test_every_sampler_stays_inside_the_video_and_goes_forward(name, n):
-    views = [data.choose_frames(name, n, 16, rng=np.random.default_rng(i)) for i in range(20)]
-    views += [data.choose_frames(name, n, 16, view=(clip, clips)) for clips in (1, 2, 5) for clip in range(clips)]
+    views = [choose_frames(name, n, 16, rng=np.random.default_rng(i)) for i in range(20)]
+    views += [choose_frames(name, n, 16, view=(clip, clips)) for clips in (1, 2, 5) for clip in range(clips)]
     for numbers in views:
         assert numbers.shape == (16,) and numbers.dtype.kind == "i"
         assert 0 <= numbers.min() and numbers.max() < n and (np.diff(numbers) >= 0).all()
 
 
-@pytest.mark.parametrize("name", data.TRANSFORMS)
+@pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (64, 64)])
 def test_every_transform_gives_the_size_asked_for(name, shape):
     video = np.random.default_rng(0).integers(256, size=(3, *shape, 3), dtype=np.uint8)
     state = torch.get_rng_state()
     for rng in (None, np.random.default_rng(0)):
-        found = data.crop_frames(name, video, (56, 56), rng)
+        found = crop_frames(name, video, (56, 56), rng)
         assert found.shape == (3, 56, 56, 3) and found.dtype == np.uint8
-    again = data.crop_frames(name, video, (56, 56), np.random.default_rng(0))
+    again = crop_frames(name, video, (56, 56), np.random.default_rng(0))
     assert np.array_equal(found, again) and torch.equal(torch.get_rng_state(), state)
 
 
@@ -279,24 +288,24 @@ def gradient(height, width):
     ("viclip", 1, 198),  # all of it, squashed to 56
     ("internvideo-demo", 75, 123)])  # short side 64 by nearest pixel, columns 86 to 141 of 228
 def test_transforms_cut_what_their_recipes_cut(name, first, last):
-    found = data.crop_frames(name, gradient(56, 200), (56, 56))[0, 28, :, 0].astype(int)
+    found = crop_frames(name, gradient(56, 200), (56, 56))[0, 28, :, 0].astype(int)
     assert abs(found[0] - first) <= 1 and abs(found[-1] - last) <= 1 and (np.diff(found) >= 0).all()
 
 
 def test_three_crops_are_the_ends_and_the_centre_of_the_longer_side():
     wide = gradient(56, 200)
-    starts = [int(data.crop_frames("videomae", wide, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
+    starts = [int(crop_frames("videomae", wide, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
     assert starts == [0, 72, 144]
     high = wide.transpose(0, 2, 1, 3)
-    starts = [int(data.crop_frames("uniformerv2", high, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
+    starts = [int(crop_frames("uniformerv2", high, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
     assert starts == [0, 72, 144]
     odd = gradient(56, 201)  # 145 columns to spare: VideoMAE rounds the centre down, UniFormerV2 up
-    assert [int(data.crop_frames(name, odd, (56, 56))[0, 0, 0, 0]) for name in ("videomae", "uniformerv2")] == [72, 73]
+    assert [int(crop_frames(name, odd, (56, 56))[0, 0, 0, 0]) for name in ("videomae", "uniformerv2")] == [72, 73]
 
 
-@pytest.mark.parametrize("sampling", data.SAMPLINGS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_files_are_read_with_every_sampler_and_transform(folder, sampling):
-    for transform in data.TRANSFORMS:
+    for transform in TRANSFORMS:
         for train in (True, False):
             files = VideoFiles(folder / "b.mkv", 4, 32, sampling=sampling, transform=transform, train=train)
             assert files[0]["video"].shape == (4, 32, 32, 3)
@@ -366,11 +375,11 @@ def test_split_folders_are_not_mistaken_for_classes(tmp_path):
 
 def test_training_and_validation_parts_share_no_file():
     items = [(f"{i}.mp4", None) for i in range(25)]
-    train, held = data.split_files(items)
+    train, held = split_files(items)
     assert len(held) == 2 and sorted(train + held) == sorted(items)
-    assert data.split_files(items) == (train, held)
-    assert [len(part) for part in data.split_files(items[:2])] == [1, 1]
-    assert data.split_files(items[:1]) == (items[:1], items[:1])
+    assert split_files(items) == (train, held)
+    assert [len(part) for part in split_files(items[:2])] == [1, 1]
+    assert split_files(items[:1]) == (items[:1], items[:1])
 
 
 def test_training_crops_are_random_by_index_and_epoch_and_leave_the_global_state_alone(folder):
@@ -397,12 +406,12 @@ def test_the_views_of_a_test_are_the_centre_then_clips_by_crops_from_end_to_end(
 
 
 def test_clips_of_a_test_lie_between_the_ends_of_each_segment():
-    assert data.segment_indices(40, 4, view=(0, 1)).tolist() == data.segment_indices(40, 4).tolist()
-    views = [data.segment_indices(40, 4, view=(clip, 3)).tolist() for clip in range(3)]
+    assert segment_indices(40, 4, view=(0, 1)).tolist() == segment_indices(40, 4).tolist()
+    views = [segment_indices(40, 4, view=(clip, 3)).tolist() for clip in range(3)]
     assert views == [[2, 12, 22, 32], [4, 14, 24, 34], [6, 16, 26, 36]]
-    assert data.dense_indices(100, 4, 5, view=(0, 2)).tolist() == [0, 5, 10, 15]
-    assert data.dense_indices(100, 4, 5, view=(1, 2)).tolist() == [80, 85, 90, 95]
-    assert data.dense_indices(10, 4, 5, view=(1, 2)).tolist() == data.dense_indices(10, 4, 5).tolist()
+    assert dense_indices(100, 4, 5, view=(0, 2)).tolist() == [0, 5, 10, 15]
+    assert dense_indices(100, 4, 5, view=(1, 2)).tolist() == [80, 85, 90, 95]
+    assert dense_indices(10, 4, 5, view=(1, 2)).tolist() == dense_indices(10, 4, 5).tolist()
 
 
 def test_augmentation_treats_all_frames_of_a_clip_alike(tmp_path):
@@ -421,7 +430,7 @@ def test_augmentation_treats_all_frames_of_a_clip_alike(tmp_path):
     for video in clips:
         assert (video == video[:1]).all()
     assert len({video.tobytes() for video in clips}) == 12
-    assert all((video == data._GREY).all(axis=-1)[0].sum() > 8 for video in clips), "a grey box in each"
+    assert all((video == GREY).all(axis=-1)[0].sum() > 8 for video in clips), "a grey box in each"
     assert (still[0, 3]["video"] == clips[3]).all()
 
 
@@ -524,7 +533,7 @@ def test_an_epoch_visits_every_item_once_in_an_order_of_its_own():
 def test_normalised_pixels_can_be_turned_back_into_the_same_bytes():
     video = torch.randint(256, (2, 3, 4, 5, 3), generator=torch.Generator().manual_seed(0))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    ready = data.normalise(video.byte(), mean, std)
+    ready = normalise(video.byte(), mean, std)
     assert ready.shape == (2, 3, 3, 4, 5) and ready.dtype == torch.float32
     for channel in range(3):
         back = (ready[:, channel] * std[channel] + mean[channel]) * 255
@@ -601,7 +610,7 @@ def test_a_check_decodes_to_the_end(tmp_path):
     content = bytearray(whole.read_bytes())
     content[packet.pos:packet.pos + packet.size] = b"\xff" * packet.size
     whole.write_bytes(content)
-    result, = data.check(whole)
+    result, = check(whole)
     assert "damaged" in result["bad"] and result["info"].frames == 30
 
 
@@ -613,7 +622,7 @@ def test_part_of_a_list_that_comes_class_by_class_holds_all_classes(tmp_path):
     files = VideoFiles(tmp_path, 1, 16, train=False)
     labels = [batch["label"].tolist() for batch in held_out(files, 3, 2)]
     assert labels == [[0, 1], [2]]
-    assert data.spread(9, 3) == [0, 3, 6] and data.spread(5, 3) == [0, 1, 3] and data.spread(2, 5) == [0, 1]
+    assert spread(9, 3) == [0, 3, 6] and spread(5, 3) == [0, 1, 3] and spread(2, 5) == [0, 1]
 
 
 # ---------------------------------------------------------------------- features, samples, names
@@ -637,7 +646,7 @@ def one_array(array):
 def test_features_are_what_was_written(tmp_path):
     (tmp_path / "a.npz").write_bytes(features())
     segments = {"a": annotations.Timed("train", [(0.0, 1.0, "x")])}
-    items, classes, missing = data.read_features(tmp_path, segments, "Train")
+    items, classes, missing = read_features(tmp_path, segments, "Train")
     assert items[0]["features"].shape == (3, 4) and items[0]["segments"] == [(0.0, 1.0, 0)] and classes == ["x"] and not missing
 
 
@@ -651,7 +660,7 @@ def test_features_are_what_was_written(tmp_path):
 def test_a_damaged_file_of_features_is_one_line(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(DataError, match="a.npz: ") as error:
-        data.read_features(tmp_path, {"a": annotations.Timed("train", [])}, "train")
+        read_features(tmp_path, {"a": annotations.Timed("train", [])}, "train")
     assert "\n" not in str(error.value)
 
 
@@ -662,17 +671,17 @@ def test_what_stands_beside_a_video_in_a_shard_is_text_and_a_class_number(said, 
     sample = {"__url__": "x.tar", "__key__": "a", "mp4": b"", **said}
     if expected is None:
         with pytest.raises(DataError, match="x.tar/a.cls: .* is no class number"):
-            data.describe_sample(sample)
+            describe_sample(sample)
     else:
-        item, _ = data.describe_sample(sample)
+        item, _ = describe_sample(sample)
         assert (item["label"], item.get("caption")) == expected
 
 
 def test_a_worker_notes_any_name(monkeypatch):
     desk = torch.zeros(512, dtype=torch.uint8)
-    monkeypatch.setattr(data, "_desk", desk)
-    data._note(os.fsdecode(b"a\xff\n.mp4"))
+    monkeypatch.setattr(loading, "_note", desk)
+    loading._write(os.fsdecode(b"a\xff\n.mp4"))
     assert bytes(desk.tolist()).rstrip(b"\0").endswith(rb"a\udcff" + b"\n.mp4")
-    monkeypatch.setattr(data, "_desks", [desk[None]])
-    told = data.dead_worker(RuntimeError(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly"))
+    monkeypatch.setattr(loading, "_notes", [desk[None]])
+    told = dead_worker(RuntimeError(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly"))
     assert "\n" not in told and ".mp4" in told

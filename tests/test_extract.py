@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import clip_video
-import data
+from video.decoding import read_clip
+from video.transforms import normalise
 import mae
 import uniformerv2
 import weights
@@ -69,7 +70,7 @@ def test_features_are_those_of_the_model_on_each_window(videos, runs, tmp_path, 
     assert run(videos, runs / name, tmp_path, "--stride", "3", "--pool", pool) == 1  # one video is broken
     found = np.load(tmp_path / "sub" / "a.npz")
     model = extract.load(runs / name)
-    frames = torch.from_numpy(data.read_clip(videos / "sub/a.mp4", range(21), (32, 32)))
+    frames = torch.from_numpy(read_clip(videos / "sub/a.mp4", range(21), (32, 32)))
     starts = range(0, 21 - 4 + 1, 3)
     times = 1 if pool == "all" else 2 if name == "masked" else 4
     with torch.no_grad():
@@ -88,12 +89,12 @@ def test_features_are_those_of_the_model_on_each_window(videos, runs, tmp_path, 
 def test_pooling_all_of_a_tower_is_what_its_head_sees(videos, runs):
     video = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
     model = extract.load(runs / "masked")
-    ready = data.normalise(video, model.mean, model.std)
+    ready = normalise(video, model.mean, model.std)
     with torch.no_grad():
         assert torch.allclose(model.head(extract.features(model, video, "all")), model(ready), atol=1e-5)
         tokens = extract.features(model, video, "none")
         assert torch.allclose(tokens.mean(dim=2), extract.features(model, video, "space"), atol=1e-6)
-        assert torch.allclose(model.fc_norm(tokens.flatten(1, 2).mean(dim=1)), model.features(ready), atol=1e-5)
+        assert torch.allclose(model.fc_norm(tokens.flatten(1, 2).mean(dim=1)), model.feature(ready), atol=1e-5)
 
 
 def test_the_tokens_of_viclip_are_told_apart_by_time(runs):

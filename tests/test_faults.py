@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from video import decoding, loading
 from test_train import ROOT, SMALL, run, write_video
 
 
@@ -164,7 +165,7 @@ def test_memory_that_runs_out_says_what_to_lower(tmp_path, capsys, monkeypatch):
                     reason="what is put in place of a function reaches forks only")
 def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, monkeypatch):
     """As one file in twelve does to it that crashes the decoder, in the third step or later."""
-    ours, read, reads = os.getpid(), train.data.Video.read, []
+    ours, read, reads = os.getpid(), decoding.Video.read, []
 
     def crash(self, *rest):
         reads.append(self.path)
@@ -172,7 +173,7 @@ def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, 
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, *rest)
 
-    monkeypatch.setattr(train.data.Video, "read", crash)
+    monkeypatch.setattr(decoding.Video, "read", crash)
     data = videos(tmp_path / "videos")
     flags = ("--data", data, "--val-data", str(tmp_path / "videos" / "00.mp4"), "--workers", "1", "--save-every", "1")
     assert run(*flags, out=tmp_path / "run", steps=50) == 1
@@ -202,10 +203,10 @@ def test_a_pipe_that_broke_because_a_worker_died_is_reported_as_that(monkeypatch
     desk = torch.zeros(1, 512, dtype=torch.uint8)
     note = torch.tensor(list(f"{child.pid} a/b.mp4".encode()), dtype=torch.uint8)
     desk[0, :len(note)] = note
-    monkeypatch.setattr(train.data, "_desks", [desk])
+    monkeypatch.setattr(loading, "_notes", [desk])
     said = train.trouble(error, train.MAE())
     assert said.startswith(f"a process that prepares clips (pid {child.pid}) has ended, with a/b.mp4 in hand")
-    monkeypatch.setattr(train.data, "_desks", [])
+    monkeypatch.setattr(loading, "_notes", [])
     assert "clips" not in (train.trouble(error, train.MAE(out="runs/x")) or "")
 
 

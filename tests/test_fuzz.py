@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from video import annotations
+from video.annotations import DataError
 import data
 import train
 from test_annotations import CASES, clip, lay  # noqa: F401
@@ -146,7 +147,7 @@ def test_any_list_is_read_as_rows_that_make_sense_or_refused_in_one_line(n, clip
         found = annotations.read(tmp_path / source)
         files = data.VideoFiles(tmp_path / source, 2, 16, train=False, part=pictures.choice(("all", "val")))
         item = files[pictures.randrange(len(files))]
-    except data.DataError as error:
+    except DataError as error:
         assert str(error).count("\n") == 0 and len(str(error)) > 20, str(error)
         return
     assert found.rows and isinstance(found.kind, str)

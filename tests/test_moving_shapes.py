@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from video import moving_shapes
-from data import DataError
+from video.annotations import DataError
 from video.moving_shapes import MovingShapes, render
 
 

@@ -42,6 +42,7 @@ def encoders(folder):
 def cards(folder):
     """{name: card}, one for each stage and more, all that is random turned on; batch_size is the joined one."""
     import train
+    import variants.cards
     size = dict(num_frames=4, input_size=32)
     labels = dict(**TINY, **size, batch_size=JOINED)
     encoders(folder)
@@ -51,7 +52,8 @@ def cards(folder):
     train.weights.save(folder / "clip", model, model.config)
     pretrained.extras(folder / "clip")
     return {
-        "mae": train.MAE(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, dual_mask=True, drop_path=0.3),
+        "mae": train.MAE(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3),
+        "mae dual": variants.cards.DualMasking(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3),
         "mae cut": train.MAE(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3, shard=True),
         "clip": train.Clip(**clip, batch_size=JOINED, image_batch=JOINED),
         "clip cut": train.Clip(**clip, batch_size=JOINED, image_every=0, shard=True),
@@ -199,7 +201,7 @@ def runs(folder, cut=True):
 
     def failing(step):
         if processes.rank() == 1:
-            raise train.data.DataError("the disk of process 1 is gone")
+            raise train.DataError("the disk of process 1 is gone")
 
     def power_cut(step):
         if step == 4:
@@ -245,7 +247,7 @@ def learned(tmp_path_factory):
             for count in WORLDS for rank in range(count)}
 
 
-CARDS = ("mae", "mae cut", "clip", "clip cut", "clip in pieces", "classify masked", "classify multimodal",
+CARDS = ("mae", "mae dual", "mae cut", "clip", "clip cut", "clip in pieces", "classify masked", "classify multimodal",
          "classify probe", "fuse", "fuse cut", "answer", "retrieve", "localise")
 
 

@@ -19,7 +19,7 @@ SHARED = "--batch-size 4 --eval-clips 10 --eval-every 5 --workers 0 --precision 
 SMALL = "--num-frames 4 --input-size 16".split()
 RUNS = {  # name -> stage and flags; {masked}, {clip}, {finished}: weights to start from
     "mae": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5",
-    "mae with everything on": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5 --dual-mask --accum 2 --ema 0.9 "
+    "mae with everything on": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5 --accum 2 --ema 0.9 "
                               "--drop-path 0.2 --workers 2",
     "clip with everything on": "clip --num-frames 2 --input-size 16 --temporal-downsample --ema 0.9 --workers 1",
     "retrieve": "retrieve --weights {finished} --num-frames 4 --input-size 16 --ema 0.9",

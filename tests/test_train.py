@@ -190,10 +190,9 @@ def test_the_average_of_the_weights_follows_its_formula():
     assert model.weight.item() == 2.0
 
 
-@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--dual-mask",), ("--no-normalise",),
+@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--no-normalise",),
                                    ("--mask-type", "random"), ("--mask-type", "frame"),
                                    ("--decoder_depth=1",), ("--clip-grad", "0"),
-                                   ("--pack-frames", "2,4", "--pack-ratios", "0.5,.75"),
                                    ("--optimizer", "adamw", "--positions", "sinusoid")])
 def test_every_option_of_the_recipe_runs(tmp_path, flags):
     assert run(*flags, out=tmp_path, steps=2) == 0
@@ -216,10 +215,6 @@ def test_an_earlier_run_is_moved_aside_never_overwritten(tmp_path, capsys):
     (["mae", "--mask-ratio", "1.5"], "--mask-ratio 1.5"),
     (["mae", *SMALL, "--mask-ratio", "0.01"], "--mask-ratio 0.01: must hide at least one"),
     (["mae", *SMALL, "--mask-ratio", "1"], "leave at least one"),
-    (["mae", *SMALL, "--pack-ratios", "0.5,half"], "--pack-ratios 0.5,half: give numbers with commas"),
-    (["mae", *SMALL, "--pack-ratios", "0.5,1"], "--pack-ratios 1.0: must hide"),
-    (["mae", *SMALL, "--pack-frames", "2,3"], "3 is not a multiple of 2"),
-    (["mae", *SMALL, "--pack-frames", "2,4", "--drop-path", "0.1"], "--pack-frames, --pack-ratios: not with"),
     (["mae", "--input-size", "60"], "does not divide"),
     (["mae", "--num-frames", "3"], "does not divide"),
     (["mae", "--model", "enormous"], "enormous"),
@@ -320,6 +315,6 @@ def test_held_out_clips_do_not_depend_on_the_training_length(tmp_path):
 
 def test_what_weights_have_decided_no_flag_can_ask_otherwise(tmp_path, capsys):
     assert run(out=tmp_path / "run", steps=1) == 0
-    for flags in (("--space-time", "divided"), ("--decoder-depth", "1"), ("--positions", "sinusoid"), ("--model", "base")):
+    for flags in (("--decoder-depth", "1"), ("--positions", "sinusoid"), ("--model", "base")):
         assert run("--weights", str(tmp_path / "run"), *flags, out=tmp_path / "again", steps=1) == 2
         assert f"{flags[0]} {flags[1]}: {tmp_path / 'run'} keeps its own" in capsys.readouterr().err

@@ -46,8 +46,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention  # noqa: E402
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
-from engine import large_batches  # noqa: E402
-import data  # noqa: E402
+from video.decoding import Video, probe, read_clip, shown_size  # noqa: E402
+from video.sampling import dense_indices, segment_indices  # noqa: E402
+from video.transforms import normalise  # noqa: E402
 import fusion  # noqa: E402
 import mae  # noqa: E402
 import train  # noqa: E402
@@ -339,7 +340,7 @@ def caption_case(form):
             if name == "plain":
                 loss = caption_decoder.caption_loss(decoder.logits(hidden), ids, is_text)
             else:
-                loss = large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
+                loss = caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
         loss.backward()
         return loss.detach()
     return run
@@ -354,14 +355,14 @@ def coca_case(form):
     if name == "ours":
         clip = clip_video.VideoCLIP(uniformerv2.Size(768, 12, 12, 3072, 32), text_size="b16", kind="frames", frames=1)
         decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=12, visual_width=768, vocabulary=49408, queries=256)
-        model = caption_decoder.VideoText(clip, decoder).to(DEVICE).train()
+        model = train.VideoText(clip, decoder).to(DEVICE).train()
         ids[:, -1] = 49407
         is_text = torch.ones_like(ids, dtype=torch.bool)
 
         def loss():
-            seen, read, hidden = model(pictures[:, :, None], ids)
+            seen, read, hidden = model.encode(pictures[:, :, None], ids)
             return clip_video.contrastive_loss(seen, read, clip.logit_scale) \
-                + 2 * large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
+                + 2 * caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
     else:
         model = open_clip.create_model("coca_ViT-B-32", pretrained=None)
         # open_clip 3.3 leaves this one as memory happened to be: nothing calls init_parameters, which would fail.
@@ -440,8 +441,7 @@ def contrastive_case(form):
 
     def run():
         video.grad = text.grad = None
-        loss = clip_video.contrastive_loss(video, text, scale) if form[0] == "whole" else \
-            large_batches.blocked_contrastive_loss(video, text, scale, rows=512)
+        loss = clip_video.contrastive_loss(video, text, scale, rows=4096 if form[0] == "whole" else 512)
         loss.backward()
         return loss.detach()
     return run
@@ -504,7 +504,7 @@ def mae_case(form):
         model = model.to(DEVICE).train()
         if card.compile == "on":
             train.compile_blocks(model)
-        visible, wanted = (index.to(DEVICE) for index in mae.split(hidden))
+        visible, wanted = (index.to(DEVICE) for index in mae.split_by_mask(hidden))
 
         def loss():
             video = clip.permute(0, 4, 1, 2, 3)
@@ -516,7 +516,7 @@ def mae_case(form):
         mask = hidden.to(DEVICE)
 
         def loss():
-            video = data.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD).transpose(1, 2)
+            video = normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD).transpose(1, 2)
             return model(video, mask).loss
     return training(model, loss, precision, name.startswith("ours"))
 
@@ -636,7 +636,7 @@ def bench_shortcuts():
     model = mae.VideoMAE("small").to(DEVICE)
     video = torch.randn(1, 3, 16, 224, 224, device=DEVICE)
     hidden = mae.tube_mask(1, model.grid, 0.9, torch.Generator().manual_seed(0))
-    visible, wanted = (index.to(DEVICE) for index in mae.split(hidden))
+    visible, wanted = (index.to(DEVICE) for index in mae.split_by_mask(hidden))
 
     def step(prediction):
         loss = mae.reconstruction_loss(prediction, mae.reconstruction_target(video, hidden))
@@ -692,7 +692,7 @@ def decoders(example):
     import numpy as np
 
     def ours(path, numbers, size):
-        with data.Video(path) as video:
+        with Video(path) as video:
             video.info  # as in training: what it holds is not known beforehand
             return video.read(numbers, size)
 
@@ -731,8 +731,8 @@ def decoders(example):
     return forms
 
 
-CHOICES = {"stride 4, centre": lambda n: data.dense_indices(n, 16, 4),
-           "spread over the video": lambda n: data.segment_indices(n, 16)}
+CHOICES = {"stride 4, centre": lambda n: dense_indices(n, 16, 4),
+           "spread over the video": lambda n: segment_indices(n, 16)}
 
 
 def decode_case(form):
@@ -740,8 +740,8 @@ def decode_case(form):
     name, _, videos, what = form
     read, asked = decoders(videos[0])[name], []
     for path in videos:
-        info = data.probe(path)
-        asked.append((path, CHOICES[what](info.frames), data._shown_size(info, 256)))
+        info = probe(path)
+        asked.append((path, CHOICES[what](info.frames), shown_size(info, 256)))
     return lambda: [read(*call) for call in asked]
 
 
@@ -758,8 +758,8 @@ def bench_decode():
         for what, choose in CHOICES.items():
             total = dict.fromkeys(forms, 0.0)
             for path in videos:
-                info = data.probe(path)
-                numbers, size = choose(info.frames), data._shown_size(info, 256)
+                info = probe(path)
+                numbers, size = choose(info.frames), shown_size(info, 256)
                 reference = forms["ours"](path, numbers, size).astype(float)
                 other = [name for name, form in forms.items()
                          if abs(form(path, numbers, size).astype(float) - reference).mean() > 6]
@@ -783,7 +783,7 @@ def bench_memory():
     with tempfile.TemporaryDirectory() as folder:
         path = made_video(Path(folder) / "small.mp4", 160, 120, 30)
         for i in range(1, 10_001):
-            data.read_clip(path, [0, 20], 64)
+            read_clip(path, [0, 20], 64)
             if i in (500, 2_000, 5_000, 10_000):
                 resident = page * int(Path("/proc/self/statm").read_text().split()[1])  # Linux
                 print(f"memory: after {i:,} decodes {resident:.1f} MiB", flush=True)

@@ -253,7 +253,7 @@ def costs():
     with torch.device("meta"):
         base = mae.VideoMAE("base").eval()
     for ratio in (0.0, 0.5, 0.75, 0.9, 0.95):
-        visible, wanted = mae.split(mae.tube_mask(1, base.grid, ratio))
+        visible, wanted = mae.split_by_mask(mae.tube_mask(1, base.grid, ratio))
         video, counts = torch.empty(1, 3, 16, 224, 224, device="meta"), []
         for whole in (False, True):
             with FlopCounterMode(display=False) as counter:
@@ -263,7 +263,7 @@ def costs():
     clip = torch.rand(1, 3, 16, 112, 112)
     for turn in range(6):  # interleaved; the first turn warms up
         for ratio, *_ in rows:
-            visible, _ = mae.split(mae.tube_mask(1, small.grid, ratio))
+            visible, _ = mae.split_by_mask(mae.tube_mask(1, small.grid, ratio))
             began = time.perf_counter()
             small.encoder(clip, visible)
             times.setdefault(ratio, []).append(time.perf_counter() - began)

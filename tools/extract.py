@@ -39,8 +39,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from video import annotations  # noqa: E402
+from video.annotations import DataError  # noqa: E402
 import clip_video  # noqa: E402
-import data  # noqa: E402
+from video.decoding import Video  # noqa: E402
+from video.transforms import normalise  # noqa: E402
 import mae  # noqa: E402
 import train  # noqa: E402
 import weights  # noqa: E402
@@ -59,11 +61,11 @@ def load(source):
 @torch.no_grad()
 def features(model, clips, pool):
     """uint8 (B, T, H, W, 3) -> float32 (B, D) for pool="all", (B, t, D) for "space", (B, t, h w, D) for "none"."""
-    video = data.normalise(clips, model.mean, model.std)
+    video = normalise(clips, model.mean, model.std)
     if isinstance(model, mae.VideoClassifier):
         if pool == "all":
-            return model.features(video).float()
-        tokens = model.encoder(video).unflatten(1, (model.encoder.grid_of(*video.shape[2:])[0], -1))
+            return model.feature(video).float()
+        tokens = model.tokens(video).unflatten(1, (model.encoder.grid_of(*video.shape[2:])[0], -1))
     elif isinstance(model, clip_video.VideoCLIP):  # ViCLIP: its class token, then frame by frame
         feature, tokens = model.encode_video_tokens(video)
         if pool == "all":
@@ -78,7 +80,7 @@ def features(model, clips, pool):
 
 
 def extract(model, video, stride, pool, batch_size, device):
-    """(features, timestamps) of one open data.Video, as the head of this file says."""
+    """(features, timestamps) of one open Video, as the head of this file says."""
     info, window = video.info, model.config["frames"]
     starts = np.arange(0, max(info.frames - window, 0) + 1, stride)
     numbers = np.minimum(starts[:, None] + np.arange(window), info.frames - 1)        # (W, window)
@@ -126,10 +128,10 @@ def run(args):
           f"{settings['window']} frames, model {settings['model']}")
     for path in tqdm(waiting, unit="video", dynamic_ncols=True):
         try:
-            with data.Video(path) as video:
+            with Video(path) as video:
                 feats, timestamps = extract(model, video, args.stride, args.pool, args.batch_size, device)
                 info = video.info
-        except data.DataError as error:
+        except DataError as error:
             bad[path] = str(error)
             continue
         targets[path].parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +161,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         bad = run(args)
-    except (train.UserError, weights.WeightsError, data.DataError, OSError) as error:
+    except (train.UserError, weights.WeightsError, DataError, OSError) as error:
         print(f"extract.py: {error}", file=sys.stderr)
         return 2
     for reason in bad.values():

@@ -21,9 +21,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
+from video.transforms import normalise  # noqa: E402
 from video import moving_shapes  # noqa: E402
 import mae  # noqa: E402
+from engine import pictures  # noqa: E402
 import weights  # noqa: E402
 
 CLIP = 3  # which held-out clip README shows; the first one with a motion across the frame
@@ -95,12 +96,12 @@ def motions(path):
 
 
 def reconstruction(run, path):
-    """The strip of mae.draw for one held-out clip, hidden as in training."""
+    """The strip of mae.reconstruction_pictures for one held-out clip, hidden as in training."""
     model = mae.VideoMAE.from_official(run)
     item = moving_shapes.MovingShapes("val", model.config["frames"], tuple(model.config["image_size"]), 0)[CLIP]
-    video = data.normalise(torch.as_tensor(item["video"])[None], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    video = normalise(torch.as_tensor(item["video"])[None], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
     hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
-    mae.draw(model, video, hidden, path, f"held-out clip: {item['caption']}")
+    pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden), path, f"held-out clip: {item['caption']}")
 
 
 def main():

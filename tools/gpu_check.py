@@ -25,7 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench  # noqa: E402  (puts the repository on the path)
-from bench import DEVICE, attention, clip_video, data, mae, train, uniformerv2  # noqa: E402
+from bench import DEVICE, attention, clip_video, mae, normalise, train, uniformerv2  # noqa: E402
 
 FOUND = {}
 TOY = False
@@ -155,7 +155,7 @@ def masked(size, clips, pixels, frames, compiled):
         train.compile_blocks(model)
     clip = torch.randint(256, (clips, frames, pixels, pixels, 3), dtype=torch.uint8, device=DEVICE)
     hidden = mae.tube_mask(clips, model.grid, 0.9, torch.Generator().manual_seed(0))
-    visible, wanted = (index.to(DEVICE) for index in mae.split(hidden))
+    visible, wanted = (index.to(DEVICE) for index in mae.split_by_mask(hidden))
 
     def loss():
         video = clip.permute(0, 4, 1, 2, 3)
@@ -198,7 +198,7 @@ def part_steps():
 
         def loss():
             with torch.autocast(DEVICE, enabled=False):
-                video = data.normalise(clip, model.mean, model.std)
+                video = normalise(clip, model.mean, model.std)
             return clip_video.contrastive_loss(*model(video, ids))
         measured("steps", f"UniFormerV2 {name} contrastive, {clips} clips of 8 frames{', compiled' * compiled}", loss, model, clips)
         del model, loss

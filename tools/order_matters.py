@@ -19,6 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+from video.transforms import normalise  # noqa: E402
 from video import moving_shapes  # noqa: E402
 import mae  # noqa: E402
 import train  # noqa: E402
@@ -31,7 +32,7 @@ def as_input(clips, shuffle, rng):
     if shuffle:
         order = torch.rand(clips.shape[:2], generator=rng).argsort(dim=1)
         clips = clips[torch.arange(len(clips))[:, None], order]
-    return data.normalise(clips, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    return normalise(clips, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
 
 
 def accuracy(seed, shuffle, steps, batch_size=32):

@@ -1,7 +1,20 @@
-"""Weights of neural networks: read and written strictly, by safe files and a key map per family."""
+"""Weights of neural networks: read and written strictly, from safe files.
 
+files.py      read, fill a model, write; it knows no model
+pickles.py    take tensors out of a pickle without running it
+runs.py       from a run of ours to its model
+official.py   one reader of official files, and how a key map is written down
+videomae.py, uniformerv2.py, clip.py, caption_decoder.py   the key map of each family
+families.py   which models there are, and which family a file belongs to
+encoders.py   `load_encoder`: either encoder out of whatever holds it
+__main__.py   `python -m weights FILE`
+
+The modules of the families import the networks, so nothing here imports them.
+"""
+
+from weights.families import FAMILIES, MODELS, class_of, describe  # noqa: F401
 from weights.files import (  # noqa: F401
-    Rule, StandIn, TensorsOnly, WeightsError, activation, build, checksum, commonest, convert,
-    depth_of, describe, fill, fingerprint, hub_config, is_program, listed, load, named, official,
-    part, publish, read, save, settle, shape_of, take_out, translate, untold, unwrap,
-    write_aside, write_torch, ENVELOPES, PREFIXES, DAMAGE, STORAGES, FAMILIES, PUBLISHED)
+    DAMAGE, ENVELOPES, PREFIXES, Rule, WeightsError, checksum, export, fill, fingerprint,
+    hub_config, listed, load, name_of, part, read, save, settle, translate, unwrap, write_aside,
+    write_torch)
+from weights.runs import build, load_run, rebuild  # noqa: F401

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-import data
+from video.transforms import normalise
 from video import moving_shapes
 import mae
 import train
@@ -30,6 +30,6 @@ class Arrow(train.Stage):
         backwards = torch.randint(2, (len(batch["video"]),), generator=rng).to(batch["video"].device)
         video = torch.where(backwards.bool()[:, None, None, None, None], batch["video"].flip(1), batch["video"])
         with self.autocast():
-            logits = model(data.normalise(video, model.mean, model.std)).float()
+            logits = model(normalise(video, model.mean, model.std)).float()
         loss = torch.nn.functional.cross_entropy(logits, backwards)
         return loss, {"loss": loss.detach(), "accuracy": 100 * (logits.argmax(dim=1) == backwards).float().mean()}

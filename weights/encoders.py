@@ -1,0 +1,80 @@
+"""Load either encoder of InternVideo, as a classifier, out of whatever holds it."""
+
+from weights.families import class_of, describe
+from weights.files import WeightsError, read
+
+
+def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0,
+                 rows=None, positions="sinusoid"):
+    """An encoder with a head for Y classes.
+
+    source      a run of mae, clip or classify, or an official file: VideoMAE pretrained or
+                fine-tuned, UniFormerV2, CLIP (which grows), InternVideo-MM. Its names tell which
+    classes     Y; None: the head that it has, or where it has none a fresh one of one class, to be
+                replaced
+    rows        which row of the file's head each class is; see `with_head` of the encoders
+    positions   of official VideoMAE files: see mae.position_codes
+    returns     mae.VideoClassifier or uniformerv2.UniFormerV2
+    raises      WeightsError: no such file, or one without such an encoder
+    """
+    tensors, config = read(source)
+    kind = config.get("model")
+    if not kind:
+        kind = (describe(tensors)[1] or ("VideoCLIP",))[0]
+    load = ENCODERS.get(kind) if isinstance(kind, str) else None
+    if load is None:
+        raise WeightsError(f"{source}: holds a {kind}, which is no encoder that `classify` knows")
+    return load(class_of(kind), source, classes, rows, frames=frames, image_size=image_size,
+                drop=drop, drop_path=drop_path, positions=positions)
+
+
+def masked(cls, source, classes, rows, *, frames, image_size, drop, drop_path, positions):
+    """From a VideoMAE or a VideoClassifier."""
+    model = cls.from_official(source, frames=frames, image_size=image_size, positions=positions)
+    old = model.config.get("classes", 0)
+    options = {"rows": rows} if uses_rows(source, old, classes, rows) else {}
+    return model.with_head(classes or old or 1, frames=frames or model.config["frames"],
+                           image_size=image_size or model.config["image_size"],
+                           drop=drop, drop_path=drop_path, **options)
+
+
+def multimodal(cls, source, classes, rows, *, frames, image_size, drop, drop_path, positions):
+    """From a UniFormerV2. Its frames stay as large as they were."""
+    model = cls.from_official(source, frames=frames)
+    old = model.config["classes"]
+    options = {"rows": rows} if uses_rows(source, old, classes, rows) else {}
+    return model.with_head(classes or old or 1, head_dropout=drop, drop_path=drop_path, **options)
+
+
+def video_text(cls, source, classes, rows, *, frames, image_size, drop, drop_path, positions):
+    """From the visual encoder of a VideoCLIP; official CLIP grows into a UniFormerV2."""
+    uses_rows(source, 0, classes, rows)
+    tensors, config = read(source)
+    grow = not config and (describe(tensors)[0] or "").startswith("CLIP,")
+    clip = class_of("VideoCLIP").from_official(source, frames=frames, grow=grow)
+    if clip.kind == "joint":
+        raise WeightsError(f"{source}: ViCLIP's joint tower has no classifier here; use "
+                           "UniFormerV2, InternVideo-MM or CLIP weights")
+    return clip.visual.with_head(classes or 1, norm=clip.visual_norm, mean=clip.mean, std=clip.std,
+                                 head_dropout=drop, drop_path=drop_path)
+
+
+# "model" of a configuration, or that of an official file's family -> who makes an encoder of it
+ENCODERS = {"VideoMAE": masked, "VideoClassifier": masked, "UniFormerV2": multimodal,
+            "VideoCLIP": video_text, "VideoText": video_text}
+
+
+def uses_rows(source, old, classes, rows):
+    """True where `rows` names rows of a head of `old` classes; WeightsError where it cannot.
+
+    Prints which of 710 classes are taken for 400, which no shape tells."""
+    if rows is None:
+        if (old, classes) == (710, 400):
+            print(f"{source}: the first 400 of its 710 classes are taken for Kinetics-400, as in "
+                  "InternVideo and UniFormerV2; VideoMAE V2's are in another order, for which see "
+                  "--head-rows")
+        return False
+    if len(rows) != classes or not old or not all(0 <= row < old for row in rows):
+        raise WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes out of a head "
+                           f"with {old} of {source}")
+    return True

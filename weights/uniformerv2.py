@@ -1,0 +1,179 @@
+"""Official files of UniFormerV2, and CLIP's image tower as its beginning.
+
+The official names are those of OpenAI's CLIP, with new ones for what UniFormerV2 adds, all under
+"backbone." in files of whole classifiers. Sizes and options come from names and shapes; numbers of
+heads and the layers that global blocks read do not show in them.
+"""
+
+import torch
+
+import uniformerv2
+from weights.files import WeightsError, export
+from weights.official import OfficialFile, as_kernel, as_matrix, key_map
+from weights.runs import rebuild
+
+# Our name -> UniFormerV2's name without "backbone.", in network order.
+OFFICIAL = (
+    (r"^embed\.", "conv1."),
+    (r"^class_token$", "class_embedding"),
+    (r"^positions$", "positional_embedding"),
+    (r"^norm_pre\.", "ln_pre."),
+    (r"^blocks\.", "transformer.resblocks."),
+    (r"\.local\.0\.", ".lmhra1.pos_embed."),
+    (r"\.local\.1\.", ".lmhra2.pos_embed."),
+    (r"\.pos_embed\.norm\.", ".pos_embed.0."),
+    (r"\.pos_embed\.reduce\.", ".pos_embed.1."),
+    (r"\.pos_embed\.time\.", ".pos_embed.2."),
+    (r"\.pos_embed\.expand\.", ".pos_embed.3."),
+    (r"^global_token$", "transformer.temporal_cls_token"),
+    (r"^global_blocks\.(\d+)\.near\.", r"transformer.dpe.\1."),
+    (r"^global_blocks\.", "transformer.dec."),
+    (r"\.norm_context\.", ".ln_3."),
+    (r"^balance$", "transformer.balance"),
+    (r"^norm\.", "transformer.proj.0."),
+    (r"^head\.", "transformer.proj.2."),
+    (r"\.norm([12])\.", r".ln_\1."),  # the rest is in every block of CLIP
+    (r"\.attn\.qkv\.", ".attn.in_proj_"),
+    (r"\.attn\.proj\.", ".attn.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
+
+
+def load(cls, source, *, heads, global_heads, global_layers, frames):
+    """uniformerv2.UniFormerV2.from_official: see there."""
+    file = UniFormerV2File(source)
+    if file.config.get("model") == "UniFormerV2":
+        return rebuild(cls.from_config, file.tensors, file.config, file.name)
+    if file.config:
+        raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, no UniFormerV2 "
+                           "alone; give a run of `train.py classify` on one, as "
+                           "runs/default/multimodal")
+    size, options = file.measures(heads, global_layers)
+    frames = frames or (16 if options["temporal_downsample"] else 8)
+    model = file.build(cls, size, frames=frames, global_heads=global_heads, **options)
+    return file.fill(model, key_map(model, file.tables, conversions(model)))
+
+
+def grow(cls, source, *, heads, image_size, options):
+    """uniformerv2.UniFormerV2.from_clip: see there."""
+    file = UniFormerV2File(source, tower="visual.")
+    size, plain = file.measures(heads, global_layers=())
+    tower = file.build(cls, size, **plain)
+    file.fill(tower, key_map(tower, file.tables, conversions(tower)))
+    model = cls(size, image_size=image_size, **options)
+    ours = tower.state_dict()
+    ours["positions"] = uniformerv2.resize_positions(ours["positions"], tower.grid, model.grid)
+    kernel = ours["embed.weight"].unflatten(1, (-1, size.patch, size.patch))
+    ours["embed.weight"] = uniformerv2.inflate(kernel, window_of(model.config)).flatten(1)
+    model.load_state_dict({**model.state_dict(), **ours}, strict=True)
+    return model.eval()
+
+
+def to_official(model):
+    """uniformerv2.UniFormerV2.to_official: see there."""
+    if not model.config["global_layers"]:
+        raise ValueError("a plain tower is no UniFormerV2: it has no name of its own officially")
+    check_layers(model.config["global_layers"], model.config["size"]["depth"])
+    tables = (OFFICIAL, ((r"^", "backbone."),))
+    return export(model, key_map(model, tables, conversions(model)))
+
+
+def check_layers(layers, depth):
+    """ValueError unless global blocks stand after the last layers: official names count the blocks
+    and do not say where they are."""
+    if list(layers) != list(range(depth - len(layers), depth)):
+        raise ValueError(f"global blocks after layers {list(layers)}; officially they stand after "
+                         "the last ones")
+
+
+def window_of(config):
+    """How many frames the first convolution spans."""
+    return 3 if config["temporal_downsample"] else 1
+
+
+def conversions(model):
+    """Convolutions that are matrices here. A plain tower, without global blocks, is CLIP's, whose
+    first kernel is that of an image."""
+    config = model.config
+    patch = config["size"]["patch"]
+    window = (window_of(config),) if config["global_layers"] else ()
+    found = {"embed.weight": (as_matrix, as_kernel(config["channels"], *window, patch, patch))}
+    for name in model.state_dict():
+        if ".local." in name and name.endswith(("reduce.weight", "time.weight", "expand.weight")):
+            frames = 3 if name.endswith("time.weight") else 1
+            found[name] = (as_matrix, as_kernel(-1, frames, 1, 1))
+    return found
+
+
+class UniFormerV2File(OfficialFile):
+    """An official file of UniFormerV2. tower: the prefix of the image tower in a file of CLIP, of
+    which the text tower and what stands behind the blocks are left aside."""
+
+    def __init__(self, source, tower=""):
+        super().__init__(source)
+        self.image = bool(tower)
+        if self.config:
+            return
+        prefix = tower
+        if tower:
+            self.tensors = {key: value for key, value in self.tensors.items()
+                            if key.startswith(tower) and key != tower + "proj"
+                            and not key.startswith(tower + "ln_post.")}
+        elif any(key.startswith("backbone.") for key in self.tensors):
+            prefix = "backbone."
+        self.tables = (OFFICIAL, ((r"^", prefix),))
+        if not self.depth("blocks."):
+            raise WeightsError(f"{self.name}: no {self.spell('blocks.')}*, so not the weights of a "
+                               f"{'CLIP image tower' if tower else 'UniFormerV2'}")
+
+    def measures(self, heads, global_layers):
+        """(Size, options of UniFormerV2), read off names and shapes."""
+        width = self.size(*(f"blocks.#.norm{i}.{part}" for i in (1, 2)
+                            for part in ("weight", "bias")))
+        hidden = self.size("blocks.#.mlp.fc1.bias", "blocks.#.mlp.fc1.weight")
+        kernel = self.shape("embed.weight", 4 if self.image else 5)
+        window = kernel[2] if len(kernel) == 5 else 1
+        if kernel[-1] != kernel[-2] or window not in (1, 3):
+            raise WeightsError(f"{self.name}: wrong shape: {self.spell('embed.weight')} is "
+                               f"{kernel}; expected square patches of 1 or 3 frames")
+        size = uniformerv2.Size(width, self.depth("blocks."), self.heads(width, heads), hidden,
+                                kernel[-1], self.side("positions") * kernel[-1])
+        options = dict(channels=kernel[1], classes=self.classes(), balance=self.has("balance"),
+                       temporal_downsample=window == 3)
+        return size, options | self.local_units(size) | self.global_blocks(size, global_layers)
+
+    def global_blocks(self, size, layers):
+        """Where global blocks stand, by default after the last layers, and their MLPs' width."""
+        count = self.depth("global_blocks.")
+        count = max(count, max((i + 1 for i in range(size.depth)
+                                if self.has(f"global_blocks.{i}.near.")), default=0))
+        layers = tuple(range(size.depth - count, size.depth) if layers is None else layers)
+        if len(layers) != count:
+            raise WeightsError(f"{self.name}: holds {count} global blocks, global_layers names "
+                               f"{len(layers)} layers")
+        hidden = self.size("global_blocks.#.mlp.fc1.bias",
+                           "global_blocks.#.mlp.fc1.weight") if count else size.mlp_width
+        return dict(global_layers=layers,
+                    global_mlp_width=None if hidden == size.mlp_width else hidden)
+
+    def local_units(self, size):
+        """How many local units a block has, and how narrow they are."""
+        count = 2 if self.has("blocks.#.local.1.") else 1 if self.has("blocks.#.local.0.") else 0
+        if not count:
+            return dict(local_units=0, reduction=1.5)
+        counters = [key for i in range(size.depth) for unit in range(count)
+                    for key in self.keys(f"blocks.{i}.local.{unit}.norm.num_batches_tracked")]
+        if not any(key in self.tensors for key in counters):  # no output depends on them
+            self.tensors |= {key: torch.tensor(0) for key in counters}
+        narrow = self.size(*(f"blocks.#.local.{unit}.{part}" for unit in range(count)
+                             for part in ("reduce.bias", "reduce.weight", "time.bias")))
+        usual = int(size.width // 1.5) == narrow
+        return dict(local_units=count,  # else a reduction that gives int(narrow + 0.5)
+                    reduction=1.5 if usual else size.width / (narrow + 0.5))
+
+    def classes(self):
+        """Y, 0 where the file has no head."""
+        if not self.has("norm.", "head."):
+            return 0
+        return self.rows("head.weight", "head.bias") or self.size("head.weight", "head.bias")
