@@ -517,8 +517,8 @@ def attention_maps(decoder, visual, text):
 @torch.no_grad()
 def main():
     """`python caption_decoder.py`: the shapes, of an untrained model on one generated clip."""
-    import data
     from video.moving_shapes import MovingShapes
+    from video.transforms import normalise
     from weights.tokenizer import train_tokenizer
 
     world = MovingShapes("train", 4, 64)
@@ -527,7 +527,7 @@ def main():
                                 context=32, end=tokenizer.end)
     model = VideoText(clip, CaptionDecoder(128, heads=2, depth=2, visual_width=192, queries=8,
                                            vocabulary=tokenizer.vocabulary)).eval()
-    video = data.normalise(torch.as_tensor(world[0]["video"])[None], clip.mean, clip.std)
+    video = normalise(torch.as_tensor(world[0]["video"])[None], clip.mean, clip.std)
     ids, is_text = tokenizer.encode(world[0]["caption"], 32, trim=True)
     tokens = clip.encode_video_tokens(video)[1].flatten(1, 2)
     hidden = model(video, ids)[2]
@@ -538,7 +538,7 @@ def main():
         print(f"{name:28s} {tuple(value.shape)}")
     print(f"loss of {world[0]['caption']!r}, untrained: {caption_loss(logits, ids, is_text):.2f}; "
           f"ln V = {math.log(logits.shape[-1]):.2f} at chance")
-    print("what it writes:", *model.caption(video, tokenizer, maximum=10))
+    print("what it writes, untrained:", *model.caption(video, tokenizer, maximum=10))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ from attention import Block, Mask, quick_gelu, written_out
 import caption_decoder
 import clip_video
 from caption_decoder import (CaptionDecoder, VideoText, attention_maps, caption_loss, generate,
-                             official_name, reorder, rotary_frequencies, rotate)
+                             reorder, rotary_frequencies, rotate)
 from weights import WeightsError
+from weights.caption_decoder import OFFICIAL
+from weights.official import spell
 
 START, END = 0, 1
 
@@ -100,8 +102,8 @@ def fill_clip_blocks(blocks, prefix):
 
 def official_state(decoder, prefix=""):
     """What an official file of this decoder would hold, filled with reference tensors."""
-    return {prefix + official_name(key): tensor.clone() if key.endswith(("beta", "frequencies"))
-            else filled(official_name(key), tensor.shape)
+    return {prefix + spell(key, OFFICIAL): tensor.clone() if key.endswith(("beta", "frequencies"))
+            else filled(spell(key, OFFICIAL), tensor.shape)
             for key, tensor in decoder.state_dict().items()}
 
 
@@ -329,7 +331,7 @@ def test_the_command_prints_the_shapes(capsys):
     caption_decoder.main()
     lines = capsys.readouterr().out.splitlines()
     assert any("(B, M, D)" in line and "(1, 260, 192)" in line for line in lines)
-    assert "at chance" in lines[-2] and lines[-1].startswith("what it writes:")
+    assert "at chance" in lines[-2] and lines[-1].startswith("what it writes, untrained:")
 
 
 # ------------------------------------------------------------------------------------------------
