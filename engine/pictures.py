@@ -205,26 +205,28 @@ def cross_attention_maps(video, tokens, grid, maps, path):
     finish(figure, path)
 
 
-def reconstruction(clips, visible, path, title=""):
-    """Rows of frames of a masked clip, as `path` (.png), and the moving picture beside it (.gif).
+def reconstruction(pictures, path, title=""):
+    """A masked clip and its reconstruction: frames as a strip (`path`, .png), moving beside it (.gif).
 
-    clips    {"input", "seen", "painted" and, where the model predicts normalised pixels,
-             "borrowed"}: float (3, T, H, W) in [0, 1], torch
-    visible  share of the clip that the encoder saw
+    pictures  what mae.reconstruction_pictures gave: {name: (B, 3, T, H, W) torch, in [0, 1]}; clip 0
+              is drawn, a row for each name
+    returns   the two paths
     """
-    plt = pyplot()
-    loan = "mean and contrast\nborrowed from input" if "borrowed" in clips else "nothing borrowed"
-    labels = {"input": "input", "seen": f"what the encoder saw\n({visible:.0%})",
-              "painted": f"reconstruction\n({loan})",
+    pictures = {name: clips[0].cpu() for name, clips in pictures.items()}
+    shown = (pictures["visible"] == pictures["input"]).float().mean()
+    borrowed = "mean and contrast\nborrowed from input" if "borrowed" in pictures else \
+        "nothing borrowed"
+    labels = {"input": "input", "visible": f"what the encoder saw\n({shown:.0%})",
+              "reconstruction": f"reconstruction\n({borrowed})",
               "borrowed": "what was borrowed:\nthe mean alone"}
-    T, H, W = clips["input"].shape[1:]
-    shown = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
-    size = (1.3 * len(shown) * W / H + 1.7, 1.35 * len(clips) + 0.5)
-    figure, axes = plt.subplots(len(clips), len(shown), squeeze=False, facecolor="white",
-                                figsize=size)
-    for row, (name, clip) in zip(axes, clips.items()):
-        for axis, frame in zip(row, shown):
-            axis.imshow(clip[:, frame].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    T, H, W = pictures["input"].shape[1:]
+    frames = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
+    plt = pyplot()
+    figure, axes = plt.subplots(len(pictures), len(frames), squeeze=False, facecolor="white",
+                                figsize=(1.3 * len(frames) * W / H + 1.7, 1.35 * len(pictures) + 0.5))
+    for row, (name, clip) in zip(axes, pictures.items()):
+        for axis, frame in zip(row, frames):
+            axis.imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if name == "input":
                 axis.set_title(f"frame {frame}", fontsize=8)
@@ -233,7 +235,8 @@ def reconstruction(clips, visible, path, title=""):
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    moving_picture(torch.cat(list(clips.values()), dim=-1), path.with_suffix(".gif"))
+    moving_picture(torch.cat(list(pictures.values()), dim=-1), path.with_suffix(".gif"))
+    return [path, path.with_suffix(".gif")]
 
 
 def moving_picture(clip, path):
@@ -357,44 +360,3 @@ def curve(out, name):
     figure.savefig(out / "loss.png", dpi=110)
     plt.close(figure)
     return [out / "loss.png"]
-
-
-def reconstruction(pictures, path, title=""):
-    """A masked clip and its reconstruction: frames as a strip (`path`, .png), moving beside it (.gif).
-
-    pictures  what mae.reconstruction_pictures gave: {name: (B, 3, T, H, W) torch, in [0, 1]}; clip 0
-              is drawn, a row for each name
-    """
-    from PIL import Image
-
-    pictures = {name: clips[0].cpu() for name, clips in pictures.items()}
-    shown = (pictures["visible"] == pictures["input"]).float().mean()
-    borrowed = "mean and contrast\nborrowed from input" if "borrowed" in pictures else \
-        "nothing borrowed"
-    labels = {"input": "input", "visible": f"what the encoder saw\n({shown:.0%})",
-              "reconstruction": f"reconstruction\n({borrowed})",
-              "borrowed": "what was borrowed:\nthe mean alone"}
-    T, H, W = pictures["input"].shape[1:]
-    frames = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
-    plt = pyplot()
-    figure, axes = plt.subplots(len(pictures), len(frames), squeeze=False, facecolor="white",
-                                figsize=(1.3 * len(frames) * W / H + 1.7, 1.35 * len(pictures) + 0.5))
-    for row, (name, clip) in zip(axes, pictures.items()):
-        for axis, frame in zip(row, frames):
-            axis.imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if name == "input":
-                axis.set_title(f"frame {frame}", fontsize=8)
-        row[0].set_ylabel(labels[name], fontsize=8, rotation=0, ha="right", va="center")
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-    side_by_side = torch.cat(list(pictures.values()), dim=-1)                # (3, T, H, rows*W)
-    zoom = max(1, 144 // H)
-    moving = (side_by_side.permute(1, 2, 3, 0) * 255).round().byte()
-    moving = moving.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
-    images = [Image.fromarray(frame) for frame in moving]
-    images[0].save(path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=120,
-                   loop=0)

@@ -25,9 +25,16 @@ beta of "Microsoft COCO Captions", arXiv 1504.00325, Sec. 3. CIDEr-D, arXiv 1411
 {'BLEU-4': 100.0, 'ROUGE-L': 100.0, 'CIDEr-D': 0.0}
 """
 
+import contextlib
 import math
 import re
 from collections import Counter
+
+import numpy as np
+import torch
+
+from engine import processes
+from video import transforms
 
 
 def words(text):
@@ -132,6 +139,58 @@ def score(captions, references):
     return {"BLEU-4": 100 * bleu(captions, references),
             "ROUGE-L": 100 * rouge_l(captions, references),
             "CIDEr-D": 100 * cider_d(captions, references)}
+
+
+@torch.no_grad()
+def write(model, batches, bpe, *, maximum, autocast=contextlib.nullcontext):
+    """Captions of held-out clips: [(batch, list of captions), ...].
+
+    model    caption_decoder.VideoText, in eval mode
+    batches  dicts with "video" uint8 (B, T, H, W, 3) and "number"
+    maximum  most tokens of a caption
+    """
+    for batch in batches:
+        video = transforms.normalise(batch["video"], model.clip.mean, model.clip.std)
+        with autocast():
+            yield batch, model.caption(video, bpe, maximum)
+
+
+def evaluate_facts(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullcontext):
+    """Share of clips whose caption states each fact rightly -> {name: percent}.
+
+    dataset  tells with `facts_in` what a sentence states, and with `classes` what there is to state;
+             {} where it cannot tell
+    """
+    classes = dataset.classes
+    if not classes or not dataset.states_facts:
+        return {}
+    rows = []
+    for batch, captions in write(model, batches, bpe, maximum=maximum, autocast=autocast):
+        stated = [dataset.facts_in(caption) for caption in captions]
+        labels = {question: batch["labels"][question].tolist() for question in classes}
+        rows.append((batch["number"], [
+            [facts.get(question) == names[labels[question][i]] for question, names in classes.items()]
+            for i, facts in enumerate(stated)]))
+    right = np.array([row for _, part in processes.collect(rows) for row in part])
+    return {f"captions_{question}": 100 * float(share) for question, share in
+            zip(classes, right.mean(axis=0))} | {
+        "captions_all_three": 100 * float(right.all(axis=1).mean())}
+
+
+def evaluate(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullcontext):
+    """BLEU-4, ROUGE-L and CIDEr-D of captions against all true sentences of each clip.
+
+    dataset  gives with `references` the true sentences of a batch's clips. They are written as the
+             tokenizer writes captions: "counter-clockwise" and "counter - clockwise" are one
+    """
+    rows = []
+    for batch, captions in write(model, batches, bpe, maximum=maximum, autocast=autocast):
+        references = [bpe.decode(bpe.encode(list(texts), 10**4, trim=True)[0])
+                      for texts in dataset.references(batch)]
+        rows.append((batch["number"], captions, references))
+    rows = processes.collect(rows)
+    return score([caption for _, part, _ in rows for caption in part],
+                 [texts for *_, part in rows for texts in part])
 
 
 def main():

@@ -30,8 +30,9 @@ import clip_video
 import weights
 from attention import Attention
 from engine import pictures, processes
+from engine.checkpoints import recipe_of
 from engine.errors import UserError
-from engine.stage import TEST_CLIPS, ClipStage, flag, generator, recipe_of
+from engine.stage import TEST_CLIPS, ClipStage, flag, generator
 from video import transforms
 from weights import encoders
 
@@ -155,8 +156,8 @@ def evaluate_zero_shot(model, batches, bpe, sentences, *, combine="probabilities
             features = model.encode_video(transforms.normalise(batch["video"], model.mean, model.std))
         rows.append((batch["number"], features.float(), batch["labels"]))
     _, features, labels = zip(*processes.collect(rows, device))
-    probabilities = {question: clip_video.zero_shot(torch.cat(features), sentences_of, model.logit_scale,
-                                                    combine)
+    probabilities = {question: clip_video.zero_shot(
+        torch.cat(features), sentences_of, model.logit_scale, combine)
                      for question, sentences_of in classes.items()}
     answers = {question: torch.cat([part[question].to(device) for part in labels])
                for question in classes}
@@ -196,12 +197,13 @@ class AttentiveProbe(torch.nn.Module):
     @classmethod
     def from_run(cls, folder):
         """Load a run of `classify --mode attentive`, in eval mode. Raises WeightsError."""
-        return weights.load_run(cls, folder, "a run of `train.py classify --mode attentive`")
+        return weights.load_run(cls.from_config, folder, "AttentiveProbe",
+                                "classify --mode attentive")
 
     def classify(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
         query = self.query.expand(len(tokens), -1, -1)
-        return self.head(self.attn(query, keys_from=self.norm(tokens))[:, 0])
+        return self.head(self.attn(query, self.norm(tokens))[:, 0])
 
     def forward(self, video):
         """video (B, C, T, H, W) float, normalised with self.mean and self.std -> logits (B, Y)"""

@@ -14,10 +14,21 @@
 (100.0, 1.0)
 """
 
+import contextlib
+import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+import clip_video
+from engine import processes
+from engine.errors import UserError
+from engine.stage import ClipStage, flag
+from video import transforms
+from weights import encoders
+from weights.tokenizer import tokenizer_of
 
 # The sentences into which InternVideo puts the names of actions.
 PROMPTS = (
@@ -120,3 +131,161 @@ def embed_classes(model, tokenizer, classes, prompts=PROMPTS):
         ids, _ = tokenizer.encode(sentences, context, trim=True)
         embeddings.append(F.normalize(model.encode_text(ids.to(device)), dim=-1))
     return torch.stack(embeddings)
+
+
+def caption_numbers(captions, device="cpu"):
+    """A number for each caption, int64 (B,): the same for the same sentence, in every process.
+
+    For `clip_video.contrastive_loss`: clips with the same sentence are not each other's negatives.
+    """
+    return torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+                         for text in captions], device=device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring a model
+
+
+@torch.no_grad()
+def evaluate(model, batches, bpe, *, gallery=None, context=None, autocast=contextlib.nullcontext,
+             device="cpu"):
+    """Ranks of videos and captions among each other.
+
+    model    clip_video.VideoCLIP, in eval mode
+    batches  dicts with "video" uint8 (B, T, H, W, 3), "captions" (all of each video) and "number"
+    bpe      weights.tokenizer.Tokenizer
+    gallery  of the videos the first so many; None = all
+    context  most tokens of a caption; None = as many as the model reads
+    returns  what `retrieval_metrics` returns, with v2t among videos by their best caption
+    """
+    rows = []
+    for batch in batches:
+        video = transforms.normalise(batch["video"], model.mean, model.std)
+        texts = [text for captions in batch["captions"] for text in captions]
+        ids, _ = bpe.encode(texts, context or model.config["context"], trim=True)
+        with autocast():
+            video_features = model.encode_video(video)
+            text_features = model.encode_text(ids.to(video.device))
+        counts = [len(captions) for captions in batch["captions"]]
+        rows.append((batch["number"], video_features, text_features, counts))
+    _, video_features, text_features, counts = zip(*processes.collect(rows, device))
+    video_features, text_features = (F.normalize(torch.cat(part).float(), dim=-1)
+                                     for part in (video_features, text_features))
+    counts = torch.tensor(sum(counts, []))[:gallery]
+    owner = torch.arange(len(counts)).repeat_interleave(counts)          # the video of each caption
+    similarity = text_features[:len(owner)] @ video_features[:len(counts)].T
+    return retrieval_metrics(model.logit_scale.exp() * similarity, owner, grouped=True)
+
+
+@torch.no_grad()
+def multiple_choice(model, batches, bpe, choices, *, context=None,
+                    autocast=contextlib.nullcontext):
+    """{"multiple_choice": percent} of videos whose right sentence is the most similar one.
+
+    choices  function of a batch -> [(sentences, place of the right one), ...], one for each clip,
+             or [] where there is no choice: see video.clip_set. Other arguments as `evaluate`
+    """
+    rows = []
+    for batch in batches:
+        options = choices(batch)
+        if not options:
+            return {}
+        video = transforms.normalise(batch["video"], model.mean, model.std)
+        ids = [bpe.encode(list(sentences), context or model.config["context"], trim=True)[0]
+               .to(video.device) for sentences, _ in options]
+        with autocast():
+            chosen = choose(model, video, ids).tolist()
+        rows.append((batch["number"], [c == right for c, (_, right) in zip(chosen, options)]))
+    hits = [hit for _, part in processes.collect(rows) for hit in part]
+    return {"multiple_choice": 100 * sum(hits) / len(hits)}
+
+
+# ------------------------------------------------------------------------------------------------
+# The card
+
+
+@dataclass
+class Retrieval(ClipStage, name="retrieve"):
+    """Fine-tuned retrieval: contrast alone, from the weights of stage 2 (InternVideo, Sec. 4.4).
+
+    Generated clips show two acts, which stage 2 never shows; the sentences say which came first."""
+
+    weights: str = flag("", "start from these weights: a run of clip, or an official file")
+    steps: int = flag(600, paper="5 epochs; 30 on ActivityNet")
+    lr: float = flag(2e-3, paper="2e-6 to 5e-6")
+    warmup: float = flag(0.1, paper="0.1")
+    weight_decay: float = flag(0.2, paper="0.2")
+    beta2: float = flag(0.98, paper="0.98")
+    tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
+                          "one beside --weights")
+    context: int = flag(32, "most tokens of a caption, start and end included", paper="77", low=3)
+    num_frames: int = flag(16, paper="12; LSMDC, MSVD, VATEX 8, DiDeMo 32, ActivityNet 64")
+    sampling: str = flag("segment", paper="internvideo")
+    transform: str = flag("plain", paper="internvideo")
+    eval_clips: int = flag(500, "held-out videos, all of them in the gallery", low=2,
+                           paper="1,000 of MSR-VTT")
+    eval_every: int = flag(0, "steps between evaluations; 0 = at the end")
+
+    world = "ActShapes"  # the class of video.moving_shapes that generates its clips
+
+    def datasets(self):
+        """Clips with sentences; of held-out clips each video once, with all its captions."""
+        if not self.weights:
+            raise UserError("--weights: fine-tuning starts from a model; give a run of clip, or an "
+                            "official file")
+        self.eval_every = self.eval_every or max(1, self.steps)
+        train_set, held_out = self.open_sets(flip=False)
+        train_set.training_captions()  # refuses a list without
+        held_out["val"].by_video()
+        return train_set, held_out
+
+    def build(self, train_set):
+        """Both encoders, without a caption decoder."""
+        model = encoders.load_clip(self.weights, frames=self.num_frames,
+                                   image_size=self.input_size, usual_size=type(self).input_size)
+        if self.context > model.config["context"]:
+            raise UserError(f"--context {self.context}: the weights read at most "
+                            f"{model.config['context']} tokens")
+        self.bpe = tokenizer_of(self.weights, self.tokenizer, model.config["vocabulary"])
+        model.recompute(self.recompute)
+        return model
+
+    def loss(self, model, batch, rng):
+        """Contrast of each video with the sentences of the batch, and the other way round."""
+        video = transforms.normalise(batch["video"], model.mean, model.std)
+        ids, _ = self.bpe.encode(batch["caption"], self.context, trim=True)
+        with self.autocast():
+            video_features, text_features, scale = model(video, ids.to(video.device))
+        loss = clip_video.contrastive_loss(
+            video_features, text_features, scale, gather=model.training,
+            targets=caption_numbers(batch["caption"], video.device))
+        return loss, {"loss": loss.detach(), "contrastive": loss.detach()}
+
+    def evaluate(self, model, batches, dataset):
+        """Loss, and ranks in both directions, raw and dual softmax."""
+        return super().evaluate(model, batches, dataset) | evaluate(
+            model, batches, self.bpe, context=self.context, autocast=self.autocast,
+            device=self.device)
+
+    def finish(self, model, held_out, results):
+        """All ranks as a table are printed; multiple choice is measured, where there is one."""
+        ranks, columns = results["val"], ("R@1", "R@5", "R@10", "MdR", "MnR")
+        print(f"{'':28s}" + "".join(f"{column:>8s}" for column in columns))
+        for way, name in (("t2v", "text to video"), ("v2t", "video to text")):
+            for kind in ("", "dsl_"):
+                print(f"{name + ', dual softmax' * bool(kind):28s}" + "".join(
+                    f"{ranks[f'{kind}{way}_{column}']:8.1f}" for column in columns))
+        batches = self.held_out(held_out["val"], self.eval_clips, self.eval_batch)
+        return multiple_choice(model, batches, self.bpe, held_out["val"].choices,
+                               context=self.context, autocast=self.autocast)
+
+    def protocol(self, held_out):
+        """How the ranks are measured."""
+        return self.clips_protocol(held_out) | {
+            "gallery": "all held-out videos", "ranks": "raw and dual softmax; ties count against us",
+            "captions": "all of each video; v2t among videos by their best caption",
+            "limit": held_out["val"].chance}
+
+    def extras(self, folder):
+        """tokenizer.json"""
+        self.bpe.save(folder)

@@ -16,8 +16,15 @@ class ClipSet:
 
     source = ""  # the name for messages
     classes = {}  # {question: names in label order}; {} = no labels
-    captions = None  # of the training set, parallel to the items; None = none, or endless
+    captions = None  # of files: parallel to the items; None = none
+    states_facts = False  # True: `facts_in` can tell what a sentence states
+    prompts_combine_by = "probabilities"  # how `sentences` are averaged: see clip_video.zero_shot
     chance = ""  # what limits a number, for the protocol
+
+    @property
+    def has_captions(self):
+        """True where items have captions."""
+        return self.captions is not None
 
     def summary(self):
         """One line for the user: what it is, how much, a sample."""

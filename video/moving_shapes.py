@@ -546,6 +546,8 @@ class MovingShapes(ClipSet):
     """
 
     source = "moving shapes"
+    has_captions = states_facts = True
+    prompts_combine_by = "embeddings"
     HELD_OUT = ("val", "unseen", "test")  # the other splits, which training never shows
 
     def __init__(self, split, frames=16, size=64, seed=0, motion_words=1.0):
@@ -687,6 +689,7 @@ class ActShapes(MovingShapes):
     """
 
     HELD_OUT = ("val",)
+    states_facts = False
     chance = "without the order, R@1 cannot pass 50 %"
 
     def __init__(self, *args, **options):
