@@ -9,8 +9,8 @@
            logits = (1 - u) * score A + u * score M,  u learned
 
 Masked modelling learns how things move; language supervision learns what they are. InternVideo
-keeps both encoders and adds attention between them (InternVideo, Sec. 3.2, Cross-Model Interaction).
-It reached 91.1 % on Kinetics-400. The paper gives no number for a plain average of the two
+keeps both encoders and adds attention between them (Sec. 3.2, Cross-Model Interaction). It reached
+91.1 % on Kinetics-400. The paper gives no number for a plain average of the two
 encoders' scores; `train.py fuse` measures one.
 
 1. `CrossModelAttention`: attention to the other model's tokens, then an MLP, each times a gate
@@ -27,9 +27,9 @@ encoders' scores; `train.py fuse` measures one.
    their norms, and the global token's start train. The encoders stay in eval mode. Freezing alone
    saves time and memory: autograd keeps nothing where no weight and no input needs a gradient.
 
-Nothing of this was released. The paper leaves open, and we chose: before which blocks (four, evenly),
-which multimodal blocks are read (at the same relative depth), which tokens give keys (all), heads
-(the masked encoder's), gates (one number each), how scores combine (convex, of logits).
+Nothing of this was released. The paper leaves open, and we chose: before which blocks (four,
+evenly), which multimodal blocks are read (at the same relative depth), which tokens give keys (all),
+heads (the masked encoder's), gates (one number each), how scores combine (convex, of logits).
 
 Numbers: VideoMAE-H and UniFormerV2-L: 90.2 M parameters train beside 985 M frozen ones.
 
@@ -62,8 +62,8 @@ class CrossModelAttention(nn.Module):
     heads                  of the attention
     gates                  True: both start at 0; False: no gates, for comparison
 
-    From the paper: gated attention and MLP. Ours: pre-norm, exact GELU, an MLP four times as wide, one
-    number per gate.
+    From the paper: gated attention and MLP. Ours: pre-norm, exact GELU, an MLP four times as wide,
+    one number per gate.
     """
 
     def __init__(self, width, context_width, heads, gates=True):
@@ -100,8 +100,8 @@ class CrossModelAttention(nn.Module):
 class Options:
     """Options of an InternVideo. None is replaced by `fitted`, which also checks them."""
 
-    before: list | None = None  # masked blocks with cross-model attention before them, rising; None =
-    #                             four, evenly, the last before the last block
+    before: list | None = None  # masked blocks with cross-model attention before them, rising; None
+    #                             = four, evenly, the last before the last block
     layers: list | None = None  # for each, the multimodal block after which it reads; None = at the
     #                             same relative depth. Two multimodal encoders: a list for each
     last: bool = True           # False: the global token does not attend to the masked encoder
@@ -161,7 +161,7 @@ class InternVideo(nn.Module):
         def attention(encoder, context, heads):
             return CrossModelAttention(encoder.width, context.width, heads, options.gates)
 
-        # Files have these names: bridges for the masked tokens' attention, last for the global token's.
+        # The attention of masked tokens, and of global tokens. Saved files contain these names.
         self.bridges = nn.ModuleList(
             nn.ModuleList(attention(masked, encoder, options.heads or masked.heads)
                           for _ in self.before) for encoder in encoders)
@@ -237,7 +237,7 @@ class InternVideo(nn.Module):
         return state
 
     def encode(self, clip):
-        """uint8 (B, T, H, W, 3) -> [final state of the masked encoder, then of each multimodal one]"""
+        """uint8 (B, T, H, W, 3) -> [final state of the masked encoder, of each multimodal one]"""
         states, contexts = zip(*(self.encode_multimodal(encoder, clip, chosen)
                                  for encoder, chosen in zip(self.multimodal, self.layers)))
         masked, states = self.encode_masked(clip, contexts), list(states)
@@ -271,8 +271,8 @@ class InternVideo(nn.Module):
 
         "clip"        (B, Da + Dm + ...), what the heads see, side by side
         "masked"      tokens (B, N, Da) after cross-model attention
-        "multimodal"  for each encoder its last tokens (B, t, 1+S, Dm), without cross-model attention,
-                      class token of each frame first
+        "multimodal"  for each encoder its last tokens (B, t, 1+S, Dm), without cross-model
+                      attention, class token of each frame first
         """
         masked, *others = states = self.encode(clip)
         encoders = (self.masked, *self.multimodal)
