@@ -112,7 +112,9 @@ def reconstruction(run, path):
     video = torch.as_tensor(item["video"])[None].permute(0, 4, 1, 2, 3)
     hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
     clips = mae.reconstruction_pictures(model, video, hidden)
-    pictures.reconstruction(clips, path, f"held-out clip: {item['caption']}")
+    clips = {name: clip[0] for name, clip in clips.items()}
+    visible = 1 - float(hidden.float().mean())
+    pictures.reconstruction(clips, visible, path, f"held-out clip: {item['caption']}")
 
 
 def main():
@@ -131,7 +133,8 @@ def main():
     for path in (run / "loss.png", default / "clip" / "captions.png",
                  default / "fuse" / "gates.png", default / "table.png"):
         if not path.exists():
-            print(f"figures.py: {path} is missing; run `make train` to its end first", file=sys.stderr)
+            print(f"figures.py: {path} is missing; run `make train` to its end first",
+                  file=sys.stderr)
             return 2
         shutil.copy(path, out / path.name)
     claims = ROOT / "runs" / "claims" / "claims.md"

@@ -52,7 +52,7 @@ def accuracy(seed, shuffle, steps, batch_size=32):
             logits = model(as_input(batch["video"], shuffle, rng))
         F.cross_entropy(logits.float(), batch["labels"]["motion"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.set_learning_rate(optimisers.learning_rate(recipe, step))
+        optimiser.set_rate(optimisers.learning_rate(recipe, step))
         optimiser.step()
         optimiser.zero_grad()
     model.eval()
