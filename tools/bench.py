@@ -759,11 +759,12 @@ def bench_decode():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         videos = sample_videos(folder)
+        forms = decoders(videos[0])
         for what, choose in CHOICES.items():
-            total = {}
+            total = dict.fromkeys(forms, 0.0)
             for path in videos:
-                for name, value in decode_file(path, what, choose, decoders(videos[0])).items():
-                    total[name] = total.get(name, 0.0) + value
+                for name, value in decode_file(path, what, choose, forms).items():
+                    total[name] += value
             rows = {(name, "bytes"): value for name, value in total.items()}
             show(f"decode, {what}, {len(videos)} files", rows, len(videos),
                  {form: peak_mib(decode_case, (*form, videos, what)) for form in rows})
