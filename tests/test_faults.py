@@ -1,7 +1,7 @@
 """What is proved about accidents: each is made to happen, each ends in one line that says what and where to go on, and none
 loses what was saved.
 
-The lines are those of README.md, "When something goes wrong".
+The lines are those of docs/failures.md, "When something goes wrong".
 """
 
 import json
@@ -43,14 +43,17 @@ def one_line(capsys):
 
 
 def in_readme(said):
-    """True where README's table has this line, up to numbers, files and folders; ... stands for anything."""
+    """True where docs/failures.md has this line, up to numbers, files and folders; ... stands for
+    anything."""
     def plain(line):
         for what, form in ((r"[^\s(]+\.mp4(, \S+\.mp4)*", "FILES"), (r"\S+/last", "last"), (r"--out [^\s:]+", "--out RUN"),
                            (r"damaged \(.*?\);", "damaged (SO);"), (r"(?<![\w.])\d[\d.e+-]*", "NUMBER")):
             line = re.sub(what, form, line)
         return line
 
-    table = (ROOT / "README.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0]
+    page = (ROOT / "docs" / "failures.md").read_text()
+    table = page.split("## When something goes wrong")[1].split("\n## ")[0]
+    table = re.sub(r"\n +", " ", table)  # lines are wrapped there
     lines = [plain(line).split("...") for _, line in re.findall(r"(?<!`)(`{1,2})(?!`)(.+?)(?<!`)\1(?!`)", table)]
     said = plain(said)
     return any(said.startswith(parts[0]) and said.endswith(parts[-1]) and (len(parts) > 1 or said == parts[0]) for parts in lines)
