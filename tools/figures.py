@@ -112,9 +112,7 @@ def reconstruction(run, path):
     video = torch.as_tensor(item["video"])[None].permute(0, 4, 1, 2, 3)
     hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
     clips = mae.reconstruction_pictures(model, video, hidden)
-    clips = {name: clip[0] for name, clip in clips.items()}
-    visible = 1 - float(hidden.float().mean())
-    pictures.reconstruction(clips, visible, path, f"held-out clip: {item['caption']}")
+    pictures.reconstruction(clips, path, f"held-out clip: {item['caption']}")
 
 
 def main():
