@@ -141,6 +141,10 @@ def score(captions, references):
             "CIDEr-D": 100 * cider_d(captions, references)}
 
 
+# ------------------------------------------------------------------------------------------------
+# Measuring a model
+
+
 @torch.no_grad()
 def write(model, batches, bpe, *, maximum, autocast=contextlib.nullcontext):
     """Captions of held-out clips: [(batch, list of captions), ...].

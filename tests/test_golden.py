@@ -25,10 +25,12 @@ import weights
 from conftest import official_fill
 from mae import VideoClassifier, VideoMAE, reconstruction_loss, reconstruction_target
 from variants.dual_masking import DualMaskedVideoMAE, dual_masking_loss, hidden_among_decoded
+from engine import large_batches
 from weights import videomae
 from weights.__main__ import convert, main
 from weights.caption_decoder import OFFICIAL as DECODER
 from weights.official import spell
+from weights.tokenizer import load_tokenizer
 from weights.uniformerv2 import OFFICIAL as TOWER
 
 FOLDER = Path(os.environ.get("GOLDEN", Path(__file__).resolve().parent.parent.parent / "shared" / "golden"))
@@ -272,7 +274,7 @@ def test_caption_decoder(dtype, beta0):
     hidden = decoder.hidden(visual, text)
     loss = caption_decoder.caption_loss(decoder.logits(hidden), ids, is_text)
     loss.backward()
-    chunked = caption_decoder.chunked_caption_loss(decoder, hidden.detach(), ids, is_text, rows=4)
+    chunked = large_batches.chunked_caption_loss(decoder, hidden.detach(), ids, is_text, rows=4)
     torch.testing.assert_close(chunked, loss)
     prefix = "beta0_" if beta0 else ""
     case.check_all(**{prefix + "logits": decoder(visual, text), prefix + "loss": loss.detach()})
@@ -332,7 +334,7 @@ def test_clip_tokenizer():
     vocabulary = FOLDER.parent / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
     if not vocabulary.exists():
         pytest.skip("no CLIP vocabulary beside the reference vectors")
-    words = clip_video.load_tokenizer(vocabulary)
+    words = load_tokenizer(vocabulary)
     rows = json.loads((FOLDER / "clip_tokenizer.json").read_text())["rows"]
     assert len(rows) == 60
     for row in rows:

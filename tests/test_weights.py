@@ -390,11 +390,11 @@ def test_a_config_json_of_odd_kinds_is_one_line(tmp_path, text):
     ("x.gz", gzip.compress(b"a b\n" * 999)[:-9] + b"x" * 9), ("x.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 99),
     ("x.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}')], ids=lambda value: str(value)[:20])
 def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
-    import clip_video
+    from weights.tokenizer import load_tokenizer
     if content is None:
         os.mkfifo(tmp_path / name)
     else:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: ") as caught:
-        clip_video.load_tokenizer(tmp_path / name)
+        load_tokenizer(tmp_path / name)
     assert "\n" not in str(caught.value)

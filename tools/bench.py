@@ -377,7 +377,7 @@ def coca_case(form):
         is_text = torch.ones_like(ids, dtype=torch.bool)
 
         def loss():
-            video, text, hidden = model.encode(pictures[:, :, None], ids)
+            video, text, hidden = model(pictures[:, :, None], ids)
             return clip_video.contrastive_loss(video, text, clip.logit_scale) \
                 + 2 * large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
     else:
