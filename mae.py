@@ -1,73 +1,52 @@
-"""Hide ninety percent of a video in tubes and learn by painting it back.
+"""Masked video modelling: hide 90 % of a video in tubes and reconstruct it.
 
-Why: labels are dear and pixels are free. A network that can paint the hidden part of a clip must
-have understood what moves where. Neighbouring frames are nearly equal, so hiding single patches
-at random would let it copy the answer from the frame before; hiding the same places in all frames
-(a tube) takes that short cut away. Every word of a sentence says something new, and BERT hides 15 %
-of them (arXiv 1810.04805, Sec. 3.1, Masked LM); a still picture repeats itself and is best hidden to 75 %
-(MAE, arXiv 2111.06377, Fig. 5); a clip says most things several times over, so still more must be hidden
-before the task is hard enough to teach, and 90 % is best.
-(VideoMAE, arXiv 2203.12602, Sec. 3.2, Characteristics of Video Data; the first stage of
-InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining.)
+Labels are expensive; raw video is not. A network that reconstructs the hidden part of a clip must
+model what moves where. Neighbouring frames are nearly equal, so a patch hidden in one frame could
+be copied from the frame before. Hiding the same places in all frames (a tube) prevents that. BERT
+hides 15 % of the words (arXiv 1810.04805, Sec. 3.1), MAE 75 % of an image (arXiv 2111.06377,
+Fig. 5). Video is the most redundant of the three: 90 % works best (VideoMAE, arXiv 2203.12602,
+Sec. 3.2). This is the first stage of InternVideo (arXiv 2212.03191, Sec. 3.2).
 
-    video (B, 3, T, H, W) --take_tubelets--> visible (B, Nv, P)     hidden ones are never embedded
-      visible --embed, + position--> (B, Nv, D) --encoder--> (B, Nv, D) --linear--> (B, Nv, D/2)
-      [visible | mask tokens + position] (B, N, D/2) --decoder--> last Nm --head--> (B, Nm, P)
-      loss = mean (prediction - target)^2,   target = normalised pixels of the hidden tubelets
+    video (B, 3, T, H, W) --take_tubelets--> visible (B, Nv, P)
+      visible --embed, + position--> (B, Nv, D) --Encoder--> (B, Nv, D) --linear--> (B, Nv, Dd)
+      [visible | mask tokens + position] (B, N, Dd) --Decoder--> last Nm --head--> (B, Nm, P)
+      loss = mean (prediction - target)^2,  target = normalised pixels of the hidden tubelets
 
-The idea, in steps:
-1. A tubelet is 2 frames x 16 x 16 pixels: 16 x 224 x 224 makes 8 x 14 x 14 = 1568 tokens.
-   `take_tubelets` cuts out just the ones asked for.
-2. `tube_mask` hides int(0.9 * 196) = 176 places in every frame (89.8 %: int() rounds down); 20 remain,
-   160 in the clip.
-3. `Encoder` runs joint space-time attention, every token to every other, on those 160 only: a tenth
-   of the tokens in projections and MLPs, a hundredth of the pairs in the attention, a block 12.7 times
-   cheaper in all. It meets nothing but real tubelets, as later in fine-tuning, where a mask token would be
-   an input that never comes again. (`DividedBlock` is the rival: first over time, then over space.)
-4. `Decoder` puts a mask token at every hidden place, all of them alike but for the position code, which
-   says what is asked for there. So it sees all N positions, ten times what the
-   encoder sees: it must be cheap. ViT-B's is half as wide and 4 blocks deep, to the encoder's 12. The
-   work is lopsided on purpose: the encoder is kept, the decoder is thrown away. (Our tiny one is not
-   lopsided: 96 wide and 4 deep beside 96 and 3; it has too little width to halve.)
-5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so that the loss
-   is about structure. Predicting plain zeros, the mean of each tubelet, costs (n-1)/n for n pixels of a
-   tubelet and channel (the deviation divides by n-1), 0.998 at 2 x 16 x 16 and 0.99 at 2 x 8 x 8: the trivial baseline, and the number to compare every curve with.
-6. `VideoMAE.packed` takes clips of different length or mask ratio in one row, without padding: a mask
-   keeps them apart, and no pair of tokens of different clips costs anything.
-7. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear. The mean, for there is no
-   class token, and pretraining asks no single token to speak for the clip.
+1. A tubelet is 2 frames x 16 x 16 pixels: 16 x 224 x 224 makes N = 8 x 14 x 14 = 1568 tokens.
+2. `tube_mask` hides int(0.9 * 196) = 176 places in every frame. 20 remain: Nv = 160 in the clip.
+3. `Encoder` runs joint space-time attention on the visible tokens only. A block is 12.7 times
+   cheaper on 160 tokens than on 1568. The encoder never sees mask tokens, in pretraining or later,
+   so fine-tuning starts from the same kind of input.
+4. `Decoder` adds one learned mask token at every hidden place; the position code tells them apart.
+   It sees all N tokens and is thrown away after pretraining, so it is small: 4 blocks in ViT-B,
+   against 12. Its width Dd is D/2 from small to huge (SIZES lists the others).
+5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so the loss
+   measures structure. Predicting zeros costs (n-1)/n for n pixels of a tubelet and channel (the
+   deviation divides by n-1): 0.998 at 2 x 16 x 16. This is the trivial baseline.
+6. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear layer.
 
-What the features are good and bad at: motion and fine detail early on; names of things only after
-labels, which is what the other encoder of InternVideo is for.
+Where we differ from the official code (VideoMAE modeling_pretrain.py), with equal numbers: hidden
+tubelets are never embedded, visible ones get no target, the last decoder block computes hidden
+positions only, and tokens are gathered with fixed counts. Equal on purpose: the decoder's tokens
+stay in the order visible, then hidden; a "learnable" position table is detached and never learns.
+Masks differ in the random places they draw. ViT-B has 94 M parameters (86 M of them encoder).
 
-Where we differ from the official code (VideoMAE modeling_pretrain.py), with equal numbers: only
-visible tubelets are embedded and only hidden ones get a target; the last decoder block answers for
-hidden positions alone; tokens are gathered with fixed counts, not by boolean indexing. Equal on
-purpose, though unusual: position codes are sinusoids over the flattened token index; the decoder's
-tokens stay in the order visible, then hidden; a "learnable" position table is detached and never
-learns. The masks differ in which random places they draw.
-
-Numbers: ViT-B has 94 M parameters in pretraining (86 M kept) and 1568 tokens; our tiny one
-0.9 M (0.4 M kept), and 100 tokens of 8 frames of 40 x 40 pixels.
-
->>> video = torch.zeros(2, 3, 16, 64, 64)
 >>> model = VideoMAE("tiny", image_size=64)
 >>> hidden = tube_mask(2, model.grid, 0.9, torch.Generator().manual_seed(0))
 >>> hidden.shape, int(hidden[0].sum())               # (B, N), Nm = 8 * int(0.9 * 64)
 (torch.Size([2, 512]), 456)
->>> model(video, hidden).shape                       # (B, Nm, P), P = 2 * 8 * 8 * 3
+>>> model(torch.zeros(2, 3, 16, 64, 64), hidden).shape    # (B, Nm, P), P = 2 * 8 * 8 * 3
 torch.Size([2, 456, 384])
 """
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Attention, Block, Dropout, Mask, run_blocks, sinusoid_table
-from weights import WeightsError
+from attention import Block, Dropout, run_blocks, sinusoid_table
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -76,7 +55,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Size:
-    """The measures of one model; `decoder_depth` is a choice of the recipe, not of the name."""
+    """The widths and depths of one model."""
 
     width: int
     depth: int
@@ -102,6 +81,51 @@ SIZES = {
     "gigantic": Size(1664, 48, 16, 8192, 14,           512,  4,  8, 2520),
 }
 
+POSITIONS = ("sinusoid", "resized", "axes", "stored")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both networks of this file are built from. A run saves all of it in its config.json."""
+
+    size: Size                   # or a name in SIZES
+    frames: int = 16             # T of the clips; another T, H or W is accepted, too
+    image_size: tuple = 224      # H and W in pixels; one number = both
+    tubelet: int = 2             # frames per tubelet
+    channels: int = 3
+    positions: str = "sinusoid"  # position codes, one of POSITIONS: see `position_codes`, Encoder
+    bias: str = "qv"             # see attention.Attention
+    cosine: bool = False         # see attention.Attention
+    layer_scale: float = None    # see attention.Block
+    eps: float = 1e-6            # of all LayerNorms but one
+    head_eps: float = 1e-6       # of the LayerNorm before the decoder's or classifier's head
+
+    def __post_init__(self):
+        size = SIZES[self.size] if isinstance(self.size, str) else self.size
+        sides = [self.image_size] * 2 if isinstance(self.image_size, int) else self.image_size
+        object.__setattr__(self, "size", size)                # the dataclass is frozen
+        object.__setattr__(self, "image_size", list(sides))   # as JSON has it
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions is {self.positions!r}: choose {', '.join(POSITIONS)}")
+
+    @property
+    def block(self):
+        """The arguments of every attention.Block."""
+        return dict(bias=self.bias, cosine=self.cosine, eps=self.eps, layer_scale=self.layer_scale)
+
+
+# Options of older runs: key -> the one value that still means the same network.
+REMOVED = {"space_time": "joint", "pool": "mean"}
+
+
+def saved_options(config):
+    """Constructor arguments from a run's config.json. ValueError for a removed option in use."""
+    for key, value in REMOVED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key}={config[key]!r} is no longer an option, only {value!r} is")
+    options = {key: value for key, value in config.items() if key not in ("model", *REMOVED)}
+    return options | {"size": Size(**config["size"])}
+
 
 # ------------------------------------------------------------------------------------------------
 # Tubelets and masks
@@ -123,17 +147,8 @@ def take_tubelets(video, index, patch, tubelet):
     return cut[row, index // (h * w), index // w % h, index % w].flatten(3)
 
 
-def normalised(tubelets):
-    """Tubelets (B, n, 3, pixels) of uint8 -> float32, ImageNet-normalised; others are so already. Bytes are a
-    quarter of the traffic, and what is never looked at need not become a float: the encoder sees a tenth."""
-    if tubelets.dtype != torch.uint8:
-        return tubelets
-    mean, std = (torch.tensor(x, device=tubelets.device)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return tubelets.float().div_(255).sub_(mean).div_(std)
-
-
 def put_tubelets(video, index, tubelets, patch, tubelet):
-    """The inverse of `take_tubelets`: a copy of the video with these tubelets painted in."""
+    """The inverse of `take_tubelets`: a copy of the video with these tubelets replaced."""
     B, C, T, H, W = video.shape
     t, h, w = T // tubelet, H // patch, W // patch
     video = video.clone(memory_format=torch.contiguous_format)
@@ -142,6 +157,23 @@ def put_tubelets(video, index, tubelets, patch, tubelet):
     cut[row, index // (h * w), index // w % h, index % w] = \
         tubelets.reshape(*index.shape, C, tubelet, patch, patch).to(video.dtype)
     return video
+
+
+def imagenet_statistics(like):
+    """ImageNet mean and standard deviation on the device of `like`, (3, 1) float32 each."""
+    return (torch.tensor(x, device=like.device)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def imagenet_normalise(tubelets):
+    """uint8 tubelets (B, n, 3, pixels) -> float32, normalised; float ones are returned as they are.
+
+    Frames stay uint8 until the visible 10 % are selected. Converting only those saves memory
+    traffic.
+    """
+    if tubelets.dtype != torch.uint8:
+        return tubelets
+    mean, std = imagenet_statistics(tubelets)
+    return tubelets.float().div_(255).sub_(mean).div_(std)
 
 
 def hide(batch, places, count, generator):
@@ -162,13 +194,13 @@ def tube_mask(batch, grid, ratio, generator=None):
 
 
 def random_mask(batch, grid, ratio, generator=None):
-    """Hide as many places, each anywhere in space and time. Arguments as `tube_mask`."""
+    """Hide as many tokens, each anywhere in space and time. Arguments as `tube_mask`."""
     t, h, w = grid
     return hide(batch, t * h * w, t * int(ratio * h * w), generator)
 
 
 def frame_mask(batch, grid, ratio, generator=None):
-    """Hide whole frames: int(ratio * t) of them. Arguments as `tube_mask`."""
+    """Hide whole frames: int(ratio * t) time steps. Arguments as `tube_mask`."""
     t, h, w = grid
     return hide(batch, t, int(ratio * t), generator).repeat_interleave(h * w, dim=1)
 
@@ -176,23 +208,7 @@ def frame_mask(batch, grid, ratio, generator=None):
 MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 
 
-def running_cell_mask(batch, grid, generator=None):
-    """Which tokens the decoder leaves out in VideoMAE V2: half of each 2 x 2 cell, running on in time.
-
-    Returns (batch, t*h*w) bool, True = not decoded. The decoder, which sees all places, has half the
-    tokens to do. Every cell is decoded in full within three time steps; each sample starts at a random
-    one of four. (VideoMAE V2, arXiv 2303.16727, Sec. 3.2, Dual Masking.)
-    """
-    t, h, w = grid
-    if h % 2 or w % 2:
-        raise ValueError(f"running cells are 2 x 2: a token grid of {h} x {w} does not divide")
-    cells = torch.tensor([[[1, 0], [0, 1]], [[0, 0], [1, 1]], [[0, 1], [1, 0]], [[1, 1], [0, 0]]])
-    start = torch.randint(4, (batch, 1), generator=generator)
-    step = (start + torch.arange(t)) % 4                                     # (batch, t)
-    return cells[step].bool().repeat(1, 1, h // 2, w // 2).flatten(1)
-
-
-def split(mask, name="hidden"):
+def split_by_mask(mask, name="hidden"):
     """Token numbers where the mask is False and where it is True, each in rising order.
 
     mask (B, N) bool -> (B, N - n), (B, n) int64. Every row must hold the same number n of True:
@@ -220,302 +236,238 @@ def gather(tokens, index):
 def resize_positions(table, old, new):
     """Stretch a position table over another token grid: bicubic in space, then linear in time.
 
-    table (1, t*h*w, D) on grid old=(t, h, w) -> (1, t'*h'*w', D). For the InternVideo weights at
-    384 px and 32 frames, which were trained so (its appendix: computing the sinusoids anew hurts).
+    table (1, t*h*w, D) on grid old=(t, h, w) -> (1, N, D) on grid new. InternVideo's weights for
+    384 px and 32 frames were trained so (its appendix: computing the sinusoids anew is worse).
     """
-    (t, h, w), (T, H, W) = old, new
+    (t, h, w), (new_t, new_h, new_w) = old, new
     D = table.shape[-1]
-    if (h, w) != (H, W):
+    if (h, w) != (new_h, new_w):
         frames = table.reshape(t, h, w, D).permute(0, 3, 1, 2)
-        frames = F.interpolate(frames, size=(H, W), mode="bicubic", align_corners=False)
-        table = frames.permute(0, 2, 3, 1).reshape(1, t * H * W, D)
-    if t != T:
-        places = table.reshape(t, H * W, D).permute(1, 2, 0)
-        places = F.interpolate(places, size=T, mode="linear", align_corners=False)
-        table = places.permute(2, 0, 1).reshape(1, T * H * W, D)
+        frames = F.interpolate(frames, size=(new_h, new_w), mode="bicubic", align_corners=False)
+        table = frames.permute(0, 2, 3, 1).reshape(1, t * new_h * new_w, D)
+    if t != new_t:
+        places = table.reshape(t, new_h * new_w, D).permute(1, 2, 0)
+        places = F.interpolate(places, size=new_t, mode="linear", align_corners=False)
+        table = places.permute(2, 0, 1).reshape(1, new_t * new_h * new_w, D)
     return table
 
 
-@functools.lru_cache(maxsize=32)
-def position_codes(kind, grid, patch, tubelet, width, device):
-    """(1, N, D) float32 for a token grid.
+def position_codes(positions, grid, patch, tubelet, width):
+    """Position codes of a token grid (t, h, w): (1, N, width) float32.
 
-    kind  "sinusoid": of the flattened token index, made for this grid (official); "resized": made for 16
-          frames of 224 px and stretched to it; "axes": a third of the channels each for time, row and
-          column, so that "next row" is the same shift everywhere. Small models find it sooner (LOG.md)."""
+    positions  "sinusoid" (official): of the flattened token index, computed for this grid.
+               "resized": computed for 16 frames of 224 px and stretched to this grid.
+               "axes": a third of the channels each for time, row and column, so that "next row" is
+               the same shift everywhere. Small models learn it sooner (LOG.md).
+               "stored": what a position table in the weights starts from, as "sinusoid".
+    """
     t, h, w = grid
-    if kind == "axes":
+    if positions == "axes":
         third = width // 6 * 2
-        codes = (sinusoid_table(t, third)[:, None, None], sinusoid_table(h, third)[None, :, None],
-                 sinusoid_table(w, width - 2 * third)[None, None])
-        return torch.cat([code.expand(t, h, w, -1) for code in codes], dim=3).view(1, t * h * w, width).to(device)
-    if kind == "sinusoid":
-        return sinusoid_table(t * h * w, width)[None].to(device)
-    trained = (16 // tubelet, 224 // patch, 224 // patch)
-    table = sinusoid_table(trained[0] * trained[1] * trained[2], width)[None]
-    return resize_positions(table, trained, grid).to(device)
+        time, row, column = (sinusoid_table(length, channels) for length, channels in
+                             ((t, third), (h, third), (w, width - 2 * third)))
+        codes = (time[:, None, None], row[None, :, None], column[None, None])
+        return torch.cat([code.expand(t, h, w, -1) for code in codes], 3).view(1, t * h * w, width)
+    if positions == "resized":
+        trained = (16 // tubelet, 224 // patch, 224 // patch)
+        table = position_codes("sinusoid", trained, patch, tubelet, width)
+        return resize_positions(table, trained, grid)
+    return sinusoid_table(t * h * w, width)[None]
 
 
 # ------------------------------------------------------------------------------------------------
 # Networks
 
 
-def pair(image_size):
-    """int or (H, W) -> (H, W)"""
-    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+@dataclass(frozen=True)
+class State:
+    """What flows from block to block."""
+
+    tokens: torch.Tensor  # (B, N, D)
 
 
-class DividedBlock(Block):
-    """First each place attends over time, then each time step over its places, then the MLP: divided space-time
-    attention (TimeSformer, arXiv 2102.05095, Sec. 3, Space-Time Self-Attention Models), the rival of joint
-    attention, in which every token sees every other. A token meets t + N/t others in place of N, but the attention
-    over time has projections of its own: at ViT-B's width a block costs 3 % more than a joint one on all 1568 tokens,
-    29 % more on the 160 visible ones, and pays on longer clips. `--space-time divided` compares the two.
-
-    times    t, time steps of a clip; its N tokens are t times as many places, the same in every step: all of
-             them, or those that a tube mask leaves
-    Other arguments as Block; the layer over time has its own norm and weights.
-    """
-
-    def __init__(self, width, heads, times, **options):
-        super().__init__(width, heads, **options)
-        self.times = times
-        self.norm_time = nn.LayerNorm(width, eps=options["eps"])
-        self.attn_time = Attention(width, heads, bias=options["bias"], cosine=options["cosine"])
-
-    def forward(self, x, mask=None, last=None):
-        """x (B, N, D) -> (B, N, D)."""
-        if mask is not None or last is not None or x.shape[1] % self.times:
-            raise ValueError(f"divided attention is for whole clips of {self.times} time steps, the same places in each")
-        B, N, D = x.shape
-        along = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)                  # (B*places, t, D)
-        along = self.attn_time(self.norm_time(along)).unflatten(0, (B, -1)).transpose(1, 2)     # (B, t, places, D)
-        return super().forward(x + self.drop_path(along.reshape(B, N, D)))
-
-    def look(self, x, mask, last):
-        """Over space: the tokens of each time step among themselves."""
-        return self.attn(x.unflatten(1, (self.times, -1)).flatten(0, 1)).view(x.shape)
+def initialise(part, scheme):
+    """Draw the matrices of all Linear layers in `part` with scheme(weight); zero their biases."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            scheme(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class Encoder(nn.Module):
     """A plain video transformer: tubelet embedding, position codes, blocks, norm.
 
-    frames, image_size  what the grid is for; another clip is fine too, its codes are computed
-    space_time          "joint": every token attends to every other; "divided": see DividedBlock
-    positions           "sinusoid", "resized", "axes" (see `position_codes`) or "stored": a table in the
-                        weights, which is added but never trained (as the official code does)
-    norm                LayerNorm after the blocks; False where the classifier norms the mean instead
+    options    Options. Positions "stored" are a table in the weights, which is added but never
+               trained, as in the official code
+    drop_path  share of samples that skip the last block; rises from 0 over the blocks
+    norm       LayerNorm after the blocks; False where the classifier norms the mean instead
     """
 
-    def __init__(self, size, *, frames, image_size, channels=3, tubelet=2, positions="sinusoid",
-                 bias="qv", cosine=False, layer_scale=None, eps=1e-6, drop_path=0.0, norm=True, space_time="joint"):
+    def __init__(self, options, *, drop_path=0.0, norm=True):
         super().__init__()
-        if space_time not in ("joint", "divided"):
-            raise ValueError(f"space_time is {space_time!r}: choose joint or divided")
-        self.patch, self.tubelet, self.kind, self.space_time = size.patch, tubelet, positions, space_time
-        self.grid = self.grid_of(frames, *pair(image_size))
-        self.embed = nn.Linear(channels * tubelet * size.patch**2, size.width)
+        size = options.size
+        self.patch, self.tubelet, self.positions = size.patch, options.tubelet, options.positions
+        self.grid = self.grid_of(options.frames, *options.image_size)
+        self.embed = nn.Linear(options.channels * options.tubelet * size.patch**2, size.width)
         rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
-        block = Block if space_time == "joint" else functools.partial(DividedBlock, times=self.grid[0])
-        self.blocks = nn.ModuleList(
-            block(size.width, size.heads, mlp_width=size.mlp_width, bias=bias, cosine=cosine, eps=eps,
-                  drop_path=rate, layer_scale=layer_scale) for rate in rates)
-        self.norm = nn.LayerNorm(size.width, eps=eps) if norm else nn.Identity()
-        if positions == "stored":
-            t, h, w = self.grid
-            self.register_buffer("stored", sinusoid_table(t * h * w, size.width)[None])
-        elif positions not in ("sinusoid", "resized", "axes"):
-            raise ValueError(f"positions is {positions!r}: choose sinusoid, resized, axes or stored")
+        self.blocks = nn.ModuleList(self.make_block(options, rate) for rate in rates)
+        self.norm = nn.LayerNorm(size.width, eps=options.eps) if norm else nn.Identity()
+        # The table of the usual grid; part of the weights only where it came with them.
+        self.register_buffer("stored", self.codes_of(self.grid), persistent=self.stores_positions)
         self.recompute = False
 
+    def make_block(self, options, drop_path):
+        """One block; a variant overrides this (variants/divided_attention.py)."""
+        size = options.size
+        return Block(size.width, size.heads, mlp_width=size.mlp_width, drop_path=drop_path,
+                     **options.block)
+
+    @property
+    def stores_positions(self):
+        return self.positions == "stored"
+
     def grid_of(self, T, H, W):
-        """Token grid (t, h, w) of a clip of T frames of H x W pixels."""
+        """Token grid (t, h, w) of a clip of T frames of H x W pixels; ValueError if it has none."""
         if T % self.tubelet or H % self.patch or W % self.patch:
             raise ValueError(f"a clip of {T} frames of {H} x {W} pixels does not divide into "
                              f"tubelets of {self.tubelet} x {self.patch} x {self.patch}")
         return T // self.tubelet, H // self.patch, W // self.patch
 
-    def codes(self, grid, like):
-        """Position codes (1, N, D) for a grid, in dtype and on the device of `like`."""
-        if self.kind == "stored":
-            if grid != self.grid:
-                return resize_positions(self.stored, self.grid, grid)
+    def codes_of(self, grid):
+        """Position codes computed for a grid, (1, N, D)."""
+        return position_codes(self.positions, grid, self.patch, self.tubelet,
+                              self.embed.out_features)
+
+    def codes(self, grid):
+        """Position codes for a grid, (1, N, D), in the model's dtype and on its device."""
+        if grid == self.grid:
             return self.stored
-        table = position_codes(self.kind, grid, self.patch, self.tubelet,
-                               self.embed.out_features, like.device)
-        return table.to(torch.promote_types(like.dtype, torch.float32))
+        if self.stores_positions:
+            return resize_positions(self.stored, self.grid, grid)
+        return self.codes_of(grid).to(self.stored)
+
+    def start(self, video, visible=None):
+        """The state before block 0: embedded tubelets plus position codes.
+
+        video    (B, C, T, H, W) float, ImageNet-normalised, or uint8
+        visible  (B, Nv) int64, the tokens to embed; None = all
+        """
+        codes = self.codes(self.grid_of(*video.shape[2:]))
+        tubelets = imagenet_normalise(take_tubelets(video, visible, self.patch, self.tubelet))
+        tokens = self.embed(tubelets.flatten(2))
+        return State(tokens + (codes if visible is None else gather(codes, visible)))
+
+    def run(self, state, start, stop):
+        """The state after blocks start..stop-1."""
+        blocks = list(self.blocks)[start:stop]
+        tokens = run_blocks(blocks, state.tokens, recompute=self.recompute)
+        return replace(state, tokens=tokens)
 
     def forward(self, video, visible=None):
-        """video (B, C, T, H, W), visible (B, Nv) int64 or None (all) -> tokens (B, Nv, D)."""
-        return self.norm(run_blocks(self.blocks, self.begin(video, visible), recompute=self.recompute))
-
-    def begin(self, video, visible=None):
-        """The tokens before the first block: embedded tubelets and position codes, (B, Nv, D)."""
-        grid = self.grid_of(*video.shape[2:])
-        if self.space_time == "divided" and grid[0] != self.grid[0]:
-            raise ValueError(f"divided attention was made for clips of {self.grid[0] * self.tubelet} frames, not of {video.shape[2]}")
-        codes = self.codes(grid, video)
-        tokens = self.embed(normalised(take_tubelets(video, visible, self.patch, self.tubelet)).flatten(2))
-        return tokens + (codes if visible is None else gather(codes, visible))
-
-    def packed(self, videos, visible, segments):
-        """Several clips in one row: lists of (1, C, T, H, W) and of (1, Nv), and the clip of each token, (1, sum
-        of Nv) int -> tokens (1, sum of Nv, D)."""
-        tubelets = [normalised(take_tubelets(video, index, self.patch, self.tubelet))
-                    for video, index in zip(videos, visible)]
-        codes = [gather(self.codes(self.grid_of(*video.shape[2:]), video), index)
-                 for video, index in zip(videos, visible)]
-        tokens = self.embed(torch.cat(tubelets, dim=1).flatten(2)) + torch.cat(codes, dim=1)
-        return self.norm(run_blocks(self.blocks, tokens, Mask(segments=segments), recompute=self.recompute))
+        """Arguments as `start` -> tokens of the last block after the norm, (B, Nv, D)."""
+        return self.norm(self.run(self.start(video, visible), 0, len(self.blocks)).tokens)
 
 
 class Decoder(nn.Module):
     """Blocks over all positions, then norm and head for the last n of them."""
 
-    def __init__(self, size, outputs, *, bias="qv", cosine=False, layer_scale=None, eps=1e-6,
-                 head_eps=1e-6):
+    def __init__(self, options):
         super().__init__()
+        size = options.size
         self.blocks = nn.ModuleList(
-            Block(size.decoder_width, size.decoder_heads, mlp_width=size.decoder_mlp_width, bias=bias,
-                  cosine=cosine, eps=eps, layer_scale=layer_scale) for _ in range(size.decoder_depth))
-        self.norm = nn.LayerNorm(size.decoder_width, eps=head_eps)
-        self.head = nn.Linear(size.decoder_width, outputs)
+            Block(size.decoder_width, size.decoder_heads, mlp_width=size.decoder_mlp_width,
+                  **options.block) for _ in range(size.decoder_depth))
+        self.norm = nn.LayerNorm(size.decoder_width, eps=options.head_eps)
+        self.head = nn.Linear(size.decoder_width,
+                              options.channels * options.tubelet * size.patch**2)
         self.recompute = False
 
-    def forward(self, tokens, n, mask=None):
-        """tokens (B, Nv + n, D/2) -> predictions for the last n, (B, n, P)."""
-        tokens = run_blocks(self.blocks, tokens, mask, last=n, recompute=self.recompute)
+    def forward(self, tokens, n):
+        """tokens (B, Nv + n, Dd) -> predictions for the last n, (B, n, P)."""
+        tokens = run_blocks(self.blocks, tokens, last=n, recompute=self.recompute)
         return self.head(self.norm(tokens))
-
-
-def _sized(config, kept):
-    """Of a saved configuration, these entries, as arguments."""
-    return {key: Size(**config[key]) if key == "size" else config[key] for key in kept}
 
 
 class VideoMAE(nn.Module):
     """Masked autoencoder for video (VideoMAE, Sec. 3.3, VideoMAE).
 
-    size        a name in SIZES or a Size
-    frames, image_size, tubelet, channels   the clip: T, H (and W), frames per tubelet, colours
-    positions, bias, cosine, layer_scale, drop_path, space_time   see Encoder; the decoder is joint
-    eps, head_eps   of the LayerNorms in blocks and encoder; of the decoder's last one
-    normalised  True = it predicts normalised pixels; only drawing needs to know
+    size        a name in SIZES or a Size; with `options` see Options
+    drop_path   see Encoder
+    normalised  True = it predicts normalised pixels; only `reconstruction_pictures` needs to know
 
     >>> VideoMAE("tiny", image_size=(32, 48)).grid     # t, h, w
     (8, 4, 6)
     """
 
-    def __init__(self, size="base", *, frames=16, image_size=224, tubelet=2, channels=3,
-                 positions="sinusoid", bias="qv", cosine=False, layer_scale=None, drop_path=0.0,
-                 eps=1e-6, head_eps=1e-6, normalised=True, space_time="joint"):
+    model_name = "VideoMAE"  # in config.json
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    encoder_class = Encoder  # a variant has its own
+
+    def __init__(self, size="base", *, drop_path=0.0, normalised=True, **options):
         super().__init__()
-        size = SIZES[size] if isinstance(size, str) else size
-        self.config = {"model": "VideoMAE", "size": asdict(size), "frames": frames,
-                       "image_size": list(pair(image_size)), "tubelet": tubelet,
-                       "channels": channels, "positions": positions, "bias": bias, "cosine": cosine,
-                       "layer_scale": layer_scale, "eps": eps, "head_eps": head_eps,
-                       "normalised": normalised, "space_time": space_time}
-        block = dict(bias=bias, cosine=cosine, layer_scale=layer_scale, eps=eps)
-        self.encoder = Encoder(size, frames=frames, image_size=image_size, channels=channels,
-                               tubelet=tubelet, positions=positions, drop_path=drop_path, space_time=space_time, **block)
+        self.options = options = Options(size, **options)
+        self.config = {"model": self.model_name} | asdict(options) | {"normalised": normalised}
+        size = options.size
+        self.encoder = self.encoder_class(options, drop_path=drop_path)
         self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
-        self.decoder = Decoder(size, channels * tubelet * size.patch**2, head_eps=head_eps, **block)
-        self.initialise()
+        self.decoder = Decoder(options)
+        self.register_buffer("codes", self.decoder_codes(self.grid), persistent=False)
+        # Embedding and encoder_to_decoder keep torch's default: the official initialiser never
+        # reaches them.
+        initialise(self.encoder.blocks, nn.init.xavier_uniform_)
+        initialise(self.decoder, nn.init.xavier_uniform_)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     @property
     def grid(self):
         """Token grid (t, h, w) of the clips it was made for."""
         return self.encoder.grid
 
-    @torch.no_grad()
-    def initialise(self):
-        """Xavier for the Linear layers, zero biases. Two layers keep torch's default, as in the
-        official code, whose initialiser never reaches them: embedding and encoder_to_decoder."""
-        for part in (self.encoder.blocks, self.decoder):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+    def decoder_codes(self, grid):
+        """Position codes of the decoder for a grid, (1, N, Dd): never resized or stored."""
+        positions = "axes" if self.options.positions == "axes" else "sinusoid"
+        return position_codes(positions, grid, self.encoder.patch, self.encoder.tubelet,
+                              self.encoder_to_decoder.out_features)
 
-    def forward(self, video, hidden, skipped=None):
+    def forward(self, video, hidden):
         """Predict the hidden tubelets.
 
         video    (B, C, T, H, W) float, ImageNet-normalised, or uint8 as read from a file
         hidden   (B, N) bool, True = not shown to the encoder; the same count in every row
-        skipped  (B, N) bool or None, True = not decoded (VideoMAE V2's dual mask). With it the
-                 decoder predicts every token that is not skipped, hidden or not.
         returns  (B, Nm, P): predictions in rising token order, P = tubelet*patch*patch*C with the
                  colour fastest, in the units of `reconstruction_target`
         """
-        visible, wanted = split(hidden)
-        if self.encoder.space_time == "divided":
-            times = hidden.unflatten(1, (self.grid[0], -1))
-            if (times != times[:, :1]).any():
-                raise ValueError("divided attention needs the same places hidden in every frame: a tube mask")
-        if skipped is not None:
-            wanted, _ = split(skipped, "skipped")
-        return self.reconstruct(video, visible.to(video.device), wanted.to(video.device))
+        visible, targets = split_by_mask(hidden)
+        return self.reconstruct(video, visible.to(video.device), targets.to(video.device))
 
-    def reconstruct(self, video, visible, wanted):
-        """`forward` with token numbers in place of masks, (B, Nv) and (B, n): static shapes."""
-        tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, D/2)
-        table = self.decoder_codes(video)
-        tokens = torch.cat([tokens + gather(table, visible),
-                            self.mask_token + gather(table, wanted)], dim=1)
-        return self.decoder(tokens, wanted.shape[1])
-
-    def decoder_codes(self, video):
-        """Position codes of the decoder for the grid of a video (B, C, T, H, W): (1, N, D/2)."""
-        table = position_codes("axes" if self.encoder.kind == "axes" else "sinusoid",
-                               self.encoder.grid_of(*video.shape[2:]), self.encoder.patch, self.encoder.tubelet,
-                               self.encoder_to_decoder.out_features, video.device)
-        return table.to(torch.promote_types(video.dtype, torch.float32))
-
-    def packed(self, videos, hidden):
-        """`forward` for clips that differ in length, size or mask ratio: all in one row, no padding.
-
-        videos   list of (C, T, H, W), each with its own T, H and W; float or uint8 as for `forward`
-        hidden   list of (N,) bool, one for each, with any number of True
-        returns  (sum of Nm, P): what `forward` predicts for the first clip alone, then for the second ...
-
-        Sequence packing as in "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027,
-        Sec. 3) and, for images, NaViT (arXiv 2307.06304, Sec. 2).
-        """
-        videos = [video[None] for video in videos]
-        visible, wanted = zip(*(split(mask[None]) for mask in hidden))       # (1, Nv), (1, Nm) of each
-        clip = torch.arange(len(videos))
-        of_visible, of_wanted = (clip.repeat_interleave(torch.tensor([x.shape[1] for x in part]))[None]
-                                 for part in (visible, wanted))
-        visible, wanted = ([x.to(video.device) for x, video in zip(part, videos)] for part in (visible, wanted))
-        segments = torch.cat([of_visible, of_wanted], dim=1).to(videos[0].device)
-        encoded = self.encoder.packed(videos, visible, segments[:, :of_visible.shape[1]])
-        tables = [self.decoder_codes(video) for video in videos]
-        seen, asked = (torch.cat([gather(*pair) for pair in zip(tables, part)], dim=1) for part in (visible, wanted))
-        # All visible tokens, then all hidden ones: so the last block answers for hidden ones alone here, too.
-        tokens = torch.cat([self.encoder_to_decoder(encoded) + seen, self.mask_token + asked], dim=1)
-        return self.decoder(tokens, asked.shape[1], Mask(segments=segments))[0]
+    def reconstruct(self, video, visible, targets):
+        """`forward` with token numbers in place of the mask, (B, Nv) and (B, n): static shapes."""
+        tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, Dd)
+        grid = self.encoder.grid_of(*video.shape[2:])
+        codes = self.codes if grid == self.grid else self.decoder_codes(grid).to(self.codes)
+        tokens = torch.cat([tokens + gather(codes, visible),
+                            self.mask_token + gather(codes, targets)], dim=1)
+        return self.decoder(tokens, targets.shape[1])
 
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks."""
         self.encoder.recompute = self.decoder.recompute = on
 
     def with_head(self, classes, **options):
-        """A VideoClassifier for Y classes whose encoder has these weights. The encoder's own norm is left
-        behind, fc_norm and head start fresh: VideoMAE's way into fine-tuning. options: drop, drop_path,
-        frames, image_size, ..."""
-        kept = ("size", "frames", "image_size", "tubelet", "channels", "positions", "bias", "cosine", "layer_scale", "eps",
-                "space_time")
-        return VideoClassifier(**_sized(self.config, kept) | options, classes=classes).take(self)
+        """A VideoClassifier for Y classes with this encoder: the way into fine-tuning.
+
+        The encoder's own norm is left behind; fc_norm and head start fresh.
+        options: drop, drop_path, frames, image_size, ...
+        """
+        options = vars(self.options) | {"head_eps": Options.head_eps} | options
+        return VideoClassifier(classes=classes, **options).take_encoder(self)
 
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
-        config = {key: value for key, value in config.items() if key != "model"}
-        return cls(Size(**config.pop("size")), **config)
+        return cls(**saved_options(config))
 
     @classmethod
     def from_official(cls, source, *, heads=None, decoder_heads=None, frames=None, image_size=None,
@@ -541,62 +493,101 @@ class VideoMAE(nn.Module):
         return videomae.export_pretrained(self)
 
 
-class VideoClassifier(nn.Module):
-    """The encoder on all tokens, their mean, a norm and a linear layer (VideoMAE, Sec. 4, fine-tuning).
+@dataclass(frozen=True)
+class State:
+    """A clip between two blocks."""
 
-    classes    Y; 0 = no head, forward returns the features
-    pool       "mean": mean over tokens, then fc_norm; the encoder's own norm, which saw each token, is left out.
-               "first": norm, then the first token, which is no class token: an option of the official
-               code that no released model uses
-    drop       dropout before the head, a probability
-    head_scale factor on the head's first weights
-    Other arguments as VideoMAE.
+    tokens: torch.Tensor  # (B, N, D)
+
+
+class VideoClassifier(nn.Module):
+    """The encoder on all tokens, their mean, a norm and a linear layer (VideoMAE, Sec. 4).
+
+    The mean, because there is no class token: pretraining trains no single token to represent the
+    clip. The encoder's own norm, made for single tokens, is left out.
+
+    size        a name in SIZES or a Size; with `options` see Options
+    classes     Y; 0 = no head, forward returns the features
+    drop        dropout before the head, a probability
+    drop_path   see Encoder
+    head_scale  factor on the head's first weights
+
+    The interface of encoders, which uniformerv2.UniFormerV2 has as well: width, depth, heads, mean,
+    std, family, grid_of, start, run, finish, tokens, feature, with_head, layer_of, learned_parts.
     """
 
+    model_name, family = "VideoClassifier", "masked"
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    encoder_class = Encoder  # a variant has its own
 
-    def __init__(self, size="base", *, classes, frames=16, image_size=224, tubelet=2, channels=3,
-                 positions="sinusoid", bias="qv", cosine=False, layer_scale=None, drop_path=0.0,
-                 drop=0.0, pool="mean", eps=1e-6, head_eps=1e-6, head_scale=0.001, space_time="joint"):
+    def __init__(self, size="base", *, classes, drop=0.0, drop_path=0.0, head_scale=0.001,
+                 **options):
         super().__init__()
-        size = SIZES[size] if isinstance(size, str) else size
-        if pool not in ("mean", "first"):
-            raise ValueError(f"pool is {pool!r}: choose mean or first")
-        self.config = {"model": "VideoClassifier", "size": asdict(size), "classes": classes,
-                       "frames": frames, "image_size": list(pair(image_size)), "tubelet": tubelet,
-                       "channels": channels, "positions": positions, "bias": bias, "cosine": cosine,
-                       "layer_scale": layer_scale, "pool": pool, "eps": eps, "head_eps": head_eps,
-                       "space_time": space_time}
-        self.encoder = Encoder(size, frames=frames, image_size=image_size, channels=channels,
-                               tubelet=tubelet, positions=positions, drop_path=drop_path, bias=bias,
-                               cosine=cosine, layer_scale=layer_scale, eps=eps, norm=pool == "first",
-                               space_time=space_time)
-        self.fc_norm = nn.LayerNorm(size.width, eps=head_eps) if pool == "mean" else nn.Identity()
+        self.options = options = Options(size, **options)
+        self.config = {"model": self.model_name} | asdict(options) | {"classes": classes}
+        size = options.size
+        self.width, self.depth, self.heads = size.width, size.depth, size.heads
+        self.encoder = self.encoder_class(options, drop_path=drop_path, norm=False)
+        self.fc_norm = nn.LayerNorm(size.width, eps=options.head_eps)
         self.drop = Dropout(drop)
         self.head = nn.Linear(size.width, classes) if classes else nn.Identity()
-        self.pool = pool
-        for module in self.encoder.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        scheme = functools.partial(nn.init.trunc_normal_, std=0.02)
+        initialise(self.encoder.blocks, scheme)
+        initialise(self.head, scheme)
         if classes:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
             self.head.weight.data.mul_(head_scale)
 
-    def with_head(self, classes, *, rows=None, **options):
-        """A classifier for Y classes with these weights. As many classes: the head too. 400 after the 710 of
-        Kinetics-710: its first 400 rows, which are Kinetics-400 in InternVideo's order (not in VideoMAE V2's, and no shape tells
-        them apart). Any other number: a fresh head.
+    def grid_of(self, T, H, W):
+        """Token grid (t, h, w) of a clip of T frames of H x W pixels; ValueError if it has none."""
+        return self.encoder.grid_of(T, H, W)
 
-        rows     which row of the old head each class is, Y numbers; default: as above
+    def start(self, video):
+        """video (B, C, T, H, W) float, normalised, or uint8 -> the state before block 0."""
+        return self.encoder.start(video)
+
+    def run(self, state, start, stop):
+        """The state after blocks start..stop-1."""
+        return self.encoder.run(state, start, stop)
+
+    def finish(self, state):
+        """The state after the last block -> what the head sees, (B, D)."""
+        return self.fc_norm(state.tokens.mean(dim=1))
+
+    def tokens(self, video):
+        """video (B, C, T, H, W) -> all tokens of the last block, (B, N, D)."""
+        return self.encoder(video)
+
+    def feature(self, video):
+        """video (B, C, T, H, W) -> what the head sees, (B, D)."""
+        return self.finish(self.run(self.start(video), 0, self.depth))
+
+    def forward(self, video):
+        """video (B, C, T, H, W) float, ImageNet-normalised, or uint8 -> logits (B, Y)."""
+        return self.head(self.drop(self.feature(video)))
+
+    def learned_parts(self):
+        """The modules that train while the encoder is frozen (fusion.py)."""
+        return [self.fc_norm, self.head]
+
+    def layer_of(self, name):
+        """Depth of a parameter: 0 = embedding, i + 1 = block i, `depth` + 1 = all that follows."""
+        if name.startswith("encoder.blocks."):
+            return int(name.split(".")[2]) + 1
+        return 0 if name.startswith("encoder.embed.") else self.depth + 1
+
+    def with_head(self, classes, *, rows=None, **options):
+        """A classifier for Y classes with these weights.
+
+        rows     which row of the old head each class is, Y numbers. Default: the whole head for as
+                 many classes. 400 classes after the 710 of Kinetics-710: its first 400 rows, which
+                 are Kinetics-400 in InternVideo's order (not in VideoMAE V2's, and no shape tells
+                 them apart). Any other number: a fresh head.
+        options  drop, drop_path, frames, image_size, ...
         """
-        model = VideoClassifier(**_sized(self.config, set(self.config) - {"model", "classes"}) | options,
-                                classes=classes).take(self)
-        if self.pool == "mean":
-            model.fc_norm.load_state_dict(self.fc_norm.state_dict())
-        if classes and rows is None and (classes == self.config["classes"] or (self.config["classes"], classes) == (710, 400)):
+        model = type(self)(classes=classes, **vars(self.options) | options).take_encoder(self)
+        model.fc_norm.load_state_dict(self.fc_norm.state_dict())
+        had = self.config["classes"]
+        if rows is None and classes and (classes == had or (had, classes) == (710, 400)):
             rows = range(classes)
         if rows is not None:
             with torch.no_grad():
@@ -604,27 +595,17 @@ class VideoClassifier(nn.Module):
                 model.head.bias.copy_(self.head.bias[list(rows)])
         return model
 
-    def take(self, other):
-        """The encoder's weights of another model, but for its last norm; returns self."""
-        tensors = {key: value for key, value in other.encoder.state_dict().items()
-                   if key in self.encoder.state_dict() and not key.startswith("stored")}
-        if "stored" in self.encoder.state_dict() and hasattr(other.encoder, "stored"):
-            tensors["stored"] = resize_positions(other.encoder.stored, other.encoder.grid, self.encoder.grid)
-        missing, unknown = self.encoder.load_state_dict(tensors, strict=False)
-        assert not unknown and all(key == "stored" or key.startswith("norm.") for key in missing), (missing, unknown)
+    def take_encoder(self, other):
+        """Copy another model's encoder weights, except for its norm; returns self."""
+        own, tensors = self.encoder.state_dict(), other.encoder.state_dict()
+        tensors = {key: value for key, value in tensors.items() if key in own}
+        if "stored" in tensors:
+            tensors["stored"] = resize_positions(tensors["stored"], other.encoder.grid,
+                                                 self.encoder.grid)
+        elif "stored" in own:
+            tensors["stored"] = own["stored"]
+        self.encoder.load_state_dict(tensors)
         return self
-
-    def features(self, video):
-        """video (B, C, T, H, W) -> (B, D), what the head sees."""
-        return self.pooled(self.encoder(video))
-
-    def pooled(self, tokens):
-        """What the encoder gave, (B, N, D) -> (B, D), what the head sees."""
-        return self.fc_norm(tokens.mean(dim=1)) if self.pool == "mean" else tokens[:, 0]
-
-    def forward(self, video):
-        """video (B, C, T, H, W) float, ImageNet-normalised -> logits (B, Y)."""
-        return self.head(self.drop(self.features(video)))
 
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks."""
@@ -633,8 +614,7 @@ class VideoClassifier(nn.Module):
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
-        config = {key: value for key, value in config.items() if key != "model"}
-        return cls(Size(**config.pop("size")), **config)
+        return cls(**saved_options(config))
 
     @classmethod
     def from_official(cls, source, *, heads=None, frames=None, image_size=None, positions="sinusoid"):
@@ -654,203 +634,105 @@ class VideoClassifier(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# What is to be painted
+# Target and loss
 
 
 def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=2):
-    """The pixels that the model shall paint (VideoMAE, Sec. 3.3; "Masked Autoencoders Are Scalable
-    Vision Learners", arXiv 2111.06377, Sec. 3, Reconstruction target).
+    """The pixels that the model must predict (VideoMAE, Sec. 3.3; MAE, arXiv 2111.06377, Sec. 3).
 
     video      (B, 3, T, H, W) float, ImageNet-normalised, or uint8
-    hidden     (B, N) bool, True = wanted here
+    hidden     (B, N) bool, True = a target; the same count in every row
     normalise  True: of every tubelet and channel, subtract the mean and divide by the standard
                deviation (unbiased; 1e-6 added after the root). False: pixels in [0, 1].
     patch      side of a tubelet in pixels; default: what fits N, the length of `hidden`
     returns    (B, Nm, P), P in the order frame, row, column, colour
+    raises     ValueError where the mask does not fit the clip
     """
-    B, C, T, H, W = video.shape
+    T, H, W = video.shape[2:]
     if patch is None:
         patch = round((T // tubelet * H * W / hidden.shape[1]) ** 0.5)
     if (T // tubelet) * (H // patch) * (W // patch) != hidden.shape[1]:
         raise ValueError(f"a mask of {hidden.shape[1]} tokens does not fit a clip of {T} frames of "
                          f"{H} x {W} pixels in tubelets of {tubelet} x {patch} x {patch}")
-    return target_of(video, split(hidden)[1].to(video.device), normalise, patch, tubelet)
-
-
-def target_of(video, wanted, normalise, patch, tubelet):
-    """`reconstruction_target` with token numbers (B, Nm) in place of a mask: static shapes."""
-    tubelets = wanted_tubelets(video, wanted, patch, tubelet)
+    _, targets = split_by_mask(hidden)
+    tubelets = pixels_of(video, targets.to(video.device), patch, tubelet)
     if normalise:
         mean, std = tubelet_statistics(tubelets)
         tubelets = (tubelets - mean) / std
     return tubelets.transpose(2, 3).flatten(2)
 
 
-def wanted_tubelets(video, wanted, patch, tubelet):
-    """Tubelets (B, Nm, 3, pixels) as colours in [0, 1]."""
-    tubelets = normalised(take_tubelets(video, wanted, patch, tubelet))  # and back: to the last bit as published
-    mean, std = (torch.tensor(x, device=video.device).to(tubelets.dtype)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+def pixels_of(video, index, patch, tubelet):
+    """Tubelets `index` (B, n) of a video as colours in [0, 1]: (B, n, 3, pixels)."""
+    # uint8 is normalised and scaled back, so that the last bit is that of the official code.
+    tubelets = imagenet_normalise(take_tubelets(video, index, patch, tubelet))
+    mean, std = (x.to(tubelets.dtype) for x in imagenet_statistics(video))
     return tubelets * std + mean
 
 
 def tubelet_statistics(tubelets):
-    """Mean, and standard deviation plus 1e-6, of each tubelet and channel: (B, Nm, 3, 1) each."""
+    """Mean, and standard deviation plus 1e-6, of each tubelet and channel: (B, n, 3, 1) each."""
     mean = tubelets.mean(dim=-1, keepdim=True)
-    length = (tubelets - mean).norm(dim=-1, keepdim=True)  # on a CPU a tenth of the time of torch.var_mean
+    # On a CPU this takes a tenth of the time of torch.var_mean.
+    length = (tubelets - mean).norm(dim=-1, keepdim=True)
     return mean, length / (tubelets.shape[-1] - 1) ** 0.5 + 1e-6
 
 
-def reconstruction_loss(prediction, target, weight=None, *, count=None):
+def reconstruction_loss(prediction, target):
     """Mean squared error over all numbers of the hidden tubelets; predicting 0 costs about 1.
 
-    prediction, target  (B, Nm, P)
-    weight              (B, Nm) or None: how much each token counts. VideoMAE V2 decodes some tokens
-                        that the encoder saw; they get weight 0.
-    count               with weights, what the sum is divided by; default: their sum. When several
-                        processes share a batch: the sum over all / processes.
+    prediction, target  (B, Nm, P); computed in float32, or in float64 if they are
     """
     if prediction.dtype != torch.float64:
         prediction, target = prediction.float(), target.float()
-    if weight is None:
-        return F.mse_loss(prediction, target)
-    error, weight = (prediction - target) ** 2, weight.to(prediction.dtype)
-    return (error.mean(dim=-1) * weight).sum() / (weight.sum() if count is None else count)
-
-
-# ------------------------------------------------------------------------------------------------
-# Pictures
+    return F.mse_loss(prediction, target)
 
 
 @torch.no_grad()
-def paint(model, video, hidden):
-    """What the model makes of a masked clip, as pictures.
+def reconstruction_pictures(model, video, hidden):
+    """What a model makes of a masked clip; engine.pictures.reconstruction draws it.
 
     video, hidden  as VideoMAE.forward
-    returns        {"input", "seen", "painted", "borrowed"}, each (B, 3, T, H, W) float in [0, 1]. A model
-                   of normalised pixels knows structure, not brightness: "painted" borrows mean and
-                   contrast of each hidden tubelet from the input. "borrowed" shows that loan with
-                   nothing painted on it, so that one can see what the model itself added.
+    returns        {"input", "visible", "reconstruction", "borrowed"}, each (B, 3, T, H, W) float in
+                   [0, 1]. A model of normalised pixels knows structure, not brightness:
+                   "reconstruction" borrows mean and contrast of each hidden tubelet from the input.
+                   "borrowed" shows the borrowed means alone, to tell what the model itself added.
+                   It is left out where nothing is borrowed.
     """
     patch, tubelet = model.encoder.patch, model.encoder.tubelet
-    _, wanted = split(hidden)
-    wanted = wanted.to(video.device)
-    mean, std = (torch.tensor(x, device=video.device).view(3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = video * std + mean
-    true = wanted_tubelets(video, wanted, patch, tubelet)                    # (B, Nm, 3, pixels)
-    guess = model(video, hidden).float().unflatten(-1, (-1, 3)).transpose(2, 3)
-    middle, contrast = tubelet_statistics(true)
+    targets = split_by_mask(hidden)[1].to(video.device)
+    every = torch.arange(hidden.shape[1], device=video.device).expand(len(video), -1)
+    pixels = put_tubelets(video.float(), every, pixels_of(video, every, patch, tubelet),
+                          patch, tubelet)
+    true = pixels_of(video, targets, patch, tubelet)                         # (B, Nm, 3, pixels)
+    predicted = model(video, hidden).float().unflatten(-1, (-1, 3)).transpose(2, 3)
+    filled = {"input": true, "visible": torch.full_like(true, 0.5), "reconstruction": predicted}
     if model.config["normalised"]:
-        guess = guess * contrast + middle
-    pictures = {"input": true, "seen": torch.full_like(true, 0.5), "painted": guess,
-                "borrowed": middle.expand_as(true)}
-    return {name: put_tubelets(pixels, wanted, tubelets, patch, tubelet).clamp(0, 1)
-            for name, tubelets in pictures.items()}
-
-
-def draw(model, video, hidden, path, title=""):
-    """Write a strip of frames to `path` (.png) and the moving picture beside it (.gif).
-
-    video (1, 3, T, H, W), hidden (1, N): one clip, as `paint`.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from PIL import Image
-
-    pictures = paint(model, video, hidden)
-    loan = "mean and contrast\nborrowed from input" if model.config["normalised"] else "nothing borrowed"
-    labels = {"input": "input", "seen": f"what the encoder saw\n({1 - hidden.float().mean():.0%})",
-              "painted": f"reconstruction\n({loan})", "borrowed": "what was borrowed:\nthe mean alone"}
-    if not model.config["normalised"]:
-        del pictures["borrowed"]
-    T, H, W = video.shape[2:]
-    shown = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
-    figure, axes = plt.subplots(len(pictures), len(shown), squeeze=False, facecolor="white",
-                                figsize=(1.3 * len(shown) * W / H + 1.7, 1.35 * len(pictures) + 0.5))
-    for row, (name, clip) in zip(axes, pictures.items()):
-        for axis, frame in zip(row, shown):
-            axis.imshow(clip[0, :, frame].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if name == "input":
-                axis.set_title(f"frame {frame}", fontsize=8)
-        row[0].set_ylabel(labels[name], fontsize=8, rotation=0, ha="right", va="center")
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-    side_by_side = torch.cat([clip[0] for clip in pictures.values()], dim=-1)  # (3, T, H, rows*W)
-    zoom = max(1, 144 // H)
-    frames = (side_by_side.permute(1, 2, 3, 0) * 255).round().byte().cpu()
-    frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=120, loop=0)
-
-
-def main(argv=None):
-    """`python mae.py`: the shapes, step by step. `python mae.py VIDEO --weights FILE`: its picture."""
-    import argparse
-    import sys
-    from pathlib import Path
-
-    import data
-    from video import moving_shapes
-
-    parser = argparse.ArgumentParser(description="Hide most of a video and paint it back.")
-    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
-    parser.add_argument("--weights", help="a run's folder or official pretraining weights; "
-                                          "default: an untrained tiny model")
-    parser.add_argument("--mask-ratio", "--mask_ratio", type=float, default=0.75,
-                        help="share of each frame to hide, 0 to 1 (paper: 0.9)")
-    parser.add_argument("--seed", type=int, default=0, help="which places are hidden")
-    parser.add_argument("--out", default="runs/reconstruction.png", help="where the picture goes (.png)")
-    args = parser.parse_args(argv)
-    try:
-        model = VideoMAE.from_official(args.weights) if args.weights else VideoMAE("tiny", image_size=64)
-        T, (H, W) = model.config["frames"], model.config["image_size"]
-        if args.video:
-            count = data.probe(args.video).frames
-            clip = data.read_clip(args.video, data.dense_indices(count, T, 4), min(H, W))
-            top, left = (clip.shape[1] - H) // 2, (clip.shape[2] - W) // 2
-            clip = clip[:, top:top + H, left:left + W]
-        else:
-            clip = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
-        t, h, w = model.grid
-        if not 0 < int(args.mask_ratio * h * w) < h * w:
-            raise ValueError(f"--mask-ratio {args.mask_ratio}: must leave at least one of the "
-                             f"{h * w} places of a frame visible and hide at least one")
-        video = data.normalise(torch.as_tensor(clip)[None], IMAGENET_MEAN, IMAGENET_STD)
-        hidden = tube_mask(1, model.grid, args.mask_ratio, torch.Generator().manual_seed(args.seed))
-        explain(model, video, hidden)
-        path = Path(args.out).with_suffix(".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw(model, video, hidden, path, "" if args.weights else "an untrained model: pass --weights")
-        print(f"drawn: {path} and {path.with_suffix('.gif')}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
-        print(f"mae.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        mean, contrast = tubelet_statistics(true)
+        filled |= {"reconstruction": predicted * contrast + mean, "borrowed": mean.expand_as(true)}
+    return {name: put_tubelets(pixels, targets, tubelets, patch, tubelet).clamp(0, 1)
+            for name, tubelets in filled.items()}
 
 
 @torch.no_grad()
-def explain(model, video, hidden):
-    """Print what happens to a clip, shape by shape."""
-    visible, wanted = split(hidden)
-    t, h, w = model.grid
-    encoded = model.encoder(video, visible)
-    normalised, patch, tubelet = model.config["normalised"], model.encoder.patch, model.encoder.tubelet
-    target = reconstruction_target(video, hidden, normalised, patch=patch, tubelet=tubelet)
-    loss = reconstruction_loss(model(video, hidden), target)
-    pixels = tubelet * patch**2
-    for name, value in (
-            ("video (B, C, T, H, W)", tuple(video.shape)),
-            (f"token grid t x h x w = {t} x {h} x {w}", f"N = {t * h * w} tokens"),
-            ("hidden in every frame", f"{int(hidden[0, :h * w].sum())} of {h * w} places"),
-            ("shown to the encoder (B, Nv, D)", tuple(encoded.shape)),
-            ("to be painted (B, Nm, P)", tuple(target.shape)),
-            ("loss on this clip" + f" (means alone cost {(pixels - 1) / pixels:.3f})" * normalised, f"{loss:.3f}")):
-        print(f"{name:48s} {value}")
+def main():
+    """`python mae.py`: one masked step on a generated clip, shape by shape."""
+    from video import moving_shapes
+
+    torch.manual_seed(0)
+    model = VideoMAE("tiny", frames=8, image_size=40, positions="axes").eval()
+    clip = torch.as_tensor(moving_shapes.MovingShapes("test", 8, (40, 40), 0)[0]["video"])
+    video = clip[None].permute(0, 4, 1, 2, 3)
+    hidden = tube_mask(1, model.grid, 0.75)
+    visible, _ = split_by_mask(hidden)
+    prediction, target = model(video, hidden), reconstruction_target(video, hidden)
+    loss = reconstruction_loss(prediction, target)
+    for name, value in (("video (B, C, T, H, W)", video), ("hidden (B, N)", hidden),
+                        ("shown to the encoder (B, Nv, D)", model.encoder(video, visible)),
+                        ("target (B, Nm, P)", target), ("prediction (B, Nm, P)", prediction)):
+        print(f"{name:40s} {tuple(value.shape)}")
+    print(f"{'loss of this untrained model':40s} {loss:.3f}, of zeros {target.square().mean():.3f}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

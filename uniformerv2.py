@@ -1,84 +1,62 @@
-"""Start from an image model and let small extra blocks read the video in it.
+"""A video encoder that grows from an image model (UniFormerV2, arXiv 2211.09552, Sec. 3, Method).
 
-Why: a transformer trained on 400 million captioned images (CLIP) knows what things look like and
-nothing of time. Training it anew on video forgets the first to learn the second. UniFormerV2 arms
-it instead: the image blocks stay, frame by frame, and the new blocks around them begin silent, so that
-training starts exactly at the image model (UniFormerV2, arXiv 2211.09552, Sec. 3, Method; the video
-tower of InternVideo, arXiv 2212.03191).
+CLIP, trained on 400 million captioned images, knows what things look like, and nothing about time.
+Training all of it on video damages what it knows. UniFormerV2 keeps the image blocks, frame by
+frame, and adds blocks whose branches start at zero. Training therefore starts exactly at the image
+model. This is the multimodal encoder of InternVideo (arXiv 2212.03191).
 
-    video (B, C, T, H, W) --embed each frame, + class token, + place--> (B, t, 1+S, D)
-      |
-      | per block:  local unit    each place looks at itself one step before and after   (optional)
-      |             attention     the 1+S tokens of one frame among themselves           (CLIP's)
-      |             local unit    once more                                              (optional)
-      |             mlp           token by token                                         (CLIP's)
-      |                 \\-- on chosen layers: global block, all t*(1+S) tokens --> token (B, 1, D)
-      v                                                                                      |
-    mean over frames of the class tokens (B, D) ------- balance ------- what the token read -+
-                                                           |
-                        feature (B, D) --norm, dropout, linear--> logits (B, Y)
+    video (B, C, T, H, W) --embed each frame, + class token, + positions--> (B, t, 1+S, D)
+      | per block:  local unit    each place over three frames       (optional)
+      |             attention     among the 1+S tokens of one frame  (CLIP's)
+      |             local unit    again                              (optional)
+      |             mlp           token by token                     (CLIP's)
+      |                 \\-- after chosen blocks: global block, all t*(1+S) tokens --> (B, 1, D)
+      v                                                                                  |
+    mean over frames of the class tokens (B, D) -------- balance -------- global token --+
+                                                            |
+                         feature (B, D) --norm, dropout, linear--> logits (B, Y)
 
-The idea, in steps:
-1. `UniFormerV2.embed_frames`: every frame is an image to CLIP. Nothing tells one frame from another.
-   For data about motion an embedding takes three frames, at every second one (`temporal_downsample`), so t = T/2.
-2. `LocalUnit` mixes neighbouring frames, place by place: a depth-wise convolution over time in a
-   narrower space (Sec. 3, Local UniBlock; its "local MHRA"). `FrameBlock` is CLIP's block with up to two of them.
-3. `GlobalBlock`: one query, a learned vector, zero at the start and alike for every clip (`global_token`), gathers
-   from all N tokens of all frames what matters for the clip: N pairs, not N*N (Sec. 3, Global UniBlock). A 3x3x3 convolution first tells each token about its neighbours, the only
-   trace of order here; the frames' own stream never sees it. The token goes on to the next global
-   block: "sequential" among the four ways of Sec. 3, Multi-Stage Fusion Block, and the only one here (the others
-   are parallel, hierarchical by keys and values, and hierarchical by queries).
-4. Every frame's class token (CLIP's summary of it) is averaged over frames, and a learned balance per channel,
-   w = sigmoid(balance), mixes the two: feature = (1 - w) * token that read the clip + w * mean class token.
-5. `temporal_conv` and `grid_conv`: the two convolutions in the form that the device runs fastest.
+1. `embed_frames`: CLIP's embedding of every frame. Nothing in it tells one frame from another. For
+   motion it takes three frames, at every second one (`temporal_downsample`): t = T/2.
+2. `LocalUnit`: a depth-wise convolution over time, in a narrower space (Local UniBlock).
+3. `GlobalBlock`: one query, a learned vector that starts at zero, attends to all tokens of the clip
+   (Global UniBlock). Its output is the query of the next global block ("sequential" fusion).
+4. `UniFormerV2.combine`: (1 - w) * global token + w * mean class token, w = sigmoid(balance).
 
-What makes it work, and a test proves: at the start every new branch ends in zeros, so the token that reads
-the clip is exactly 0; w is 1/2. The network is then the image model averaged over frames, times 1/2, which
-the norm of any head removes; frames may come in any order. (A frozen tower, balance=False, is the token alone. With
-`temporal_downsample` the embedding begins as the middle one of its three frames, so the network is the image model
-on frames 0, 2, 4 ...) Yet those zeros have a gradient from the first step on: they are the last layers of their branches, and what feeds them is not zero.
-(The second local unit of the last layer waits one step: no one but the silent global block reads it.)
+At the start the global token is 0 and w is 1/2: the feature is half the image model's mean over
+frames. The layers that start at zero have a gradient from the first step, with one exception: the
+second local unit of the last block. Only the last global block reads that unit, and its output is
+multiplied by a weight that is zero at step one.
 
-Where we differ from the official code (UniFormerV2 uniformerv2_model.py), with equal numbers: batch
-first everywhere; convolutions of size 1 are matrices; keys and values of the single query are never
-computed (`GlobalBlock.read`). On purpose not equal: DropPath skips clips, where the official
-sequence-first code skips token positions in all clips at once. Equal, though the paper says it the
-other way round: w weighs the mean class token, not the token that read the clip. Also equal:
-clips are normalised with MEAN and STD below though CLIP was not. Frames may be any number.
+Differences from the official code: batch first; convolutions of size 1 are matrices; DropPath drops
+clips, not token positions. As in that code, unlike the paper, w weighs the mean class token.
 
-Numbers: B/16 115 M parameters, L/14 354 M; with local units and more global blocks, for motion, 163 M
-and 574 M. 197 and 257 tokens per frame. Our tiny one: 2.7 M.
+Numbers: B/16 has 115 M parameters, L/14 354 M; configured for motion 163 M and 574 M.
 
 >>> model = UniFormerV2("tiny", classes=5).eval()
 >>> video = torch.randn(2, 3, 8, 64, 64)
->>> model(video).shape                              # (B, Y)
-torch.Size([2, 5])
->>> feature, tokens = model.encode(video)
->>> feature.shape, tokens.shape                     # (B, D), (B, t, 1+S, D)
-(torch.Size([2, 192]), torch.Size([2, 8, 65, 192]))
->>> torch.allclose(feature, tokens[:, :, 0].mean(dim=1) / 2)
-True
+>>> model(video).shape, model.tokens(video).shape   # (B, Y), (B, t*(1+S), D)
+(torch.Size([2, 5]), torch.Size([2, 520, 192]))
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Block, Dropout, attention, quick_gelu, sinusoid_table
+from attention import Block, Dropout, quick_gelu, sinusoid_table
 from engine.processes import gather_with_gradient, world
-from weights import WeightsError
 
-# Grey levels in [0, 1]: every UniFormerV2 model was trained on clips normalised so. Inside
-# InternVideo's video-text model CLIP's own numbers apply (clip_video.py).
+# For pixels in [0, 1]. All published UniFormerV2 models normalise clips with these; a video-text
+# model uses CLIP's numbers instead (clip_video.py).
 MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 
 
 @dataclass(frozen=True)
 class Size:
-    """The measures of the image model; global blocks are as wide."""
+    """The measures of the image model; global blocks have the same width."""
 
     width: int
     depth: int
@@ -98,32 +76,57 @@ SIZES = {
 }
 
 
-def preset(family, size):
-    """The paper's options for a kind of data: UniFormerV2("b16", **preset("motion", "b16")).
+@dataclass(frozen=True)
+class Options:
+    """All options of a UniFormerV2. Its configuration holds these and nothing else.
 
-    family  "scenes": what is in the picture nearly decides, Kinetics and the like (8 frames or more).
-            "motion": Something-Something (16 frames or more): local units and a global block on
-            each of the last two thirds of the layers.
-            "frozen": the image model is not trained, and the head reads the global token alone.
+    The paper's choices: the defaults for Kinetics. For Something-Something: local_units 2,
+    temporal_downsample, global blocks on the last two thirds of the layers, frames 16, drop_path
+    0.2, global_drop_path 0.4. For a frozen image model: balance False. ValueError: they do not fit.
     """
-    depth = (SIZES[size] if isinstance(size, str) else size).depth
-    families = {"scenes": {"global_layers": last_layers(depth)},
-                "motion": {"global_layers": tuple(range(depth // 3, depth)), "local_units": 2,
-                           "temporal_downsample": True, "frames": 16, "drop_path": 0.2,
-                           "global_drop_path": 0.4},
-                "frozen": {"global_layers": last_layers(depth), "balance": False}}
-    if family not in families:
-        raise ValueError(f"no family {family!r}: choose {', '.join(families)}")
-    return families[family]
 
+    size: Size | str = "b16"             # a name in SIZES, or a Size
+    frames: int = 8                      # T of the clips it is meant for; other lengths work too
+    image_size: int | tuple | None = None  # H = W or (H, W) in pixels; None = the size's own
+    channels: int = 3
+    classes: int = 0                     # Y; 0 = no head, forward returns the feature
+    global_layers: tuple | None = None   # layers, from 0, with a global block after them; () = no
+    #                                      layer; None = the last four, at most half of all
+    global_heads: int | None = None      # heads of the global blocks; None = the tower's
+    global_mlp_width: int | None = None  # width inside their MLP; None = the tower's
+    local_units: int = 0                 # 0, 1 or 2 in each block
+    reduction: float = 1.5               # they are int(D // reduction) wide inside
+    temporal_downsample: bool = False    # embed 3 frames, at every second one; T must be even
+    balance: bool = True                 # False: the feature is the global token alone
+    drop_path: float = 0.0               # probability that a clip skips a branch of the last block;
+    global_drop_path: float = 0.0        # it rises linearly from 0 in the first: attention.DropPath
+    global_mlp_dropout: float = 0.5
+    head_dropout: float = 0.5
+    mean: tuple = MEAN                   # pixels in [0, 1] are normalised with these
+    std: tuple = STD
 
-def last_layers(depth):
-    """Where the global blocks read unless told otherwise: the last four layers, at most half of all."""
-    return tuple(range(max(depth - 4, depth // 2), depth))
+    def __post_init__(self):
+        size = SIZES[self.size] if isinstance(self.size, str) else self.size
+        size = Size(**size) if isinstance(size, dict) else size
+        H, W = (size.image_size if self.image_size is None else self.image_size,) * 2 \
+            if not isinstance(self.image_size, (list, tuple)) else self.image_size
+        layers = self.global_layers
+        if layers is None:
+            layers = range(max(size.depth - 4, size.depth // 2), size.depth)
+        layers, p = tuple(layers), size.patch
+        if H % p or W % p:
+            raise ValueError(f"frames of {H} x {W} pixels do not divide into patches of {p} x {p}")
+        if list(layers) != sorted(set(layers) & set(range(size.depth))):
+            raise ValueError(f"global_layers {layers}: name layers 0 to {size.depth - 1}, rising")
+        if self.local_units not in (0, 1, 2):
+            raise ValueError(f"local_units is {self.local_units!r}: choose 0, 1 or 2")
+        for name, value in (("size", size), ("image_size", (H, W)), ("global_layers", layers),
+                            ("mean", tuple(self.mean)), ("std", tuple(self.std))):
+            object.__setattr__(self, name, value)  # the dataclass is frozen for all others
 
 
 # ------------------------------------------------------------------------------------------------
-# Two depth-wise convolutions, each in several forms with the same numbers
+# Two depth-wise convolutions
 
 
 def temporal_conv(x, kernel, bias, form="auto"):
@@ -178,15 +181,12 @@ def fastest(convolution, x, kernel):
     return "conv2d" if learning else "conv3d"
 
 
-def inflate(kernel, frames, centre=True):
+def inflate(kernel, frames):
     """An image kernel as a video kernel: (D, C, p, p) -> (D, C, frames, p, p).
 
-    centre  True: it looks at the middle frame, the others get zeros, so that the video network starts
-            with the image network's numbers. False: every frame gets 1/frames of it, as I3D
-            (arXiv 1705.07750) proposed; equal only on a clip that stands still.
+    The middle frame gets the kernel, the others get zeros. The video network then starts with the
+    image network's numbers.
     """
-    if not centre:
-        return kernel[:, :, None].expand(-1, -1, frames, -1, -1) / frames
     out = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])
     out[:, :, frames // 2] = kernel
     return out
@@ -194,16 +194,6 @@ def inflate(kernel, frames, centre=True):
 
 # ------------------------------------------------------------------------------------------------
 # Blocks
-
-
-def place_codes(h, w, width):
-    """How a table of learned places begins: (1 + h*w, width), a zero row for the class token, then half of
-    the channels sinusoids of the row and half of the column. CLIP began with noise and had 400 million
-    images to find out which places are neighbours; a model that begins here knows (LOG.md)."""
-    half = width // 4 * 2
-    codes = (sinusoid_table(h, half)[:, None], sinusoid_table(w, width - half)[None])
-    codes = torch.cat([code.expand(h, w, -1) for code in codes], dim=2).flatten(0, 1)
-    return torch.cat([torch.zeros(1, width), codes])
 
 
 class Kernel(nn.Module):
@@ -216,16 +206,19 @@ class Kernel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape[0]))
 
 
-def silent(layer):
-    """A Linear layer that begins as zero, so that its branch does. Its own gradient is not zero."""
+def zeroed(layer):
+    """A Linear layer that starts at zero, so that its branch does. Its own gradient is not zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d on x (n, D) whose statistics are those of all processes' batches together, also on a CPU:
-    the variance of all is the mean of the variances plus the variance of the means. Every n must be equal."""
+    """BatchNorm1d on x (n, D) with the statistics of all processes' batches together.
+
+    The variance of all is the mean of the variances plus the variance of the means, so n must be
+    equal in all processes.
+    """
 
     def forward(self, x):
         if not self.training or world() == 1:
@@ -245,12 +238,12 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class LocalUnit(nn.Module):
-    """What each place learns from the frames next to it: the local multi-head relation aggregator (MHRA) of UniFormerV2,
-    Sec. 3, Local UniBlock.
+    """Each place mixed with the same place in the frames before and after: the local multi-head
+    relation aggregator (MHRA) of UniFormerV2, Sec. 3, Local UniBlock.
 
-    out = expand(temporal_conv(reduce(BatchNorm(x)))), x (B, t, S, D), inside int(D // reduction) wide.
-    The norm's statistics are per channel over all clips, frames and places: torch's BatchNorm3d, seen
-    on a (B*t*S, D) matrix. `expand` starts at zero.
+    out = expand(temporal_conv(reduce(BatchNorm(x)))), x (B, t, S, D); int(D // reduction) wide
+    inside. The norm's statistics are per channel, over all clips, frames and places (the official
+    BatchNorm3d). `expand` starts at zero.
     """
 
     def __init__(self, width, reduction):
@@ -259,7 +252,7 @@ class LocalUnit(nn.Module):
         self.norm = BatchNorm(width)
         self.reduce = nn.Linear(width, narrow)
         self.time = Kernel(narrow, 3)
-        self.expand = silent(nn.Linear(narrow, width))
+        self.expand = zeroed(nn.Linear(narrow, width))
 
     def forward(self, x):
         normed = self.norm(x.flatten(0, 2)).view(x.shape)
@@ -267,7 +260,7 @@ class LocalUnit(nn.Module):
 
 
 class FrameBlock(Block):
-    """CLIP's block on each frame by itself, and up to two local units that reach across frames.
+    """CLIP's block on each frame by itself, with up to two local units that reach across frames.
 
     x = x + local[0](patches)      only the patch tokens; a class token stays with its frame
     x = x + attn(norm1 x)          among the 1+S tokens of one frame
@@ -276,51 +269,54 @@ class FrameBlock(Block):
     """
 
     def __init__(self, size, local_units, reduction, drop_path):
-        super().__init__(size.width, size.heads, mlp_width=size.mlp_width, eps=1e-5, drop_path=drop_path,
-                         activation=quick_gelu)
+        super().__init__(size.width, size.heads, mlp_width=size.mlp_width, eps=1e-5,
+                         drop_path=drop_path, activation=quick_gelu)
         self.local = nn.ModuleList(LocalUnit(size.width, reduction) for _ in range(local_units))
 
-    def look_across(self, i, x):
-        """Add local unit i, if there is one, to the patch tokens."""
+    def mix_frames(self, i, x):
+        """Add local unit i, if there is one, to the patch tokens of x (B, t, 1+S, D)."""
         if i >= len(self.local):
             return x
         patches = x[:, :, 1:]
-        return torch.cat([x[:, :, :1], patches + self.drop_path(self.local[i](patches))], dim=2)
+        mixed = patches + self.drop_path(self.local[i](patches))
+        return torch.cat([x[:, :, :1], mixed], dim=2)
 
     def forward(self, x, recompute=False):
         """x (B, t, 1+S, D) -> the same shape. recompute: see UniFormerV2.recompute."""
-        run = remember_nothing if recompute and torch.is_grad_enabled() else (lambda part, x: part(x))
-        x = self.look_across(0, x)
-        x = x + self.drop_path(run(self.attend, x))
-        x = self.look_across(1, x)
-        return x + self.drop_path(run(self.digest, x))
+        run = recomputed if recompute and torch.is_grad_enabled() else (lambda part, x: part(x))
+        x = self.mix_frames(0, x)
+        x = x + self.drop_path(run(self.attention_branch, x))
+        x = self.mix_frames(1, x)
+        return x + self.drop_path(run(self.mlp_branch, x))
 
-    def attend(self, x):
+    def attention_branch(self, x):
         """(B, t, 1+S, D) -> the same: attention inside each frame."""
         frames = self.norm1(x).flatten(0, 1)                                 # (B*t, 1+S, D)
         return self.attn(frames).view(x.shape)
 
-    def digest(self, x):
+    def mlp_branch(self, x):
         """(B, t, 1+S, D) -> the same: the MLP, token by token."""
         return self.mlp(self.norm2(x))
 
 
-def remember_nothing(part, x):
-    """part(x), whose activations are computed again in the backward pass (arXiv 1604.06174). Local
-    units never run this way: a second run would count twice in the statistics of their norm."""
+def recomputed(part, x):
+    """part(x), whose activations are computed again in the backward pass (arXiv 1604.06174). Never
+    for local units: a second run would count twice in the statistics of their norm."""
     return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
 
 
 class GlobalBlock(Block):
-    """One token reads a whole clip (UniFormerV2, Sec. 3, Global UniBlock).
+    """One query attends to all tokens of a clip (UniFormerV2, Sec. 3, Global UniBlock).
 
-    y = norm_context(tokens, patches + grid_conv(patches))     the copy that only this block sees
-    token = token + attn(norm1 token; y)
-    token = token + mlp(norm2 token)                           dropout between the two layers
+    y = norm_context(tokens, patches + grid_conv(patches))     a copy: the frames never see it
+    query = query + attn(norm1 query; y)
+    query = query + mlp(norm2 query)                           dropout between the two layers
+
+    grid_conv is the only part of this block that knows where and when a token is.
     """
 
-    def __init__(self, size, heads, dropout, drop_path, mlp_width=None):
-        super().__init__(size.width, heads, mlp_width=mlp_width or size.mlp_width, eps=1e-5, drop_path=drop_path,
+    def __init__(self, size, heads, mlp_width, dropout, drop_path):
+        super().__init__(size.width, heads, mlp_width=mlp_width, eps=1e-5, drop_path=drop_path,
                          activation=quick_gelu)
         self.near = Kernel(size.width, 1, 3, 3, 3)
         self.norm_context = nn.LayerNorm(size.width)
@@ -328,46 +324,46 @@ class GlobalBlock(Block):
         for layer in (self.attn.qkv, self.mlp.fc1):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(self.attn.qkv.bias)
-        # fc1 keeps its random bias: while the token is 0, nothing else feeds fc2.
+        # fc1 keeps its random bias: while the query is 0, nothing else reaches fc2.
         for layer in (self.attn.proj, self.mlp.fc2):
-            silent(layer)
+            zeroed(layer)
 
-    def read(self, query, context):
-        """query (B, 1, D) asks context (B, N, D); returns (B, 1, D). Keys and values of the N tokens
-        are never made. For one query q of a head, q.(Wk y) = (Wk^T q).y, so the query moves to the
+    def attend(self, query, context):
+        """query (B, 1, D), context (B, N, D) -> (B, 1, D). Keys and values of the N tokens are
+        never made. For one query q of a head, q.(Wk y) = (Wk^T q).y, so the query moves to the
         tokens instead; the values' matrix comes after the mixing, a^T (Y Wv^T) = (a^T Y) Wv^T. The
         key bias cancels in the softmax; the weights sum to one, so the value bias is added once.
-        N*heads*D multiplications twice, in place of N*D*D twice.
         """
         heads = self.attn.heads
         to_q, to_k, to_v = self.attn.qkv.weight.chunk(3)                     # (D, D) each
         bias_q, _, bias_v = self.attn.qkv.bias.chunk(3)
         to_k, to_v = (w.unflatten(0, (heads, -1)) for w in (to_k, to_v))     # (heads, K, D)
         q = F.linear(query, to_q, bias_q).view(len(query), heads, -1)        # (B, heads, K)
-        moved = torch.einsum("bhk,hkd->bhd", q, to_k)[:, None]               # heads as queries of one head
-        seen = attention(moved, context[:, None], context[:, None], scale=q.shape[-1] ** -0.5,
-                         kernel="written_out")[:, 0]                         # (B, heads, D)
-        out = torch.einsum("bhd,hkd->bhk", seen, to_v).flatten(1) + bias_v
+        moved = torch.einsum("bhk,hkd->bhd", q, to_k) * q.shape[-1] ** -0.5
+        share = (moved @ context.mT).softmax(dim=-1)                         # (B, heads, N)
+        mixed = share.to(context.dtype) @ context                            # (B, heads, D)
+        out = torch.einsum("bhd,hkd->bhk", mixed, to_v).flatten(1) + bias_v
         return self.attn.proj(out)[:, None]
 
     def context(self, tokens, grid):
-        """What the token reads: tokens (B, t, 1+S, D), grid (h, w) -> (B, t*(1+S), D)."""
+        """What the query attends to: tokens (B, t, 1+S, D), grid (h, w) -> (B, t*(1+S), D)."""
         patches = tokens[:, :, 1:]
-        near = grid_conv(patches.unflatten(2, grid), self.near.weight, self.near.bias).flatten(2, 3)
-        context = torch.cat([tokens[:, :, :1], patches + near], dim=2).flatten(1, 2)
-        return self.norm_context(context)
+        near = grid_conv(patches.unflatten(2, grid), self.near.weight, self.near.bias)
+        context = torch.cat([tokens[:, :, :1], patches + near.flatten(2, 3)], dim=2)
+        return self.norm_context(context.flatten(1, 2))
 
-    def forward(self, token, tokens, grid):
-        """token (B, 1, D), tokens (B, t, 1+S, D), grid (h, w) -> token (B, 1, D)."""
-        token = token + self.drop_path(self.read(self.norm1(token), self.context(tokens, grid)))
-        hidden = self.dropout(quick_gelu(self.mlp.fc1(self.norm2(token))))
-        return token + self.drop_path(self.mlp.fc2(hidden))
+    def forward(self, query, tokens, grid):
+        """query (B, 1, D), tokens (B, t, 1+S, D), grid (h, w) -> query (B, 1, D)."""
+        query = query + self.drop_path(self.attend(self.norm1(query), self.context(tokens, grid)))
+        hidden = self.dropout(quick_gelu(self.mlp.fc1(self.norm2(query))))
+        return query + self.drop_path(self.mlp.fc2(hidden))
 
-    def looks(self, token, tokens, grid):
-        """Where the token looks, arguments as `forward`: (B, t, 1+S), mean over heads, each clip's sum 1."""
-        q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for y in
-                self.attn.project(torch.cat([self.norm1(token), self.context(tokens, grid)], dim=1), None, None)[:2])
-        share = (q[:, :, :1] @ k[:, :, 1:].mT * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
+    def attention_map(self, query, tokens, grid):
+        """Attention weights, arguments as `forward`: (B, t, 1+S), mean over heads, sum 1."""
+        weight, bias = (x.chunk(3) for x in (self.attn.qkv.weight, self.attn.qkv.bias))
+        q, k = (F.linear(x, weight[i], bias[i]).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+                for i, x in enumerate((self.norm1(query), self.context(tokens, grid))))
+        share = (q @ k.mT * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
         return share.view(tokens.shape[:3])
 
 
@@ -375,89 +371,73 @@ class GlobalBlock(Block):
 # The network
 
 
+@dataclass(frozen=True)
+class State:
+    """A clip between two blocks."""
+
+    tokens: torch.Tensor         # (B, t, 1+S, D), class token of each frame first
+    query: torch.Tensor | None   # (B, 1, D), the global token so far; None without global blocks
+
+
 class UniFormerV2(nn.Module):
-    """CLIP's image tower on every frame, armed for video.
+    """CLIP's image tower on every frame, and the blocks that make it a video encoder.
 
-    size            a name in SIZES or a Size
-    frames          T of the clips it is meant for; no weight depends on it, any clip will do
-    image_size      H = W or (H, W) in pixels, a multiple of the patch; default: the size's own
-    classes         Y; 0 = no head, forward returns the feature
-    global_layers   numbers of the layers, from 0, after which a global block reads; None: the last
-                    four, at most half; (): none, just the image tower, whose feature is the mean
-                    over frames of the class token (CLIP without its last norm)
-    global_heads    heads of the global blocks; default: those of the tower
-    global_mlp_width   of the global blocks; default: the tower's
-    local_units     0, 1 or 2 per block; reduction: how much narrower than D they are inside
-    temporal_downsample   True: the embedding takes 3 frames at every second one, t = T/2, T even
-    balance         False: the feature is the global token alone (for a frozen tower)
-    drop_path, global_drop_path   probability that a clip skips a branch in the last block; rises
-                    linearly from 0 in the first. See attention.DropPath.
-    global_mlp_dropout, head_dropout   probabilities
-    mean, std       what pixels are normalised with: three numbers each, of values in [0, 1]
+    size, options   see `Options`
 
-    >>> plain = UniFormerV2("tiny", global_layers=())
+    >>> plain = UniFormerV2("tiny", global_layers=())  # CLIP without its last norm, frames averaged
     >>> plain(torch.zeros(1, 3, 5, 64, 64)).shape
     torch.Size([1, 192])
     """
 
-    def __init__(self, size="b16", *, frames=8, image_size=None, channels=3, classes=0,
-                 global_layers=None, global_heads=None, local_units=0, reduction=1.5,
-                 temporal_downsample=False, balance=True, drop_path=0.0, global_drop_path=0.0,
-                 global_mlp_dropout=0.5, head_dropout=0.5, mean=MEAN, std=STD,
-                 global_mlp_width=None):
+    family = "multimodal"
+
+    def __init__(self, size="b16", **options):
         super().__init__()
-        size = SIZES[size] if isinstance(size, str) else size
-        D, p = size.width, size.patch
-        image_size = size.image_size if image_size is None else image_size
-        H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
-        layers = last_layers(size.depth) if global_layers is None else tuple(global_layers)
-        if H % p or W % p:
-            raise ValueError(f"frames of {H} x {W} pixels do not divide into patches of {p} x {p}")
-        if list(layers) != sorted(set(layers) & set(range(size.depth))):
-            raise ValueError(f"global_layers {layers}: name layers 0 to {size.depth - 1}, rising")
-        if local_units not in (0, 1, 2):
-            raise ValueError(f"local_units is {local_units!r}: choose 0, 1 or 2")
-        self.config = {
-            "model": "UniFormerV2", "size": asdict(size), "frames": frames, "image_size": [H, W],
-            "channels": channels, "classes": classes, "global_layers": list(layers),
-            "global_heads": global_heads, "local_units": local_units, "reduction": reduction,
-            "temporal_downsample": temporal_downsample, "balance": balance, "drop_path": drop_path,
-            "global_drop_path": global_drop_path, "global_mlp_dropout": global_mlp_dropout,
-            "head_dropout": head_dropout, "mean": list(mean), "std": list(std),
-            "global_mlp_width": global_mlp_width}
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.patch, self.grid, self.global_layers, self._recompute = p, (H // p, W // p), layers, False
-        self.window, self.stride = (3, 2) if temporal_downsample else (1, 1)  # frames per embedding
-        self.grid_of(frames, H, W)
-        self.embed = nn.Linear(channels * self.window * p**2, D, bias=False)
+        self.options = options = Options(size, **options)
+        self.config = {"model": "UniFormerV2"} | {
+            key: list(x) if isinstance(x, tuple) else x for key, x in asdict(options).items()}
+        size, (H, W), layers = options.size, options.image_size, options.global_layers
+        self.width, self.depth, self.heads = size.width, size.depth, size.heads
+        self.mean, self.std, self.global_layers = options.mean, options.std, layers
+        self.patch, self.grid = size.patch, (H // size.patch, W // size.patch)
+        self.window, self.stride = (3, 2) if options.temporal_downsample else (1, 1)  # in frames
+        self._recompute = False
+        self.grid_of(options.frames, H, W)
+        D = size.width
+        self.embed = nn.Linear(options.channels * self.window * size.patch**2, D, bias=False)
         self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
         self.positions = nn.Parameter(place_codes(*self.grid, D))
         self.norm_pre = nn.LayerNorm(D)
-        rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(FrameBlock(size, local_units, reduction, rate) for rate in rates)
+        rates = torch.linspace(0, options.drop_path, size.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            FrameBlock(size, options.local_units, options.reduction, rate) for rate in rates)
         self.global_token = self.balance = None
         if layers:
             self.global_token = nn.Parameter(torch.zeros(1, 1, D))
-            rates = torch.linspace(0, global_drop_path, len(layers), device="cpu").tolist()
+            rates = torch.linspace(0, options.global_drop_path, len(layers), device="cpu").tolist()
             self.global_blocks = nn.ModuleList(
-                GlobalBlock(size, global_heads or size.heads, global_mlp_dropout, rate,
-                            global_mlp_width) for rate in rates)
-            self.balance = nn.Parameter(torch.zeros(D)) if balance else None
-        if classes:
-            self.norm, self.drop, self.head = nn.LayerNorm(D), Dropout(head_dropout), nn.Linear(D, classes)
+                GlobalBlock(size, options.global_heads or size.heads,
+                            options.global_mlp_width or size.mlp_width,
+                            options.global_mlp_dropout, rate) for rate in rates)
+            self.balance = nn.Parameter(torch.zeros(D)) if options.balance else None
+        if options.classes:
+            self.norm, self.drop = nn.LayerNorm(D), Dropout(options.head_dropout)
+            self.head = nn.Linear(D, options.classes)
         self.initialise()
 
     @torch.no_grad()
     def initialise(self):
-        """The image tower as CLIP's code starts its text tower: residual branches smaller in a deep
-        model. The new parts have set up themselves."""
-        D, depth = self.embed.out_features, len(self.blocks)
-        if self.window > 1:  # begin by looking at one frame, like the image model
-            frame = self.embed.weight.unflatten(1, (-1, self.window, self.patch, self.patch))[:, :, 1]
+        """The image blocks start as CLIP's text blocks do: the deeper the model, the smaller the
+        residual branches. The new parts have initialised themselves."""
+        D, depth = self.width, self.depth
+        if self.window > 1:  # start as the image model on the middle frame
+            shape = (-1, self.window, self.patch, self.patch)
+            frame = self.embed.weight.unflatten(1, shape)[:, :, 1]
             self.embed.weight.copy_(inflate(frame * self.window**0.5, self.window).flatten(1))
         for block in self.blocks:
             for layer, std in ((block.attn.qkv, D**-0.5), (block.attn.proj, (2 * D * depth)**-0.5),
-                               (block.mlp.fc1, (2 * D)**-0.5), (block.mlp.fc2, (2 * D * depth)**-0.5)):
+                               (block.mlp.fc1, (2 * D)**-0.5),
+                               (block.mlp.fc2, (2 * D * depth)**-0.5)):
                 nn.init.normal_(layer.weight, std=std)
                 nn.init.zeros_(layer.bias)
 
@@ -474,98 +454,121 @@ class UniFormerV2(nn.Module):
     def embed_frames(self, video):
         """video (B, C, T, H, W) -> tokens (B, t, 1+S, D), the class token of each frame first.
 
-        The official strided convolution, as a matrix: cut into patches first."""
+        The official strided convolution, as a matrix on patches that are cut out first."""
         t, h, w = self.grid_of(*video.shape[2:])
-        if self.window > 1:  # zeros, the mean colour, before the first frame; behind the last none is ever reached
+        if self.window > 1:  # zeros (the mean colour) before the first frame; none is needed behind
             video = F.pad(video, (0, 0, 0, 0, 1, 0))
         p = self.patch
         cut = video.unfold(2, self.window, self.stride).unfold(3, p, p).unfold(4, p, p)
-        cut = cut.permute(0, 2, 3, 4, 1, 5, 6, 7)                            # b t h w (c window p p)
+        cut = cut.permute(0, 2, 3, 4, 1, 5, 6, 7)                           # b t h w (c window p p)
         patches = self.embed(cut.reshape(len(video), t, h * w, -1)) + self.positions[1:]
         first = (self.class_token + self.positions[0]).to(patches.dtype)
         return self.norm_pre(torch.cat([first.expand(len(video), t, 1, -1), patches], dim=2))
 
-    def encode(self, video):
-        """video (B, C, T, H, W) float, normalised -> feature (B, D); tokens of the last block
-        (B, t, 1+S, D), class token of each frame first, no final norm."""
-        reader = self.readers()
-        token = None if self.global_token is None else self.global_token.expand(len(video), -1, -1)
-        for i, x in enumerate(self.layers(video)):
-            if i in reader:
-                token = reader[i](token, x, self.grid)
-        return self.combine(token, x), x
+    # The interface of both encoders: see also mae.VideoClassifier
 
-    def layers(self, video):
-        """Yield the tokens (B, t, 1+S, D) after each layer: frames and local units, no global block."""
-        x = self.embed_frames(video)
-        for block in self.blocks:
-            x = block(x, self._recompute)
-            yield x
+    def start(self, video):
+        """video (B, C, T, H, W) float, normalised with mean and std -> State before block 0."""
+        query = None if self.global_token is None else self.global_token.expand(len(video), -1, -1)
+        return State(self.embed_frames(video), query)
 
-    def read(self, outputs):
-        """The global token (B, 1, D) after all global blocks; None where there are none. `encode` does the same
-        on the way. outputs: tokens by number of layer, at least of those that a global block reads."""
-        if self.global_token is None:
-            return None
-        token = self.global_token.expand(len(outputs[self.global_layers[0]]), -1, -1)
-        for i, block in self.readers().items():
-            token = block(token, outputs[i], self.grid)
-        return token
+    def run(self, state, start, stop):
+        """Run blocks start to stop - 1 and the global blocks after them -> State."""
+        x, query = state.tokens, state.query
+        for i in range(start, stop):
+            x = self.blocks[i](x, self._recompute)
+            if i in self.global_layers:
+                query = self.global_blocks[self.global_layers.index(i)](query, x, self.grid)
+        return replace(state, tokens=x, query=query)
 
-    def readers(self):
-        """{number of a layer: the global block that reads after it}, rising"""
-        return dict(zip(self.global_layers, self.global_blocks)) if self.global_layers else {}
-
-    def combine(self, token, x):
-        """Global token (B, 1, D) or None, last tokens (B, t, 1+S, D) -> feature (B, D)."""
-        mean = x[:, :, 0].mean(dim=1)
-        if token is None:
+    def combine(self, state):
+        """State after the last block -> feature (B, D), before the head's norm."""
+        mean = state.tokens[:, :, 0].mean(dim=1)
+        if state.query is None:
             return mean
         if self.balance is None:
-            return token[:, 0]
+            return state.query[:, 0]
         share = self.balance.sigmoid()
-        return (1 - share) * token[:, 0] + share * mean
+        return (1 - share) * state.query[:, 0] + share * mean
 
-    def features(self, video):
-        """video (B, C, T, H, W) -> (B, D), what the head's norm sees."""
-        return self.encode(video)[0]
+    def finish(self, state):
+        """State after the last block -> (B, D), what the head sees. (fusion.py may add a query in a
+        model without global blocks; the query alone is then the feature.)"""
+        feature = self.combine(state)
+        return self.norm(feature) if self.options.classes else feature
+
+    def encode(self, video):
+        """video (B, C, T, H, W) -> feature (B, D), tokens (B, t, 1+S, D), before any last norm."""
+        state = self.run(self.start(video), 0, self.depth)
+        return self.combine(state), state.tokens
+
+    def tokens(self, video):
+        """video (B, C, T, H, W) -> the tokens of the last block (B, t*(1+S), D), frame by frame."""
+        return self.encode(video)[1].flatten(1, 2)
+
+    def feature(self, video):
+        """video (B, C, T, H, W) -> (B, D), what the head sees."""
+        return self.finish(self.run(self.start(video), 0, self.depth))
 
     def forward(self, video):
         """video (B, C, T, H, W) float, normalised with self.mean and self.std -> logits (B, Y)."""
-        feature = self.features(video)
-        return self.head(self.drop(self.norm(feature))) if self.config["classes"] else feature
+        feature = self.feature(video)
+        return self.head(self.drop(feature)) if self.options.classes else feature
+
+    def learned_parts(self):
+        """What trains in stage 4, fusion: the head with its norm, and the global token's start."""
+        return [self.norm, self.head] + [self.global_token] * (self.global_token is not None)
+
+    def layer_of(self, name):
+        """For layer-wise learning rates: 0 = embedding, i + 1 = block i, depth + 1 = the rest."""
+        part, *rest = name.split(".")
+        if part == "blocks":
+            return int(rest[0]) + 1
+        return 0 if part in ("embed", "norm_pre", "class_token", "positions") else self.depth + 1
+
+    @torch.no_grad()
+    def attention_maps(self, video):
+        """{layer: what its global block attends to, (B, t, h, w)}; patches only, sum at most 1."""
+        state, maps = self.start(video), {}
+        for i in range(self.depth):
+            query, state = state.query, self.run(state, i, i + 1)
+            if i in self.global_layers:
+                block = self.global_blocks[self.global_layers.index(i)]
+                found = block.attention_map(query, state.tokens, self.grid)
+                maps[i] = found[:, :, 1:].unflatten(2, self.grid)
+        return maps
 
     def with_head(self, classes, *, norm=None, rows=None, **options):
-        """A classifier for Y classes with these weights. As many classes: the head too. 400 after the 710 of
-        Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a fresh head.
+        """A classifier for Y classes with these weights. As many classes: the head too. 400 after
+        Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a new head.
 
         rows     which row of the old head each class is, Y numbers; default: as above
         norm     a LayerNorm to start the head's norm with; default: this model's, where it has one
-        options  head_dropout, drop_path, mean, std, ..., as for the constructor
+        options  head_dropout, drop_path, mean, std, ...: see `Options`
         """
-        config = {key: value for key, value in self.config.items() if key not in ("model", "classes")}
-        model = UniFormerV2(**config | {"size": Size(**config["size"])} | options, classes=classes)
+        model = UniFormerV2(**vars(self.options) | options | {"classes": classes})
         tensors = self.state_dict()
         if norm is not None:
             tensors |= {f"norm.{key}": value for key, value in norm.state_dict().items()}
-        old, ours = self.config["classes"], model.state_dict()
+        old, ours = self.options.classes, model.state_dict()
         if rows is None and (old, classes) == (710, 400):
             rows = range(400)
         if rows is not None:
             tensors |= {key: tensors[key][list(rows)] for key in ("head.weight", "head.bias")}
         elif old != classes:
-            tensors = {key: value for key, value in tensors.items() if not key.startswith("head.") and key in ours}
+            tensors = {key: value for key, value in tensors.items()
+                       if not key.startswith("head.") and key in ours}
         missing, unknown = model.load_state_dict(tensors, strict=False)
-        assert not unknown and all(key.startswith(("norm.", "head.")) for key in missing), (missing, unknown)
+        assert not unknown and all(key.startswith(("norm.", "head.")) for key in missing), \
+            (missing, unknown)
         return model
 
     def resized(self, image_size):
-        """The same model for frames of another size, H = W or (H, W): its table of places is interpolated, bicubic, as CLIP's
-        was for 336 pixels. Raises ValueError where patches do not fit."""
-        config = {key: value for key, value in self.config.items() if key != "model"}
-        model = UniFormerV2(**config | {"size": Size(**config["size"]), "image_size": image_size})
-        places = resize_positions(self.positions, self.grid, model.grid)
-        model.load_state_dict(self.state_dict() | {"positions": places})
+        """The same model for frames of another size, H = W or (H, W). Its position table is
+        interpolated, bicubic, as CLIP's was for 336 pixels. ValueError where patches do not fit."""
+        model = UniFormerV2(**vars(replace(self.options, image_size=image_size)))
+        positions = resize_positions(self.positions, self.grid, model.grid)
+        model.load_state_dict(self.state_dict() | {"positions": positions})
         return model.train(self.training)
 
     def recompute(self, on=True):
@@ -575,8 +578,7 @@ class UniFormerV2(nn.Module):
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
-        config = {key: value for key, value in config.items() if key != "model"}
-        return cls(Size(**config.pop("size")), **config)
+        return cls(**{key: value for key, value in config.items() if key != "model"})
 
     @classmethod
     def from_official(cls, source, *, heads=None, global_heads=None, global_layers=None, frames=None):
@@ -617,6 +619,19 @@ class UniFormerV2(nn.Module):
         return uniformerv2.grow(cls, source, heads=heads, image_size=image_size, options=options)
 
 
+
+def place_codes(h, w, width):
+    """The start of a learned position table: (1 + h*w, width), a row of zeros for the class token.
+
+    Half of the channels hold sinusoids of the row, half of the column. CLIP started with noise and
+    had 400 million images to learn which places are neighbours; a small model does not (LOG.md).
+    """
+    half = width // 4 * 2
+    codes = (sinusoid_table(h, half)[:, None], sinusoid_table(w, width - half)[None])
+    codes = torch.cat([code.expand(h, w, -1) for code in codes], dim=2).flatten(0, 1)
+    return torch.cat([torch.zeros(1, width), codes])
+
+
 def resize_positions(table, old, new):
     """A position table for another grid: (1+h*w, D), old and new (h, w) -> (1+h'*w', D), bicubic. The
     code of the class token stays."""
@@ -627,91 +642,38 @@ def resize_positions(table, old, new):
     return torch.cat([table[:1], places[0].flatten(1).T])
 
 
+def officially_last(layers, depth):
+    """ValueError unless global blocks stand after the last of `depth` layers: official names count them, no more."""
+    if list(layers) != list(range(depth - len(layers), depth)):
+        raise ValueError(f"global blocks after layers {list(layers)}; officially they stand after the last ones")
+
+
 # ------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def main(argv=None):
-    """`python uniformerv2.py [VIDEO --weights RUN]`: what happens to a clip, shape by shape, and where it looks."""
+    """`python uniformerv2.py`: the shapes of a generated clip on its way through a tiny model."""
     import argparse
-    import sys
-    from pathlib import Path
 
-    import data
-    from video import moving_shapes
-    from engine import pictures
+    from video.moving_shapes import MovingShapes
 
-    parser = argparse.ArgumentParser(description="An image model, armed to watch video: its steps on one clip.")
-    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
-    parser.add_argument("--weights", help="a run of `train.py classify` on this encoder, or an official file; default: an "
-                                          "untrained tiny model")
-    parser.add_argument("--family", default="motion", choices=("scenes", "motion", "frozen"),
-                        help="without weights: which of the paper's configurations; see preset()")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the clip")
-    parser.add_argument("--out", default="runs/global_token.png", help="where the global token looks; PNG")
-    args = parser.parse_args(argv)
-    try:
-        torch.manual_seed(args.seed)
-        model = UniFormerV2.from_official(args.weights) if args.weights else \
-            UniFormerV2("tiny", classes=16, **{"frames": 16} | preset(args.family, "tiny"))
-        T, (H, W) = model.config["frames"], model.config["image_size"]
-        if args.video:
-            clip = data.one_clip(args.video, T, (H, W))
-        else:
-            clip = moving_shapes.MovingShapes("test", T, (H, W), args.seed)[0]["video"]
-        video = data.normalise(torch.as_tensor(clip)[None], model.mean, model.std)
-        explain(model.eval(), video)
-        path = Path(args.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = looks(model, video)
-        if found:
-            title = "where the global token looks" + ("" if args.weights else ": everywhere, for nothing is trained")
-            pictures.attention(clip, torch.cat(list(found.values())), [f"after layer {i}" for i in found], title, path)
-            print(f"drawn: {path}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
-        print(f"uniformerv2.py: {error}", file=sys.stderr)
-        return 2
+    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
+    model = UniFormerV2("tiny", classes=16, frames=16, temporal_downsample=True).eval()
+    clip = torch.as_tensor(MovingShapes("test", 16, (64, 64), 0)[0]["video"])
+    video = (clip.permute(3, 0, 1, 2)[None] / 255 - MEAN[0]) / STD[0]
+    state = model.start(video)
+    rows = [("video", "(B, C, T, H, W)", video), ("tokens", "(B, t, 1+S, D)", state.tokens)]
+    for i in range(model.depth):
+        state = model.run(state, i, i + 1)
+        rows.append((f"after block {i}", "(B, t, 1+S, D)", state.tokens))
+        if i in model.global_layers:
+            rows.append(("  global token", "(B, 1, D)", state.query))
+    feature = model.finish(state)
+    rows += [("feature", "(B, D)", feature), ("logits", "(B, Y)", model.head(feature))]
+    for name, letters, x in rows:
+        print(f"{name:20s} {letters:16s} {tuple(x.shape)}")
     return 0
-
-
-@torch.no_grad()
-def looks(model, video):
-    """{number of a layer: where the global block after it looks (B, t, h, w), patches alone}, rising."""
-    token, found, reader = None, {}, model.readers()
-    for i, x in enumerate(model.layers(video)):
-        if i in reader:
-            token = model.global_token.expand(len(video), -1, -1) if token is None else token
-            found[i] = reader[i].looks(token, x, model.grid)[:, :, 1:].unflatten(2, model.grid)
-            token = reader[i](token, x, model.grid)
-    return found
-
-
-@torch.no_grad()
-def explain(model, video):
-    """Print what happens to a clip, stage by stage."""
-    t, h, w = model.grid_of(*video.shape[2:])
-    x = model.embed_frames(video)
-    B, _, places, D = x.shape
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    rows = [("video", "(B, C, T, H, W)", video.shape),
-            (f"patches of {model.window}x{model.patch}x{model.patch}, and class tokens", "(B, t, 1+S, D)",
-             x.shape)]
-    if len(model.blocks[0].local):
-        rows.append((f"each layer: local units, a place over {t} frames", "(B, t, S, D)", (B, t, h * w, D)))
-    rows.append((f"each of {len(model.blocks)} layers: attention in a frame, mlp", "(B*t, 1+S, D)",
-                 (B * t, places, D)))
-    for i in model.global_layers:
-        rows.append((f"after layer {i}: one token reads all {t * places}", "(B, 1, D)", (B, 1, D)))
-    feature, tokens = model.encode(video)
-    mean = tokens[:, :, 0].mean(dim=1)
-    rows += [("mean over frames of the class tokens", "(B, D)", mean.shape),
-             ("feature", "(B, D)", feature.shape), ("logits", "(B, Y)", model(video).shape)]
-    for name, letters, shape in rows:
-        print(f"{name:50s} {letters:16s} {tuple(shape)}")
-    scale = (feature * mean).sum() / mean.square().sum()
-    along = F.cosine_similarity(feature, mean).item()
-    print(f"{count:.1f} M parameters. The feature is {scale:.3f} times the mean class token"
-          + ("" if along > 0.9999 else f", and something of its own (cosine {along:.2f})")
-          + "; untrained, when the new parts are silent, half of it and nothing else")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Pictures of what a run has learned, drawn from arrays: no model is known here.
+"""Pictures of what a run learned, drawn from arrays. No model is known here.
 
-    curve        loss over steps, training and held out, with the trivial baseline
-    similarity   cosines of sentences and clips; the truth is the diagonal
-    retrieval    a sentence, and the clips that were found for it
-    captions     frames of a clip, what the model writes, what it was told
-    attention    where the caption decoder looks at each word
-    confusion    what was said for what
-    gates        the bridge opening: gates and shares over training
-    looks        where tokens of one model look in another
-    segments     what happens when in long videos: truth and what was found
-    table        the rows of the default run
-    sheet        many pictures with their names
+    curve                 loss over steps, training and held out, with the trivial baseline
+    reconstruction        a masked clip: input, visible part, reconstruction
+    similarity            cosines of sentences and clips; the truth is the diagonal
+    retrieval             a sentence, and the clips that a model retrieves for it
+    captions              frames of a clip, the model's caption and a true one
+    attention_maps        where something (a word, a layer) attends in a clip
+    cross_attention_maps  where tokens of one model attend in another
+    masks                 which queries may attend to which keys
+    confusion             true classes against answers
+    gates                 gates and shares of the fusion over training
+    segments              segments of long videos: true and predicted
+    table                 numbers of several runs
+    sheet                 many pictures with their names
 
-Why here: train.py says what to draw at the end of a stage, and should not be read for how. Every
-function takes numbers and writes one PNG, on white, so that it is legible on light and dark pages. The
-masked autoencoder's own picture, which needs the model to paint, is mae.draw.
-
-Clips are uint8 (T, H, W, 3); everything else is named in the docstrings. matplotlib is imported late:
-it takes a second, and a run that draws nothing never needs it.
+A stage says what to draw at the end of a run; how to draw it stands here. Every function takes
+numbers and writes one PNG on white, legible on light and dark pages. Clips are uint8 (T, H, W, 3)
+numpy arrays unless a docstring says otherwise. matplotlib takes a second to import, so it is
+imported late.
 """
 
 import json
@@ -25,11 +25,9 @@ import json
 import numpy as np
 import torch
 
-import data
-
 
 def pyplot():
-    """matplotlib.pyplot that needs no screen; imported late, for it takes a second."""
+    """matplotlib.pyplot without a screen; imported late, because that takes a second."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -37,19 +35,19 @@ def pyplot():
 
 
 def new_figure(rows, columns, width, height):
-    """A white figure without axes, and its (rows, columns) array of places."""
+    """A white figure without axes, and its (rows, columns) array of panels."""
     plt = pyplot()
-    figure, places = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, facecolor="white",
-                                  layout="constrained")
-    for place in places.flat:
-        place.set(xticks=[], yticks=[])
-        for spine in place.spines.values():
+    figure, panels = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
+                                  facecolor="white", layout="constrained")
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[])
+        for spine in panel.spines.values():
             spine.set_visible(False)
-    return figure, places
+    return figure, panels
 
 
 def finish(figure, path):
-    """Write a figure as PNG and forget it."""
+    """Write a figure as PNG and close it."""
     plt = pyplot()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -58,138 +56,243 @@ def finish(figure, path):
 def sheet(pictures, path, titles, columns):
     """Pictures, each uint8 (h, w, 3) of its own size, in a grid under their titles."""
     rows = -(-len(pictures) // columns)
-    figure, places = new_figure(rows, columns, 8 if columns == 1 else 1.6 * columns, 1.25 * rows + 0.1)
-    for place, picture, title in zip(places.flat, pictures, titles):
-        place.imshow(picture)
-        place.set_title(title, fontsize=6, loc="left")
+    width = 8 if columns == 1 else 1.6 * columns
+    figure, panels = new_figure(rows, columns, width, 1.25 * rows + 0.1)
+    for panel, picture, title in zip(panels.flat, pictures, titles):
+        panel.imshow(picture)
+        panel.set_title(title, fontsize=6, loc="left")
     finish(figure, path)
 
 
 def plain(text):
-    """Text that a font can show: what an untrained model writes may hold control characters."""
+    """Text that a font can show: captions of an untrained model may hold control characters."""
     return "".join(letter if letter.isprintable() else "." for letter in text)
 
 
 def strip(video, count=4):
-    """`count` frames of a clip (T, H, W, 3) side by side, with thin white gaps."""
-    chosen = data.segment_indices(len(video), min(count, len(video)))
-    return np.concatenate([np.pad(video[t], ((0, 0), (0, 2), (0, 0)), constant_values=255) for t in chosen], axis=1)
+    """`count` frames of a clip (T, H, W, 3), evenly spread, side by side with thin white gaps."""
+    T = len(video)
+    count = min(count, T)
+    edges = np.arange(count + 1) * T // count
+    chosen = (edges[:-1] + edges[1:] - 1) // 2
+    return np.concatenate([np.pad(video[t], ((0, 0), (0, 2), (0, 0)), constant_values=255)
+                           for t in chosen], axis=1)
+
+
+def lit(frames, attention, least):
+    """Frames uint8 (t, H, W, 3), bright where attention (t, h, w) is high.
+
+    least  brightness, a share, where there is none. The highest attention has full brightness
+    """
+    light = torch.nn.functional.interpolate(attention[:, None] / attention.max(), frames.shape[1:3],
+                                            mode="bilinear")
+    return (frames * (least + (1 - least) * light[:, 0, ..., None].numpy())).astype(np.uint8)
 
 
 def similarity(cosines, captions, path):
     """Cosines of all sentences (rows) and all clips (columns); the truth is the diagonal."""
-    figure, ((axis,),) = new_figure(1, 1, 8.6, 5)
-    picture = axis.imshow(cosines.numpy(), cmap="viridis")
-    axis.set_yticks(range(len(captions)), [text[:60] for text in captions], fontsize=7)
-    axis.set_xticks(range(len(captions)), range(1, len(captions) + 1), fontsize=7)
+    figure, ((panel,),) = new_figure(1, 1, 8.6, 5)
+    picture = panel.imshow(cosines.numpy(), cmap="viridis")
+    panel.set_yticks(range(len(captions)), [text[:60] for text in captions], fontsize=7)
+    panel.set_xticks(range(len(captions)), range(1, len(captions) + 1), fontsize=7)
     best = cosines.argmax(dim=1)
-    axis.scatter(best, range(len(best)), s=14, c=["white" if b == i else "red" for i, b in enumerate(best)])
-    axis.set_title("cosine of sentence and clip; dot: the best clip of each sentence, red where it is wrong", fontsize=8)
-    axis.set_xlabel("held-out clip, in the order of the sentences", fontsize=8)
+    colours = ["white" if b == i else "red" for i, b in enumerate(best)]
+    panel.scatter(best, range(len(best)), s=14, c=colours)
+    panel.set_title("cosine of sentence and clip; dot: the best clip of each sentence, "
+                    "red where it is wrong", fontsize=8)
+    panel.set_xlabel("held-out clip, in the order of the sentences", fontsize=8)
     figure.colorbar(picture, shrink=0.8)
     finish(figure, path)
 
 
 def retrieval(cosines, videos, captions, path, rows=5, top=3):
-    """A sentence, and the clips that the model finds for it."""
+    """Each of the first sentences, and the clips that rank highest for it."""
     rows, top = min(rows, len(captions)), min(top, len(captions))
-    figure, places = new_figure(rows, top, 3.3 * top, 1.25 * rows + 0.3)
+    figure, panels = new_figure(rows, top, 3.3 * top, 1.25 * rows + 0.3)
     for i in range(rows):
-        for place, found in zip(places[i], cosines[i].argsort(descending=True)[:top].tolist()):
-            place.imshow(strip(videos[found]))
-            right = captions[found] == captions[i]
-            place.set_xlabel(f"cosine {cosines[i, found]:.2f}" + (", its own clip" if right else ""), fontsize=8,
-                             color="green" if right else "black")
-        places[i][0].set_title(f'"{captions[i]}"', loc="left", fontsize=9)
+        ranked = cosines[i].argsort(descending=True)[:top].tolist()
+        for panel, clip in zip(panels[i], ranked):
+            panel.imshow(strip(videos[clip]))
+            right = captions[clip] == captions[i]
+            panel.set_xlabel(f"cosine {cosines[i, clip]:.2f}" + (", its own clip" if right else ""),
+                             fontsize=8, color="green" if right else "black")
+        panels[i][0].set_title(f'"{captions[i]}"', loc="left", fontsize=9)
     finish(figure, path)
 
 
-def captions(videos, captions, written, path, rows=6):
-    """Frames of a clip, what the model writes and what it was told."""
-    rows = min(rows, len(captions))
-    figure, places = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
-    for place, video, told, text in zip(places.flat, videos, captions, written):
-        place.imshow(strip(video))
-        place.set_xlabel(f"model: {plain(text)}\ntruth: {plain(told)}", fontsize=8, loc="left")
+def captions(videos, references, written, path, rows=6):
+    """Frames of each clip, the model's caption and a true one."""
+    rows = min(rows, len(references))
+    figure, panels = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
+    for panel, video, reference, text in zip(panels.flat, videos, references, written):
+        panel.imshow(strip(video))
+        panel.set_xlabel(f"model: {plain(text)}\ntruth: {plain(reference)}", fontsize=8, loc="left")
     finish(figure, path)
 
 
-def attention(video, looks, words, title, path, most=8):
-    """Rows: words, or what else looks; columns: the time steps of the tokens; bright where it looked (L, t, h, w).
-    Each row is scaled by its own brightest place."""
-    words, steps = words[:most], looks.shape[1]
+def attention_maps(video, maps, labels, title, path, most=8):
+    """A row for each label (a word, a layer): the clip, bright where it attends.
+
+    maps  (L, t, h, w) torch; the columns are its time steps. Each row has its own scale
+    """
+    labels, steps = labels[:most], maps.shape[1]
     frames = video[[t * len(video) // steps for t in range(steps)]]
-    figure, places = new_figure(len(words), 1, 1.15 * steps + 1.2, 1.12 * len(words) + 0.4)
-    for place, word, look in zip(places[:, 0], words, looks):
-        light = torch.nn.functional.interpolate(look[:, None] / look.max(), frames.shape[1:3], mode="bilinear")
-        place.imshow(strip((frames * (0.25 + 0.75 * light[:, 0, ..., None].numpy())).astype(np.uint8), steps))
-        place.set_ylabel(plain(word), fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    figure, panels = new_figure(len(labels), 1, 1.15 * steps + 1.2, 1.12 * len(labels) + 0.4)
+    for panel, label, attention in zip(panels[:, 0], labels, maps):
+        panel.imshow(strip(lit(frames, attention, 0.25), steps))
+        panel.set_ylabel(plain(label), fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     figure.suptitle(plain(title), fontsize=9)
     finish(figure, path)
 
 
 def masks(tables, path):
-    """{name: (Nq, Nk) bool}: a field for each pair of query (row) and key (column), filled where it may look."""
-    figure, places = new_figure(2, (len(tables) + 1) // 2, 2.6 * ((len(tables) + 1) // 2), 5.6)
-    for place, (name, table) in zip(places.flat, tables.items()):
-        place.imshow(table.numpy(), cmap="Blues", vmin=-0.3, vmax=1.3, extent=(0, table.shape[1], table.shape[0], 0))
-        place.set_xticks(range(table.shape[1] + 1), [""] * (table.shape[1] + 1))
-        place.set_yticks(range(table.shape[0] + 1), [""] * (table.shape[0] + 1))
-        place.grid(color="white", lw=1)
-        place.tick_params(length=0)
-        place.set_title(name, fontsize=9)
-        place.set_xlabel("keys", fontsize=8)
-        place.set_ylabel("queries", fontsize=8)
+    """{name: (Nq, Nk) bool}: a cell for each query (row) and key (column), filled if visible."""
+    columns = (len(tables) + 1) // 2
+    figure, panels = new_figure(2, columns, 2.6 * columns, 5.6)
+    for panel, (name, table) in zip(panels.flat, tables.items()):
+        queries, keys = table.shape
+        panel.imshow(table.numpy(), cmap="Blues", vmin=-0.3, vmax=1.3, extent=(0, keys, queries, 0))
+        panel.set_xticks(range(keys + 1), [""] * (keys + 1))
+        panel.set_yticks(range(queries + 1), [""] * (queries + 1))
+        panel.grid(color="white", lw=1)
+        panel.tick_params(length=0)
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("keys", fontsize=8)
+        panel.set_ylabel("queries", fontsize=8)
     finish(figure, path)
 
 
-def looks(video, where, grid, shares, path):
-    """Where tokens of one model look in another: a row for each token, framed white in the clip, and the clip
-    once more with what it looked at bright.
+def strongest(maps, grid, other, count=4):
+    """Of the tokens of one model, the `count` whose attention to another model is least even.
 
-    video (T, H, W, 3) uint8; where [(t, row, column)] on grid (t, h, w); shares (rows, t, h, w) torch
+    maps     (N, t', h'*w' or 1 + h'*w'), weights of the attention of each of N = t*h*w tokens
+    grid     (t, h, w) of these tokens; other (t', h', w'), the grid of those they attend to
+    returns  [(time step, row, column) of a token, ...], grid, and their weights (count, t', h', w') on
+             patches alone; each sum is at most 1, for class tokens take the rest
+    """
+    t, h, w = grid
+    maps = maps[:, :, -other[1] * other[2]:].unflatten(2, other[1:])
+    chosen = maps.flatten(1).amax(dim=1).argsort(descending=True)[:count].tolist()
+    return [(n // (h * w), n // w % h, n % w) for n in chosen], grid, maps[chosen]
+
+
+def strongest(maps, grid, other, count=4):
+    """The `count` tokens of one model whose attention to another model is least even.
+
+    maps     (N, t', h'*w' or 1 + h'*w') torch: attention of each of N = t*h*w tokens
+    grid     (t, h, w) of these tokens
+    other    (t', h', w') of the tokens that they attend to
+    returns  [(time step, row, column) of each token], grid, and their attention to patches alone
+             (count, t', h', w'): a sum is at most 1, because class tokens take the rest
+    """
+    t, h, w = grid
+    maps = maps[:, :, -other[1] * other[2]:].unflatten(2, other[1:])
+    chosen = maps.flatten(1).amax(dim=1).argsort(descending=True)[:count].tolist()
+    return [(n // (h * w), n // w % h, n % w) for n in chosen], grid, maps[chosen]
+
+
+def cross_attention_maps(video, tokens, grid, maps, path):
+    """Where tokens of one model attend in another: a row for each token.
+
+    Left the frame of the token, with its tubelet framed in white. Right the clip, bright where the
+    token attends.
+
+    video   (T, H, W, 3) uint8
+    tokens  [(time step, row, column)] on grid (t, h, w)
+    maps    (tokens, t, h, w) torch
     """
     T, H, W, _ = video.shape
-    figure, places = new_figure(len(where), 1, 1.15 * (shares.shape[1] + 1), 1.3 * len(where) + 0.4)
-    for place, (t, row, column), look in zip(places[:, 0], where, shares):
-        steps = look.shape[0]
-        light = torch.nn.functional.interpolate(look[:, None] / look.max(), (H, W), mode="bilinear")
-        frames = video[[i * T // steps for i in range(steps)]] * (0.2 + 0.8 * light[:, 0, ..., None].numpy())
-        asks = video[t * T // grid[0]].copy()
+    steps = maps.shape[1]
+    figure, panels = new_figure(len(tokens), 1, 1.15 * (steps + 1), 1.3 * len(tokens) + 0.4)
+    frames = video[[i * T // steps for i in range(steps)]]
+    for panel, (t, row, column), attention in zip(panels[:, 0], tokens, maps):
+        query = video[t * T // grid[0]].copy()
         h, w = H // grid[1], W // grid[2]
-        top, side = row * h, column * w
-        asks[[top, top + h - 1], side:side + w] = 255
-        asks[top:top + h, [side, side + w - 1]] = 255
+        top, left = row * h, column * w
+        query[[top, top + h - 1], left:left + w] = 255
+        query[top:top + h, [left, left + w - 1]] = 255
         gap = np.full((H, W // 4, 3), 255, np.uint8)
-        place.imshow(np.concatenate([asks, gap, strip(frames.astype(np.uint8), steps)], axis=1))
-        place.set_ylabel(f"step {t + 1} of {grid[0]}", fontsize=8)
-    figure.suptitle("left: the tubelet that asks; right: where it looks in the other model, over time", fontsize=9)
+        shown = strip(lit(frames, attention, 0.2), steps)
+        panel.imshow(np.concatenate([query, gap, shown], axis=1))
+        panel.set_ylabel(f"step {t + 1} of {grid[0]}", fontsize=8)
+    figure.suptitle("left: the tubelet of the query; right: where it attends in the other model, "
+                    "over time", fontsize=9)
     finish(figure, path)
+
+
+def reconstruction(clips, path, title=""):
+    """A masked clip and its reconstruction: frames as a strip (.png), moving beside it (.gif).
+
+    clips  result of mae.reconstruction_pictures: {"input", "visible", "reconstruction" and, where
+           the model predicts normalised pixels, "borrowed"}, each (B, 3, T, H, W) float in [0, 1],
+           torch. The first clip is drawn, a row for each name
+    returns  both paths
+    """
+    plt = pyplot()
+    clips = {name: batch[0].cpu() for name, batch in clips.items()}
+    visible = (clips["visible"] == clips["input"]).float().mean()
+    loan = "mean and contrast\nborrowed from input" if "borrowed" in clips else "nothing borrowed"
+    labels = {"input": "input", "visible": f"what the encoder saw\n({visible:.0%})",
+              "reconstruction": f"reconstruction\n({loan})",
+              "borrowed": "what was borrowed:\nthe mean alone"}
+    T, H, W = clips["input"].shape[1:]
+    shown = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
+    size = (1.3 * len(shown) * W / H + 1.7, 1.35 * len(clips) + 0.5)
+    figure, axes = plt.subplots(len(clips), len(shown), squeeze=False, facecolor="white",
+                                figsize=size)
+    for row, (name, clip) in zip(axes, clips.items()):
+        for axis, frame in zip(row, shown):
+            axis.imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if name == "input":
+                axis.set_title(f"frame {frame}", fontsize=8)
+        row[0].set_ylabel(labels[name], fontsize=8, rotation=0, ha="right", va="center")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    moving_picture(torch.cat(list(clips.values()), dim=-1), path.with_suffix(".gif"))
+    return [path, path.with_suffix(".gif")]
+
+
+def moving_picture(clip, path):
+    """Write a clip, float (3, T, H, W) in [0, 1], as GIF; small ones enlarged."""
+    from PIL import Image
+
+    zoom = max(1, 144 // clip.shape[2])
+    frames = (clip.permute(1, 2, 3, 0) * 255).round().byte()
+    frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=others, duration=120, loop=0)
 
 
 def confusion(tables, names, path):
-    """tables {title: counts (Y, Y)}, side by side: rows are the truth, columns what the model says; shares of each
-    row in colour."""
-    figure, (axes,) = new_figure(1, len(tables), 5.4 * len(tables) + 1, 5.4)
-    for axis, (title, counts) in zip(axes, tables.items()):
+    """tables {title: counts (Y, Y)}, side by side: rows are the truth, columns the answers.
+
+    Colours are shares of each row.
+    """
+    figure, (panels,) = new_figure(1, len(tables), 5.4 * len(tables) + 1, 5.4)
+    for panel, (title, counts) in zip(panels, tables.items()):
         shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-        axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        panel.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
         if len(names) <= 40:
-            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-            axis.set_yticks(range(len(names)), names, fontsize=7)
+            panel.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            panel.set_yticks(range(len(names)), names, fontsize=7)
             for i, j in counts.nonzero().tolist():
-                axis.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6,
-                          color="white" if shares[i, j] > 0.5 else "black")
-        axis.set(xlabel="said", ylabel="true")
-        axis.set_title(f"{title}: {100 * counts.diagonal().sum() / counts.sum().clamp(min=1):.1f} % right", fontsize=9)
+                panel.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6,
+                           color="white" if shares[i, j] > 0.5 else "black")
+        panel.set(xlabel="said", ylabel="true")
+        right = 100 * counts.diagonal().sum() / counts.sum().clamp(min=1)
+        panel.set_title(f"{title}: {right:.1f} % right", fontsize=9)
     finish(figure, path)
 
 
 def gates(lines, path):
-    """Gates and shares over training, from the lines of log.jsonl; keys with "gate" or "share"."""
+    """Gates and shares over training: keys of the lines of log.jsonl with "gate" or "share"."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), facecolor="white", layout="constrained")
-    for axis, word, label in zip(axes, ("gate", "share"), ("tanh of each gate", "share of each score")):
+    labels = ("tanh of each gate", "share of each score")
+    for axis, word, label in zip(axes, ("gate", "share"), labels):
         for key in sorted({key for line in lines for key in line if key.startswith(word)}):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axis.plot(*zip(*points), label=key.removeprefix(word + "_"), linewidth=1)
@@ -200,46 +303,56 @@ def gates(lines, path):
 
 
 def segments(videos, names, path):
-    """What happens when: for each video its frames over the time axis, and bars for what is true and what was found.
+    """For each video its frames over the time axis, and bars for true and predicted segments.
 
-    videos   list of (title, frames side by side (h, w, 3) uint8 or None, duration s, true segments (start s, end s,
-             label) or None, found segments (n, 4): start s, end s, score, label)
+    videos   list of (title, frames side by side (h, w, 3) uint8 or None, duration s, true segments
+             (start s, end s, label) or None, predicted segments (n, 4): start s, end s, score,
+             label)
     names    of the labels; each has a colour. The higher the bar, the higher the score
     """
     plt = pyplot()
-    figure, axes = plt.subplots(len(videos), 1, figsize=(11, 2.1 * len(videos)), squeeze=False, facecolor="white",
-                                layout="constrained")
-    for axis, (title, frames, duration, true, found) in zip(axes[:, 0], videos):
+    figure, axes = plt.subplots(len(videos), 1, figsize=(11, 2.1 * len(videos)), squeeze=False,
+                                facecolor="white", layout="constrained")
+    for axis, (title, frames, duration, true, predicted) in zip(axes[:, 0], videos):
         rows = {} if true is None else {"true": [(*row[:2], 1.0, row[2]) for row in true]}
-        rows["found"] = sorted(np.asarray(found).tolist(), key=lambda row: -row[2])
-        for height, (label, bars) in enumerate(rows.items()):
-            for i, (start, end, score, kind) in enumerate(bars):
-                axis.barh(-height, end - start, left=start, height=0.15 + 0.65 * score, edgecolor="white",
-                          color=plt.get_cmap("tab20")(int(kind) % 20))
-                middle = (start + end) / 2
-                if end - start > 0.06 * duration and not any(left < middle < right for left, right, *_ in bars[:i]):
-                    axis.text(middle, -height, names[int(kind)].replace(" ", "\n", 1), ha="center", va="center", fontsize=6)
+        rows["found"] = sorted(np.asarray(predicted).tolist(), key=lambda row: -row[2])
+        for height, bars in enumerate(rows.values()):
+            draw_bars(axis, -height, bars, names, duration)
         top = 0.5
         if frames is not None:
             top += 1.2
             axis.imshow(frames, extent=(0, duration, 0.5, top), aspect="auto")
-        axis.set(xlim=(0, duration), ylim=(0.5 - len(rows), top), yticks=[-height for height in range(len(rows))],
-                 yticklabels=list(rows))
+        axis.set(xlim=(0, duration), ylim=(0.5 - len(rows), top),
+                 yticks=[-height for height in range(len(rows))], yticklabels=list(rows))
         axis.set_title(plain(title), fontsize=8, loc="left")
         axis.tick_params(labelsize=7)
     axes[-1, 0].set_xlabel("seconds", fontsize=8)
     finish(figure, path)
 
 
+def draw_bars(axis, y, bars, names, duration):
+    """A row of bars (start, end, score, label), with the name where there is room for it."""
+    colours = pyplot().get_cmap("tab20")
+    for i, (start, end, score, label) in enumerate(bars):
+        axis.barh(y, end - start, left=start, height=0.15 + 0.65 * score, edgecolor="white",
+                  color=colours(int(label) % 20))
+        middle = (start + end) / 2
+        covered = any(left < middle < right for left, right, *_ in bars[:i])
+        if end - start > 0.06 * duration and not covered:
+            axis.text(middle, y, names[int(label)].replace(" ", "\n", 1), ha="center",
+                      va="center", fontsize=6)
+
+
 def table(rows, columns, path, title):
-    """rows {name: {column: number}}, a line of numbers each, as a picture."""
+    """rows {name: {column: number}}, one line each, as a picture."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(1.2 * len(columns) + 2.6, 0.3 * len(rows) + 0.8), facecolor="white",
-                                layout="constrained")
+    figure, axis = plt.subplots(figsize=(1.2 * len(columns) + 2.6, 0.3 * len(rows) + 0.8),
+                                facecolor="white", layout="constrained")
     axis.axis("off")
-    cells = [[f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.1f}" for key in columns]
-             for row in rows.values()]
-    shown = axis.table(cells, rowLabels=list(rows), colLabels=list(columns), loc="center", edges="horizontal")
+    cells = [[f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.1f}"
+              for key in columns] for row in rows.values()]
+    shown = axis.table(cells, rowLabels=list(rows), colLabels=list(columns), loc="center",
+                       edges="horizontal")
     shown.auto_set_font_size(False)
     shown.set_fontsize(8)
     axis.set_title(title, fontsize=9)
@@ -247,9 +360,8 @@ def table(rows, columns, path, title):
 
 
 def curve(out, name):
-    """loss.png: the training and held-out loss of log.jsonl; returns [its path]."""
+    """Write loss.png: the training and held-out loss of log.jsonl; returns [its path]."""
     plt = pyplot()
-
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figure, axis = plt.subplots(figsize=(6, 3.4), facecolor="white")
     for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-"),

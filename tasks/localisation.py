@@ -11,7 +11,7 @@ frozen, and a small network reads one feature after another. What is compared is
                               segments (start s, end s, score, label) <-- soft-NMS <-- decode
 
 The idea, in steps.
-1. `windows` and `look` slide the encoder over the frames, as tools/extract.py does: row i has seen the frames
+1. `windows` and `slide` move the encoder over the frames, as tools/extract.py does: row i has seen the frames
    from i * stride to i * stride + window - 1.
 2. `Head` is anchor-free (AFSD, arXiv 2103.13137; ActionFormer, arXiv 2202.07925): no list of candidate segments.
    Each step says which class is going on, and how far away its start and its end are.
@@ -53,19 +53,29 @@ array([0.9  , 0.5  , 0.108])
 """
 
 import collections
+import contextlib
+import functools
 import itertools
 import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import weights
 from attention import Dropout
-from mae import VideoClassifier
-from uniformerv2 import UniFormerV2
-from weights import WeightsError
+from engine import pictures, processes
+from engine.errors import UserError, printable
+from engine.stage import Stage, flag, generator
+from video import moving_shapes
+from video.annotations import read_segments
+from video.features import read_features
+from weights import encoders
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)  # of temporal IoU, as on THUMOS14
 
@@ -390,13 +400,15 @@ def in_batches(items, size):
 
 
 @torch.no_grad()
-def look(encoder, frames, stride, batch_size=16):
+def slide(encoder, frames, stride, batch_size=16):
     """Yield features (b, F) of frames as they come, by an encoder in eval mode, on its device; see `windows`."""
     device = next(encoder.parameters()).device
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (encoder.mean, encoder.std))
     for clips in in_batches(windows(frames, encoder.config["frames"], stride), batch_size):
         clips = torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
-        yield encoder.features((clips / 255 - mean) / std).float()
+        clips = (clips / 255 - mean) / std
+        # Of the multimodal encoder before the head's norm, as runs made before have it.
+        yield (encoder.encode(clips)[0] if encoder.family == "multimodal" else encoder.feature(clips)).float()
 
 
 @torch.no_grad()
@@ -446,7 +458,7 @@ class Localiser(nn.Module):
         return self
 
     def find(self, video, batch_size=16, tick=lambda: None):
-        """Segments of a data.Video of any length: (n, 4), start s, end s, score, label, the best first.
+        """Segments of a Video of any length: (n, 4), start s, end s, score, label, the best first.
 
         tick  called at every frame
         """
@@ -459,7 +471,7 @@ class Localiser(nn.Module):
 
     def find_in(self, frames, timestamps, duration, batch_size=16):
         """The same of frames, uint8 (H, W, 3), as they come: timestamps (T,) and duration in seconds."""
-        features = look(self.encoder, frames, self.stride, batch_size)
+        features = slide(self.encoder, frames, self.stride, batch_size)
         found = [decode(scores, distances, first) for first, scores, distances in stream(self.head, features)]
         times = step_times(timestamps, self.encoder.config["frames"], self.stride)
         return soft_nms(in_seconds(np.concatenate(found), times, duration), most=None)
@@ -473,98 +485,281 @@ class Localiser(nn.Module):
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
         part = config["encoder"]
-        family = part and {"VideoClassifier": VideoClassifier, "UniFormerV2": UniFormerV2}[part["model"]]
-        return cls(part and family.from_config(part), Head(**config["head"]), config["names"], config["stride"])
+        return cls(part and encoders.from_config(part), Head(**config["head"]), config["names"], config["stride"])
 
 
-def main(argv=None):
-    """`python localise.py`: the shapes, on a generated video. With VIDEO and --weights: its segments, as it streams by."""
-    import argparse
-    import sys
-    from pathlib import Path
+# ------------------------------------------------------------------------------------------------
+# Training the head
 
-    from tqdm import tqdm
 
-    import data
-    from video import moving_shapes
-    from engine import pictures
+class Videos(torch.utils.data.Dataset):
+    """Long videos as the stage needs them; an item's "video" is its number, for what looks them up.
 
-    parser = argparse.ArgumentParser(description="What happens when, in a video of any length.")
-    parser.add_argument("video", nargs="?", help="a video file; default: a generated one, and what is true of it")
-    parser.add_argument("--weights", help="folder of a localise run; default: an untrained tiny model")
-    parser.add_argument("--top", type=int, default=20, help="segments to print, by time")
-    parser.add_argument("--least", type=float, default=0.2, help="lowest score of a segment to print, in [0, 1]")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows at a time")
-    parser.add_argument("--out", default="runs/localise.png", help="the same along the time axis; PNG")
-    args = parser.parse_args(argv)
-    try:
-        if args.top < 1 or args.batch_size < 1:
-            raise ValueError("--top and --batch-size must be at least 1")
-        if args.video and not args.weights:
-            raise ValueError("a video needs --weights, the folder of a localise run")
-        torch.manual_seed(0)
-        names = moving_shapes.LongShapes("test").motions
-        model = Localiser.from_run(args.weights) if args.weights else Localiser(
-            VideoClassifier("tiny", classes=0, frames=8, image_size=40), Head(96, len(names)), names, 4).eval()
-        if model.encoder is None:
-            raise ValueError(f"--weights {args.weights}: was trained on features from files and has no encoder to look at "
-                             "a video; train it with --weights as well")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if args.video:
-            with data.Video(args.video) as video:
-                info, true = video.info, None
-                shown = dict.fromkeys(data.segment_indices(info.frames, 12).tolist())
-                with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
-                          mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
-                    found = model.find(video, args.batch_size, bar.update)
-            name, frames, duration = args.video, info.frames, info.duration
-        else:
-            if list(model.names) != names:
-                raise ValueError(f"--weights {args.weights}: knows other classes than the generated world; name a video")
-            world = moving_shapes.LongShapes("test", model.encoder.config["image_size"])
-            item = world[0]
-            name, frames, duration, true = item["path"], len(item["video"]), item["duration"], item["segments"]
-            explain(model, item, world.FPS)
-            found = model.find_in(item["video"], np.arange(frames) / world.FPS, duration, args.batch_size)
-            strip = pictures.strip(item["video"], 24)
-        print(f"{name}: {duration:.1f} s, {frames} frames, a step every {model.stride} of them; "
-              f"{len(found)} segments, {(found[:, 2] >= args.least).sum()} of them with a score of {args.least:g} or more")
-        best = found[found[:, 2] >= args.least][:args.top]
-        best = best[np.argsort(best[:, 0])]
-        for start, end, score, label in best:
-            print(f"{start:9.2f} s to {end:9.2f} s   {score:4.0%}  {model.names[int(label)]}")
-        if args.video:  # after the segments are said: whatever the pictures cost, those are there
-            with data.Video(args.video) as video:
-                strip = np.concatenate(list(video.read(list(shown), 90)), axis=1)
-        path = Path(args.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.segments([(Path(name).name, strip, duration, true, clearest(found, args.least))], model.names, path)
-        print(f"drawn: {path}")
-    except (WeightsError, data.DataError, ValueError, OSError) as error:
-        print(f"localise.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    items      dicts with "features" (T', F), "times", "segments", "duration", "path"; or a `world`
+               of generated videos, whose features are not computed yet
+    classes    {"label": class names}
+    """
+
+    def __init__(self, items, names, source):
+        self.items, self.classes, self.source = items, {"label": tuple(names)}, source
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        number = index[0] if isinstance(index, tuple) else index
+        return {"video": np.int64(number)}
+
+
+def mean_ap(items, segments_of, prefix=""):
+    """mAP in percent of what `segments_of` predicts for each item, at each IoU and on average."""
+    values = mean_average_precision([item["segments"] for item in items],
+                                    [segments_of(item) for item in items])
+    values = {f"{prefix}mAP@{threshold:g}": 100 * value for threshold, value in values.items()}
+    return values | {f"{prefix}mAP": float(np.mean(list(values.values())))}
 
 
 @torch.no_grad()
-def explain(model, item, rate):
-    """Print what happens to a generated video (see moving_shapes.LongShapes) of `rate` frames a second, shape by shape."""
-    window = model.encoder.config["frames"]
-    features = torch.cat(list(look(model.encoder, item["video"], model.stride)))
-    logits, distances = model.head(features[None])
-    times = step_times(np.arange(len(item["video"])) / rate, window, model.stride)
-    steps = [(*np.interp(segment[:2], *clock(times.tolist())[::-1]), segment[2]) for segment in item["segments"]]
-    labels, _ = assign(len(features), steps)
-    for name, letters, shape in (
-            ("the video", "(T, H, W, 3)", item["video"].shape),
-            (f"windows of {window} frames, one every {model.stride}: features", "(T', F)", features.shape),
-            ("score of each class at each step", "(B, T', Y)", logits.shape),
-            ("steps from there to start and end", "(B, T', 2)", distances.shape)):
-        print(f"{name:52s} {letters:14s} {tuple(shape)}")
-    print(f"{int((labels >= 0).sum())} of {len(labels)} steps answer for one of the {len(steps)} true segments:")
-    for start, end, label in item["segments"]:
-        print(f"{start:9.2f} s to {end:9.2f} s   {model.names[label]}")
+def predict(head, item):
+    """The segments of one video, (n, 4), out of its features."""
+    scores, distances = head(item["features"][None].to(next(head.parameters()).device))
+    candidates = decode(scores[0].sigmoid(), distances[0])
+    return soft_nms(in_seconds(candidates, item["times"], item["duration"]))
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+@dataclass
+class Localisation(Stage, name="localise"):
+    """What happens when, in long videos: a small head on a frozen encoder's features.
+
+    InternVideo, Sec. 4.3, temporal action localisation; the head after AFSD and ActionFormer, the
+    paper of the flags. On long generated videos, whose features are computed once; or on real ones,
+    whose features tools/extract.py has computed. Then: python tools/predict.py VIDEO --weights RUN"""
+
+    data: str = flag("", "folder of .npz features by tools/extract.py, with --annotations; default: "
+                     "long generated videos")
+    val_data: str = flag("", "the same for evaluation; default: also in --data")
+    weights: str = flag("", "the encoder: a run of mae, clip or classify, or an official file; or a "
+                        "run of this stage. With --data not needed, but kept in the run for videos")
+    annotations: str = flag("", "JSON in the form of ActivityNet: what happens when in the videos of "
+                            "--data", group="clips")
+    train_subset: str = flag("training", "subset of --annotations to train on",
+                             paper="validation on THUMOS14", group="clips")
+    val_subset: str = flag("validation", "subset to evaluate on, all of it",
+                           paper="test on THUMOS14", group="clips")
+    videos: int = flag(300, "generated videos to train on", low=1, group="clips")
+    eval_clips: int = flag(100, "generated videos per evaluation")
+    stride: int = flag(4, "frames from one window to the next", low=1, group="clips",
+                       paper="VideoMAE V2: 4 on THUMOS14, 16 on FineAction")
+    steps: int = flag(400)
+    batch_size: int = flag(16, "videos per step")
+    lr: float = flag(2e-3, paper="1e-4")
+    optimizer: str = flag("adamw")
+    weight_decay: float = flag(0.05, paper="0.05")
+    width: int = flag(128, "of the head", paper="512", low=1)
+    depth: int = flag(4, "blocks of the head; each doubles how far it sees", low=1, high=10)
+    drop: float = flag(0.1, "dropout in the head", low=0, high=1)
+    middle: float = flag(0.6, "share of a segment whose steps answer for it", low=0, high=1)
+    length: int = flag(1024, "most steps of a video in training; of a longer one a random part",
+                       paper="2304", low=8)
+
+    @functools.cached_property
+    def parts(self):
+        """(the encoder or None, a finished Localiser or None), out of --weights."""
+        if bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser":
+            model = Localiser.from_run(self.weights)
+            return model.encoder, model
+        return encoders.load_encoder(self.weights) if self.weights else None, None
+
+    def datasets(self):
+        """Long videos: generated ones, or features of files with their annotation."""
+        train_set, val = self.open_files() if self.data else self.open_worlds()
+        return train_set, {"val": val}
+
+    def open_worlds(self):
+        """Generated videos; `prepare` computes their features."""
+        encoder = self.parts[0]
+        if encoder is None:
+            raise UserError("--weights: localise needs an encoder; give a run of mae, clip or "
+                            "classify, or an official file")
+        counts = {"train": self.videos, "val": self.eval_clips}
+        worlds = {split: moving_shapes.LongShapes(split, encoder.config["image_size"], self.seed)
+                  for split in counts}
+        return [Videos([world] * counts[split], world.motions, "moving shapes")
+                for split, world in worlds.items()]
+
+    def open_files(self):
+        """Features of files. UserError where they do not fit together, or to --weights."""
+        if not self.annotations:
+            raise UserError("--annotations: --data is a folder of features; name the JSON that says "
+                            "what happens when")
+        encoder, model = self.parts
+        rows, names = read_segments(self.annotations), model and model.names
+        sets = []
+        for folder, subset in ((self.data, self.train_subset),
+                               (self.val_data or self.data, self.val_subset)):
+            items, names, missing = read_features(folder, rows, subset, names)
+            print(f"--data {folder}: {len(items)} videos of the subset {subset}, {len(names)} classes"
+                  + (f"; the features of {len(missing)} are MISSING, e.g. "
+                     f"{printable(str(missing[0]))}" if missing else ""))
+            sets.append(Videos(items, names, folder))
+        first = sets[0].items[0]
+        for item in itertools.chain(*(part.items for part in sets)):
+            if any(item[key] != first[key] for key in ("model", "window", "stride")) or \
+                    item["features"].shape[1] != first["features"].shape[1]:
+                raise UserError(f"--data: {item['path']} was extracted with another model, window or "
+                                f"stride than {first['path']}")
+        if encoder is not None and model is None and \
+                weights.fingerprint(self.weights) != first["model"]:
+            raise UserError(f"--weights {self.weights}: is not the model {first['model']} that the "
+                            "features were extracted with")
+        self.stride, self.eval_clips = first["stride"], len(sets[1])
+        return sets
+
+    def build(self, train_set):
+        """The finished model, or a new head; its encoder is frozen."""
+        encoder, model = self.parts
+        names = list(train_set.classes["label"])
+        if model is None:
+            width = train_set.items[0]["features"].shape[1] if self.data else encoder.width
+            head = Head(width, len(names), self.width, self.depth, self.drop)
+            model = Localiser(encoder, head, names, self.stride)
+        if model.names != names or model.stride != self.stride:
+            raise UserError(f"--weights {self.weights}: was trained with other classes, or a stride "
+                            f"of {model.stride}")
+        return model
+
+    def prepare(self, model, train_set, held_out):
+        """Features of generated videos, and the targets of all videos, in steps."""
+        sets = (train_set, held_out["val"])
+        if not self.data:
+            for part, items in zip(sets, self.features(model, sets)):
+                part.items = items
+        for item in itertools.chain(*(part.items for part in sets)):
+            item["features"] = torch.as_tensor(item["features"])
+            item["steps"] = [(*np.interp(segment[:2], *clock(item["times"])[::-1]), segment[2])
+                             for segment in item["segments"]]
+        if self.parts[1] is None:
+            model.head.measure(torch.cat([item["features"] for item in train_set.items])
+                               .to(self.device))
+        self.baseline = MeanSegments([item["segments"] for item in train_set.items],
+                                     [item["duration"] for item in train_set.items])
+        return train_set
+
+    def features(self, model, sets):
+        """[items of each set] with features of an eval-mode encoder, kept in --out/features.pt."""
+        path = Path(self.out) / "features.pt"
+        settings = {name: getattr(self, name) for name in
+                    ("weights", "videos", "eval_clips", "stride", "seed", "precision")}
+        if self.resume and path.exists():
+            with contextlib.suppress(Exception):  # damaged, or of another recipe: computed again
+                saved = weights.load(path)
+                if saved["settings"] == settings:
+                    return saved["sets"]
+        encoder, stored, started = model.encoder.eval(), [], time.monotonic()
+        counts = [1 if self.dry_run else len(part) for part in sets]
+        with tqdm(total=sum(counts), desc="features", unit="video",
+                  disable=processes.rank() > 0 or None) as bar:
+            for part, count in zip(sets, counts):
+                rows = []
+                for i in range(processes.rank(), count, processes.world()):
+                    rows.append((i, self.item(encoder, part.items[i], i)))
+                    bar.update(processes.world())
+                stored.append([item for _, item in processes.collect(rows)])
+        if not self.dry_run and processes.rank() == 0:
+            weights.write_torch(path, dict(sets=stored, settings=settings))
+        print(f"features of {sum(counts)} videos: {time.monotonic() - started:.0f} s")
+        return stored
+
+    def item(self, encoder, world, i):
+        """Generated video i, with features in place of its frames."""
+        video = world[i]
+        frames = video.pop("video")
+        with self.autocast():
+            features = torch.cat(list(slide(encoder, frames, self.stride, 64))).cpu()
+        times = step_times(np.arange(len(frames)) / world.FPS, encoder.config["frames"], self.stride)
+        return video | {"features": features, "times": times.tolist()}
+
+    def gather(self, items, rng=None):
+        """Videos, or with rng a random part of each long one, as a padded batch with its targets."""
+        parts = []
+        for item in items:
+            count = len(item["features"])
+            labels, distances = assign(count, item["steps"], self.middle)
+            first = int(torch.randint(max(count - self.length, 0) + 1, (), generator=rng)) \
+                if rng else 0
+            part = slice(first, first + self.length if rng else count)
+            inside = torch.ones(count, dtype=torch.bool)
+            parts.append((item["features"][part], inside[part], labels[part], distances[part]))
+        columns = zip(("features", "inside", "targets", "distances"), zip(*parts),
+                      (0.0, False, -1, 0.0))
+        return {name: nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=empty)
+                .to(self.device) for name, column, empty in columns}
+
+    def batches(self, train_set, first):
+        """Padded batches of videos, drawn at random; a function of (seed, step)."""
+        for step in range(first * self.accum, self.steps * self.accum):
+            rng = generator(self.seed, "videos", step)
+            rows, mine = processes.joined(self.batch_size)
+            chosen = torch.randint(len(train_set), (rows,), generator=rng).tolist()
+            # Of all processes: padded alike, counted together.
+            batch = self.gather([train_set.items[i] for i in chosen], rng)
+            count = ((batch["targets"] >= 0) & batch["inside"]).sum().clamp(min=1)
+            yield {name: value[mine] for name, value in batch.items()} | {
+                "count": count / processes.world()}
+
+    def loss(self, model, batch, rng):
+        """Focal loss of the scores and distance-IoU loss of the segments."""
+        scores, distances = model.head(batch["features"], batch["inside"])
+        parts = head_loss(scores, distances, batch["targets"], batch["distances"], batch["inside"],
+                          batch.get("count"))
+        return sum(parts), {"loss": sum(parts).detach(), "score_loss": parts[0].detach(),
+                            "distance_loss": parts[1].detach()}
+
+    def evaluate(self, model, batches, held_out_set):
+        """Mean loss, and mAP in percent at each temporal IoU and on average."""
+        rows = []
+        for i in (i for batch in batches for i in batch["video"].tolist()):
+            item = held_out_set.items[i]
+            loss = float(self.loss(model, self.gather([item]), None)[0])
+            rows.append((i, loss, predict(model.head, item)))
+        order, losses, segments = zip(*processes.collect(rows))
+        segments = dict(zip(order, segments))
+        items = [held_out_set.items[i] | {"number": i} for i in order]
+        return {"loss": float(np.mean(losses)), "items": held_out_set.items} | mean_ap(
+            items, lambda item: segments[item["number"]])
+
+    def finish(self, model, held_out, results):
+        """The same of the baseline, and both as a table."""
+        items = held_out["val"].items[:self.eval_clips]
+        rows = {"localise": mean_ap(items, functools.partial(predict, model.head)),
+                "mean segments": mean_ap(items, lambda item: self.baseline(item["duration"]),
+                                         "mean_segments_")}
+        print(f"{'mAP in percent at temporal IoU':32s}"
+              + "".join(f"{t:>7g}" for t in THRESHOLDS) + "   mean")
+        for name, values in rows.items():
+            print(f"{name:32s}" + "".join(f"{value:7.1f}" for value in values.values()))
+        return rows["mean segments"]
+
+    def protocol(self, held_out):
+        """How mAP is measured."""
+        what = "videos of --data" if self.data else \
+            "long videos of moving shapes, 14 motions, 8 frames a second"
+        return {"videos": f"{self.eval_clips} held-out {what}",
+                "features": f"one every {self.stride} frames, from a frozen encoder",
+                "mAP": "Gaussian soft-NMS; interpolated AP as ActivityNet's, mean over classes, at "
+                       "temporal IoU 0.3 to 0.7",
+                "baseline": "sees no video and predicts the mean segments of the training videos, "
+                            "for every class"}
+
+    def pictures(self, model, batch, folder, results):
+        """segments.png: true and predicted segments of some videos."""
+        rows = []
+        for i in batch["video"].tolist()[:4]:
+            item, frames = results["val"]["items"][i], None
+            if not self.data:
+                world = moving_shapes.LongShapes("val", model.encoder.config["image_size"], self.seed)
+                frames = pictures.strip(world[i]["video"], 24)
+            rows.append((item["path"], frames, item["duration"], item["segments"],
+                         clearest(predict(model.head, item))))
+        pictures.segments(rows, model.names, folder / "segments.png")
+        return [folder / "segments.png"]

@@ -35,10 +35,12 @@ Numbers: on a ViT-B, D = 768 and W = 512, the head has 11.8 M parameters for 1,5
 torch.Size([4, 10])
 """
 
+import functools
 import re
-import sys
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -46,16 +48,21 @@ import caption_decoder
 import clip_video
 import weights
 from attention import Dropout
+from engine import pictures, processes
+from engine.errors import UserError
+from engine.stage import ClipStage, flag
+from video import transforms
+from weights.tokenizer import tokenizer_of
 
 
-def normalised(answer):
+def normalise_answer(answer):
     """An answer as it is compared: lower case, single spaces, no punctuation at its ends -> str."""
     return re.sub(r"\s+", " ", answer.lower()).strip(" .,;:!?\"'")
 
 
 def answer_table(answers, most=1500):
     """The `most` commonest of these answers, normalised; equally common ones in the order of the alphabet."""
-    count = Counter(map(normalised, answers))
+    count = Counter(map(normalise_answer, answers))
     return sorted(count, key=lambda answer: (-count[answer], answer))[:most]
 
 
@@ -70,12 +77,12 @@ class QuestionOnly:
     def __init__(self, questions, answers):
         heard, self.most = defaultdict(Counter), answer_table(answers, 1)[0]
         for question, answer in zip(questions, answers, strict=True):
-            heard[normalised(question)][normalised(answer)] += 1
+            heard[normalise_answer(question)][normalise_answer(answer)] += 1
         self.answers = {question: min(count, key=lambda answer: (-count[answer], answer))
                         for question, count in heard.items()}
 
     def __call__(self, question):
-        return self.answers.get(normalised(question), self.most)
+        return self.answers.get(normalise_answer(question), self.most)
 
 
 class AnswerHead(nn.Sequential):
@@ -133,77 +140,156 @@ class VideoQA(nn.Module):
         return weights.load_run(make, folder, "VideoQA", "answer")
 
 
+# ------------------------------------------------------------------------------------------------
+# Measuring and training
+
+
 @torch.no_grad()
-def main(argv=None):
-    """`python question_answering.py`: the shapes. With VIDEO, QUESTION and --weights: the likeliest answers."""
-    import argparse
+def evaluate(scores_of, batches, answers):
+    """What the model answers: [(question, right answer, answer of the model), ...] in their order.
 
-    import data
-    from video import moving_shapes
-
-    parser = argparse.ArgumentParser(description="Answer a question about a video.")
-    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip and a question about it")
-    parser.add_argument("question", nargs="?", help="in words; what its answer can be, training has decided")
-    parser.add_argument("--weights", help="a run of `train.py answer`; default: an untrained tiny model")
-    parser.add_argument("--tokenizer", help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; "
-                                            "default: the one in the run's folder")
-    args = parser.parse_args(argv)
-    try:
-        if args.video and not (args.question and args.weights):
-            raise ValueError("a video needs a question and --weights, a run of `train.py answer`")
-        if args.weights:
-            model = VideoQA.from_run(args.weights)
-            tokenizer = clip_video.tokenizer_of(args.weights, args.tokenizer, model.clip.config["vocabulary"])
-        else:
-            model, tokenizer = untrained(moving_shapes)
-        config = model.clip.config
-        T, (H, W) = config["frames"], config["image_size"]
-        if args.video:
-            clip = data.one_clip(args.video, T, (H, W))
-        else:
-            item = moving_shapes.QuestionShapes("test", T, (H, W))[0]
-            clip, args.question = item["video"], item["question"]
-            print(f"a generated clip; {item['question']!r} is to be answered with {item['answer']!r}")
-        ids, _ = tokenizer.encode([args.question], config["context"], trim=True)
-        video = data.normalise(torch.as_tensor(clip)[None], model.clip.mean, model.clip.std)
-        scores = model(video, ids)
-        if not args.weights:
-            explain(model, video, ids, scores)
-        share = scores[0].softmax(dim=-1)
-        print(f"protocol: one view of {T} frames, spread over the video, {H} x {W} px; softmax over the {len(share)} answers that "
-              "training has decided")
-        for p, i in zip(*(found.tolist() for found in share.topk(min(5, len(share))))):
-            print(f"{100 * p:5.1f} %  {model.answers[i]}")
-    except (weights.WeightsError, data.DataError, ValueError, OSError) as error:
-        print(f"question_answering.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    scores_of  function of a batch -> (B, answers)
+    batches    dicts with the lists "question" and "answer", and "number"
+    answers    the answers that a model can give, in the order of its scores
+    """
+    rows = []
+    for batch in batches:
+        chosen = scores_of(batch).argmax(dim=1).tolist()
+        rows.append((batch["number"], [
+            (question, normalise_answer(answer), answers[i])
+            for question, answer, i in zip(batch["question"], batch["answer"], chosen)]))
+    return [row for _, part in processes.collect(rows) for row in part]
 
 
-def untrained(moving_shapes):
-    """A tiny model that knows nothing, and its tokenizer; moving_shapes: the module."""
-    torch.manual_seed(0)
-    world = moving_shapes.QuestionShapes("train", 4, 64)
-    items = [world[i] for i in range(100)]
-    tokenizer = clip_video.train_tokenizer([item["question"] for item in items], 600)
-    clip = clip_video.VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=32, end=tokenizer.end)
-    decoder = caption_decoder.CaptionDecoder(128, heads=2, depth=2, visual_width=192, vocabulary=tokenizer.vocabulary, queries=8)
-    return VideoQA(clip, decoder, answer_table([item["answer"] for item in items])).eval(), tokenizer
+@dataclass
+class Answering(ClipStage, name="answer"):
+    """Questions about videos: a head on the caption decoder and both encoders, all of them trained.
 
+    InternVideo, Sec. 4.4, video question answering. On generated questions about moving shapes, or on
+    a file of `video, question, answer`. Then: python tools/predict.py VIDEO --question Q --weights RUN"""
 
-def explain(model, video, ids, scores):
-    """Print what happens to video (1, C, T, H, W) and question ids (1, L), shape by shape."""
-    seen, tokens = model.clip.visual.encode(video)
-    words = model.clip.text.tokens(ids)
-    found = model.caption_decoder.hidden(tokens.flatten(1, 2), words)
-    at_end = model.clip.text.at_end(found, ids)
-    for name, letters, value in (
-            ("the video", "(B, C, T, H, W)", video), ("what is seen", "(B, D)", seen),
-            ("its tokens, side by side", "(B, M, D)", tokens.flatten(1, 2)), ("the question", "(B, L)", ids),
-            ("its tokens", "(B, L, W)", words), ("what the decoder makes of both", "(B, L, W)", found),
-            ("the same at the question's end", "(B, W)", at_end), ("scores of the answers", "(B, Y)", scores)):
-        print(f"{name:34s} {letters:16s} {tuple(value.shape)}")
+    weights: str = flag("", "the video-text model: a run of clip, InternVideo-MM weights, or a run of "
+                        "this stage")
+    steps: int = flag(600, paper="20 epochs")
+    batch_size: int = flag(32, "questions per process and step", paper="512 in all")
+    lr: float = flag(1e-3, paper="1e-5")
+    head_scale: float = flag(3.0, "factor on the learning rate of the head", paper="10", low=0)
+    weight_decay: float = flag(0.01, paper="0.01")
+    warmup: float = flag(0.1, paper="0.1")
+    answers: int = flag(1500, "the most frequent answers of training; only these can be given",
+                        paper="1,000 to 1,540", low=2)
+    drop: float = flag(0.1, "dropout in the head", paper="0.5", low=0, high=1)
+    tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
+                          "one beside --weights")
+    data: str = flag("", "a file with questions: JSON, JSONL or CSV with video, question and answer; "
+                     "default: questions about moving shapes")
+    num_frames: int = flag(0, "frames per clip; 0 = as --weights", low=0, paper="8")
+    input_size: int = flag(0, "height and width in pixels; 0 = as --weights", low=0)
+    sampling: str = flag("segment", paper="internvideo")
+    transform: str = flag("plain", paper="internvideo")
+    eval_clips: int = flag(1000, "held-out questions per evaluation")
+    eval_every: int = flag(500)
 
+    world = "QuestionShapes"
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+    @functools.cached_property
+    def parts(self):
+        """(video-text encoders, caption decoder, a finished VideoQA or None), out of --weights."""
+        if not self.weights:
+            raise UserError("--weights: answering starts from a video-text model; give a run of "
+                            "clip, or InternVideo-MM weights")
+        if weights.read(self.weights)[1].get("model") == "VideoQA":
+            model = VideoQA.from_run(self.weights, self.drop)
+            self.check_against_weights(answers=len(model.answers))
+            return model.clip, model.caption_decoder, model
+        clip = clip_video.VideoCLIP.from_official(self.weights, frames=self.num_frames or None)
+        return clip, caption_decoder.CaptionDecoder.from_official(self.weights), None
+
+    def datasets(self):
+        """Clips with a question each, of the size that the model takes."""
+        config = self.parts[0].config
+        self.num_frames = self.num_frames or config["frames"]
+        if self.input_size not in (0, config["image_size"][0]):
+            raise UserError(f"--input-size {self.input_size}: {self.weights} is for "
+                            f"{config['image_size'][0]} pixels; leave it out")
+        self.input_size = config["image_size"][0]
+        train_set, held_out = self.open_sets(flip=False)
+        held_out["val"].training_questions()  # refuses a list without
+        return train_set, held_out
+
+    def build(self, train_set):
+        """The finished model, or a new head on the video-text model."""
+        clip, decoder, model = self.parts
+        self.bpe = tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
+        pairs = train_set.training_questions()
+        self.baseline = QuestionOnly(*zip(*pairs))
+        table = answer_table((answer for _, answer in pairs), self.answers)
+        model = model or VideoQA(clip, decoder, table, self.drop)
+        model.clip.recompute(self.recompute)
+        return model
+
+    def scale_of(self, model, name):
+        """The head learns faster."""
+        return self.head_scale if name.startswith("head.") else 1.0
+
+    def scores(self, model, batch):
+        """The score of each answer, (B, answers) float32."""
+        video = transforms.normalise(batch["video"], model.clip.mean, model.clip.std)
+        ids, _ = self.bpe.encode(batch["question"], model.clip.config["context"], trim=True)
+        with self.autocast():
+            return model(video, ids.to(video.device)).float()
+
+    def loss(self, model, batch, rng):
+        """Cross entropy over the answers; a question whose answer is not among them has no target."""
+        scores = self.scores(model, batch)
+        place = {answer: i for i, answer in enumerate(model.answers)}
+        right = torch.tensor([place.get(normalise_answer(answer), -1) for answer in batch["answer"]],
+                             device=scores.device)
+        count = (right >= 0).sum()
+        count = processes.mean(count) if model.training else count
+        loss = torch.nn.functional.cross_entropy(scores, right, ignore_index=-1, reduction="sum")
+        loss = loss / count.clamp(min=1)
+        return loss, {"loss": loss.detach()}
+
+    def evaluate(self, model, batches, held_out_set):
+        """Accuracy in percent; "rows" has all answers."""
+        rows = evaluate(functools.partial(self.scores, model), batches, model.answers)
+        right = [said == answer for _, answer, said in rows]
+        return {"accuracy": 100 * sum(right) / len(right), "rows": rows}
+
+    def finish(self, model, held_out, results):
+        """A table by kind of question, with two baselines: the question alone, the likeliest answer."""
+        kinds, numbers = {}, {}
+        for question, answer, said in results["val"]["rows"]:
+            words = question.lower().split()
+            right = (said == answer, self.baseline(question) == answer, self.baseline.most == answer)
+            for kind in ("all questions", words[0] if self.data else " ".join(words[:2])):
+                kinds.setdefault(kind, []).append(right)
+        print(f"{'accuracy in percent':24s}{'questions':>10s}{'answered':>10s}{'question only':>15s}"
+              f"{'commonest answer':>18s}")
+        for kind, right in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            answered, alone, commonest = (100 * np.mean(right, axis=0)).tolist()
+            print(f"{kind:24s}{len(right):10d}{answered:10.1f}{alone:15.1f}{commonest:18.1f}")
+            numbers[kind.replace(" ", "_")] = answered
+            if kind == "all questions":
+                numbers |= {"question_only": alone, "commonest_answer": commonest}
+        return numbers
+
+    def protocol(self, held_out):
+        """How the accuracy is measured."""
+        return self.clips_protocol(held_out) | {
+            "answers": "open-ended: one of the most frequent answers of training, compared in lower "
+                       "case without punctuation; others count as wrong"}
+
+    @torch.no_grad()
+    def pictures(self, model, batch, folder, results):
+        """answers.png: clips with question, right answer, and answer of the model."""
+        answers = [model.answers[i] for i in self.scores(model, batch).argmax(dim=1).tolist()]
+        told = [f"{question} {answer}" for question, answer in zip(batch["question"],
+                                                                   batch["answer"])]
+        pictures.captions(batch["video"].cpu().numpy(), told, answers, folder / "answers.png")
+        return [folder / "answers.png"]
+
+    def extras(self, folder):
+        """tokenizer.json"""
+        self.bpe.save(folder)

@@ -142,7 +142,7 @@ def test_every_format_is_recognised_and_its_videos_are_found(tmp_path, kind, cli
     assert not files.missing and files[0]["video"].shape == (2, 16, 16, 3) and kind in files.summary()
     splits = {row.split for row in found.rows}
     if splits == {"train", "val"}:
-        held = VideoFiles(tmp_path / source, 2, 16, train=False, classes=files.classes)
+        held = VideoFiles(tmp_path / source, 2, 16, train=False, classes=files.classes.get("label"))
         assert [row.split for row in files.rows] == ["train"] * len(files) and {row.split for row in held.rows} == {"val"}
 
 
@@ -153,7 +153,7 @@ def test_labels_are_numbered_as_the_benchmark_numbers_them(tmp_path, clip):
     texts, videos, _, *_ = CASES["UCF101, split 1"]
     lay(tmp_path, texts, videos, clip)
     held = VideoFiles(tmp_path / "ucfTrainTestlist/testlist01.txt", 2, 16, train=False)
-    assert held.items[0][1] == 1 and held.classes == ["ApplyEyeMakeup", "YoYo"]
+    assert held.items[0][1] == 1 and held.classes == {"label": ("ApplyEyeMakeup", "YoYo")}
 
 
 @pytest.mark.parametrize("name, text", [
@@ -389,7 +389,7 @@ def test_shards_give_endless_mixed_clips_and_skip_what_is_broken(shards, source)
     assert len(set(said)) == 11 and "clip 12" not in said
     assert any("12.mp4" in path for batch in found for path, _ in batch["bad"])
     for batch in found:
-        assert [caption[-1] for caption in batch["caption"]] == [str(int(label)) for label in batch["label"]]
+        assert [caption[-1] for caption in batch["caption"]] == [str(int(label)) for label in batch["labels"]["label"]]
     again = list(data.batches(files, 4, 0, steps=10))
     assert said == [caption for batch in again for caption in batch["caption"]]
     assert torch.equal(found[3]["video"], again[3]["video"])
@@ -429,7 +429,7 @@ def test_names_of_folders_are_names_also_where_they_are_dates_and_what_hides_is_
         (tmp_path / "dates" / place).mkdir(parents=True)
         (tmp_path / "dates" / place / "a.mp4").write_bytes(clip)
     files = data.VideoFiles(tmp_path / "dates", 2, 16, train=False)
-    assert files.classes == ["20240101", "20240102"] and [label for _, label in files.items] == [0, 1]
+    assert files.classes == {"label": ("20240101", "20240102")} and [label for _, label in files.items] == [0, 1]
     for place in ("10", "9"):
         (tmp_path / "numbers" / place).mkdir(parents=True)
         (tmp_path / "numbers" / place / "a.mp4").write_bytes(clip)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import clip_video
 import data
+from video.transforms import normalise
 from video import moving_shapes
 import mae
 import train
@@ -65,7 +66,7 @@ def test_a_run_goes_on_as_a_classifier_with_the_same_encoder(encoders, kind, tmp
     else:
         assert isinstance(model, uniformerv2.UniFormerV2) and model.mean == clip_video.CLIP_MEAN
         video = torch.randn(2, 3, 4, 16, 16)
-        assert torch.equal(model.eval().features(video), pretrained.eval().clip.visual.features(video))
+        assert torch.equal(model.eval().encode(video)[0], pretrained.eval().clip.visual.encode(video)[0])
         assert torch.equal(model.norm.weight, pretrained.clip.visual_norm.weight)
     assert model.head.out_features == 30
     assert run("--weights", path, out=tmp_path) == 0
@@ -127,7 +128,7 @@ def test_a_probe_moves_nothing_but_itself_and_reads_what_the_whole_network_would
     card.prepare(model)
     batch = next(data.held_out(card.sets[0], 7, 7))
     with torch.no_grad():
-        whole = model.eval()(data.normalise(batch["video"], model.mean, model.std))
+        whole = model.eval()(normalise(batch["video"], model.mean, model.std))
         stored, _ = card.logits(model, {"features": card.features[0].float()})
     assert torch.allclose(whole, stored, atol=2e-2 * float(whole.abs().max()) + 1e-6)  # stored in bfloat16
     assert torch.equal(card.features[1], card.target(batch))
@@ -202,7 +203,7 @@ def test_several_views_are_averaged_as_probabilities_and_stand_beside_one_clip(t
     right = []
     with torch.no_grad():
         for item in (views[i] for i in range(6)):
-            video = data.normalise(torch.as_tensor(item["video"][1:]), model.mean, model.std)
+            video = normalise(torch.as_tensor(item["video"][1:]), model.mean, model.std)
             right.append(int(model(video).softmax(dim=1).mean(dim=0).argmax()) == item["label"])
     assert metrics["val_top1 (2 x 3 views)"] == pytest.approx(100 * sum(right) / 6)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import caption_decoder
 import clip_video
 import data
+from video.transforms import normalise
 from video import moving_shapes
 import train
 from test_train import lines, write_video
@@ -134,12 +135,12 @@ def test_gradient_caching_is_the_large_batch():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         batch = next(iter(data.batches(card.datasets()[0], 7, 0, 1)))
-        normalise, data.normalise = data.normalise, lambda *args: normalise(*args).double()
+        normalise, normalise = normalise, lambda *args: normalise(*args).double()
         try:
             loss, _ = card.loss(model, batch, train.generator(0))
             loss.backward()
         finally:
-            data.normalise = normalise
+            normalise = normalise
         found.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
     assert len(found[0]) == len(found[1]) > 50
     for a, b in zip(*found):

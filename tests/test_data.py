@@ -20,9 +20,18 @@ import numpy as np
 import pytest
 import torch
 
-from video import annotations
 import data
-from data import DataError, VideoFiles, batches, held_out, probe, read_clip
+from data import VideoFiles, batches, held_out, spread, split_files
+from video import annotations, loading
+from video.annotations import DataError
+from video.checking import check
+from video.clips import GREY
+from video.decoding import Video, is_shown, probe, read_clip
+from video.features import read_features
+from video.loading import dead_worker
+from video.sampling import SAMPLINGS, choose_frames, dense_indices, segment_indices
+from video.shards import describe_sample
+from video.transforms import TRANSFORMS, crop_frames, normalise
 from video.moving_shapes import MovingShapes
 
 torch.set_num_threads(1)
@@ -108,7 +117,7 @@ def test_reference_frames_that_are_never_shown_are_not_counted(codec, head, tail
     file counted by packets then promises frames that no decoder returns."""
     class Packet(bytes):
         is_discard, size = False, 2
-    assert data._is_shown(Packet([head, tail]), codec) == shown
+    assert is_shown(Packet([head, tail]), codec) == shown
 
 
 def test_a_time_gives_the_frame_on_show_at_that_time(folder):
@@ -122,8 +131,8 @@ def test_a_time_gives_the_frame_on_show_at_that_time(folder):
 def test_a_seek_decodes_less_than_the_whole_file(folder, monkeypatch):
     """Frame 30 is reached from the last keyframe before it."""
     starts = []
-    seek = data.Video._seek
-    monkeypatch.setattr(data.Video, "_seek", lambda self, number: starts.append(number) or seek(self, number))
+    seek = Video._seek
+    monkeypatch.setattr(Video, "_seek", lambda self, number: starts.append(number) or seek(self, number))
     first, second, third, last = probe(folder / "a.mp4").keyframes
     read_clip(folder / "a.mp4", [third + 1])
     read_clip(folder / "a.mp4", [5])
@@ -200,25 +209,25 @@ def test_a_file_without_a_picture_says_so(tmp_path):
 
 
 def test_dense_sampling_keeps_its_stride_inside_the_video():
-    assert data.dense_indices(100, 16, 4).tolist() == list(range(18, 82, 4))
-    starts = {tuple(data.dense_indices(70, 16, 4, np.random.default_rng(i))) for i in range(200)}
+    assert dense_indices(100, 16, 4).tolist() == list(range(18, 82, 4))
+    starts = {tuple(dense_indices(70, 16, 4, np.random.default_rng(i))) for i in range(200)}
     assert {s[0] for s in starts} == set(range(7)) and {s[-1] - s[0] for s in starts} == {60}
-    assert data.dense_indices(5, 4, 2).tolist() == [0, 2, 4, 4]
-    assert data.dense_indices(1, 4, 2, np.random.default_rng(0)).tolist() == [0, 0, 0, 0]
+    assert dense_indices(5, 4, 2).tolist() == [0, 2, 4, 4]
+    assert dense_indices(1, 4, 2, np.random.default_rng(0)).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("n, frames", [(100, 8), (17, 16), (16, 16), (5, 16), (1, 3)])
 def test_segment_sampling_takes_one_frame_from_each_segment(n, frames):
     edges = [i * n // frames for i in range(frames + 1)]
-    drawn = [data.segment_indices(n, frames)]
-    drawn += [data.segment_indices(n, frames, np.random.default_rng(i)) for i in range(50)]
+    drawn = [segment_indices(n, frames)]
+    drawn += [segment_indices(n, frames, np.random.default_rng(i)) for i in range(50)]
     for indices in drawn:
         assert all(a <= i < max(b, a + 1) and i < n for a, b, i in zip(edges, edges[1:], indices))
 
 
 def views_in_time(name, n, frames, stride=4, clips=1, **options):
     """The chosen frames of each view in time, as lists."""
-    return [data.choose_frames(name, n, frames, stride, view=(clip, clips), **options).tolist() for clip in range(clips)]
+    return [choose_frames(name, n, frames, stride, view=(clip, clips), **options).tolist() for clip in range(clips)]
 
 
 @pytest.mark.parametrize("name, n, frames, stride, clips, expected", [
@@ -244,25 +253,25 @@ def test_retrieval_takes_a_frame_a_second_and_at_most_so_many():
     assert views_in_time("retrieval", 100, 3, fps=10.0) == [[0, 40, 90]]
 
 
-@pytest.mark.parametrize("name", data.SAMPLINGS)
+@pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 64, 65, 300])
 def test_every_sampler_stays_inside_the_video_and_goes_forward(name, n):
-    views = [data.choose_frames(name, n, 16, rng=np.random.default_rng(i)) for i in range(20)]
-    views += [data.choose_frames(name, n, 16, view=(clip, clips)) for clips in (1, 2, 5) for clip in range(clips)]
+    views = [choose_frames(name, n, 16, rng=np.random.default_rng(i)) for i in range(20)]
+    views += [choose_frames(name, n, 16, view=(clip, clips)) for clips in (1, 2, 5) for clip in range(clips)]
     for numbers in views:
         assert numbers.shape == (16,) and numbers.dtype.kind == "i"
         assert 0 <= numbers.min() and numbers.max() < n and (np.diff(numbers) >= 0).all()
 
 
-@pytest.mark.parametrize("name", data.TRANSFORMS)
+@pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (64, 64)])
 def test_every_transform_gives_the_size_asked_for(name, shape):
     video = np.random.default_rng(0).integers(256, size=(3, *shape, 3), dtype=np.uint8)
     state = torch.get_rng_state()
     for rng in (None, np.random.default_rng(0)):
-        found = data.crop_frames(name, video, (56, 56), rng)
+        found = crop_frames(name, video, (56, 56), rng)
         assert found.shape == (3, 56, 56, 3) and found.dtype == np.uint8
-    again = data.crop_frames(name, video, (56, 56), np.random.default_rng(0))
+    again = crop_frames(name, video, (56, 56), np.random.default_rng(0))
     assert np.array_equal(found, again) and torch.equal(torch.get_rng_state(), state)
 
 
@@ -279,24 +288,24 @@ def gradient(height, width):
     ("viclip", 1, 198),  # all of it, squashed to 56
     ("internvideo-demo", 75, 123)])  # short side 64 by nearest pixel, columns 86 to 141 of 228
 def test_transforms_cut_what_their_recipes_cut(name, first, last):
-    found = data.crop_frames(name, gradient(56, 200), (56, 56))[0, 28, :, 0].astype(int)
+    found = crop_frames(name, gradient(56, 200), (56, 56))[0, 28, :, 0].astype(int)
     assert abs(found[0] - first) <= 1 and abs(found[-1] - last) <= 1 and (np.diff(found) >= 0).all()
 
 
 def test_three_crops_are_the_ends_and_the_centre_of_the_longer_side():
     wide = gradient(56, 200)
-    starts = [int(data.crop_frames("videomae", wide, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
+    starts = [int(crop_frames("videomae", wide, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
     assert starts == [0, 72, 144]
     high = wide.transpose(0, 2, 1, 3)
-    starts = [int(data.crop_frames("uniformerv2", high, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
+    starts = [int(crop_frames("uniformerv2", high, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
     assert starts == [0, 72, 144]
     odd = gradient(56, 201)  # 145 columns to spare: VideoMAE rounds the centre down, UniFormerV2 up
-    assert [int(data.crop_frames(name, odd, (56, 56))[0, 0, 0, 0]) for name in ("videomae", "uniformerv2")] == [72, 73]
+    assert [int(crop_frames(name, odd, (56, 56))[0, 0, 0, 0]) for name in ("videomae", "uniformerv2")] == [72, 73]
 
 
-@pytest.mark.parametrize("sampling", data.SAMPLINGS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_files_are_read_with_every_sampler_and_transform(folder, sampling):
-    for transform in data.TRANSFORMS:
+    for transform in TRANSFORMS:
         for train in (True, False):
             files = VideoFiles(folder / "b.mkv", 4, 32, sampling=sampling, transform=transform, train=train)
             assert files[0]["video"].shape == (4, 32, 32, 3)
@@ -322,7 +331,7 @@ def test_lists_are_read_as_people_write_them(folder, text, labels, classes):
     files = VideoFiles(folder / "list.csv", 2, 16)
     paths = [str(folder / name) for name in ("a.mp4", "b.mkv", "c d.mp4")]
     assert files.items == list(zip(paths, labels))
-    assert files.classes == classes and not files.missing
+    assert files.classes == ({"label": tuple(classes)} if classes else {}) and not files.missing
     assert files.captions == (["one, two", "x", "y"] if "caption" in text else None)
     assert ": 3 videos" in files.summary() and "\n" not in files.summary()
 
@@ -344,11 +353,11 @@ def test_folders_of_videos_are_classes(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     files = VideoFiles(tmp_path, 2, 16)
-    assert files.classes == ["jump", "run"]
+    assert files.classes == {"label": ("jump", "run")}
     assert files.items == [(str(tmp_path / "jump/deep/y.avi"), 0), (str(tmp_path / "run/x.mp4"), 1)]
     (tmp_path / "z.mp4").write_text("")
     flat = VideoFiles(tmp_path, 2, 16)
-    assert flat.classes == [] and {label for _, label in flat.items} == {None}
+    assert flat.classes == {} and {label for _, label in flat.items} == {None}
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no video below"):
         VideoFiles(tmp_path / "empty", 2, 16)
@@ -366,11 +375,11 @@ def test_split_folders_are_not_mistaken_for_classes(tmp_path):
 
 def test_training_and_validation_parts_share_no_file():
     items = [(f"{i}.mp4", None) for i in range(25)]
-    train, held = data.split_files(items)
+    train, held = split_files(items)
     assert len(held) == 2 and sorted(train + held) == sorted(items)
-    assert data.split_files(items) == (train, held)
-    assert [len(part) for part in data.split_files(items[:2])] == [1, 1]
-    assert data.split_files(items[:1]) == (items[:1], items[:1])
+    assert split_files(items) == (train, held)
+    assert [len(part) for part in split_files(items[:2])] == [1, 1]
+    assert split_files(items[:1]) == (items[:1], items[:1])
 
 
 def test_training_crops_are_random_by_index_and_epoch_and_leave_the_global_state_alone(folder):
@@ -378,7 +387,7 @@ def test_training_crops_are_random_by_index_and_epoch_and_leave_the_global_state
     state = torch.get_rng_state()
     one, again, later = files[0], files[0], files[0, 1]
     assert torch.equal(torch.get_rng_state(), state)
-    assert one["video"].shape == (4, 32, 40, 3) and one["label"] == -1
+    assert one["video"].shape == (4, 32, 40, 3) and one["labels"] == {}
     assert np.array_equal(one["video"], again["video"])
     assert not np.array_equal(one["video"], later["video"])
 
@@ -397,12 +406,12 @@ def test_the_views_of_a_test_are_the_centre_then_clips_by_crops_from_end_to_end(
 
 
 def test_clips_of_a_test_lie_between_the_ends_of_each_segment():
-    assert data.segment_indices(40, 4, view=(0, 1)).tolist() == data.segment_indices(40, 4).tolist()
-    views = [data.segment_indices(40, 4, view=(clip, 3)).tolist() for clip in range(3)]
+    assert segment_indices(40, 4, view=(0, 1)).tolist() == segment_indices(40, 4).tolist()
+    views = [segment_indices(40, 4, view=(clip, 3)).tolist() for clip in range(3)]
     assert views == [[2, 12, 22, 32], [4, 14, 24, 34], [6, 16, 26, 36]]
-    assert data.dense_indices(100, 4, 5, view=(0, 2)).tolist() == [0, 5, 10, 15]
-    assert data.dense_indices(100, 4, 5, view=(1, 2)).tolist() == [80, 85, 90, 95]
-    assert data.dense_indices(10, 4, 5, view=(1, 2)).tolist() == data.dense_indices(10, 4, 5).tolist()
+    assert dense_indices(100, 4, 5, view=(0, 2)).tolist() == [0, 5, 10, 15]
+    assert dense_indices(100, 4, 5, view=(1, 2)).tolist() == [80, 85, 90, 95]
+    assert dense_indices(10, 4, 5, view=(1, 2)).tolist() == dense_indices(10, 4, 5).tolist()
 
 
 def test_augmentation_treats_all_frames_of_a_clip_alike(tmp_path):
@@ -421,7 +430,7 @@ def test_augmentation_treats_all_frames_of_a_clip_alike(tmp_path):
     for video in clips:
         assert (video == video[:1]).all()
     assert len({video.tobytes() for video in clips}) == 12
-    assert all((video == data._GREY).all(axis=-1)[0].sum() > 8 for video in clips), "a grey box in each"
+    assert all((video == GREY).all(axis=-1)[0].sum() > 8 for video in clips), "a grey box in each"
     assert (still[0, 3]["video"] == clips[3]).all()
 
 
@@ -451,15 +460,15 @@ def test_training_names_and_skips_a_bad_file_evaluation_never_replaces_it(folder
     train = VideoFiles(folder / "mixed.txt", 2, 16)
     assert train.missing == [str(folder / "missing.mp4")] and "1 MISSING" in train.summary()
     item = train[0]
-    assert item["path"].endswith("a.mp4") and item["label"] == 2
+    assert item["path"].endswith("a.mp4") and item["labels"] == {"label": 2}
     assert [path for path, _ in item["bad"]] == [
         str(folder / "text.mp4"), str(folder / "missing.mp4")]
     test = VideoFiles(folder / "mixed.txt", 2, 16, train=False)
-    assert test[0]["video"] is None and test[0]["label"] == 0 and len(test[0]["bad"]) == 1
+    assert test[0]["video"] is None and test[0]["labels"] == {"label": 0} and len(test[0]["bad"]) == 1
     assert test[2]["video"].shape == (2, 16, 16, 3) and test[2]["bad"] == []
     for batch_size in (1, 2, 3):
         seen = list(held_out(test, None, batch_size))
-        assert sum(len(b["label"]) for b in seen) == 1 and sum(len(b["bad"]) for b in seen) == 2
+        assert sum(len(b["path"]) for b in seen) == 1 and sum(len(b["bad"]) for b in seen) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -476,9 +485,11 @@ def test_nothing_readable_is_one_clear_line(folder, workers):
 
 
 def same(one, two):
-    return one.keys() == two.keys() and all(
-        torch.equal(one[key], two[key]) if torch.is_tensor(one[key]) else one[key] == two[key]
-        for key in one)
+    if torch.is_tensor(one):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    return one == two
 
 
 def sources(folder):
@@ -491,7 +502,8 @@ def test_batches_are_the_same_for_any_workers_and_after_a_resume(folder, which):
     dataset = sources(folder)[which]
     reference = list(batches(dataset, 3, seed=5, steps=6))
     assert len(reference) == 6 and reference[0]["video"].shape == (3, 4, 32, 32, 3)
-    assert reference[0]["video"].dtype == torch.uint8 and reference[0]["label"].dtype == torch.int64
+    assert reference[0]["video"].dtype == torch.uint8
+    assert {labels.dtype for labels in reference[0]["labels"].values()} == {torch.int64}
     for other in (batches(dataset, 3, seed=5, steps=6, workers=2),
                   itertools.chain(batches(dataset, 3, 5, 2), batches(dataset, 3, 5, 6, start=2))):
         other = list(other)
@@ -512,19 +524,19 @@ def test_an_epoch_visits_every_item_once_in_an_order_of_its_own():
             return 10
 
         def __getitem__(self, index_and_epoch):
-            return {"video": np.zeros((1, 1, 1, 3), np.uint8), "label": index_and_epoch[0]}
+            return {"video": np.zeros((1, 1, 1, 3), np.uint8), "labels": {"n": index_and_epoch[0]}}
 
-    labels = torch.cat([batch["label"] for batch in batches(Numbers(), 4, 0, steps=5)]).tolist()
+    labels = torch.cat([batch["labels"]["n"] for batch in batches(Numbers(), 4, 0, steps=5)]).tolist()
     assert sorted(labels[:10]) == sorted(labels[10:]) == list(range(10))
     assert labels[:10] != labels[10:]
-    plain = torch.cat([batch["label"] for batch in batches(Numbers(), 4, 0, 5, shuffle=False)])
+    plain = torch.cat([batch["labels"]["n"] for batch in batches(Numbers(), 4, 0, 5, shuffle=False)])
     assert plain.tolist() == 2 * list(range(10))
 
 
 def test_normalised_pixels_can_be_turned_back_into_the_same_bytes():
     video = torch.randint(256, (2, 3, 4, 5, 3), generator=torch.Generator().manual_seed(0))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    ready = data.normalise(video.byte(), mean, std)
+    ready = normalise(video.byte(), mean, std)
     assert ready.shape == (2, 3, 3, 4, 5) and ready.dtype == torch.float32
     for channel in range(3):
         back = (ready[:, channel] * std[channel] + mean[channel]) * 255
@@ -568,7 +580,7 @@ def test_worker_processes_end_with_the_run_also_after_an_interruption(folder, nu
 def test_held_out_items_come_in_order_once():
     world = MovingShapes("val", 1, 16)
     seen = list(held_out(world, 7, 3, workers=2))
-    assert [len(batch["label"]) for batch in seen] == [3, 3, 1]
+    assert [len(batch["caption"]) for batch in seen] == [3, 3, 1]
     assert sum([batch["caption"] for batch in seen], []) == [world[i]["caption"] for i in range(7)]
 
 
@@ -584,7 +596,7 @@ def test_a_check_names_bad_files_counts_the_rest_and_writes_a_list_without_them(
     assert "2 of 4 files are good" in said and "h264 (2)" in said and "64 x 48 (2)" in said
     assert "text.mp4: not a readable video" in said and (tmp_path / "sheet.png").stat().st_size > 1000
     fixed = VideoFiles(tmp_path / "good.jsonl", 2, 16)
-    assert fixed.classes == ["jump", "run"] and fixed.captions == ["one, two", "y", "again"]
+    assert fixed.classes == {"label": ("jump", "run")} and fixed.captions == ["one, two", "y", "again"]
     assert data.main([str(tmp_path / "good.jsonl"), "--out", str(tmp_path), "--workers", "1"]) == 0
     assert data.main([str(folder / "nothing")]) == 2 and "no such file" in capsys.readouterr().err
 
@@ -601,7 +613,7 @@ def test_a_check_decodes_to_the_end(tmp_path):
     content = bytearray(whole.read_bytes())
     content[packet.pos:packet.pos + packet.size] = b"\xff" * packet.size
     whole.write_bytes(content)
-    result, = data.check(whole)
+    result, = check(whole)
     assert "damaged" in result["bad"] and result["info"].frames == 30
 
 
@@ -611,9 +623,9 @@ def test_part_of_a_list_that_comes_class_by_class_holds_all_classes(tmp_path):
         for i in range(3):
             write_video(tmp_path / name / f"{i}.mp4", frames=2)
     files = VideoFiles(tmp_path, 1, 16, train=False)
-    labels = [batch["label"].tolist() for batch in held_out(files, 3, 2)]
+    labels = [batch["labels"]["label"].tolist() for batch in held_out(files, 3, 2)]
     assert labels == [[0, 1], [2]]
-    assert data.spread(9, 3) == [0, 3, 6] and data.spread(5, 3) == [0, 1, 3] and data.spread(2, 5) == [0, 1]
+    assert spread(9, 3) == [0, 3, 6] and spread(5, 3) == [0, 1, 3] and spread(2, 5) == [0, 1]
 
 
 # ---------------------------------------------------------------------- features, samples, names
@@ -637,7 +649,7 @@ def one_array(array):
 def test_features_are_what_was_written(tmp_path):
     (tmp_path / "a.npz").write_bytes(features())
     segments = {"a": annotations.Timed("train", [(0.0, 1.0, "x")])}
-    items, classes, missing = data.read_features(tmp_path, segments, "Train")
+    items, classes, missing = read_features(tmp_path, segments, "Train")
     assert items[0]["features"].shape == (3, 4) and items[0]["segments"] == [(0.0, 1.0, 0)] and classes == ["x"] and not missing
 
 
@@ -651,28 +663,28 @@ def test_features_are_what_was_written(tmp_path):
 def test_a_damaged_file_of_features_is_one_line(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(DataError, match="a.npz: ") as error:
-        data.read_features(tmp_path, {"a": annotations.Timed("train", [])}, "train")
+        read_features(tmp_path, {"a": annotations.Timed("train", [])}, "train")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("said, expected", [
-    ({"json": b'{"caption": "a dog"}', "cls": b"3"}, (3, "a dog")), ({"json": b'{"caption": 5}'}, (-1, None)), ({"json": b"[" * 99999}, (-1, None)),
+    ({"json": b'{"caption": "a dog"}', "cls": b"3"}, (3, "a dog")), ({"json": b'{"caption": 5}'}, (None, None)), ({"json": b"[" * 99999}, (None, None)),
     ({"cls": b"1699999999"}, None), ({"cls": b"9" * 5000}, None)], ids=lambda value: str(value)[:30])
 def test_what_stands_beside_a_video_in_a_shard_is_text_and_a_class_number(said, expected):
     sample = {"__url__": "x.tar", "__key__": "a", "mp4": b"", **said}
     if expected is None:
         with pytest.raises(DataError, match="x.tar/a.cls: .* is no class number"):
-            data.describe_sample(sample)
+            describe_sample(sample)
     else:
-        item, _ = data.describe_sample(sample)
-        assert (item["label"], item.get("caption")) == expected
+        item, _ = describe_sample(sample)
+        assert (item["labels"].get("label"), item.get("caption")) == expected
 
 
 def test_a_worker_notes_any_name(monkeypatch):
     desk = torch.zeros(512, dtype=torch.uint8)
-    monkeypatch.setattr(data, "_desk", desk)
-    data._note(os.fsdecode(b"a\xff\n.mp4"))
+    monkeypatch.setattr(loading, "_note", desk)
+    loading._write(os.fsdecode(b"a\xff\n.mp4"))
     assert bytes(desk.tolist()).rstrip(b"\0").endswith(rb"a\udcff" + b"\n.mp4")
-    monkeypatch.setattr(data, "_desks", [desk[None]])
-    told = data.dead_worker(RuntimeError(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly"))
+    monkeypatch.setattr(loading, "_notes", [desk[None]])
+    told = dead_worker(RuntimeError(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly"))
     assert "\n" not in told and ".mp4" in told

@@ -16,7 +16,7 @@ from video import moving_shapes
 import fusion
 import train
 from conftest import official_fill
-from test_fusion import experts
+from test_fusion import encoders
 from test_mae import block_shapes
 from test_train import write_video
 from test_uniformerv2 import official as uniformer
@@ -34,7 +34,7 @@ def run(*flags, out, steps=3):
 def pair(tmp_path_factory):
     """The flags that name two experts with heads for the 30 answers about moving shapes."""
     folder = tmp_path_factory.mktemp("experts")
-    masked, (multimodal,) = experts(classes=30)
+    masked, (multimodal,) = encoders(classes=30)
     for name, model in (("masked", masked), ("multimodal", multimodal)):
         train.weights.save(folder / name, model, model.config)
     return ["--masked", str(folder / "masked"), "--multimodal", str(folder / "multimodal")]
@@ -86,8 +86,7 @@ def test_official_files_of_both_encoders_fuse_on_real_videos(tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["masked"]["classes"] == config["multimodal"][0]["classes"] == 2
     assert config["masked"]["frames"] == 16 and config["multimodal"][0]["frames"] == 8
-    assert fusion.main([str(tmp_path / "0.mp4"), "--weights", str(tmp_path / "run"), "--out",
-                        str(tmp_path / "looks.png")]) == 0
+    assert fusion.InternVideo.from_run(tmp_path / "run").before == [0, 1]
 
 
 @pytest.mark.parametrize("flags, complaint", [

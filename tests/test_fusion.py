@@ -1,12 +1,12 @@
 """What is proved about fusion.py:
 
-at the start every stream is what it was, bit for bit, and the sum is the equal average of logits; only
-gates have a gradient then, and the rest later; frozen tensors never move and stay in eval mode; running them
-without gradients changes no gradient; the experts listen to each other once gates open; a saved whole loads
-alone; each option does what it says; what cannot work is refused in one line; late fusion by hand.
+at the start every stream is what it was, bit for bit, also with encoders that handle positions in another
+way; the sum is then the equal average of logits; only gates have a gradient at first, and the rest later;
+frozen tensors never move and stay in eval mode; freezing changes no gradient of what trains; each encoder
+reads the other once gates open; a saved model loads alone; each option does what it says; what cannot work
+is refused in one line; late fusion by hand.
 """
 
-import contextlib
 import json
 import math
 from dataclasses import replace
@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import clip_video
-import data
+from video.transforms import normalise
 import fusion
 import mae
 import uniformerv2
 import weights
+from engine import pictures
 from fusion import CrossModelAttention, InternVideo
 from mae import VideoClassifier
 from uniformerv2 import UniFormerV2
@@ -29,15 +30,15 @@ MASKED = mae.Size(24, 3, 2, 48, 8, 12, 1, 2, 24)
 MULTIMODAL = uniformerv2.Size(32, 4, 2, 64, 8, 16)
 
 
-def experts(classes=5, frames=4, second=False):
+def encoders(classes=5, frames=4, second=False):
     torch.manual_seed(0)
     masked = VideoClassifier(MASKED, classes=classes, frames=4, image_size=16, head_scale=1.0)
     found = [UniFormerV2(replace(MULTIMODAL, depth=4 - i), classes=classes, frames=frames, local_units=1,
                          temporal_downsample=True) for i in range(1 + second)]
-    for expert in found:  # as if trained: nothing is silent any more
-        for p in expert.parameters():
+    for encoder in found:  # as if trained: nothing is silent any more
+        for p in encoder.parameters():
             p.data += 0.05 * torch.randn_like(p)
-    return masked.eval(), [expert.eval() for expert in found]
+    return masked.eval(), [encoder.eval() for encoder in found]
 
 
 def clip(batch=2, frames=4, size=16, seed=0):
@@ -46,7 +47,7 @@ def clip(batch=2, frames=4, size=16, seed=0):
 
 
 def whole(second=False, **options):
-    masked, others = experts(second=second)
+    masked, others = encoders(second=second)
     return InternVideo(masked, others, **options)
 
 
@@ -60,8 +61,8 @@ def open_gates(model, amount=0.5):
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("options", [{}, dict(source="patches"), dict(before=[0, 2], heads=4), dict(bridges=False),
                                      dict(before=[]), dict(last=False)])
-def test_at_the_start_the_experts_are_themselves_bit_for_bit_and_the_sum_is_the_equal_average_of_their_logits(second, options):
-    masked, others = experts(second=second)
+def test_at_the_start_the_encoders_are_themselves_bit_for_bit_and_the_sum_is_the_equal_average_of_their_logits(second, options):
+    masked, others = encoders(second=second)
     x = clip()
     with torch.no_grad():
         alone = [model(fusion.view(x, model)) for model in (masked, *others)]
@@ -73,13 +74,50 @@ def test_at_the_start_the_experts_are_themselves_bit_for_bit_and_the_sum_is_the_
         assert torch.allclose(model(x), sum(alone) / len(alone), atol=1e-6)
         if not second:
             assert torch.equal(model(x), 0.5 * alone[0] + 0.5 * alone[1])
-        tokens, _, seen = model.streams(x)
-        assert torch.equal(tokens, masked.encoder(fusion.view(x, masked)))
-        assert torch.equal(seen[0], others[0].encode(fusion.view(x, others[0]))[1])
+        states = model.encode(x)
+        assert torch.equal(states[0].tokens, masked.tokens(fusion.view(x, masked)))
+        assert torch.equal(states[1].tokens, others[0].encode(fusion.view(x, others[0]))[1])
+
+
+class PositionsInEveryBlock(VideoClassifier):
+    """Adds its position codes before every block, not only before the first."""
+
+    def run(self, state, start, stop):
+        codes = self.encoder.codes(self.encoder.grid, state.tokens)
+        for i in range(start, stop):
+            state = super().run(replace(state, tokens=state.tokens + codes), i, i + 1)
+        return state
+
+
+class TimeInEveryBlock(UniFormerV2):
+    """Rotates the first two channels of all tokens before every block, by an angle for each time step."""
+
+    def run(self, state, start, stop):
+        angle = torch.arange(1.0, 1 + state.tokens.shape[1])[:, None]
+        for i in range(start, stop):
+            a, b, *_ = state.tokens.unbind(dim=-1)
+            turned = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
+            state = super().run(replace(state, tokens=torch.cat([turned, state.tokens[..., 2:]], dim=-1)), i, i + 1)
+        return state
+
+
+def test_an_encoder_with_another_kind_of_positions_keeps_them_inside_the_fusion():
+    """Nobody but the encoder runs its blocks, so what belongs to every block cannot be left out."""
+    masked, (other,) = encoders()
+    x = clip()
+    with torch.no_grad():
+        usual = [model(fusion.view(x, model)) for model in (masked, other)]
+        masked.__class__, other.__class__ = PositionsInEveryBlock, TimeInEveryBlock
+        alone = [model(fusion.view(x, model)) for model in (masked, other)]
+        assert all((a - b).abs().max() > 1e-4 for a, b in zip(usual, alone))
+        for options in ({}, dict(before=[1, 2], layers=[3, 0])):
+            model = InternVideo(masked, other, **options)
+            assert all(torch.equal(a, b) for a, b in zip(model.scores(x), alone))
+            assert torch.equal(model.encode(x)[0].tokens, masked.tokens(fusion.view(x, masked)))
 
 
 def test_without_gates_the_start_is_another():
-    masked, others = experts()
+    masked, others = encoders()
     x = clip()
     alone = masked(fusion.view(x, masked))
     assert not torch.allclose(InternVideo(masked, others, gates=False).scores(x)[0], alone, atol=1e-3)
@@ -94,7 +132,7 @@ def step(model, optimiser, x, answers):
     return found
 
 
-def test_gates_have_a_gradient_at_step_one_and_the_bridges_behind_them_from_step_two():
+def test_gates_have_a_gradient_at_step_one_and_the_layers_behind_them_from_step_two():
     model = whole().train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     first, second = (step(model, optimiser, clip(4), torch.arange(4)) for _ in range(2))
@@ -124,7 +162,7 @@ def test_what_is_frozen_never_moves_and_nothing_else_is_frozen():
 def test_frozen_parts_stay_in_eval_mode_while_the_rest_trains():
     model = whole(drop=0.9).train()
     assert model.training and model.drop.training and model.bridges.training
-    assert not any(part.training for expert in (model.masked, *model.multimodal) for part in expert.modules())
+    assert not any(part.training for encoder in (model.masked, *model.multimodal) for part in encoder.modules())
     assert any(isinstance(part, torch.nn.BatchNorm3d) or "BatchNorm" in type(part).__name__
                for part in model.modules())
     torch.manual_seed(0)
@@ -142,30 +180,42 @@ def gradients(model, x, answers):
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_no_gradient_is_lost_where_frozen_parts_run_without(monkeypatch, second):
-    """Against the plain way: every parameter of all models has a gradient, and nothing runs without."""
+def test_freezing_changes_no_gradient_of_what_trains(second):
+    """Against a model in which every parameter has a gradient."""
     x, answers = clip(3), torch.tensor([0, 3, 1])
     model = open_gates(whole(second=second, before=[1, 2]).double())
     found = gradients(model, x, answers)
     assert found.keys() == {name for name, _ in model.named_parameters()} - model.frozen
     plain = open_gates(whole(second=second, before=[1, 2]).double()).requires_grad_(True)
     plain.load_state_dict(model.state_dict())
-    monkeypatch.setattr(fusion.torch, "no_grad", contextlib.nullcontext)
     everything = gradients(plain, x, answers)
     assert "multimodal.0.blocks.0.attn.qkv.weight" in everything and "masked.encoder.embed.weight" in everything
     for name, grad in found.items():
         assert torch.allclose(grad, everything[name], rtol=1e-9, atol=1e-12), name
 
 
-def test_recomputing_saves_activations_and_changes_no_gradient(monkeypatch):
+def test_frozen_parts_before_what_trains_keep_nothing_for_the_backward_pass():
+    """Neither their weights nor their inputs need a gradient: autograd builds no graph for them."""
+    model = whole(before=[2], last=False)
+    state, _ = model.encode_multimodal(model.multimodal[0], clip(), [1])
+    assert not state.tokens.requires_grad and state.query.requires_grad  # the global token trains
+    state = model.masked.run(model.masked.start(fusion.view(clip(), model.masked)), 0, 2)
+    assert not state.tokens.requires_grad and model.encode(clip())[0].tokens.requires_grad
+
+
+def test_recomputing_saves_activations_and_changes_no_gradient():
+    def kept(model):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda y: sizes.update({y.data_ptr(): y.numel()}) or y, lambda y: y):
+            found = gradients(model, x, answers)
+        return found, sum(sizes.values())
     x, answers = clip(3), torch.tensor([0, 3, 1])
     models = [open_gates(whole(before=[1]).double()) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     models[1].recompute()
-    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(a[0]) or checkpoint(*a, **k))
-    plain, again = (gradients(model, x, answers) for model in models)
-    assert calls == list(models[1].masked.encoder.blocks[1:]), "block 0 keeps nothing anyway"
+    (plain, all_of_it), (again, less) = map(kept, models)
+    assert less < 0.9 * all_of_it
     assert all(torch.allclose(plain[name], again[name], rtol=1e-9, atol=1e-12) for name in plain)
 
 
@@ -177,7 +227,7 @@ def test_freezing_again_undoes_thawing():
     assert model.frozen == frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
-def test_with_open_gates_each_expert_hears_the_other():
+def test_with_open_gates_each_encoder_reads_the_other():
     model = open_gates(whole())
     x = clip()
     before = model.scores(x)
@@ -199,7 +249,7 @@ def test_with_open_gates_each_expert_hears_the_other():
     assert torch.equal(alone, shut.scores(x)[1])
 
 
-def test_bridges_stand_evenly_and_read_as_far_up_as_they_stand():
+def test_cross_model_attention_stands_evenly_and_reads_at_the_same_relative_depth():
     assert fusion.evenly(4, 32) == [7, 15, 23, 31]
     model = whole()
     assert model.before == [0, 1, 2] and model.layers == [[0, 2, 3]]
@@ -233,8 +283,8 @@ def test_the_three_encoder_form_learns_three_shares_that_sum_to_one():
     assert torch.allclose(model(clip()), by_hand, atol=1e-6)
 
 
-def test_each_expert_sees_the_clip_in_its_own_way():
-    masked, others = experts(frames=2)
+def test_each_encoder_sees_the_clip_in_its_own_way():
+    masked, others = encoders(frames=2)
     x = clip(frames=8, size=24)
     seen = fusion.view(x, masked)
     assert seen.shape == (2, 3, 4, 16, 16) and fusion.view(x, others[0]).shape == (2, 3, 2, 16, 16)
@@ -257,28 +307,30 @@ def test_what_is_no_clip_is_refused_rather_than_normalised_twice(spoil):
         whole()(spoil(clip()))
 
 
-def test_looks_are_shares_and_nothing_is_seen_of_class_tokens_where_only_patches_speak():
+def test_attention_maps_are_weights_and_have_no_class_tokens_where_only_patches_give_keys():
     for source, places in (("all", 5), ("patches", 4)):
         model = open_gates(whole(source=source))
         for place in range(3):
-            looks = model.looks(clip(), place)
-            assert looks.shape == (2, 8, 2, places)
-            assert torch.allclose(looks.flatten(2).sum(dim=2), torch.ones(2, 8), atol=1e-5)
-    where, grid, shares = fusion.places(model, clip(1))
+            maps = model.attention_maps(clip(), place)
+            assert maps.shape == (2, 8, 2, places)
+            assert torch.allclose(maps.flatten(2).sum(dim=2), torch.ones(2, 8), atol=1e-5)
+    assert torch.equal(model.attention_maps(clip()), maps), "the last place is the default"
+    where, grid, shares = pictures.strongest(maps[0], (2, 2, 2), (2, 2, 2))
     assert grid == (2, 2, 2) and shares.shape == (4, 2, 2, 2) and len(set(where)) == 4
 
 
-def test_looks_are_those_of_the_forward_pass():
-    """With two experts the second one's bridge is asked by tokens that the first one's has changed."""
+def test_attention_maps_are_those_of_the_forward_pass():
+    """With two multimodal encoders, the first one's layer has changed the tokens that ask the second."""
     model, seen = open_gates(whole(second=True)), {}
-    for expert in (0, 1):
-        for place in range(3):
-            model.bridges[expert][place].register_forward_hook(
-                lambda bridge, given, _, key=(expert, place): seen.update({key: bridge.looks(*given)}))
+    hooks = [model.bridges[encoder][place].register_forward_hook(
+        lambda layer, given, _, key=(encoder, place): seen.update({key: layer.attention_maps(*given)}))
+        for encoder in (0, 1) for place in range(3)]
     x = clip()
     model(x)
-    for (expert, place), shares in seen.items():
-        assert torch.equal(model.looks(x, place, expert).flatten(2), shares)
+    for hook in hooks:
+        hook.remove()
+    for (encoder, place), shares in seen.items():
+        assert torch.equal(model.attention_maps(x, place, encoder).flatten(2), shares)
 
 
 def test_features_for_other_work():
@@ -289,14 +341,14 @@ def test_features_for_other_work():
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_a_saved_whole_loads_alone_and_says_the_same(tmp_path, second):
+def test_a_saved_model_loads_alone_and_gives_the_same(tmp_path, second):
     model = open_gates(whole(second=second, before=[1], heads=4, source="patches"))
     weights.save(tmp_path, model, model.config)
     again = InternVideo.from_run(tmp_path)
     assert torch.equal(again(clip()), model.eval()(clip()))
     assert again.config == json.loads((tmp_path / "config.json").read_text())
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
-    masked, _ = experts()
+    masked, _ = encoders()
     weights.save(tmp_path / "other", masked, masked.config)
     old = {key: value for key, value in model.config.items() if key != "last"}  # runs before there was `last`
     assert InternVideo.from_config(old).config == model.config
@@ -304,38 +356,27 @@ def test_a_saved_whole_loads_alone_and_says_the_same(tmp_path, second):
         InternVideo.from_run(tmp_path / "other")
 
 
-def test_a_plain_image_tower_is_an_expert_too():
-    masked, _ = experts()
+def test_a_plain_image_tower_works_too():
+    masked, _ = encoders()
     tower = UniFormerV2(MULTIMODAL, classes=5, frames=4, global_layers=()).eval()
     x = clip()
     model = InternVideo(masked, tower)
-    assert torch.equal(model.scores(x)[1], tower(fusion.view(x, tower)))
+    alone = tower(fusion.view(x, tower))
+    assert torch.equal(model.scores(x)[1], alone)
+    assert not torch.equal(open_gates(model).scores(x)[1], alone)
 
 
-def test_the_tower_of_a_video_text_model_is_an_expert_that_sees_as_it_was_trained():
+def test_the_tower_of_a_video_text_model_sees_clips_as_it_was_trained():
     """InternVideo-MM's tower takes CLIP's normalisation along; its head is new."""
     clip_model = clip_video.VideoCLIP(MULTIMODAL, text_size=clip_video.TextSize(16, 1, 2), frames=4, vocabulary=50, context=8)
     tower = clip_model.visual.with_head(5, norm=clip_model.visual_norm, mean=clip_model.mean, std=clip_model.std).eval()
-    masked, _ = experts()
+    masked, _ = encoders()
     x = clip()
     model = InternVideo(masked, tower)
-    normalised = data.normalise(x, clip_video.CLIP_MEAN, clip_video.CLIP_STD)
+    normalised = normalise(x, clip_video.CLIP_MEAN, clip_video.CLIP_STD)
     assert torch.allclose(model.scores(x)[1], tower(normalised), atol=1e-5)
     again = InternVideo.from_config(json.loads(json.dumps(model.config)))
     assert again.multimodal[0].mean == clip_video.CLIP_MEAN
-
-
-def test_a_masked_encoder_that_reads_its_first_token_is_itself_too():
-    """VideoMAE's other classifier norms all tokens and takes the first; the norm is then the head's and trains."""
-    _, others = experts()
-    masked = VideoClassifier(MASKED, classes=5, frames=4, image_size=16, head_scale=1.0, pool="first").eval()
-    x = clip()
-    alone = masked(fusion.view(x, masked))
-    model = InternVideo(masked, others)
-    assert torch.equal(model.scores(x)[0], alone)
-    assert torch.equal(model.features(x)["clip"][:, :24], masked.features(fusion.view(x, masked)))
-    trained = {name for name, p in masked.named_parameters() if p.requires_grad}
-    assert trained == {"encoder.norm.weight", "encoder.norm.bias", "head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("options, complaint", [
@@ -344,18 +385,18 @@ def test_a_masked_encoder_that_reads_its_first_token_is_itself_too():
     (dict(heads=5), "not a multiple of 5 heads"), (dict(before=[0], layers=[[0], [1]]), "a list for each of the 1"),
     (dict(second=True, before=[0], layers=[[0]]), "a list for each of the 2"),
     (dict(second=True, before=[0, 1], layers=[0, 1]), "a list for each of the 2")])
-def test_impossible_bridges_are_refused(options, complaint):
+def test_impossible_places_are_refused(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         whole(**options)
 
 
 def test_heads_for_different_classes_are_refused():
     with pytest.raises(ValueError, match="heads name 5, 7 classes"):
-        InternVideo(experts(5)[0], experts(7)[1])
+        InternVideo(encoders(5)[0], encoders(7)[1])
 
 
 def test_what_is_no_such_encoder_is_refused():
-    masked, others = experts()
+    masked, others = encoders()
     with pytest.raises(ValueError, match="the masked encoder is a UniFormerV2: give a VideoClassifier"):
         InternVideo(others[0], masked)
     with pytest.raises(ValueError, match="the multimodal encoder is a Linear: give a UniFormerV2"):
@@ -366,19 +407,19 @@ def test_what_is_no_such_encoder_is_refused():
         InternVideo(VideoClassifier(MASKED, classes=5, frames=4, image_size=16, channels=1), others)
 
 
-def test_a_bridge_is_gated_attention_and_a_gated_mlp_written_out():
+def test_cross_model_attention_is_gated_attention_and_a_gated_mlp_written_out():
     torch.manual_seed(0)
-    bridge = CrossModelAttention(8, 12, 2)
-    bridge.gate_attn.data, bridge.gate_mlp.data = torch.tensor(0.4), torch.tensor(-0.7)
+    layer = CrossModelAttention(8, 12, 2)
+    layer.gate_attn.data, layer.gate_mlp.data = torch.tensor(0.4), torch.tensor(-0.7)
     x, y = torch.randn(2, 3, 8), torch.randn(2, 5, 12)
-    q, (k, v) = bridge.attn.q(bridge.norm(x)), bridge.attn.kv(bridge.norm_context(y)).chunk(2, dim=-1)
+    q, (k, v) = layer.attn.q(layer.norm(x)), layer.attn.kv(layer.norm_context(y)).chunk(2, dim=-1)
     told = []
     for part in range(2):
         a, b, c = (z[..., 4 * part:4 * part + 4] for z in (q, k, v))
         told.append((a @ b.transpose(1, 2) / 2).softmax(dim=-1) @ c)
-    heard = x + math.tanh(0.4) * bridge.attn.proj(torch.cat(told, dim=-1))
-    inner = torch.nn.functional.gelu(bridge.mlp.fc1(bridge.norm_mlp(heard)))
-    assert torch.allclose(bridge(x, y), heard + math.tanh(-0.7) * bridge.mlp.fc2(inner), atol=1e-5)
+    heard = x + math.tanh(0.4) * layer.attn.proj(torch.cat(told, dim=-1))
+    inner = torch.nn.functional.gelu(layer.mlp.fc1(layer.norm_mlp(heard)))
+    assert torch.allclose(layer(x, y), heard + math.tanh(-0.7) * layer.mlp.fc2(inner), atol=1e-5)
 
 
 def test_late_fusion_by_hand():
@@ -392,17 +433,6 @@ def test_late_fusion_by_hand():
             fusion.late_fusion(scores, shares)
 
 
-def test_the_command_names_both_experts_and_the_whole(tmp_path, capsys):
-    masked, others = experts()
-    model = InternVideo(masked, others)
-    weights.save(tmp_path, model, model.config)
-    (tmp_path / "questions.json").write_text(json.dumps({"label": ["a", "b", "c", "d", "e"]}))
-    assert fusion.main(["--weights", str(tmp_path), "--out", str(tmp_path / "looks.png")]) == 0
-    out = capsys.readouterr().out
-    assert all(word in out for word in ("masked      label", "multimodal  label", "together    label", "0.50, 0.50"))
-    assert (tmp_path / "looks.png").stat().st_size > 0
-    assert fusion.main(["nowhere.mp4", "--weights", str(tmp_path)]) == 2
-    assert fusion.main(["--weights", str(tmp_path / "gone")]) == 2
-    assert fusion.main(["--weights", str(tmp_path), "--top", "0"]) == 2
-    assert fusion.main(["--weights", str(tmp_path), "--out", str(tmp_path / "looks.png" / "x.png")]) == 2
-    assert capsys.readouterr().err.count("\n") == 4
+def test_the_command_prints_shapes(capsys):
+    assert fusion.main([]) == 0
+    assert "(1, 256, 8, 65)" in capsys.readouterr().out

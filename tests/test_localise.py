@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchvision
 
-import data
+from video.decoding import Video
 from video import moving_shapes
 from tasks import localisation
 from tasks.localisation import Head, mean_average_precision, soft_nms
@@ -149,7 +149,7 @@ def test_streamed_features_and_times_are_those_of_extract(tmp_path, frames, stri
     import extract
     write_video(tmp_path / "a.mp4", frames=frames)
     encoder = localisation.VideoClassifier("tiny", classes=2, frames=4, image_size=32).eval()
-    with data.Video(tmp_path / "a.mp4") as video:
+    with Video(tmp_path / "a.mp4") as video:
         feats, times = extract.extract(encoder, video, stride, "all", 4, "cpu")
         streamed = torch.cat(list(localisation.look(encoder, video.play(encoder.config["image_size"]), stride, 3)))
         assert np.allclose(streamed.numpy(), feats, atol=1e-5)
@@ -158,7 +158,7 @@ def test_streamed_features_and_times_are_those_of_extract(tmp_path, frames, stri
 
 def test_every_frame_is_played_once_and_equals_the_one_that_is_read(tmp_path):
     write_video(tmp_path / "a.mp4", frames=30)
-    with data.Video(tmp_path / "a.mp4") as video:
+    with Video(tmp_path / "a.mp4") as video:
         assert (np.stack(list(video.play(32))) == video.read(np.arange(30), 32)).all()
 
 

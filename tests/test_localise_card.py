@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from video import annotations
-import data
+from video.decoding import Video
 from video import moving_shapes
 from tasks import localisation
 import train
@@ -61,7 +61,7 @@ def test_the_segments_of_a_video_do_not_depend_on_how_it_streams_by(encoders, tm
     assert run("--weights", encoders["masked"][0], out=tmp_path / "run") == 0
     model = localisation.Localiser.from_run(tmp_path / "run")
     write_video(tmp_path / "a.mp4", frames=60)
-    with data.Video(tmp_path / "a.mp4") as video:
+    with Video(tmp_path / "a.mp4") as video:
         one, many = model.find(video, 1), model.find(video, 64)
     assert len(one) and np.allclose(one, many, atol=1e-4)
 

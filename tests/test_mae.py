@@ -1,12 +1,13 @@
 """What is proved about mae.py:
 
 tubes are constant in time and exactly as many as asked; patches go out and come back unchanged; the
-encoder never meets a hidden pixel; the loss never meets a visible one; targets have mean 0 and
-variance 1 per tubelet and channel; the short cuts give the numbers of the plain form; packed
-clips are what they would be alone, for fewer FLOPs than padded ones; the official
+encoder never sees a hidden pixel; the loss never sees a visible one; targets have mean 0 and
+variance 1 per tubelet and channel; the short cuts give the numbers of the plain form; the official
 VideoMAE, VideoMAE V2 and Hugging Face numbers come out, and a file that does not fit is refused
-with the names of what is wrong; a batch is learned.
+with the names of what is wrong; configurations of older runs load; a batch is learned.
 """
+
+import json
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from conftest import assert_summary, official_fill, values
 
 import attention
-import data
+from video import transforms
 import mae
 import weights
+from engine import pictures
 from attention import sinusoid_table
 from mae import VideoClassifier, VideoMAE, reconstruction_loss, reconstruction_target, tube_mask
 from weights import WeightsError
@@ -57,25 +59,10 @@ def test_random_and_frame_masks_hide_as_many_tokens_in_their_own_shape():
 
 
 def test_a_mask_is_a_function_of_its_generator():
-    draw = lambda seed: tube_mask(3, (2, 4, 4), 0.5, torch.Generator().manual_seed(seed))  # noqa: E731
+    def draw(seed):
+        return tube_mask(3, (2, 4, 4), 0.5, torch.Generator().manual_seed(seed))
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-
-
-def test_running_cells_leave_out_half_and_decode_all_within_three_steps():
-    """VideoMAE V2, Sec. 3.2, Dual Masking: the four maps, and each token's turn."""
-    skipped = mae.running_cell_mask(40, (8, 4, 6), torch.Generator().manual_seed(0)).view(40, 8, 4, 6)
-    assert (skipped.sum(dim=(2, 3)) == 12).all()
-    assert all((~skipped[:, i:i + 3]).any(dim=1).all() for i in range(6)) and torch.equal(skipped[:, :4], skipped[:, 4:])
-    cells = [[[1, 0], [0, 1]], [[0, 0], [1, 1]], [[0, 1], [1, 0]], [[1, 1], [0, 0]]]
-    starts = set()
-    for sample in skipped:
-        start = cells.index(sample[0, :2, :2].int().tolist())
-        starts.add(start)
-        for step in range(8):
-            assert sample[step, 2:4, 4:6].int().tolist() == cells[(start + step) % 4]
-    assert starts == {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="2 x 2"):
-        mae.running_cell_mask(1, (2, 3, 4))
 
 
 def test_rows_that_hide_different_counts_are_refused():
@@ -91,11 +78,11 @@ def test_rows_that_hide_different_counts_are_refused():
 def test_tubelets_go_out_and_come_back_unchanged():
     video = clip(4, 32)
     index = torch.stack([torch.randperm(32)[:20] for _ in range(2)])
-    cut = mae.take_tubelets(video, index, 8, 2)
-    assert torch.equal(mae.put_tubelets(torch.zeros_like(video), index, cut, 8, 2) != 0,
-                       mae.put_tubelets(torch.zeros_like(video), index, torch.ones_like(cut), 8, 2) != 0)
+    cut, empty = mae.take_tubelets(video, index, 8, 2), torch.zeros_like(video)
+    assert torch.equal(mae.put_tubelets(empty, index, cut, 8, 2) != 0,
+                       mae.put_tubelets(empty, index, torch.ones_like(cut), 8, 2) != 0)
     every = torch.arange(32).expand(2, -1)
-    back = mae.put_tubelets(torch.zeros_like(video), every, mae.take_tubelets(video, None, 8, 2), 8, 2)
+    back = mae.put_tubelets(empty, every, mae.take_tubelets(video, None, 8, 2), 8, 2)
     assert torch.equal(back, video)
 
 
@@ -110,7 +97,8 @@ def test_token_order_is_time_then_row_then_column():
 def test_the_embedding_is_the_official_strided_convolution():
     model, video = toy(), clip()
     kernel = model.encoder.embed.weight.view(32, 3, 2, 8, 8)
-    expected = F.conv3d(video, kernel, model.encoder.embed.bias, stride=(2, 8, 8)).flatten(2).transpose(1, 2)
+    expected = F.conv3d(video, kernel, model.encoder.embed.bias, stride=(2, 8, 8))
+    expected = expected.flatten(2).transpose(1, 2)
     got = model.encoder.embed(mae.take_tubelets(video, None, 8, 2).flatten(2))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -122,7 +110,7 @@ def test_the_target_has_zero_mean_and_unit_variance_per_tubelet_and_channel():
     torch.testing.assert_close(target.var(dim=2), torch.ones(2, 16, 3), atol=1e-4, rtol=0)
 
 
-def test_painting_nothing_costs_one():
+def test_predicting_zeros_costs_one():
     """The trivial baseline that every curve is compared with: (n - 1)/n, n pixels in a tubelet."""
     target = reconstruction_target(clip(), tube_mask(2, (2, 4, 4), 0.5))
     assert abs(reconstruction_loss(torch.zeros_like(target), target).item() - 127 / 128) < 1e-4
@@ -142,22 +130,24 @@ def test_the_target_follows_the_official_recipe_step_by_step():
                         part = pixels[:, 2 * tau:2 * tau + 2, 8 * y:8 * y + 8, 8 * x:8 * x + 8]
                         flat = part.permute(1, 2, 3, 0).reshape(-1, 3)
                         if normalise:
-                            flat = (flat - flat.mean(0)) / (flat.var(0, unbiased=True).sqrt() + 1e-6)
+                            deviation = flat.var(0, unbiased=True).sqrt() + 1e-6
+                            flat = (flat - flat.mean(0)) / deviation
                         rows.append(flat.flatten())
         got = reconstruction_target(video, hidden, normalise)
         torch.testing.assert_close(got[0], torch.stack(rows), atol=1e-5, rtol=1e-5)
 
 
 def test_bytes_go_straight_in_with_the_numbers_of_normalised_clips():
-    """Only the tubelets that are looked at become floats; the numbers are the same to the last bit."""
+    """Only the selected tubelets become floats; the numbers are the same to the last bit."""
     clip = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
-    video = data.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    video = transforms.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
     raw, model = clip.permute(0, 4, 1, 2, 3), toy()
     hidden = tube_mask(2, model.grid, 0.5)
     assert torch.equal(model(raw, hidden), model(video, hidden))
     assert torch.equal(model.encoder(raw), model.encoder(video))
     for normalise in (True, False):
-        assert torch.equal(reconstruction_target(raw, hidden, normalise), reconstruction_target(video, hidden, normalise))
+        assert torch.equal(reconstruction_target(raw, hidden, normalise),
+                           reconstruction_target(video, hidden, normalise))
 
 
 def test_a_mask_that_does_not_fit_the_clip_is_refused():
@@ -168,15 +158,15 @@ def test_a_mask_that_does_not_fit_the_clip_is_refused():
 # The autoencoder --------------------------------------------------------------------------------
 
 
-def test_the_encoder_never_meets_a_hidden_pixel():
+def test_the_encoder_never_sees_a_hidden_pixel():
     model, video, hidden = toy().eval(), clip(), tube_mask(2, (2, 4, 4), 0.5)
-    _, index = mae.split(hidden)
+    _, index = mae.split_by_mask(hidden)
     noise = torch.randn_like(mae.take_tubelets(video, index, 8, 2))
     other = mae.put_tubelets(video, index, noise, 8, 2)
     assert torch.equal(model(video, hidden), model(other, hidden))
 
 
-def test_the_loss_never_meets_a_visible_pixel():
+def test_the_loss_never_sees_a_visible_pixel():
     hidden = tube_mask(2, (2, 4, 4), 0.5)
     video = clip().requires_grad_()
     reconstruction_target(video, hidden, normalise=False).sum().backward()
@@ -184,10 +174,10 @@ def test_the_loss_never_meets_a_visible_pixel():
     assert torch.equal(touched, hidden)
 
 
-def plain_forward(model, video, hidden, wanted=None):
+def plain_forward(model, video, hidden, targets=None):
     """VideoMAE as one would write it first: embed everything, index with masks, decode in full."""
     B = len(video)
-    wanted = hidden if wanted is None else wanted
+    targets = hidden if targets is None else targets
     tokens = model.encoder.embed(mae.take_tubelets(video, None, 8, 2).flatten(2))
     tokens = tokens + sinusoid_table(tokens.shape[1], tokens.shape[2]).to(tokens.dtype)
     x = tokens[~hidden].view(B, -1, tokens.shape[2])
@@ -196,74 +186,22 @@ def plain_forward(model, video, hidden, wanted=None):
     x = model.encoder_to_decoder(model.encoder.norm(x))
     table = sinusoid_table(tokens.shape[1], x.shape[2]).to(x.dtype).expand(B, -1, -1)
     x = torch.cat([x + table[~hidden].view(B, -1, x.shape[2]),
-                   model.mask_token + table[wanted].view(B, -1, x.shape[2])], dim=1)
+                   model.mask_token + table[targets].view(B, -1, x.shape[2])], dim=1)
     for block in model.decoder.blocks:
         x = block(x)
-    return model.decoder.head(model.decoder.norm(x))[:, -int(wanted[0].sum()):]
+    return model.decoder.head(model.decoder.norm(x))[:, -int(targets[0].sum()):]
 
 
-@pytest.mark.parametrize("dual", [False, True])
-def test_the_short_cuts_give_the_numbers_of_the_plain_form(dual):
-    """Embedding, decoding and answering for just what is needed: equal values, equal gradients."""
-    model, video, hidden = toy().double(), clip(dtype=torch.float64), tube_mask(2, (2, 4, 4), 0.5)
-    skipped = mae.running_cell_mask(2, (2, 4, 4)) if dual else None
-    quick = model(video, hidden, skipped)
-    plain = plain_forward(model, video, hidden, ~skipped if dual else None)
+def test_the_short_cuts_give_the_numbers_of_the_plain_form():
+    """Embedding, decoding and predicting only what is needed: equal values, equal gradients."""
+    model, video = toy().double(), clip(dtype=torch.float64)
+    hidden = tube_mask(2, (2, 4, 4), 0.5)
+    quick, plain = model(video, hidden), plain_forward(model, video, hidden)
     torch.testing.assert_close(quick, plain, atol=1e-12, rtol=1e-12)
     upstream = torch.randn_like(plain)
     for a, b in zip(torch.autograd.grad(quick, list(model.parameters()), upstream),
                     torch.autograd.grad(plain, list(model.parameters()), upstream)):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
-
-
-@pytest.mark.parametrize("kernel", ["auto", "written_out", "piecewise", "fused"])
-def test_clips_packed_in_one_row_are_what_they_would_be_alone(kernel):
-    """Lengths, sizes and mask ratios may differ; loss and gradients are those of the clips one by one."""
-    model = toy(positions="axes").double()
-    videos = [torch.randn(3, *shape, dtype=torch.float64) for shape in ((4, 32, 32), (2, 32, 32), (6, 16, 24), (4, 32, 32))]
-    hidden = [tube_mask(1, model.encoder.grid_of(*video.shape[1:]), ratio)[0]
-              for video, ratio in zip(videos, (0.5, 0.9, 0.75, 0.3))]
-
-    def alone():
-        return torch.cat([model(video[None], mask[None])[0] for video, mask in zip(videos, hidden)])
-
-    target = torch.cat([reconstruction_target(video[None], mask[None], patch=8)[0] for video, mask in zip(videos, hidden)])
-    losses, gradients = [], []
-    try:
-        for form, forward in (("auto", alone), (kernel, lambda: model.packed(videos, hidden))):
-            attention.use(form)
-            loss = reconstruction_loss(forward(), target)
-            losses.append(loss.item())
-            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    finally:
-        attention.use("auto")
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    for one, other in zip(*gradients):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
-
-
-def test_packing_costs_what_the_clips_cost_alone_and_less_than_padding():
-    from torch.utils.flop_counter import FlopCounterMode
-    model = toy(positions="axes")
-    videos = [torch.randn(3, T, 32, 32) for T in (4, 8, 16, 4)]
-    hidden = [tube_mask(1, model.encoder.grid_of(*video.shape[1:]), 0.5)[0] for video in videos]
-
-    def flops(run):
-        with FlopCounterMode(display=False) as counter:
-            run().sum().backward()
-        return counter.get_total_flops()
-
-    packed = flops(lambda: model.packed(videos, hidden))
-    alone = sum(flops(lambda: model(video[None], mask[None])) for video, mask in zip(videos, hidden))
-    padded = flops(lambda: model(torch.randn(4, 3, 16, 32, 32), hidden[2].expand(4, -1)))
-    assert packed == alone < 0.5 * padded
-
-
-def test_tokens_that_the_encoder_saw_weigh_nothing_in_the_dual_mask_loss():
-    prediction, target = torch.randn(2, 2, 4, 6)
-    weight = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]])
-    expected = ((prediction - target) ** 2).mean(-1)[weight.bool()].mean()
-    torch.testing.assert_close(reconstruction_loss(prediction, target, weight), expected)
 
 
 def test_a_batch_is_learned():
@@ -296,10 +234,11 @@ def test_embedding_and_bridge_keep_torchs_initialisation_and_the_rest_is_xavier(
 def test_codes_by_axis_shift_alike_everywhere():
     """The product of two places' codes depends on their distance in time, row and column alone."""
     t, h, w = 3, 4, 5
-    codes = mae.position_codes("axes", (t, h, w), 8, 2, 48, torch.device("cpu"))[0].double()
+    codes = mae.position_codes("axes", (t, h, w), 8, 2, 48)[0].double()
     assert codes.shape == (t * h * w, 48) and len(codes.unique(dim=0)) == t * h * w
     product = (codes @ codes.T).view(t, h, w, t, h, w)
-    assert torch.allclose(product[1:, 1:, 1:, 1:, 1:, 1:], product[:-1, :-1, :-1, :-1, :-1, :-1], atol=1e-5)
+    later, earlier = product[(slice(1, None),) * 6], product[(slice(-1),) * 6]
+    assert torch.allclose(later, earlier, atol=1e-5)
 
 
 def test_any_grid_will_do():
@@ -308,7 +247,8 @@ def test_any_grid_will_do():
     for frames, height, width in ((2, 16, 24), (6, 40, 8)):
         grid = model.encoder.grid_of(frames, height, width)
         hidden = tube_mask(1, grid, 0.5)
-        assert model(torch.randn(1, 3, frames, height, width), hidden).shape == (1, int(hidden.sum()), 384)
+        prediction = model(torch.randn(1, 3, frames, height, width), hidden)
+        assert prediction.shape == (1, int(hidden.sum()), 384)
     with pytest.raises(ValueError, match="33 x 32"):
         model(torch.randn(1, 3, 4, 33, 32), hidden)
 
@@ -319,23 +259,44 @@ def test_autocast_and_half_batches_keep_the_table_in_float32():
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
-def test_a_painting_shows_the_input_where_it_was_seen_and_the_guess_elsewhere():
+def test_the_pictures_show_the_input_where_it_was_visible_and_the_prediction_elsewhere():
     model, video, hidden = toy().eval(), clip(batch=1), tube_mask(1, (2, 4, 4), 0.5)
-    pictures = mae.paint(model, video, hidden)
-    _, index = mae.split(hidden)
-    seen, _ = mae.split(hidden)
-    for name, picture in pictures.items():
-        torch.testing.assert_close(mae.take_tubelets(picture, seen, 8, 2),
-                                   mae.take_tubelets(pictures["input"], seen, 8, 2))
-    assert (mae.take_tubelets(pictures["seen"], index, 8, 2) == 0.5).all()
+    drawn = mae.reconstruction_pictures(model, video, hidden)
+    visible, targets = mae.split_by_mask(hidden)
+    pixels = mae.pixels_of(video, visible, 8, 2).clamp(0, 1)
+    for name, picture in drawn.items():
+        torch.testing.assert_close(mae.take_tubelets(picture, visible, 8, 2), pixels)
+    assert (mae.take_tubelets(drawn["visible"], targets, 8, 2) == 0.5).all()
+    true = mae.pixels_of(video, targets, 8, 2)
+    mean, contrast = mae.tubelet_statistics(true)
+    predicted = model(video, hidden).unflatten(-1, (-1, 3)).transpose(2, 3) * contrast + mean
+    got = mae.take_tubelets(drawn["reconstruction"], targets, 8, 2)
+    torch.testing.assert_close(got, predicted.clamp(0, 1))
+    got = mae.take_tubelets(drawn["borrowed"], targets, 8, 2)
+    torch.testing.assert_close(got, mean.expand_as(got).clamp(0, 1))
 
 
-def test_drawing_writes_a_strip_and_a_moving_picture(tmp_path):
-    model, hidden = toy().eval(), tube_mask(1, (2, 4, 4), 0.5)
-    mae.draw(model, clip(batch=1), hidden, tmp_path / "a.png")
+def test_the_pictures_of_frames_and_of_normalised_clips_are_the_same():
+    frames, model = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8), toy(normalised=False)
+    hidden = tube_mask(1, model.grid, 0.5)
+    video = transforms.normalise(frames, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    one, other = (mae.reconstruction_pictures(model, x, hidden)
+                  for x in (video, frames.permute(0, 4, 1, 2, 3)))
+    assert one.keys() == other.keys() == {"input", "visible", "reconstruction"}  # nothing borrowed
+    for name in one:
+        torch.testing.assert_close(one[name], other[name])
+    torch.testing.assert_close(one["input"], frames.permute(0, 4, 1, 2, 3) / 255)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_drawing_writes_a_strip_and_a_moving_picture(tmp_path, normalised):
+    model, hidden = toy(normalised=normalised).eval(), tube_mask(1, (2, 4, 4), 0.5)
+    drawn = mae.reconstruction_pictures(model, clip(batch=1), hidden)
+    pictures.reconstruction(drawn, tmp_path / "a.png", "a clip")
     from PIL import Image
     assert Image.open(tmp_path / "a.png").size[0] > 300
-    assert Image.open(tmp_path / "a.gif").n_frames == 4
+    moving = Image.open(tmp_path / "a.gif")
+    assert moving.n_frames == 4 and moving.size == (len(drawn) * 4 * 32, 4 * 32)
 
 
 # The official numbers ---------------------------------------------------------------------------
@@ -347,8 +308,9 @@ def block_shapes(prefix, width, depth, mlp, cosine=None):
         b = f"{prefix}{i}."
         shapes |= {b + "norm1.weight": (width,), b + "norm1.bias": (width,),
                    b + "attn.q_bias": (width,), b + "attn.v_bias": (width,),
-                   b + "attn.qkv.weight": (3 * width, width), b + "attn.proj.weight": (width, width),
-                   b + "attn.proj.bias": (width,), b + "norm2.weight": (width,), b + "norm2.bias": (width,),
+                   b + "attn.qkv.weight": (3 * width, width),
+                   b + "attn.proj.weight": (width, width), b + "attn.proj.bias": (width,),
+                   b + "norm2.weight": (width,), b + "norm2.bias": (width,),
                    b + "mlp.fc1.weight": (mlp, width), b + "mlp.fc1.bias": (mlp,),
                    b + "mlp.fc2.weight": (width, mlp), b + "mlp.fc2.bias": (width,)}
         if cosine:
@@ -357,39 +319,44 @@ def block_shapes(prefix, width, depth, mlp, cosine=None):
 
 
 def official(cosine=None):
-    """A complete official pretraining state dict of toy size, as the official class would save it."""
+    """A complete official pretraining state dict of toy size, as the official class saves it."""
     return official_fill(
         {"mask_token": (1, 1, 16), "encoder.patch_embed.proj.weight": (24, 3, 2, 16, 16),
-         "encoder.patch_embed.proj.bias": (24,), "encoder.norm.weight": (24,), "encoder.norm.bias": (24,),
-         "encoder_to_decoder.weight": (16, 24), "decoder.norm.weight": (16,), "decoder.norm.bias": (16,),
+         "encoder.patch_embed.proj.bias": (24,), "encoder.norm.weight": (24,),
+         "encoder.norm.bias": (24,), "encoder_to_decoder.weight": (16, 24),
+         "decoder.norm.weight": (16,), "decoder.norm.bias": (16,),
          "decoder.head.weight": (1536, 16), "decoder.head.bias": (1536,)}
         | block_shapes("encoder.blocks.", 24, 2, 96, cosine)
         | block_shapes("decoder.blocks.", 16, 2, 64, cosine))
 
 
 def official_fine_tuned():
-    tensors = official_fill({"patch_embed.proj.weight": (24, 3, 2, 16, 16), "patch_embed.proj.bias": (24,),
-                             "fc_norm.weight": (24,), "fc_norm.bias": (24,), "head.weight": (5, 24),
-                             "head.bias": (5,)} | block_shapes("blocks.", 24, 2, 96))
-    return tensors
+    return official_fill({"patch_embed.proj.weight": (24, 3, 2, 16, 16),
+                          "patch_embed.proj.bias": (24,), "fc_norm.weight": (24,),
+                          "fc_norm.bias": (24,), "head.weight": (5, 24),
+                          "head.bias": (5,)} | block_shapes("blocks.", 24, 2, 96))
 
 
 def hugging_face(tensors, new_spelling=False):
     """The same weights under the names that transformers gives them."""
     out = {}
     for key, value in tensors.items():
-        key = key.replace("encoder.patch_embed.proj", "videomae.embeddings.patch_embeddings.projection")
-        key = key.replace("encoder.blocks", "videomae.encoder.layer").replace("encoder.norm", "videomae.layernorm")
+        key = key.replace("encoder.patch_embed.proj",
+                          "videomae.embeddings.patch_embeddings.projection")
+        key = key.replace("encoder.blocks", "videomae.encoder.layer")
+        key = key.replace("encoder.norm", "videomae.layernorm")
         key = key.replace("decoder.blocks", "decoder.decoder_layers")
         key = key.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
-        key = key.replace("attn.proj", "attention.output.dense").replace("mlp.fc1", "intermediate.dense")
+        key = key.replace("attn.proj", "attention.output.dense")
+        key = key.replace("mlp.fc1", "intermediate.dense")
         key = key.replace("mlp.fc2", "output.dense")
         if "attn.qkv" in key:
             for part, rows in zip(("query", "key", "value"), value.chunk(3)):
                 out[key.replace("attn.qkv", f"attention.attention.{part}")] = rows
             continue
         if new_spelling:
-            key = key.replace("attn.q_bias", "attn.query.bias").replace("attn.v_bias", "attn.value.bias")
+            key = key.replace("attn.q_bias", "attn.query.bias")
+            key = key.replace("attn.v_bias", "attn.value.bias")
         out[key.replace("attn.", "attention.attention.")] = value
     return out
 
@@ -407,10 +374,12 @@ OPTIONS = dict(heads=2, decoder_heads=2, frames=16, image_size=32)
 
 def test_official_pretraining_numbers():
     """Printed sums of the official class on these weights and this clip."""
-    model, video, hidden = VideoMAE.from_official(official(), **OPTIONS), reference_clip(), reference_mask()
+    model = VideoMAE.from_official(official(), **OPTIONS)
+    video, hidden = reference_clip(), reference_mask()
     out = model(video, hidden)
-    assert_summary(out, -1635.343138, 63223.852998, [-3.902112, 0.337986, 0.305057, 0.839681], 0.338370)
-    visible, _ = mae.split(hidden)
+    assert_summary(out, -1635.343138, 63223.852998,
+                   [-3.902112, 0.337986, 0.305057, 0.839681], 0.338370)
+    visible, _ = mae.split_by_mask(hidden)
     assert_summary(model.encoder(video, visible), -3.047012, 312.690386,
                    [0.674724, 0.650136, 1.711398, 0.073737], -0.341673)
     # That reference made its pixels as 0.25*x + 0.5; ours come from ImageNet-normalised clips.
@@ -429,14 +398,10 @@ def test_official_fine_tuned_numbers():
                    [1.523208, -0.376952, 1.102663, -0.602413], -0.885315)
 
 
-def test_official_dual_mask_and_cosine_numbers():
-    video, hidden = reference_clip(), reference_mask()
-    odd = (torch.arange(32) % 2 == 1).expand(2, -1)
-    plain = VideoMAE.from_official(official(), **OPTIONS)
-    assert_summary(plain(video, hidden, odd), -1072.209120, first=[-3.904275, 0.366621, 0.359072, 0.928667])
-    cosine = VideoMAE.from_official(official(cosine=2), **OPTIONS)
-    assert_summary(cosine(video, hidden), -1612.141996, first=[-3.921409, 0.350768, 0.329938, 0.889063])
-    assert_summary(cosine(video, hidden, odd), -1022.204606, first=[-3.900030, 0.355084, 0.386568, 0.959175])
+def test_official_cosine_attention_numbers():
+    model = VideoMAE.from_official(official(cosine=2), **OPTIONS)
+    assert_summary(model(reference_clip(), reference_mask()), -1612.141996,
+                   first=[-3.921409, 0.350768, 0.329938, 0.889063])
 
 
 def test_the_official_position_table_and_its_stretching():
@@ -447,7 +412,7 @@ def test_the_official_position_table_and_its_stretching():
     wide = mae.resize_positions(table, (8, 14, 14), (8, 24, 24))
     assert_summary(wide, 11774.066621, first=[-0.190744, 1.125366, 0.060153, 1.133806])
     assert_summary(mae.resize_positions(table, (8, 14, 14), (16, 24, 24)), 23548.133245)
-    assert torch.equal(mae.position_codes("resized", (16, 24, 24), 16, 2, 16, torch.device("cpu")),
+    assert torch.equal(mae.position_codes("resized", (16, 24, 24), 16, 2, 16),
                        mae.resize_positions(table, (8, 14, 14), (16, 24, 24)))
 
 
@@ -464,7 +429,8 @@ def test_hugging_face_files_give_the_official_numbers(new_spelling):
 
 
 def test_a_hugging_face_file_that_lost_its_biases_is_refused():
-    tensors = {k: v for k, v in hugging_face(official()).items() if not k.endswith(("q_bias", "v_bias"))}
+    tensors = {key: value for key, value in hugging_face(official()).items()
+               if not key.endswith(("q_bias", "v_bias"))}
     with pytest.raises(WeightsError, match="videomae.encoder.layer.0.attention.attention.q_bias"):
         VideoMAE.from_official(tensors, **OPTIONS)
 
@@ -480,7 +446,8 @@ def test_each_missing_extra_or_misshapen_tensor_is_named_and_alone(style):
     for key in whole:
         with pytest.raises(WeightsError) as caught:
             load({k: v for k, v in whole.items() if k != key})
-        assert key in str(caught.value) and sum(k in str(caught.value) for k in whole) == 1, caught.value
+        said = str(caught.value)
+        assert key in said and sum(k in said for k in whole) == 1, said
         changed = whole | {key: torch.cat([whole[key], whole[key]])}
         with pytest.raises(WeightsError) as caught:
             load(changed)
@@ -507,7 +474,7 @@ def test_published_sizes_have_the_published_numbers_of_parameters():
     """In millions, of the encoder: 22, 86, 304, 632 for S, B, L and H at patch 16."""
     for name, millions in (("small", 22), ("base", 86), ("large", 304), ("huge", 632)):
         with torch.device("meta"):
-            encoder = mae.Encoder(mae.SIZES[name], frames=16, image_size=224)
+            encoder = mae.Encoder(mae.Options(name))
         assert round(sum(p.numel() for p in encoder.parameters()) / 1e6) == millions
 
 
@@ -518,7 +485,8 @@ def test_a_run_of_ours_loads_again(tmp_path, cls):
     weights.save(tmp_path, model, model.config)
     loaded = cls.from_official(tmp_path)
     assert loaded.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    other = loaded.state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in model.state_dict().items())
 
 
 def test_a_classifier_may_lack_its_head_and_gives_features_then():
@@ -547,43 +515,58 @@ def test_numpy_is_not_needed_for_masks():
     assert (np.random.get_state()[1] == state).all()
 
 
-def test_divided_attention_is_joint_attention_under_two_masks():
-    """Over time: a token sees its own place; over space: its own time step. Both written out as masks over all
-    pairs, in float64, on the visible tokens of a tube mask."""
-    torch.manual_seed(0)
-    model = mae.VideoMAE("tiny", frames=8, image_size=40, space_time="divided").double()
-    hidden = mae.tube_mask(2, model.grid, 0.75, torch.Generator().manual_seed(0))
-    visible, _ = mae.split(hidden)
-    x = model.encoder.begin(torch.randn(2, 3, 8, 40, 40, dtype=torch.float64), visible)
-    block = model.encoder.blocks[0]
-    place, time = visible % 25, visible // 25
-    seen = x
-    for norm, layer, group in ((block.norm_time, block.attn_time, place), (block.norm1, block.attn, time)):
-        q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in layer.project(norm(seen), None, None))
-        scores = (q @ k.mT / q.shape[-1]**0.5).masked_fill(~(group[:, None, :, None] == group[:, None, None]), -torch.inf)
-        seen = seen + layer.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    seen = seen + block.mlp(block.norm2(seen))
-    assert (block(x) - seen).abs().max() < 1e-12
+def state_for(model, video):
+    """Blocks run one by one, through the interface of encoders."""
+    state = model.start(video)
+    for block in range(model.depth):
+        state = model.run(state, block, block + 1)
+    return state
 
 
-def test_divided_attention_refuses_what_it_cannot_see_and_survives_a_classifier(tmp_path):
-    model = mae.VideoMAE("tiny", frames=8, image_size=40, space_time="divided").eval()
-    video = torch.randn(2, 3, 8, 40, 40)
-    with pytest.raises(ValueError, match="a tube mask"):
-        model(video, mae.random_mask(2, model.grid, 0.75, torch.Generator().manual_seed(0)))
-    with pytest.raises(ValueError, match="made for clips of 8 frames, not of 16"):
-        model.encoder(torch.randn(1, 3, 16, 40, 40))
-    with pytest.raises(ValueError, match="unknown to the official code"):
-        model.to_official()
-    weights.save(tmp_path, model, model.config)
-    again = mae.VideoMAE.from_official(tmp_path)
-    assert torch.equal(again.with_head(5).eval().encoder.begin(video), model.encoder.begin(video))
-    assert torch.equal(again.encoder(video), model.encoder(video))
+def test_an_encoder_run_block_by_block_gives_the_numbers_of_one_call():
+    model, video = VideoClassifier(TINY, classes=3, frames=4, image_size=32).eval(), clip()
+    assert (model.width, model.depth, model.heads, model.family) == (24, 2, 2, "masked")
+    assert model.grid_of(4, 32, 32) == (2, 2, 2)
+    state = state_for(model, video)
+    assert torch.equal(state.tokens, model.tokens(video)) and state.tokens.shape == (2, 8, 24)
+    assert torch.equal(model.finish(state), model.feature(video))
+    assert torch.equal(model.head(model.feature(video)), model(video))
+
+
+def test_every_parameter_has_its_layer_and_what_trains_beside_a_frozen_encoder_is_behind_it():
+    model = VideoClassifier(TINY, classes=3, frames=4, image_size=32)
+    layers = {name: model.layer_of(name) for name, _ in model.named_parameters()}
+    assert [layers[name] for name in ("encoder.embed.weight", "encoder.blocks.0.norm1.weight",
+                                      "encoder.blocks.1.mlp.fc2.bias", "fc_norm.weight",
+                                      "head.bias")] == [0, 1, 2, 3, 3]
+    learned = {parameter for part in model.learned_parts() for parameter in part.parameters()}
+    assert learned == {p for name, p in model.named_parameters() if layers[name] == model.depth + 1}
+
+
+@pytest.mark.parametrize("cls", [VideoMAE, VideoClassifier])
+def test_configurations_of_older_runs_load_where_they_mean_the_same_network(cls):
+    options = {} if cls is VideoMAE else {"classes": 3}
+    config = cls(TINY, frames=4, image_size=32, **options).config
+    assert json.loads(json.dumps(config)) == config
+    assert cls.from_config(config | {"space_time": "joint", "pool": "mean"}).config == config
+    for removed in ({"space_time": "divided"}, {"pool": "first"}):
+        with pytest.raises(ValueError, match="is no longer an option, only '(joint|mean)' is"):
+            cls.from_config(config | removed)
+
+
+def test_a_model_that_was_exported_first_still_runs():
+    """Export traces with tensors that hold no numbers; none of them may stay in the model."""
+    model, video = VideoClassifier(TINY, classes=3, frames=4, image_size=32).eval(), clip()
+    exported = torch.export.export(model, (video,)).module()
+    torch.testing.assert_close(exported(video), model(video))
+    assert torch.equal(VideoClassifier(TINY, classes=3, frames=4, image_size=32).encoder.stored,
+                       model.encoder.stored)
 
 
 @pytest.mark.parametrize("frames", [4, 8])
-def test_a_stored_position_table_goes_along_to_another_head_and_is_stretched_for_longer_clips(frames):
-    model = VideoClassifier(TINY, classes=3, frames=4, image_size=32, positions="stored", head_scale=1.0).eval()
+def test_a_stored_table_goes_along_to_another_head_and_is_stretched_for_longer_clips(frames):
+    model = VideoClassifier(TINY, classes=3, frames=4, image_size=32, positions="stored",
+                            head_scale=1.0).eval()
     torch.nn.init.normal_(model.encoder.stored)
     other = model.with_head(3, frames=frames).eval()
     if frames == 4:
@@ -593,26 +576,10 @@ def test_a_stored_position_table_goes_along_to_another_head_and_is_stretched_for
     assert torch.equal(other.encoder.stored, expected)
 
 
-def test_an_encoder_alone_loads_under_the_names_of_transformers_and_inside_a_larger_model():
-    model = VideoClassifier(TINY, classes=0, frames=4, image_size=32, pool="first").eval()  # as transformers keeps it: norm, no mean
-    torch.nn.init.normal_(model.encoder.norm.weight)
-    official = model.to_official()
-    x = clip()
+def test_an_encoder_alone_and_one_inside_a_larger_model_load():
+    model = VideoClassifier(TINY, classes=0, frames=4, image_size=32).eval()
+    torch.nn.init.normal_(model.fc_norm.weight)
+    official, x = model.to_official(), clip()
     for tensors in (official, {"backbone." + key: value for key, value in official.items()}):
         found = VideoClassifier.from_official(tensors, heads=TINY.heads, frames=4, image_size=32)
         assert torch.equal(found(x), model(x))
-    theirs = {}
-    for key, value in official.items():
-        if key.endswith("attn.qkv.weight"):
-            for part, piece in zip(("query", "key", "value"), value.chunk(3)):
-                theirs[key.replace("attn.qkv", f"attention.attention.{part}")] = piece
-        else:
-            theirs[key] = value
-    for old, new in (("norm.weight", "layernorm.weight"), ("norm.bias", "layernorm.bias"), ("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
-                     ("attn.q_bias", "attention.attention.q_bias"), ("attn.v_bias", "attention.attention.v_bias"),
-                     ("attn.proj.", "attention.output.dense."), ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."),
-                     ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense.")):
-        theirs = {key.replace(old, new): value for key, value in theirs.items()}
-    assert weights.describe(theirs)[0] == "VideoMAE, encoder, of Hugging Face"
-    found = VideoClassifier.from_official(theirs, heads=TINY.heads, frames=4, image_size=32)
-    assert torch.allclose(found(x), model(x), atol=1e-4)  # another epsilon

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from video import moving_shapes
-from data import DataError
-from video.moving_shapes import MovingShapes, render
+from video.annotations import DataError
+from video.moving_shapes import COLOURS, MOTIONS, MovingShapes, render
 
 
 # ------------------------------------------------------------------------- the generated world
@@ -25,7 +25,7 @@ def test_the_same_index_is_the_same_clip_in_any_order_and_any_instance():
     for i in (123456789, 0, 7, 0):
         again = two[i]
         assert np.array_equal(again["video"], first[i]["video"])
-        assert (again["label"], again["caption"]) == (first[i]["label"], first[i]["caption"])
+        assert (again["labels"], again["caption"]) == (first[i]["labels"], first[i]["caption"])
 
 
 @pytest.mark.parametrize("other", [dict(split="val"), dict(split="test"), dict(seed=1)])
@@ -50,7 +50,7 @@ def scenes_of_every_motion(**kwargs):
     for i in itertools.count():
         scene = world.scene(i)
         scenes.setdefault(scene.motion, scene)
-        if len(scenes) == len(world.motions):
+        if len(scenes) == len(MOTIONS):
             return world, scenes
 
 
@@ -60,7 +60,7 @@ def test_a_clip_played_backwards_is_a_clip_of_its_twin_bit_for_bit(frames, size)
     world, scenes = scenes_of_every_motion(frames=frames, size=size)
     for motion, scene in scenes.items():
         twin = scene.reversed()
-        assert world.motions.index(twin.motion) == world.twin[world.motions.index(motion)]
+        assert MOTIONS.index(twin.motion) == world.twin[MOTIONS.index(motion)]
         assert np.array_equal(render(twin), render(scene)[::-1])
         assert np.array_equal(render(twin.reversed()), render(scene))
 
@@ -160,7 +160,7 @@ def test_pixel_noise_is_light_and_never_wraps_around(monkeypatch):
     darkening = [i for i in range(1000) if world.scene(i).motion in ("brighten", "darken")]
     scenes = [dataclasses.replace(darkest, colour=colour, radius=14.0, centre=(15, 15),
                                   extent=min(world.scene(i).extent for i in darkening))
-              for colour in world.colours]
+              for colour in COLOURS]
     scenes += by_motion.values()
     noisy = [render(scene).astype(int) for scene in scenes]
     monkeypatch.setattr(moving_shapes, "_noise_bank", lambda n: np.zeros(moving_shapes._NOISE_STARTS + n, np.uint8))
@@ -242,11 +242,13 @@ def test_the_caption_of_a_clip_agrees_with_its_facts_and_label():
     for i in range(100):
         item = world[i]
         assert item["facts"].items() >= moving_shapes.parse_caption(item["caption"]).items()
-        assert world.motions[item["label"]] == item["facts"]["motion"]
+        assert all(names[item["labels"][question]] == item["facts"][question]
+                   for question, names in world.classes.items())
 
 
 def test_captions_may_keep_silent_about_the_motion():
-    silent, half, full = (MovingShapes("train", 4, 32, told=told) for told in (0.0, 0.5, 1.0))
+    silent, half, full = (MovingShapes("train", 4, 32, motion_words=share)
+                          for share in (0.0, 0.5, 1.0))
     captions = [moving_shapes.parse_caption(silent[i]["caption"]) for i in range(60)]
     assert all("motion" not in facts and {"shape", "colour"} <= set(facts) for facts in captions)
     named = sum("motion" in moving_shapes.parse_caption(half[i]["caption"]) for i in range(200))

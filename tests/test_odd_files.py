@@ -19,7 +19,10 @@ import numpy as np
 import pytest
 
 import data
-from data import DataError, probe, read_clip
+from video import decoding
+from video.annotations import DataError
+from video.checking import shrink
+from video.decoding import Bytes, probe, read_clip, shown_size
 
 av = pytest.importorskip("av")
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +54,7 @@ def write(path, frames=30, width=64, height=48, codec="libx264", pix_fmt="yuv420
 def full_decode(path, info, size=None):
     """(frames until the first damage, seconds of each or None), decoded in order by a plain loop."""
     converter = av.video.reformatter.VideoReformatter()
-    height, width = data._shown_size(info, size)
+    height, width = shown_size(info, size)
     stored = (width, height) if info.rotation % 180 == 90 else (height, width)
     frames = []
     with av.open(str(path), **({"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {})) as file:
@@ -205,16 +208,16 @@ def test_a_picture_named_mp4_is_a_video_of_one_frame(tmp_path):
 
 def test_a_file_from_memory_is_the_file(tmp_path):
     path = write(tmp_path / "x.mp4")
-    content = data.Bytes("shard.tar/x.mp4", path.read_bytes())
+    content = Bytes("shard.tar/x.mp4", path.read_bytes())
     assert np.array_equal(read_clip(content, [3, 20]), read_clip(path, [3, 20]))
     with pytest.raises(DataError, match="^shard.tar/y.mp4: not a readable video"):
-        probe(data.Bytes("shard.tar/y.mp4", b"nothing"))
+        probe(Bytes("shard.tar/y.mp4", b"nothing"))
 
 
 def test_a_file_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     path = write(tmp_path / "x.mp4")
     clock = iter(range(0, 10**6, 7))
-    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(decoding.time, "monotonic", lambda: next(clock))
     with pytest.raises(DataError, match="x.mp4: took too long"):
         probe(path)
 
@@ -255,7 +258,9 @@ import sys, zlib
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-import data
+from video.annotations import DataError
+from video.decoding import probe, read_clip
+from video.sampling import choose_frames
 target, sources, first, last = Path(sys.argv[2]), [Path(x) for x in sys.argv[5:]], int(sys.argv[3]), int(sys.argv[4])
 good = bad = 0
 for number in range(first, last):
@@ -280,12 +285,12 @@ for number in range(first, last):
     path.write_bytes(content.tobytes())
     print(number, end=" ", flush=True)
     try:
-        info = data.probe(path)
-        numbers = data.choose_frames("segment", info.frames, 4)
-        frames = data.read_clip(path, numbers, 32, info)
+        info = probe(path)
+        numbers = choose_frames("segment", info.frames, 4)
+        frames = read_clip(path, numbers, 32, info)
         assert frames.shape[0] == 4 and frames.dtype == np.uint8
         good += 1
-    except data.DataError as error:
+    except DataError as error:
         assert "\\n" not in str(error) and str(error).startswith(str(path)), error
         bad += 1
 print("good", good, "bad", bad)
@@ -360,7 +365,7 @@ def test_a_small_copy_shows_the_same_frames_at_the_same_times(tmp_path):
     times = np.cumsum([0, *np.random.default_rng(0).integers(20, 200, 39)])
     source = write(tmp_path / "wide.mp4", frames=40, width=96, height=54, times=times, aspect=Fraction(2, 1))
     before = probe(source)
-    data.shrink(source, tmp_path / "copy.mp4", side=32)
+    shrink(source, tmp_path / "copy.mp4", side=32)
     copy = probe(tmp_path / "copy.mp4")
     assert (copy.height, copy.width, copy.frames) == (32, 114, 40) and copy.codec == "h264"
     assert np.allclose(copy.timestamps, before.timestamps, atol=1e-3)
@@ -380,17 +385,6 @@ def test_a_checked_data_set_is_copied_and_trains_from_the_copies(tmp_path, capsy
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").glob("*.mp4")}
     assert len(made) == 2 and not list((tmp_path / "small").glob("*.part"))
     found = data.VideoFiles(tmp_path / "small" / "list.jsonl", 2, 32, train=False)
-    assert found.classes == ["left", "right"] and found[0]["video"].shape == (2, 32, 32, 3)
+    assert found.classes == {"label": ("left", "right")} and found[0]["video"].shape == (2, 32, 32, 3)
     assert data.main(arguments) == 1 and {path: path.stat().st_mtime_ns for path in made} == made
     assert data.main([*arguments[:-1], "4"]) == 2 and "--short-side" in capsys.readouterr().err
-
-
-def test_torchcodec_gives_the_same_frames_or_says_no(tmp_path):
-    torchcodec = pytest.importorskip("torchcodec", exc_type=(ImportError, RuntimeError))
-    assert torchcodec
-    plain = write(tmp_path / "plain.mp4")
-    with data.Video(plain, decoder="torchcodec") as video:
-        assert np.abs(video.read([0, 29, 7]).astype(int) - read_clip(plain, [0, 29, 7])).mean() < 3
-    with data.Video(write(tmp_path / "wide.mp4", aspect=Fraction(2, 1)), decoder="torchcodec") as video:
-        with pytest.raises(DataError, match="leave --decoder away"):
-            video.read([0])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from engine import pictures
 from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
 from test_fuse_card import pair  # noqa: F401
@@ -19,7 +20,7 @@ SHARED = "--batch-size 4 --eval-clips 10 --eval-every 5 --workers 0 --precision 
 SMALL = "--num-frames 4 --input-size 16".split()
 RUNS = {  # name -> stage and flags; {masked}, {clip}, {finished}: weights to start from
     "mae": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5",
-    "mae with everything on": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5 --dual-mask --accum 2 --ema 0.9 "
+    "mae with everything on": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5 --accum 2 --ema 0.9 "
                               "--drop-path 0.2 --workers 2",
     "clip with everything on": "clip --num-frames 2 --input-size 16 --temporal-downsample --ema 0.9 --workers 1",
     "retrieve": "retrieve --weights {finished} --num-frames 4 --input-size 16 --ema 0.9",
@@ -39,7 +40,7 @@ def start(request, encoders, finished, pair, monkeypatch):  # noqa: F811
     places = dict(masked=encoders["masked"][0], clip=encoders["multimodal"][0], finished=finished, first=pair[1], second=pair[3])
     stage, *flags = RUNS[request.param].format(**places).split()
     card = train.STAGES[stage]
-    monkeypatch.setattr(train.pictures, "curve", lambda *_: [])
+    monkeypatch.setattr(pictures, "curve", lambda *_: [])
     for kind in train.STAGES.values():
         monkeypatch.setattr(kind, "pictures", lambda *_: [])
 

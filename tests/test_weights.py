@@ -20,6 +20,7 @@ import weights
 from weights import Rule, WeightsError
 from weights.__main__ import convert, main
 from weights.official import OfficialFile
+from weights.tokenizer import load_tokenizer
 
 
 def model():
@@ -428,11 +429,10 @@ def test_a_config_json_of_odd_kinds_is_one_line(tmp_path, text):
     ("x.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}')],
     ids=lambda value: str(value)[:20])
 def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
-    import clip_video
     if content is None:
         os.mkfifo(tmp_path / name)
     else:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: ") as caught:
-        clip_video.load_tokenizer(tmp_path / name)
+        load_tokenizer(tmp_path / name)
     assert "\n" not in str(caught.value)

@@ -57,6 +57,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from engine.errors import UserError, printable
 
 
@@ -621,6 +623,21 @@ def number_labels(source, labels, classes):
         raise DataError(f"{source}: label {unknown[0]!r} is not among the {len(classes)} known "
                         f"classes ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})")
     return classes, number
+
+
+def split_files(items, fraction=0.1, seed=0):
+    """(training items, held-out items): a fixed random share of at least one file is held out.
+
+    items   tuples that begin with a path; those of one path, its captions, stay together
+    The seed is not the training seed, so that runs with different seeds share a validation set.
+    A single file lands in both parts, as there is nothing else to do with it.
+    """
+    paths = list(dict.fromkeys(item[0] for item in items))
+    if len(paths) < 2:
+        return list(items), list(items)
+    count = min(max(1, round(fraction * len(paths))), len(paths) - 1)
+    held = {paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count].tolist()}
+    return [item for item in items if item[0] not in held], [item for item in items if item[0] in held]
 
 
 def read_segments(path):

@@ -46,6 +46,7 @@ from pathlib import Path
 import numpy as np
 
 from video.annotations import DataError
+from video.clip_set import ClipSet
 
 
 # ------------------------------------------------------------------ words
@@ -522,54 +523,104 @@ def _records(path, size):
     return np.memmap(path, np.uint8, "r+", shape=(KEPT, size))
 
 
-class MovingShapes:
+class MovingShapes(ClipSet):
     """An endless, deterministic world of one coloured shape doing one of 16 motions.
 
-    split    "train", "val", "test" (shape-colour pairs seen in training, other clips) or "unseen"
-             (only HELD_OUT_PAIRS: can the model recombine what it knows?)
-    frames   T >= 1; the motion always spans the whole clip
-    size     int or (H, W) in pixels, 16 or more
-    seed     int >= 0
-    told     share of the captions that name the motion; the others say what one frame shows, as most
-             captions of the web do
+    split         "train", "val", "test" (shape-colour pairs seen in training, other clips) or
+                  "unseen" (only HELD_OUT_PAIRS: can the model recombine what it knows?)
+    frames        T >= 1; the motion always spans the whole clip
+    size          int or (H, W) in pixels, 16 or more
+    seed          int >= 0
+    motion_words  share of the captions that name the motion; the others say what one frame shows,
+                  as most captions of the web do
 
-    self[i]  {"video": uint8 (T, H, W, 3), "label": int motion in [0, 16), "facts": dict of str with
-             motion, shape, colour, size, "caption": str}, for any i >= 0; a function of (seed,
-             split, i) alone. There is no len(): ask for as many as you like.
+    self[i]       {"video": uint8 (T, H, W, 3), "labels": {question: int}, "caption": str,
+                  "captions": tuple of that one, "facts": dict of str with motion, shape, colour and
+                  size, "index": i}, for any i >= 0: a function of (seed, split, i) alone. There is
+                  no len(): ask for as many as you like.
 
-    `motions` lists the classes, `twin` maps each label to that of the time-reversed motion, `only` leaves
-    some motions out, `first` repeats a few clips for ever. Raises DataError for another split name or an impossible size.
+    It has the interface of data.VideoFiles: `classes` {question: names}, `only`, `first`,
+    `training_captions`, `sentences`, `references`, `choices`, `facts_in`, `summary`. `twin` maps each
+    motion label to that of the time-reversed motion. Raises DataError for another split name or an
+    impossible size.
     """
 
-    def __init__(self, split, frames=16, size=64, seed=0, told=1.0):
+    source = "moving shapes"
+    has_captions = states_facts = True
+    prompts_combine_by = "embeddings"
+    HELD_OUT = ("val", "unseen", "test")  # the other splits, which training never shows
+
+    def __init__(self, split, frames=16, size=64, seed=0, motion_words=1.0):
         if split not in SPLITS:
             raise DataError(f"no split {split!r} in the generated world: choose one of "
                             f"{', '.join(SPLITS)}")
-        self.split, self.frames, self.size, self.seed, self.told = split, frames, height_width(size), seed, told
+        self.split, self.frames, self.size, self.seed = split, frames, height_width(size), seed
+        self.motion_words = motion_words
         if frames < 1 or min(self.size) < 16 or seed < 0:
             raise DataError(f"generated clips need frames >= 1, size >= 16 and seed >= 0, "
                             f"got frames={frames}, size={size}, seed={seed}")
-        self.motions, self.shapes, self.colours = list(MOTIONS), list(SHAPES), list(COLOURS)
+        self.classes = {"motion": MOTIONS, "shape": SHAPES, "colour": tuple(COLOURS)}
         self.twin = {label: label ^ 1 for label in range(len(MOTIONS))}
         self.looks = [look for look in itertools.product(SHAPES, COLOURS)
                       if (look in HELD_OUT_PAIRS) == (split == "unseen")]
-        self.shown, self.count = MOTIONS, None
+        self.count = None
 
     def first(self, count):
-        """Show the first `count` clips over and over from now on: a world with few labels. Returns self."""
+        """Show the first `count` clips over and over from now on: a world with few labels."""
         self.count = count
         return self
 
-    def only(self, motions):
-        """Show these motions alone from now on; labels keep their numbers. Returns self."""
-        self.shown = tuple(motions)
+    def only(self, question, names):
+        """Show only clips of these motions from now on, numbered in this order. Returns self."""
+        if question != "motion":
+            raise DataError(f"the generated world can leave out motions, not {question}s")
+        self.classes = self.classes | {question: tuple(names)}
         return self
+
+    def summary(self):
+        """One line for the user."""
+        asks = ", ".join(f"{len(names)} {question}s" for question, names in self.classes.items())
+        item = self[0]
+        return (f"generated moving shapes: endless, {asks or 'no classes'}, first "
+                f"{item.get('caption') or item['question']!r}")
+
+    def training_captions(self):
+        """3,000 sentences of this world, to learn a vocabulary from."""
+        return [describe(self.scene(i).facts, np.random.default_rng((self.seed, i)))
+                for i in range(3000)]
+
+    def sentences(self, prompts=()):
+        """Sentences for zero-shot recognition: {question: [[sentence of each class], ...]}.
+
+        Every combination of the three facts has two sentences. A class of one question is all
+        sentences that name it: what is not asked for is averaged.
+        """
+        shape = [len(names) for names in self.classes.values()]
+        texts = [describe(dict(zip(self.classes, facts)), np.random.default_rng((self.seed, i, j)))
+                 for i, facts in enumerate(itertools.product(*self.classes.values()))
+                 for j in range(2)]
+        table = np.array(texts, dtype=object).reshape(*shape, 2)
+        return {question: np.moveaxis(table, axis, -1).reshape(-1, shape[axis]).tolist()
+                for axis, question in enumerate(self.classes)}
+
+    def references(self, batch):
+        """Every true sentence about each clip of a batch: a list of tuples of str."""
+        return [phrasings(facts) for facts in batch["facts"]]
+
+    def choices(self, batch):
+        """Multiple choice: [(sentences, place of the right one), ...] for the clips of a batch."""
+        return [choices(facts, np.random.default_rng((self.seed, i)))
+                for facts, i in zip(batch["facts"], batch["index"])]
+
+    def facts_in(self, sentence):
+        """{question: name} that a sentence states; see `parse_caption`."""
+        return parse_caption(sentence)
 
     def _draw(self, index):
         rng = self._rng(index)
         while True:  # with all motions, the first draw is the one
             scene = draw_scene(rng, self.frames, *self.size, self.looks)
-            if scene.motion in self.shown:
+            if scene.motion in self.classes.get("motion", MOTIONS):
                 return scene, rng
 
     def _rng(self, index):
@@ -585,7 +636,7 @@ class MovingShapes:
     def _pixels(self, index, scene):
         """render(scene), or what `keep` has kept of it."""
         index = self._place(index)
-        if not _shelf or index >= KEPT or self.shown != MOTIONS:
+        if not _shelf or index >= KEPT or self.classes["motion"] != MOTIONS:
             return render(scene)
         shape = (self.frames, *self.size, 3)
         record = _records(_shelf / f"{self.split}-{'x'.join(map(str, shape))}-{self.seed}", 1 + math.prod(shape))[index]
@@ -600,10 +651,17 @@ class MovingShapes:
 
     def __getitem__(self, index):
         scene, rng = self._draw(index)
-        silent = self.told < 1 and rng.random() >= self.told
-        caption = still(scene.facts, self.frames, rng)[1] if silent else describe(scene.facts, rng)
-        return {"video": self._pixels(index, scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
-                "caption": caption}
+        if self.motion_words < 1 and rng.random() >= self.motion_words:
+            caption = still(scene.facts, self.frames, rng)[1]
+        else:
+            caption = describe(scene.facts, rng)
+        return self._item(index, scene, self._pixels(index, scene), caption)
+
+    def _item(self, index, scene, video, caption):
+        labels = {question: names.index(scene.facts[question])
+                  for question, names in self.classes.items()}
+        return {"video": video, "labels": labels, "caption": caption, "captions": (caption,),
+                "facts": scene.facts, "index": index}
 
 
 class StillShapes(MovingShapes):
@@ -616,8 +674,7 @@ class StillShapes(MovingShapes):
     def __getitem__(self, index):
         scene, rng = self._draw(index)
         number, caption = still(scene.facts, self.frames, rng)
-        return {"video": render(scene, [number]), "label": MOTIONS.index(scene.motion),
-                "facts": scene.facts, "caption": caption}
+        return self._item(index, scene, render(scene, [number]), caption)
 
 
 class ActShapes(MovingShapes):
@@ -626,10 +683,18 @@ class ActShapes(MovingShapes):
 
     frames   of both acts together, 2 or more
 
-    self[i]  {"video": uint8 (T, H, W, 3), "label": int motion of the first act, "caption": str}. Clips 2k and 2k+1
-             have the same shape, colour and motions, in either order: who knows all but the order is right
-             in half of them.
+    self[i]  {"video": uint8 (T, H, W, 3), "labels": {}, "caption": str, "captions"}. Clips 2k and
+             2k+1 have the same shape, colour and motions, in either order: a model that ignores the
+             order is right in half of them. A clip has no one class: `classes` is empty.
     """
+
+    HELD_OUT = ("val",)
+    states_facts = False
+    chance = "without the order, R@1 cannot pass 50 %"
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.classes = {}
 
     TEMPLATES = ("{it} {first}, then it {second}", "{it} {first} and later {second}", "first {it} {first}, then it {second}",
                  "{it} {second}, but before that it {first}")
@@ -644,21 +709,33 @@ class ActShapes(MovingShapes):
             acts.append(draw_scene(rng, frames, *self.size, [look], motion))
         verbs = [rng.choice(MOTION_PHRASES[scene.motion]).item() for scene in acts]
         it = f"{'an' if look[1][0] in 'aeiou' else 'a'} {look[1]} {look[0]}"
-        return {"video": np.concatenate([render(scene) for scene in acts]), "label": MOTIONS.index(acts[0].motion),
-                "caption": rng.choice(self.TEMPLATES).item().format(it=it, first=verbs[0], second=verbs[1])}
+        caption = rng.choice(self.TEMPLATES).item().format(it=it, first=verbs[0], second=verbs[1])
+        return {"video": np.concatenate([render(scene) for scene in acts]), "labels": {},
+                "caption": caption, "captions": (caption,), "index": index}
+
+    # A clip of two acts states no one fact.
+    sentences, references, choices = ClipSet.sentences, ClipSet.references, ClipSet.choices
+    facts_in = ClipSet.facts_in
 
 
 class QuestionShapes(MovingShapes):
     """Clips of the same world with a question about each.
 
-    self[i]  as MovingShapes, and "question": str, "answer": str. See `ask`
+    self[i]  as MovingShapes, without a caption, and "question": str, "answer": str. See `ask`
     """
+
+    HELD_OUT = ("val",)
 
     def __getitem__(self, index):
         scene, rng = self._draw(index)
         question, answer = ask(scene.facts, rng)
-        return {"video": render(scene), "label": MOTIONS.index(scene.motion), "facts": scene.facts,
-                "question": question, "answer": answer}
+        return {"video": render(scene), "labels": {}, "facts": scene.facts, "question": question,
+                "answer": answer, "index": index}
+
+    def training_questions(self):
+        """3,000 pairs (question, answer) of this world."""
+        return [ask(self.scene(i).facts, np.random.default_rng((self.seed, i)))
+                for i in range(3000)]
 
 
 class LongShapes(MovingShapes):
@@ -683,8 +760,8 @@ class LongShapes(MovingShapes):
     def __init__(self, split, size=40, seed=0, shots=(3, 5), lasts=(10, 40), rests=(5, 20)):
         super().__init__(split, 1, size, seed)
         self.shots, self.lasts, self.rests = shots, lasts, rests
-        self.only(motion for motion in MOTIONS if motion not in ("appear", "vanish"))
-        self.motions = list(self.shown)
+        self.only("motion", [motion for motion in MOTIONS if motion not in ("appear", "vanish")])
+        self.motions = list(self.classes["motion"])
 
     def scenes(self, index):
         """The shots of self[index], a list of `Scene`."""
@@ -694,7 +771,7 @@ class LongShapes(MovingShapes):
             before, after = rng.integers(self.rests[0], self.rests[1] + 1, 2).tolist()
             lasts = int(rng.integers(self.lasts[0], self.lasts[1] + 1))
             scene = draw_scene(rng, before + lasts + after, *self.size, self.looks)
-            if scene.motion in self.shown:
+            if scene.motion in self.motions:
                 found.append(dataclasses.replace(scene, rest=(before, after)))
         return found
 

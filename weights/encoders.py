@@ -1,5 +1,6 @@
 """Load either encoder of InternVideo, as a classifier, out of whatever holds it."""
 
+from engine.errors import UserError
 from weights.families import class_of, describe
 from weights.files import WeightsError, read
 
@@ -78,3 +79,62 @@ def uses_rows(source, old, classes, rows):
         raise WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes out of a head "
                            f"with {old} of {source}")
     return True
+
+
+def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=True, layers=None):
+    """A VideoCLIP for clips of some length and size.
+
+    source      a run of clip, InternVideo-MM, ViCLIP or CLIP
+    image_size  H = W; where the weights are for another, their position table is interpolated
+    usual_size  the default of --input-size: that is refused, for nobody asked for it
+    grow        an image model, CLIP's or a frame-wise run of ours, becomes a video model with fresh
+                global blocks; grow_runs: False = not a run of ours
+    layers      after which layers these blocks read; None = the last four, of a run the last alone
+    raises      WeightsError, UserError
+    """
+    tensors, config = read(source)
+    config = config.get("clip", config)
+    ours = config.get("kind") == "frames"
+    official = not config and (describe(tensors)[0] or "").startswith("CLIP,")
+    grow = grow and (official or ours and grow_runs)
+    if layers is not None and not grow:
+        raise UserError(f"--global-layers: {source} is no image model that grows; it keeps the "
+                        "blocks it has")
+    if grow and ours and layers is None:
+        layers = (config["size"]["depth"] - 1,)
+    model = class_of("VideoCLIP").from_official(source, frames=frames, grow=grow,
+                                                global_layers=layers if grow else None)
+    if grow:
+        print(f"{source} is an image model: it grows into a video model (--kind frames leaves it "
+              "as it is)")
+    size = model.config["image_size"]
+    if list(size) == [image_size] * 2:
+        return model
+    if image_size == usual_size:
+        raise UserError(
+            f"--input-size {image_size}: the weights are for {size[0]} x {size[1]} pixels; pass "
+            f"--input-size {size[0]}, or another, for which their table of places is interpolated")
+    return resized(model, image_size)
+
+
+def resized(model, image_size):
+    """A UniFormerV2 or VideoCLIP for frames of another size; prints that it is."""
+    try:
+        larger = model.resized(image_size)
+    except ValueError as error:
+        raise UserError(f"--input-size {image_size}: {error}") from None
+    height, width = model.config["image_size"]
+    print(f"--input-size {image_size}: the weights' table of places, made for {height} x {width} "
+          "pixels, is interpolated")
+    return larger
+
+
+def size_name(size, sizes):
+    """The name, in a table of sizes, of a model's size (a dict)."""
+    return next((name for name, known in sizes.items()
+                 if (known.width, known.depth) == (size["width"], size["depth"])), "of its own")
+
+
+def from_config(config):
+    """Either encoder from the configuration that a run saved (config.json), untrained."""
+    return class_of(config["model"]).from_config(config)

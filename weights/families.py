@@ -15,7 +15,7 @@ MODELS = {
     "UniFormerV2": ("uniformerv2", "model_state"),
     "VideoCLIP": ("clip_video", None),
     "CaptionDecoder": ("caption_decoder", None),
-    "VideoText": ("train", "state_dict"),
+    "VideoText": ("caption_decoder", "state_dict"),
 }
 
 # (family, regular expressions of which each must fit some name, models that load it): the first row

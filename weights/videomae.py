@@ -51,7 +51,7 @@ USUAL_HEADS = {640: 8, 1280: 16, 1408: 16, 1664: 16}
 def load_pretrained(cls, source, *, heads, decoder_heads, frames, image_size, positions):
     """mae.VideoMAE.from_official: see there."""
     file = VideoMAEFile(source)
-    if file.config.get("model") == getattr(cls, "model_name", "VideoMAE"):
+    if file.config.get("model") == cls.model_name:
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
     if not file.has("encoder_to_decoder.weight", "mask_token"):
         raise WeightsError(
@@ -74,7 +74,7 @@ def load_pretrained(cls, source, *, heads, decoder_heads, frames, image_size, po
 def load_classifier(cls, source, *, heads, frames, image_size, positions):
     """mae.VideoClassifier.from_official: see there."""
     file = VideoMAEFile(source, FINE_TUNED)
-    if file.config.get("model") == getattr(cls, "model_name", "VideoClassifier"):
+    if file.config.get("model") == cls.model_name:
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
     if file.has("encoder_to_decoder.weight", "mask_token"):
         raise WeightsError(f"{file.name}: a pretraining file, without a classifier; it loads with "

@@ -1,0 +1,44 @@
+"""--dry-run: what a step costs, without taking one."""
+
+import data
+import torch
+
+from engine import processes
+from engine.evaluation import to_device
+from engine.stage import generator
+
+
+def dry_run(stage, model, train_set):
+    """Print size, FLOPs and memory of a step, counted on one clip.
+
+    Returns {"parameters", "forward_flops", "expected_bytes"}.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model.to(stage.device).train()
+    batch = to_device(next(iter(data.batches(train_set, 1, stage.seed, 1))), stage.device)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, \
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = stage.loss(model, batch, generator(stage.seed, "dry run"))
+    forward = counter.get_total_flops()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = 4 * parameters + 12 * trained + (4 * parameters if stage.ema else 0)
+    fixed /= processes.world() if stage.shard else 1
+    total = fixed + activations * stage.batch_size
+    print(f"parameters           {parameters / 1e6:10.2f} M, {trained / 1e6:.2f} M of them trained")
+    print(f"FLOPs per clip       {forward / 1e9:10.2f} G forward, about {3 * forward / 1e9:.2f} G "
+          "with backward")
+    print(f"weights, gradients, AdamW {fixed / 2**20:5.0f} MiB")
+    print(f"activations          {activations * stage.batch_size / 2**20:10.0f} MiB for "
+          f"{stage.batch_size} clips")
+    print(f"expected memory      {total / 2**20:10.0f} MiB, plus the framework's own")
+    return dict(parameters=parameters, forward_flops=forward, expected_bytes=total)

@@ -1,0 +1,473 @@
+"""A run of a stage: folder, device, log, signals, progress bar, bad files, checkpoints, results.
+
+`train.train` is the loop; it calls these methods at the places where they act. What a run leaves in
+--out: log.jsonl, metrics.json, model.safetensors, config.json, last.pt, last.1.pt, pictures.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import re
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import attention
+import data
+import weights
+from engine import checkpoints, evaluation, machine, optimisers, pictures, processes
+from engine.errors import Interrupted, RunError, UserError
+from engine.stage import check_model, check_stage
+
+MOST_BAD = 0.5  # share of unreadable clips above which a run stops, once there are ten
+
+
+class Log:
+    """log.jsonl: one JSON object per line. After a resume, lines past the checkpoint go."""
+
+    def __init__(self, path, step):
+        self.path, kept = path, []
+        if processes.rank() > 0:
+            return
+        if step and path.exists():
+            for line in path.read_text(errors="replace").split("\n"):
+                # A kill may have cut off the last line.
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+        text = "".join(line + "\n" for line in kept)
+        weights.write_aside(path, lambda aside: Path(aside).write_text(text))
+
+    def write(self, **values):
+        if processes.rank() > 0:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({name: round(value, 7) if isinstance(value, float) else value
+                                   for name, value in values.items()}) + "\n")
+
+
+def add_means(total, values, count):
+    """Add {name: number} of one of `count` micro-batches to their means in `total`."""
+    for name, value in values.items():
+        total[name] = total.get(name, 0.0) + float(value) / count
+
+
+def listed(numbers):
+    """{name: number} in one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def clips_in(batch):
+    """How many clips a batch holds, as pixels or as features."""
+    return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
+
+
+class Run:
+    """One run of a stage. `again`: what to type to go on with it, "--resume" or a whole line."""
+
+    def __init__(self, stage, again="--resume"):
+        self.stage, self.again = stage, again
+        self.out = Path(stage.out or f"runs/{stage.name}")
+        stage.out = str(self.out)
+        check_stage(stage)
+        stage.device = processes.start(machine.choose_device(stage.device))
+        stage.precision = machine.choose_precision(stage.precision, stage.device)
+        stage.compile, self.why_compile = machine.choose_compile(stage)
+        self.kernels = attention.use(stage.attention, stage.device)
+        self.onednn = self.why_onednn = ""
+        if stage.device == "cpu":
+            self.onednn, self.why_onednn = machine.choose_products()
+        if stage.device == "cpu" and stage.attention == "flex" and stage.steps:
+            raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose "
+                            "auto, written_out, piecewise or fused")
+        self.step, self.seconds_before, self.initial, self.bad = 0, 0.0, {}, {}
+        self.results, self.metrics, self.latest = {}, {}, {}
+        self.signals, self.stopping, self.batches, self.warned = [], False, None, False
+
+    # Before the first step
+
+    def prepare(self, model, compiled=()):
+        """Move the model to the device, compile its blocks, wrap it for several processes.
+
+        compiled  classes of modules whose forward pass is compiled
+        returns   (batch, rng) -> what stage.loss returns; the gradients are means over processes
+        """
+        stage, self.model = self.stage, model.to(self.stage.device)
+        check_model(stage, model)
+        if stage.compile == "on":
+            machine.compile_blocks(model, compiled)
+        self.open_folder()
+        self.training_loss = processes.parallel(model, stage.loss, stage.shard,
+                                                parts=(attention.Block,))
+        self.average = optimisers.WeightAverage(model, stage.ema) if stage.ema else None
+        return self.training_loss
+
+    def open_folder(self):
+        """Make --out, or move an earlier run in it aside. Errors before this leave it as it is."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.out):
+                pass
+        except (OSError, ValueError) as error:  # ValueError: a character that no name may have
+            raise UserError(f"--out {self.out}: "
+                            f"{getattr(error, 'strerror', None) or error}") from None
+        if not self.stage.resume and processes.rank() == 0:
+            checkpoints.keep_old_run(self.out)
+        self.stage.began = True
+        processes.wait()
+
+    def resume(self, optimizer):
+        """With --resume, take over the newest good checkpoint -> its step; else 0."""
+        stage, self.optimizer = self.stage, optimizer
+        own = checkpoints.tensors_of(self.model, None, self.average)
+        found = checkpoints.resume_from(self.out, stage, own) if stage.resume else None
+        if found:
+            saved, tensors = found
+            checkpoints.restore(tensors, self.model, optimizer, self.average)
+            self.step, self.seconds_before = saved["step"], saved["seconds"]
+            self.initial, self.bad = saved["initial"], saved["bad"]
+            onednn = saved.get("onednn", saved["settings"].get("onednn"))
+            if stage.device == "cpu" and onednn in ("on", "off") and onednn != self.onednn:
+                # Another machine does not change a run in its midst.
+                self.onednn, self.why_onednn = machine.choose_products(onednn)
+        self.first = self.step
+        processes.wait()
+        return self.first
+
+    def start(self, train_set, held_out):
+        """Print what this run is, open the log, evaluate before the first step -> training set.
+
+        held_out  {name: data set}
+        """
+        stage = self.stage
+        self.sets = {name: evaluation.HeldOut(one, stage.test if name == "test" else
+                                              stage.eval_clips, stage)
+                     for name, one in held_out.items()}
+        self.protocol = stage.protocol(held_out)
+        self.describe(train_set)
+        self.log_file = Log(self.out / "log.jsonl", self.first)
+        self.started = time.monotonic()
+        with processes.unsharded(self.training_loss):
+            train_set = stage.prepare(self.model, train_set, held_out)
+        self.evaluate(self.first)
+        if not self.initial and self.first == 0:
+            self.initial = {f"initial_{name}": value for name, value in self.metrics.items()}
+        return train_set
+
+    def describe(self, train_set):
+        """Print the run's size, its machine choices, all settings and the protocol."""
+        stage, clips = self.stage, optimisers.clips_per_step(self.stage)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        several = f", {processes.world()} processes" * (processes.world() > 1)
+        several += " with a part of the weights each" * (bool(several) and stage.shard)
+        finite = hasattr(train_set, "__len__") and not isinstance(train_set, data.VideoShards)
+        epochs = f", {stage.steps * clips / len(train_set):.3g} epochs" if finite else ""
+        print(f"{stage.name}: {self.parameters / 1e6:.2f} M parameters, {stage.steps} steps of "
+              f"{clips} clips{epochs}, peak lr {optimisers.peak_rate(stage):.2e}, {stage.device}, "
+              f"{stage.precision}{several}, {torch.get_num_threads()} threads -> {self.out}")
+        print(f"attention: {self.kernels}; blocks "
+              f"{'compiled' if stage.compile == 'on' else 'not compiled'}"
+              + f" ({self.why_compile})" * bool(self.why_compile)
+              + f"; oneDNN for float32 {self.onednn} ({self.why_onednn})" * bool(self.onednn))
+        print("settings: " + json.dumps(dataclasses.asdict(stage)))
+        if self.protocol:
+            print("protocol: " + "; ".join(f"{name.replace('_', ' ')}: {value}"
+                                           for name, value in self.protocol.items()))
+
+    # Training
+
+    @contextlib.contextmanager
+    def training(self):
+        """A context with a progress bar in which Ctrl-C and SIGTERM end the run after a step.
+
+        A second Ctrl-C ends it at once. Raises Interrupted at its end where the run was asked to
+        stop, also where that was in the last step.
+        """
+        stage = self.stage
+        listened = [number for number in (signal.SIGINT, signal.SIGTERM)
+                    if signal.getsignal(number) is not signal.SIG_IGN]  # a shell's background job
+        previous = [(number, signal.signal(number, self.hear)) for number in listened]
+        self.bar = tqdm(total=stage.steps, initial=self.first, desc=stage.name, unit="step",
+                        dynamic_ncols=True, disable=stage.steps == 0 or processes.rank() > 0,
+                        mininterval=0.5 if sys.stderr.isatty() else 15)
+        try:
+            yield
+        finally:
+            self.bar.close()
+            for number in listened:
+                signal.signal(number, signal.SIG_IGN)  # while the workers end: a moment
+            self.batches = None
+            # When one of several processes ends, torchrun sends the others SIGTERM.
+            if not self.stopping or processes.world() == 1:
+                for number, handler in previous:
+                    signal.signal(number, handler)
+        stop = bool(self.signals) or self.stopping
+        if processes.means({"stop": stop}, stage.device)["stop"] > 0:
+            line = self.again if self.again != "--resume" else (
+                f"python train.py {stage.name} --resume --out {self.out} and the same flags")
+            raise Interrupted(f"stopped at step {self.step} of {stage.steps}, saved in "
+                              f"{self.out}/last.pt; go on with: {line}")
+
+    def hear(self, number, _):
+        """The signal handler during training."""
+        if number in self.signals and processes.world() == 1:  # the second time: now
+            raise KeyboardInterrupt
+        self.signals.append(number)
+
+    def steps(self, batches):
+        """Yield (step, its micro-batches on the device) up to --steps, or until asked to stop."""
+        self.batches = iter(batches)
+        del batches
+        self.start_window()
+        self.unreadable = self.asked_for = 0
+        self.stage.training_mode(self.model)
+        while self.step < self.stage.steps and not self.stopping:
+            self.files = []
+            yield self.step, self.micro_batches()
+            self.step += 1
+
+    def micro_batches(self):
+        for _ in range(self.stage.accum):
+            asked = time.monotonic()
+            batch = next(self.batches)
+            self.waited += time.monotonic() - asked
+            self.count_unreadable(batch)
+            self.files += batch.get("path", ())
+            self.clips += clips_in(batch)
+            yield evaluation.to_device(batch, self.stage.device)
+
+    def count_unreadable(self, batch):
+        """Name each unreadable file once. DataError where most clips cannot be read."""
+        unreadable = batch.get("bad", ())
+        for path, reason in unreadable:
+            if path not in self.bad:
+                self.bad[path] = reason
+                tqdm.write(f"skipped: {reason}")
+        self.unreadable += len(unreadable)
+        self.asked_for += clips_in(batch) + len(unreadable)
+        if self.unreadable >= 10 and self.unreadable > MOST_BAD * self.asked_for:
+            raise data.DataError(f"{self.unreadable} of {self.asked_for} clips could not be read, "
+                                 f"more than half, the last: {reason}; `python data.py PATH` lists "
+                                 "all such files")
+
+    def accumulating(self, last):
+        """Context of a micro-batch: the last one's backward pass exchanges the gradients."""
+        return processes.exchange(self.training_loss, on=last)
+
+    def check_finite(self, metrics, grad_norm, rate):
+        """Means of {name: number} over all processes, all finite.
+
+        Else: saves the weights before this step and raises RunError. Here the processes also agree
+        to stop: one that is asked to stop stops all, after the same step.
+        """
+        stage = self.stage
+        if "loss" not in metrics:
+            raise UserError(f"stage {stage.name}: loss() returns no number named loss")
+        suspect = not all(map(math.isfinite, metrics.values()))
+        metrics = processes.means(metrics | {"stop": bool(self.signals)}, stage.device)
+        self.stopping = metrics.pop("stop") > 0
+        if math.isfinite(grad_norm) and all(map(math.isfinite, metrics.values())):
+            return metrics
+        self.save(self.step)
+        rows = processes.collect([(processes.rank(), suspect, self.files)])
+        known = any(guilty for _, guilty, _ in rows)
+        names = [path for _, guilty, files in rows if guilty or not known for path in files]
+        lower = "--blr or --lr" if hasattr(stage, "blr") else "--lr"
+        raise RunError(
+            f"step {self.step}: loss {metrics['loss']}, gradient norm {grad_norm}, lr {rate:.2e}, "
+            f"batch {', '.join(names) or 'of generated clips'}: not finite; the weights before it "
+            f"are in {self.out}/last.pt; try a lower {lower}, or --precision fp32")
+
+    def update_average(self):
+        """With --ema, after each step of the optimiser."""
+        if self.average:
+            self.average.update(self.model)
+
+    def start_window(self):
+        """Speed is measured from here to the next line of the log."""
+        self.window, self.waited, self.clips = time.monotonic(), 0.0, 0
+
+    def seconds(self):
+        """Of the whole run, over all its resumes."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def log(self, step, metrics, rate, grad_norm):
+        """Move the bar; every --log-every steps, write the numbers and the speed into the log."""
+        stage = self.stage
+        self.latest |= metrics  # a stage may report some numbers in some steps only
+        self.bar.update()
+        if step % stage.log_every and step != stage.steps:
+            return
+        elapsed = time.monotonic() - self.window
+        waits, memory = self.waited / elapsed, round(machine.memory_mib(stage.device))
+        speed = self.clips * processes.world() / elapsed
+        self.log_file.write(step=step, **self.latest, lr=rate, grad_norm=grad_norm,
+                            clips_per_s=speed, data_wait=waits, memory_mib=memory,
+                            seconds=self.seconds())
+        self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, lr {rate:.1e}, {speed:.0f} clips/s, "
+                                 f"data {waits:.0%}, {memory} MiB")
+        if waits > 0.2 and step >= self.first + 3 * stage.log_every and not self.warned:
+            self.warned = True
+            tqdm.write(f"the step waits for clips {waits:.0%} of the time: raise --workers"
+                           + ", or make small copies with data.py --cache" * bool(stage.data))
+        self.start_window()
+
+    def evaluates_at(self, step):
+        """After every --eval-every steps, and after the last."""
+        every = self.stage.eval_every or max(1, self.stage.steps // 5)
+        return step % every == 0 or step == self.stage.steps
+
+    def saves_at(self, step):
+        """After every --save-every steps, after the last, and where the run was asked to stop."""
+        return step % self.stage.save_every == 0 or step == self.stage.steps or self.stopping
+
+    def evaluate(self, step, names=None):
+        """Evaluate on all held-out sets but "test", or on those named; log and print numbers."""
+        held_out = {name: clips for name, clips in self.sets.items()
+                    if (name in names if names else name != "test")}
+        self.model.eval()
+        with torch.no_grad(), self.averaged(), processes.unsharded(self.training_loss):
+            results = evaluation.evaluate(self.stage, self.model, held_out)
+        self.stage.training_mode(self.model)
+        self.results |= results
+        numbers = evaluation.numbers_of(results)
+        self.metrics |= numbers
+        self.log_file.write(step=step, **numbers)
+        tqdm.write(f"step {step}: {listed(numbers)}")
+        self.start_window()
+
+    def averaged(self):
+        """Context: with --ema, the model has the averaged weights."""
+        return self.average.in_place(self.model) if self.average else contextlib.nullcontext()
+
+    def save(self, step):
+        """Write a checkpoint of the model, the average and the optimiser after so many steps."""
+        tensors = checkpoints.tensors_of(self.model, self.optimizer, self.average)
+        facts = dict(step=step, settings=dataclasses.asdict(self.stage), seconds=self.seconds(),
+                     processes=processes.world(), initial=self.initial, bad=self.bad,
+                     onednn=self.onednn, tensors=[len(group) for group in tensors.values()])
+        checkpoints.save_checkpoint(self.out, facts, tensors,
+                                    self.stage.shard and processes.world() > 1)
+
+    # After the last step
+
+    def finish(self):
+        """Measure what is measured once, write all files; returns what is in metrics.json."""
+        stage, model = self.stage, self.model
+        if "test" in self.sets:
+            self.evaluate(self.step, ["test"])
+        model.eval()
+        with self.averaged():
+            tensors = {name: processes.whole(value) for name, value in model.state_dict().items()}
+            with torch.no_grad(), processes.unsharded(self.training_loss):
+                held_out = {name: clips.dataset for name, clips in self.sets.items()}
+                self.metrics |= stage.finish(model, held_out, self.results)
+                report = self.report()
+                if processes.rank() == 0:
+                    self.write_outputs(tensors, report)
+        unreadable, clips = self.sets["val"].bad, self.sets["val"].clips
+        if unreadable:
+            print(f"evaluated {clips} of {clips + len(unreadable)} held-out files; not readable: "
+                  + "; ".join(reason for _, reason in unreadable))
+        if self.bad:
+            print(f"{len(self.bad)} unreadable training files were skipped (named above and in "
+                  "metrics.json)")
+        processes.wait()
+        print(f"{stage.name}: done in {report['seconds']:.0f} s; {listed(self.metrics)}")
+        return report
+
+    def report(self):
+        """What metrics.json holds."""
+        rows = processes.collect([(processes.rank(), list(self.bad.items()))])
+        self.bad = dict(pair for _, pairs in rows for pair in pairs)
+        unreadable = dict(pair for clips in self.sets.values() for pair in clips.bad)
+        return dict(stage=self.stage.name, step=self.step, protocol=self.protocol, **self.metrics,
+                    **self.initial, parameters=self.parameters, trained=self.trained,
+                    seconds=round(self.seconds(), 1), processes=processes.world(),
+                    bad_files=self.bad | unreadable, settings=dataclasses.asdict(self.stage))
+
+    def write_outputs(self, tensors, report):
+        """Write what a run leaves, metrics.json last: where that is, all is."""
+        stage, batch = self.stage, self.sets["val"].first
+        weights.save(self.out, tensors, self.model.config)
+        stage.extras(self.out)
+        if stage.figures and batch:
+            drawn = stage.pictures(self.model, evaluation.to_device(batch, stage.device), self.out,
+                                   self.results)
+            drawn += pictures.curve(self.out, stage.name) if stage.steps else []
+            print("pictures: " + ", ".join(str(path) for path in drawn))
+        text = json.dumps(report, indent=1) + "\n"
+        weights.write_aside(self.out / "metrics.json", lambda path: Path(path).write_text(text))
+
+
+def one_line_errors(train):
+    """Decorator of train(stage, again): errors of the machine become a RunError, an interruption
+    becomes Interrupted. Each is one line that names the last good checkpoint."""
+    @functools.wraps(train)
+    def wrapped(stage, again="--resume"):
+        def with_checkpoint(reason):
+            # What lies in --out before the run began is another run's.
+            kept = checkpoints.checkpoints(Path(stage.out)) if stage.began else []
+            return reason + (f"; the last good checkpoint is {kept[0]}, go on with {again}" if kept
+                             else "; no checkpoint was written yet")
+        try:
+            return train(stage, again)
+        except KeyboardInterrupt:
+            raise Interrupted(with_checkpoint("interrupted")) from None
+        except (OSError, EOFError, MemoryError, RuntimeError) as error:
+            reason = describe_error(error, stage)
+            if not reason:
+                raise
+            raise RunError(with_checkpoint(reason)) from None
+    return wrapped
+
+
+def describe_error(error, stage):
+    """One line on an error of the machine, or None where it is an error of this program."""
+    text = str(error)
+    if isinstance(error, RunError):
+        return None
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        return f"out of memory on {stage.device}: try {', or '.join(lower_memory(stage))}; " \
+               "--dry-run estimates what a step needs"
+    chain = error  # a worker's death is heard at any time, also while a checkpoint is written
+    while chain is not None:
+        if dead := data.dead_worker(chain):
+            return dead
+        chain = chain.__context__
+    if not getattr(error, "filename", None) and re.search(  # torch hands clips over there
+            r"shared memory (object|file)|shared memory\(shm\)|</torch_\d+_\d+|items of ancdata|"
+            r"Too many open files", text):
+        return (f"no room to hand clips from one process to another "
+                f"({text.strip().splitlines()[0][:150]}): fewer --workers, a smaller --batch-size, "
+                "a larger /dev/shm, or a higher `ulimit -n`")
+    if isinstance(error, OSError) and error.errno:
+        return f"{error.filename or stage.out}: {error.strerror}"
+    if processes.world() > 1 and re.search(r"[Cc]onnection|peer|NCCL|gloo", text):
+        return "another process of this run has ended; its own line says why"
+    return None
+
+
+def lower_memory(stage):
+    """Flags that need less memory for the same step."""
+    batch, flags = stage.batch_size, []
+    parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # fewest equal parts
+    if hasattr(stage, "cache_size"):
+        cache = stage.cache_size or batch
+        flags += [f"--cache-size {cache // 2}"] * (cache > 1)
+    else:
+        flags += [f"--batch-size {batch // parts} --accum {parts * stage.accum}, which is the same "
+                  "step"] * (parts > 1)
+    flags += [f"--eval-batch {stage.eval_batch // 2}"] * (stage.eval_batch > 1)
+    flags += ["--recompute"] * (not stage.recompute)
+    flags += ["--precision bf16"] * (stage.precision == "fp32")
+    flags += ["--shard"] * (processes.world() > 1 and not stage.shard)
+    return flags + ["fewer --workers"]

@@ -1,0 +1,301 @@
+"""The base of all stages: fields that become flags, and the methods that the loop calls.
+
+A stage is a dataclass. Its fields are the recipe, its methods are the behaviour; `train.train` runs
+any stage and knows none by name. A stage registers itself, once:
+
+    @dataclass
+    class Distill(Stage, name="distill"):
+        steps: int = flag(500, paper="800 epochs")       # help and range are those of Stage.steps
+        teacher: str = flag("", "a run or an official file: the frozen teacher")
+
+        def datasets(self): ...
+
+See `Stage` for the methods.
+"""
+
+import dataclasses
+import json
+import types
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import data
+from engine import evaluation, machine, processes
+from engine.errors import UserError
+from video.sampling import SAMPLINGS
+from video.transforms import TRANSFORMS
+
+STAGES = {}  # {name that users type: class}; filled by Stage.__init_subclass__
+GROUPS = ("recipe", "clips", "run", "machine")  # of --help, in this order
+USUAL = dict(help="", low=None, high=None, choices=None, paper="", only="", group="recipe")
+
+
+def flag(default, help=None, low=None, high=None, choices=None, paper=None, only=None, group=None):
+    """A field of a stage, and a flag of the command line.
+
+    help     what it is, with its unit
+    low, high, choices   the legal values
+    paper    the paper's value
+    only     "files": only with --data; "generated": only without. Else a value that is not the
+             default is refused
+    group    of --help: "recipe", "clips", "run" or "machine"
+
+    What is left out is taken from the field of the same name in a base class.
+    """
+    given = dict(help=help, low=low, high=high, choices=choices, paper=paper, only=only,
+                 group=group)
+    return dataclasses.field(default=default, metadata={
+        key: value for key, value in given.items() if value is not None})
+
+
+def details(field):
+    """All that `flag` was told of a field of a stage, {"help": ..., "low": ..., ...}."""
+    return USUAL | field.metadata
+
+
+def generator(seed, *parts):
+    """A torch.Generator on the CPU whose state is a function of its arguments alone."""
+    words = [seed] + [zlib.crc32(str(part).encode()) for part in parts]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
+
+
+@dataclass
+class Stage:
+    """A recipe: what every stage has. A stage must define
+
+    datasets()               -> (training set, {"val": data set, ...}); see data.py for an item
+    build(train_set)         -> the model, untrained or from --weights; its dict `config` says what
+                                it was made with and can be written as JSON
+    loss(model, batch, rng)  -> (loss, {"loss": number, ...}); random numbers come from `rng` alone
+
+    and may redefine the methods below. Held-out sets are evaluated by name: all of them at every
+    evaluation, but "test" only once, after the last step, on `stage.test` clips.
+    """
+
+    name = ""           # what users type; set by `class X(Stage, name=...)`
+    typed = frozenset()  # names of the flags that the user typed
+    began = False       # True once the files in --out are this run's
+    test = 0            # clips of the set "test"; a stage with such a set has a flag for it
+
+    data: str = flag("", "folder of videos, or a list of `path label` lines; default: generated "
+                     "moving shapes", group="clips")
+    val_data: str = flag("", "the same for evaluation; default: every tenth file of --data",
+                         group="clips")
+    out: str = flag("", "folder for logs, weights and pictures; default: runs/<stage>", group="run")
+    weights: str = flag("", "start from these weights: a run's folder or an official file")
+    resume: bool = flag(False, "go on from the newest good checkpoint in --out; starts anew where "
+                        "there is none, so that a cluster may start the same line again and again",
+                        group="run")
+    steps: int = flag(1000, "optimiser steps; 0 = evaluate only", low=0)
+    batch_size: int = flag(32, "clips per process and step", low=1)
+    accum: int = flag(1, "micro-batches per step: more clips a step, no more memory", low=1)
+    lr: float = flag(1e-3, "learning rate at its peak", low=0)
+    min_lr: float = flag(0.01, "final learning rate as a fraction of the peak", low=0, high=1)
+    warmup: float = flag(0.05, "share of the steps that warm up linearly from 0", low=0, high=1)
+    optimizer: str = flag("muon", "muon = Muon for the matrices of blocks and other numbered "
+                          "layers, AdamW for the rest; adamw = AdamW for all",
+                          choices=("muon", "adamw"), paper="adamw")
+    weight_decay: float = flag(0.05, "weight decay, on matrices only", low=0)
+    beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=0.999999)
+    clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
+    ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; "
+                      "0 = none", low=0, high=1)
+    figures: bool = flag(True, "pictures at the end of the run; --no-figures saves some seconds",
+                         group="run")
+    seed: int = flag(0, "of everything random", low=0, group="run")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N", group="machine")
+    precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has "
+                          "it", choices=("auto", "bf16", "fp32"), group="machine")
+    attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and "
+                          "mask, see attention.choose", group="machine",
+                          choices=("auto", "written_out", "piecewise", "fused", "flex"))
+    compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half "
+                        "a minute and gains at most 4 percent", choices=("auto", "on", "off"),
+                        group="machine")
+    recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the "
+                           "memory", group="machine")
+    shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and "
+                       "optimiser states (FSDP2)", group="machine")
+    workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one",
+                        low=0, high=1000, group="machine")
+    eval_clips: int = flag(256, "held-out clips per evaluation", low=1, group="clips")
+    eval_batch: int = flag(32, "clips at a time in evaluation, per process; no number depends on "
+                           "--batch-size", low=1, group="machine")
+    eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0,
+                           group="run")
+    save_every: int = flag(100, "steps between checkpoints", low=1, group="run")
+    log_every: int = flag(10, "steps between lines of log.jsonl", low=1, group="run")
+    dry_run: bool = flag(False, "print parameters, FLOPs per clip and memory, then stop",
+                         group="run")
+
+    def __init_subclass__(cls, name=None, **options):
+        """Register the stage; complete its flags from those of the same names in its bases."""
+        super().__init_subclass__(**options)
+        for key, field in vars(cls).items():
+            if isinstance(field, dataclasses.Field):
+                above = next((vars(base)["__dataclass_fields__"][key].metadata
+                              for base in cls.__mro__[1:]
+                              if key in vars(base).get("__dataclass_fields__", {})), {})
+                field.metadata = types.MappingProxyType(above | field.metadata)
+        cls.name = name or cls.__name__.lower()
+        if name:
+            STAGES[name] = cls
+
+    # What a stage may redefine
+
+    def batches(self, train_set, first, repeats=1):
+        """Micro-batches from step `first` on; a function of (seed, step) alone."""
+        return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum,
+                            start=first * self.accum, workers=self.workers, repeats=repeats,
+                            rank=processes.rank(), world=processes.world())
+
+    def evaluate(self, model, batches, held_out_set):
+        """Measure the model on one held-out set -> {name: value}.
+
+        Here: the means of the training metrics. batches: its clips, on the device. Numbers go into
+        the log and metrics.json under "<name of the set>_<name>"; anything else (tensors, tables)
+        is for `finish` and `pictures`, which get the whole dict.
+        """
+        rows = []
+        for batch in batches:
+            rng = generator(self.seed, "evaluation", batch["number"])
+            _, metrics = self.loss(model, batch, rng)
+            rows.append((batch["number"], len(batch["video"]),
+                         {name: float(value) for name, value in metrics.items()}))
+        return evaluation.weighted_mean(processes.collect(rows))
+
+    def prepare(self, model, train_set, held_out):
+        """What takes time and is needed before the first evaluation; --out exists.
+
+        Returns what `batches` gets as its train_set.
+        """
+        return train_set
+
+    def training_mode(self, model):
+        """Put the model in training mode; a stage with frozen parts leaves them in eval mode."""
+        model.train()
+
+    def scale_of(self, model, name):
+        """Factor on the learning rate of the parameter with this name."""
+        return 1.0
+
+    def protocol(self, held_out):
+        """What was measured on what: {word: value}, printed at the start and in metrics.json."""
+        return {}
+
+    def finish(self, model, held_out, results):
+        """What is measured once, after the last evaluation -> {name: number}.
+
+        held_out: {name: data set}; results: {name of the set: what `evaluate` returned}.
+        """
+        return {}
+
+    def pictures(self, model, batch, folder, results):
+        """Draw what the stage learned on one held-out batch -> paths."""
+        return []
+
+    def extras(self, folder):
+        """Write what else belongs beside the weights."""
+
+    # What a stage may call
+
+    def check_against_weights(self, **values):
+        """Take over what --weights have fixed: {flag: value that holds}.
+
+        UserError where a flag asks for something else. A flag asks where it was typed, also with
+        its default, or set in code to something else than its default.
+        """
+        for name, value in values.items():
+            wanted, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if wanted != value and (name in self.typed or wanted != default):
+                raise UserError(f"--{name.replace('_', '-')} {wanted}: {self.weights} keeps its "
+                                f"own, {value}; leave it out")
+            setattr(self, name, value)
+
+    def autocast(self):
+        """Run networks, not losses, in bfloat16 where --precision says so."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def faster(self, function):
+        """The function, compiled into one kernel where --compile says so."""
+        return machine.compiled(function) if self.compile == "on" else function
+
+    def held_out(self, dataset, count, batch_size, shared=True):
+        """Batches of a data set for evaluation, on the device, each with its "number".
+
+        shared  True: each process gets other batches, and `processes.collect` puts results
+                together; False: each process gets all
+        """
+        rank, world = (processes.rank(), processes.world()) if shared else (0, 1)
+        for batch in data.held_out(dataset, count, batch_size, self.workers, rank, world):
+            if batch["video"] is not None:
+                yield evaluation.to_device(batch, self.device)
+
+# The flag of stages whose generated world has a test split.
+TEST_CLIPS = flag(0, "at the end also measure so many clips of the test split, which no choice has "
+                  "ever used", only="generated", low=0, group="clips")
+
+
+@dataclass
+class ClipStage(Stage):
+    """A stage whose data sets are clips."""
+
+    num_frames: int = flag(8, "frames per clip", low=1, high=10**4, group="clips")
+    input_size: int = flag(40, "height and width in pixels", low=1, high=10**4, group="clips",
+                           paper="224")
+    sampling: str = flag("segment", "segment = frames spread over the video, dense = neighbouring "
+                         "frames; the others are those of the published models", only="files",
+                         choices=tuple(SAMPLINGS), group="clips")
+    transform: str = flag("plain", "how frames are resized and cropped; plain is ours, the others "
+                          "are those of the published models", only="files",
+                          choices=tuple(TRANSFORMS), group="clips")
+    world = "MovingShapes"  # the class of video.moving_shapes that generates its clips
+
+    def open_sets(self, **options):
+        """(training set, {name: held-out set}); see data.open_sets."""
+        train_set, held_out = data.open_sets(
+            self.data, self.val_data, world=self.world, frames=self.num_frames,
+            size=self.input_size, seed=self.seed, sampling=self.sampling, transform=self.transform,
+            **options)
+        if not self.test:
+            held_out.pop("test", None)
+        return train_set, held_out
+
+    def clips_protocol(self, held_out):
+        """What of which clips is measured."""
+        val = held_out["val"]
+        count = min(self.eval_clips, len(val)) if hasattr(val, "__len__") else self.eval_clips
+        of_files = {"sampling": self.sampling, "transform": self.transform} if self.data else {}
+        return {"clips": f"{count} held-out clips of {val.source}", "frames": self.num_frames,
+                "pixels": self.input_size} | of_files
+
+
+def check_stage(stage):
+    """UserError with one line for each fault of a stage that somebody wrote."""
+    kind, faults = type(stage), []
+    for method in ("datasets", "build", "loss"):
+        if not callable(getattr(kind, method, None)):
+            faults.append(f"has no method {method}(); see engine.stage.Stage")
+    methods = {name for base in kind.__mro__ for name, value in vars(base).items()
+               if isinstance(value, types.FunctionType) and not name.startswith("_")}
+    for field in dataclasses.fields(stage):
+        if field.name in methods or isinstance(field.default, types.FunctionType):
+            faults.append(f"the field {field.name} has the name of a method")
+    if faults:
+        raise UserError(*(f"stage {stage.name or kind.__name__}: {fault}" for fault in faults))
+
+
+def check_model(stage, model):
+    """UserError where the model cannot be written: its `config` must be a dict that JSON holds."""
+    try:
+        if not isinstance(model.config, dict):
+            raise TypeError("is no dict")
+        json.dumps(model.config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"stage {stage.name}: build() returns a {type(model).__name__} whose "
+                        f"`config` cannot be written as JSON: {error}") from None

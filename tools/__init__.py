@@ -1,0 +1,1 @@
+"""Commands beside training: tables, estimates, claims, benchmarks, features and predictions."""

@@ -1,0 +1,393 @@
+"""What a trained model says about one video. The weights decide what is predicted.
+
+    python tools/predict.py VIDEO --weights RUN_OR_FILE
+
+| weights hold | prediction |
+| --- | --- |
+| VideoMAE | the video with most of it hidden, and its reconstruction (.png, .gif) |
+| VideoClassifier, AttentiveProbe | likeliest answers to each question |
+| UniFormerV2 | the same, and where its global token attends |
+| VideoText, VideoCLIP | with --text: which text fits; else a caption, and attention per word |
+| InternVideo | answers of each encoder and of both, gates, cross-model attention |
+| Localiser | segments of a video of any length, as it streams |
+| VideoQA | answers to --question |
+
+RUN_OR_FILE is the folder of a run of train.py, or an official file of weights. Without VIDEO the
+clip is a generated one, and what is true of it is printed. Clips have as many frames and pixels as
+the model was made for; frames are spread over the video. A mistake is one line, exit code 2.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import caption_decoder  # noqa: E402
+import clip_video  # noqa: E402
+import fusion  # noqa: E402
+import mae  # noqa: E402
+import uniformerv2  # noqa: E402
+import weights  # noqa: E402
+from engine import pictures  # noqa: E402
+from engine.errors import UserError, printable  # noqa: E402
+from tasks import localisation, question_answering, recognition  # noqa: E402
+from video import moving_shapes  # noqa: E402
+from video.clips import one_clip  # noqa: E402
+from video.decoding import Video  # noqa: E402
+from video.sampling import segment_indices  # noqa: E402
+from video.transforms import normalise  # noqa: E402
+from weights.tokenizer import tokenizer_of  # noqa: E402
+
+
+def parser():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="predict.py",
+                                     description="What a trained model says about one video.")
+    parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
+    parser.add_argument("--weights", required=True, metavar="RUN_OR_FILE",
+                        help="folder of a run, or a file of official weights")
+    parser.add_argument("--text", nargs="+", action="extend", metavar="TEXT",
+                        help="video-text models: which of these texts fits; default: a caption")
+    parser.add_argument("--question", help="VideoQA: a question about the video")
+    parser.add_argument("--method", default="greedy", choices=("greedy", "beam", "nucleus"),
+                        help="how a caption is generated (default: greedy)")
+    parser.add_argument("--max-tokens", type=int, default=30,
+                        help="length of a caption, tokens (default: 30)")
+    parser.add_argument("--mask-ratio", type=float, default=0.75,
+                        help="VideoMAE: share of each frame to hide, 0 to 1 (default: 0.75; "
+                             "paper: 0.9)")
+    parser.add_argument("--top", type=int, help="number of answers or segments to print")
+    parser.add_argument("--min-score", type=float, default=0.2,
+                        help="Localiser: lowest score of a segment to print, 0 to 1 (default: 0.2)")
+    parser.add_argument("--frames", type=int,
+                        help="video-text models: frames of the clip; default: those of the weights")
+    parser.add_argument("--tokenizer",
+                        help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
+                             "one beside the weights")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the generated clip, of hidden places, of --method nucleus")
+    parser.add_argument("--out", default="runs/prediction.png", metavar="PICTURE.png",
+                        help="where the picture goes (default: runs/prediction.png)")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------
+# What every model needs
+
+
+def model_in(source):
+    """Name of the model that a run or a file holds, by its configuration or else its tensors."""
+    tensors, config = weights.read(source)
+    if config.get("model"):
+        return config["model"]
+    _, loaders = weights.describe(tensors)
+    if not loaders:
+        raise UserError(f"{source}: weights of no family known here")
+    return loaders[0]
+
+
+def clip_for(args, frames, size, sampling="segment"):
+    """uint8 (T, H, W, 3): of the file, or generated; then its caption is printed."""
+    if args.video:
+        return one_clip(args.video, frames, size, sampling)
+    item = moving_shapes.MovingShapes("test", frames, size, args.seed)[0]
+    print(f"a generated clip: {item['caption']}")
+    return item["video"]
+
+
+def as_input(clip, model):
+    """uint8 (T, H, W, 3) -> float (1, 3, T, H, W), normalised as the model expects."""
+    return normalise(torch.as_tensor(clip)[None], model.mean, model.std)
+
+
+def picture_path(args):
+    """Where the picture goes; its folder is made."""
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def questions_of(source, classes):
+    """{question: names of its answers}, side by side in the logits; numbers where none are known.
+
+    classes  Y, number of logits
+    """
+    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    if not (folder / "questions.json").exists():
+        return {"class": [str(i) for i in range(classes)]}
+    questions = json.loads((folder / "questions.json").read_text())
+    named = sum(map(len, questions.values()))
+    if named != classes:
+        raise UserError(f"{folder / 'questions.json'}: names {named} answers, the weights have "
+                        f"{classes}")
+    return questions
+
+
+def print_answers(logits, questions, top, who=""):
+    """The likeliest answers to each question; logits (Y,)."""
+    parts = logits.split([len(names) for names in questions.values()])
+    for (question, names), part in zip(questions.items(), parts):
+        best = part.softmax(dim=0).topk(min(top, len(names)))
+        print(f"{who}{question:8s} " + ", ".join(
+            f"{names[i]} {share:.0%}" for share, i in zip(*map(torch.Tensor.tolist, best))))
+
+
+# ------------------------------------------------------------------------------------------------
+# One function a model
+
+
+def reconstruct(args):
+    """VideoMAE: hide most of the clip, and draw the reconstruction."""
+    model = mae.VideoMAE.from_official(args.weights).eval()
+    T, size = model.config["frames"], model.config["image_size"]
+    t, h, w = model.grid
+    if not 0 < int(args.mask_ratio * h * w) < h * w:
+        raise UserError(f"--mask-ratio {args.mask_ratio}: must leave at least one of the "
+                        f"{h * w} places of a frame visible and hide at least one")
+    clip = torch.as_tensor(clip_for(args, T, size, "dense"))[None]
+    video = normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    hidden = mae.tube_mask(1, model.grid, args.mask_ratio,
+                           torch.Generator().manual_seed(args.seed))
+    config = model.config
+    target = mae.reconstruction_target(video, hidden, config["normalised"],
+                                       patch=model.encoder.patch, tubelet=model.encoder.tubelet)
+    loss = mae.reconstruction_loss(model(video, hidden), target)
+    print(f"{int(hidden[0, :h * w].sum())} of {h * w} places of every frame are hidden; "
+          f"loss on this clip {loss:.3f}")
+    still, moving = pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden),
+                                            picture_path(args))
+    print(f"drawn: {still} and {moving}")
+
+
+def classify_masked(args):
+    """VideoClassifier: the likeliest answers to each question."""
+    answer_questions(args, mae.VideoClassifier.from_official(args.weights).eval())
+
+
+def classify_multimodal(args):
+    """UniFormerV2: the likeliest answers to each question, and where the global token attends."""
+    model = uniformerv2.UniFormerV2.from_official(args.weights).eval()
+    clip = answer_questions(args, model)
+    maps = model.attention_maps(as_input(clip, model))
+    if maps:
+        path = picture_path(args)
+        pictures.attention_maps(clip, torch.cat(list(maps.values())),
+                                [f"after layer {i}" for i in maps],
+                                "where the global token attends", path)
+        print(f"drawn: {path}")
+
+
+def classify_attentively(args):
+    """AttentiveProbe: the likeliest answers to each question."""
+    model = recognition.AttentiveProbe.from_run(args.weights)
+    answer_questions(args, model, model.encoder.config)
+
+
+def answer_questions(args, model, config=None):
+    """Print the likeliest answers of a classifier; returns the clip.
+
+    config  "frames" and "image_size" of its clips; None: its own
+    """
+    config = config or model.config
+    if not model.config["classes"]:
+        raise UserError(f"{args.weights}: has no classifier; train one: train.py classify "
+                        "--weights ...")
+    questions = questions_of(args.weights, model.config["classes"])
+    clip = clip_for(args, config["frames"], config["image_size"])
+    print_answers(model(as_input(clip, model))[0], questions, args.top or 3)
+    return clip
+
+
+def describe(args):
+    """VideoText or VideoCLIP: which of --text fits, or a caption and where each word attends."""
+    model = clip_video.VideoCLIP.from_official(args.weights, frames=args.frames).eval()
+    config = model.config
+    if not args.text:
+        decoder = caption_decoder.CaptionDecoder.from_official(args.weights)
+        model = caption_decoder.VideoText(model, decoder).eval()
+    tokenizer = tokenizer_of(args.weights, args.tokenizer, config["vocabulary"])
+    clip = clip_for(args, args.frames or config["frames"], config["image_size"])
+    (match if args.text else caption)(args, model, tokenizer, clip)
+
+
+def match(args, model, tokenizer, clip):
+    """Print a probability for each text, the highest first; clip (T, H, W, 3)."""
+    ids, _ = tokenizer.encode(args.text, model.config["context"])
+    classes = F.normalize(model.encode_text(ids), dim=-1)[None]
+    video = model.encode_video(as_input(clip, model))
+    shares = clip_video.zero_shot(video, classes, model.logit_scale)[0]
+    for share, text in sorted(zip(shares.tolist(), args.text), reverse=True):
+        print(f"{share:8.4f}  {text}")
+
+
+def caption(args, model, tokenizer, clip):
+    """Print a caption of a clip (T, H, W, 3), and draw where each of its words attends."""
+    video, context = as_input(clip, model.clip), model.clip.config["context"]
+    sentence, = model.caption(video, tokenizer, min(args.max_tokens, context - 1),
+                              method=args.method,
+                              generator=torch.Generator().manual_seed(args.seed))
+    print(sentence)
+    if model.clip.kind == "joint":  # its tokens do not belong to single frames
+        return
+    ids = tokenizer.encode([sentence], context, trim=True)[0]
+    words = [tokenizer.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
+    path = picture_path(args)
+    title = f'where the decoder attends as it writes "{sentence}"'
+    pictures.attention_maps(clip, model.attention_maps(video, ids)[0], words, title, path)
+    print(f"drawn: {path}")
+
+
+def fuse(args):
+    """InternVideo: answers of each encoder and together, gates, and cross-model attention."""
+    model = fusion.InternVideo.from_run(args.weights).eval()
+    encoders = (model.masked, *model.multimodal)
+    T = max(encoder.config["frames"] for encoder in encoders)
+    H, W = map(max, zip(*(encoder.config["image_size"] for encoder in encoders)))
+    frames = clip_for(args, T, (H, W))
+    clip = torch.as_tensor(frames)[None]                                    # (1, T, H, W, 3)
+    scores = model.scores(clip)
+    questions = questions_of(args.weights, scores[0].shape[1])
+    for name, gate in model.named_parameters():
+        if "gate_" in name:
+            print(f"{name:45s} tanh = {float(gate.tanh()):+.3f}")
+    print("shares of the scores: " + ", ".join(f"{share:.2f}" for share in model.shares().tolist()))
+    names = ["masked", *["multimodal"] * len(model.multimodal), "together"]
+    for name, score in zip(names, [*scores, model.combine(scores)]):
+        print_answers(score[0], questions, args.top or 3, f"{name:11s} ")
+    if model.before:
+        path = picture_path(args)
+        grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"])
+                 for encoder in encoders[:2]]
+        strongest = pictures.strongest(model.attention_maps(clip)[0], *grids)
+        pictures.cross_attention_maps(frames, *strongest, path)
+        print(f"drawn: {path}")
+
+
+def localise(args):
+    """Localiser: segments of a video of any length, printed and along the time axis."""
+    model = localisation.Localiser.from_run(args.weights)
+    if model.encoder is None:
+        raise UserError(f"--weights {args.weights}: was trained on features from files and has no "
+                        "encoder for a video; train it with --weights as well")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    find = segments_of_file if args.video else segments_of_generated
+    name, frames, duration, true, found, strip = find(args, model)
+    best = found[found[:, 2] >= args.min_score]
+    print(f"{name}: {duration:.1f} s, {frames} frames, a step every {model.stride} of them; "
+          f"{len(found)} segments, {len(best)} of them with a score of {args.min_score:g} or more")
+    best = best[:args.top or 20]
+    for start, end, score, label in best[np.argsort(best[:, 0])]:
+        print(f"{start:9.2f} s to {end:9.2f} s   {score:4.0%}  {model.names[int(label)]}")
+    path = picture_path(args)  # the segments are printed first: the picture may fail
+    clearest = localisation.clearest(found, args.min_score)
+    pictures.segments([(Path(name).name, strip(), duration, true, clearest)], model.names, path)
+    print(f"drawn: {path}")
+
+
+def segments_of_file(args, model):
+    """(name, number of frames, duration s, None, segments (n, 4), function that makes the strip of
+    frames)."""
+    with Video(args.video) as video:
+        info = video.info
+        with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
+                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+            found = model.find(video, tick=bar.update)
+
+    def strip():
+        shown = dict.fromkeys(segment_indices(info.frames, 12).tolist())
+        with Video(args.video, info) as video:
+            return np.concatenate(list(video.read(list(shown), 90)), axis=1)
+
+    return args.video, info.frames, info.duration, None, found, strip
+
+
+def segments_of_generated(args, model):
+    """The same of a generated video, with its true segments in place of None."""
+    world = moving_shapes.LongShapes("test", model.encoder.config["image_size"], args.seed)
+    if list(model.names) != list(world.motions):
+        raise UserError(f"--weights {args.weights}: knows other classes than the generated videos; "
+                        "name a video")
+    item = world[0]
+    video, duration = item["video"], item["duration"]
+    for start, end, label in item["segments"]:
+        print(f"true: {start:9.2f} s to {end:9.2f} s   {model.names[label]}")
+    found = model.find_in(video, np.arange(len(video)) / world.FPS, duration)
+    return (item["path"], len(video), duration, item["segments"], found,
+            lambda: pictures.strip(video, 24))
+
+
+def answer(args):
+    """VideoQA: the likeliest answers to --question, or to a question about a generated clip."""
+    model = question_answering.VideoQA.from_run(args.weights)
+    config = model.clip.config
+    tokenizer = tokenizer_of(args.weights, args.tokenizer, config["vocabulary"])
+    T, (H, W) = config["frames"], config["image_size"]
+    if args.video:
+        if not args.question:
+            raise UserError(f"{args.weights}: answers questions; give one with --question")
+        clip, question = one_clip(args.video, T, (H, W)), args.question
+    else:
+        item = moving_shapes.QuestionShapes("test", T, (H, W), args.seed)[0]
+        clip, question = item["video"], args.question or item["question"]
+        print(f"a generated clip; {item['question']!r} is to be answered with {item['answer']!r}")
+    ids, _ = tokenizer.encode([question], config["context"], trim=True)
+    shares = model(as_input(clip, model.clip), ids)[0].softmax(dim=-1)
+    print(f"protocol: one view of {T} frames, spread over the video, {H} x {W} px; softmax over "
+          f"the {len(shares)} answers of the training set")
+    for share, i in zip(*map(torch.Tensor.tolist, shares.topk(min(args.top or 5, len(shares))))):
+        print(f"{100 * share:5.1f} %  {model.answers[i]}")
+
+
+MODELS = {  # name in a run's configuration -> function of the arguments
+    "VideoMAE": reconstruct,
+    "VideoClassifier": classify_masked,
+    "UniFormerV2": classify_multimodal,
+    "AttentiveProbe": classify_attentively,
+    "VideoCLIP": describe,
+    "VideoText": describe,
+    "InternVideo": fuse,
+    "Localiser": localise,
+    "VideoQA": answer,
+}
+
+
+@torch.no_grad()
+def main(argv=None):
+    """Predict. Returns the exit code: 0, or 2 for a user's mistake."""
+    args = parser().parse_args(argv)
+    try:
+        for flag, value, least in (("--top", args.top, 1), ("--frames", args.frames, 1),
+                                   ("--max-tokens", args.max_tokens, 1), ("--seed", args.seed, 0)):
+            if value is not None and value < least:
+                raise UserError(f"{flag} {value}: must be at least {least}")
+        if Path(args.out).suffix != ".png":
+            raise UserError(f"--out {args.out}: must end in .png")
+        model = model_in(args.weights)
+        predict = MODELS.get(model)
+        if predict is None:
+            raise UserError(f"{args.weights}: holds {model}, which predicts nothing by itself; "
+                            f"known are {', '.join(MODELS)}")
+        if args.question and predict is not answer:
+            raise UserError(f"--question: {args.weights} holds {model}; give a run of "
+                            "train.py answer")
+        if (args.text or args.frames) and predict is not describe:
+            raise UserError(f"--text, --frames: {args.weights} holds {model}; give a video-text "
+                            "model")
+        torch.manual_seed(args.seed)
+        predict(args)
+    except (ValueError, OSError) as error:  # UserError is a ValueError
+        print(f"predict.py: {printable(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,129 @@
+"""The table of the default run: what each encoder knows alone, and what both know together.
+
+    python tools/table.py runs/default
+
+On the test split and on pairs of shape and colour never shown. The weight of late fusion is tuned
+on as many validation clips. Writes table.json and table.png, and prints the same.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import fusion
+import train
+import weights
+from engine import machine, pictures
+from engine.evaluation import to_device
+from video import moving_shapes
+
+RUNS = ("mae", "clip", "masked", "multimodal", "scratch", "fuse")
+FACTS = {"motion": moving_shapes.MOTIONS, "shape": moving_shapes.SHAPES,
+         "colour": tuple(moving_shapes.COLOURS)}
+
+
+def split(logits):
+    """(B, Y) -> {question: (B, classes)}"""
+    return dict(zip(FACTS, logits.split([len(names) for names in FACTS.values()], dim=1)))
+
+
+@torch.no_grad()
+def logits_of(out, which, clips, seed):
+    """Logits of every model on `clips` clips of a split -> {model: {question: (B, classes)}}, and
+    the answers {question: (B,)}."""
+    device = machine.choose_device("auto")
+    bf16 = machine.choose_precision("auto", device) == "bf16"
+    models = {name: train.load_encoder(out / name) for name in ("scratch", "masked", "multimodal")}
+    bridge = fusion.InternVideo.from_run(out / "fuse")
+    parts = [bridge.masked, *bridge.multimodal]
+    models = {name: model.to(device).eval() for name, model in (models | {"fuse": bridge}).items()}
+    world = moving_shapes.MovingShapes(which, max(part.config["frames"] for part in parts),
+                                       max(max(part.config["image_size"]) for part in parts), seed)
+    logits, answers = {name: [] for name in models}, {name: [] for name in FACTS}
+    for batch in data.held_out(world, clips, 100):
+        batch = to_device(batch, device)
+        for question, names in FACTS.items():
+            answers[question] += [names.index(facts[question]) for facts in batch["facts"]]
+        for name, model in models.items():
+            video = batch["video"] if name == "fuse" else fusion.view(batch["video"], model)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+                logits[name].append(model(video).float())
+    return ({name: split(torch.cat(part)) for name, part in logits.items()},
+            {name: torch.tensor(part, device=device) for name, part in answers.items()})
+
+
+def rows_of(out, seed, clips):
+    """{row: {column: number}}: accuracies in percent, trained numbers, seconds."""
+    results = {which: logits_of(out, which, clips, seed) for which in ("val", "test", "unseen")}
+
+    def late(which, share):
+        logits, answers = results[which]
+        return train.accuracies({name: fusion.late_fusion(
+            [logits["masked"][name], logits["multimodal"][name]], (1 - share, share))
+            for name in answers}, answers)
+
+    def alone(name):
+        return lambda which: train.accuracies(results[which][0][name], results[which][1])
+
+    share = fusion.best_weight(lambda share: late("val", share)["all_facts"])
+    runs = {name: json.loads((out / name / "metrics.json").read_text()) for name in RUNS}
+    cost = {name: run["seconds"] for name, run in runs.items()}
+    trained = {name: run["trained"] for name, run in runs.items()}
+    masked, multimodal = cost["mae"] + cost["masked"], cost["clip"] + cost["multimodal"]
+    both = masked + multimodal
+    rows = {
+        "from scratch": (alone("scratch"), trained["scratch"], cost["scratch"]),
+        "masked encoder": (alone("masked"), trained["masked"], masked),
+        "multimodal encoder": (alone("multimodal"), trained["multimodal"], multimodal),
+        "late fusion, equal": (lambda which: late(which, 0.5), 0, both),
+        f"late fusion, tuned on validation ({1 - share:.2f}, {share:.2f})":
+            (lambda which: late(which, share), 1, both),
+        "cross-model attention": (alone("fuse"), trained["fuse"], both + cost["fuse"])}
+    return {row: {key.replace("_", " "): value for key, value in score("test").items()}
+            | {"unseen " + key.replace("_", " "): value for key, value in score("unseen").items()}
+            | {"trained": count, "seconds": round(seconds)}
+            for row, (score, count, seconds) in rows.items()}
+
+
+def write_table(out, seed, clips=1000):
+    """Print the table of a default run in the folder `out`, write table.json and table.png.
+
+    clips: of each split. Returns {row: {column: number}}.
+    """
+    rows = rows_of(Path(out), seed, clips)
+    columns = list(rows["from scratch"])
+    title = (f"moving shapes, {clips} test clips and {clips} of pairs of shape and colour never "
+             "shown; accuracy in percent, one view")
+    print(title)
+    print(" " * 32 + "".join(f"{column:>{len(column) + 2}s}" for column in columns))
+    for name, row in rows.items():
+        print(f"{name:32s}" + "".join(
+            f"{value:>{len(column) + 2},{'d' if isinstance(value, int) else '.1f'}}"
+            for column, value in row.items()))
+    text = json.dumps({"protocol": title, "seed": seed, "rows": rows}, indent=1) + "\n"
+    weights.write_aside(Path(out) / "table.json", lambda path: Path(path).write_text(text))
+    pictures.table(rows, columns, Path(out) / "table.png", title)
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder of a default run")
+    args = parser.parse_args(argv)
+    try:
+        seed = json.loads((args.out / "fuse" / "metrics.json").read_text())["settings"]["seed"]
+        write_table(args.out, seed)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        print(f"table.py: {args.out}: no default run, or not a finished one: {error}",
+              file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Rivals of what InternVideo chose, each a subclass of the component that it replaces."""

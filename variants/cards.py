@@ -1,0 +1,65 @@
+"""The variants as stages of train.py: `python -m variants.cards mae-divided`, or `mae-dual`.
+
+Importing this file registers both, as tools/claims.py does. Flags and results are those of
+`python train.py mae`.
+"""
+
+import torch
+
+import mae
+import train
+from engine import processes
+from engine.errors import UserError
+from variants.divided_attention import DividedVideoMAE
+from variants.dual_masking import (
+    DualMaskedVideoMAE, dual_masking_loss, hidden_among_decoded, running_cell_mask)
+
+
+class DividedAttention(train.MAE):
+    """Stage 1 with attention over time, then over space."""
+
+    network = DividedVideoMAE
+
+    def build(self):
+        if self.mask_type != "tube":
+            raise UserError("--mask-type: divided attention needs the same places in every frame, "
+                            "so a tube")
+        return super().build()
+
+
+class DualMasking(train.MAE):
+    """Stage 1 whose decoder reconstructs half of the tokens (VideoMAE V2)."""
+
+    network = DualMaskedVideoMAE
+
+    def build(self):
+        model = super().build()
+        h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)[1:]
+        if h % 2 or w % 2:
+            raise UserError(f"--input-size {self.input_size}: dual masking needs an even token "
+                            f"grid, this one is {h} x {w}")
+        return model
+
+    def loss(self, model, batch, rng):
+        video = batch["video"].permute(0, 4, 1, 2, 3)  # (B, 3, T, H, W), uint8
+        hidden = self.hidden(model, video, rng)
+        rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
+        grid = model.encoder.grid_of(*video.shape[2:])
+        skipped = running_cell_mask(rows, grid, rng)[mine]
+        weight = hidden_among_decoded(hidden, skipped).to(video.device)
+        count = processes.mean(weight.float().sum()) if model.training else None
+        target = mae.reconstruction_target(video, ~skipped, self.normalise,
+                                           tubelet=model.encoder.tubelet)
+        with self.autocast():
+            prediction = model(video, hidden, skipped)
+        loss = dual_masking_loss(prediction, target, weight, count=count)
+        metrics = {"loss": loss.detach()}
+        if self.normalise and not model.training:
+            metrics["trivial_loss"] = dual_masking_loss(torch.zeros_like(target), target, weight)
+        return loss, metrics
+
+
+train.STAGES |= {"mae-divided": DividedAttention, "mae-dual": DualMasking}
+
+if __name__ == "__main__":
+    raise SystemExit(train.main())

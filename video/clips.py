@@ -1,0 +1,88 @@
+"""The recipe by which a clip is taken from a file: which frames, resized and cropped how."""
+
+import functools
+
+import numpy as np
+from torchvision.transforms import v2
+
+from video.annotations import DataError
+from video.decoding import Video
+from video.loading import in_hand
+from video.moving_shapes import height_width
+from video.sampling import SAMPLINGS, choose_frames
+from video.transforms import TRANSFORMS, crop_frames, draw_with
+
+GREY = [124, 116, 104]  # the mean colour of ImageNet
+
+
+class Clips:
+    """Base of the data sets of files: `prepare` keeps the recipe, `clip` applies it to one file.
+
+    data.VideoFiles and video.shards.VideoShards decide which files there are.
+    """
+
+    def prepare(self, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True,
+                transform="plain", area=None, operations=0, magnitude=7, erasing=0.0, views=None):
+        """Keep the recipe; arguments as data.VideoFiles. DataError where it is impossible."""
+        for what, name, known in (("sampling", sampling, SAMPLINGS),
+                                  ("transform", transform, TRANSFORMS)):
+            if name not in known:
+                raise DataError(f"no {what} {name!r}: choose {', '.join(known)}")
+        if frames < 1 or stride < 1 or seed < 0:
+            raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, "
+                            f"got frames={frames}, stride={stride}, seed={seed}")
+        self.frames, self.size, self.stride = frames, height_width(size), stride
+        self.sampling, self.transform, self.area = sampling, transform, area
+        self.train, self.seed, self.flip, self.views = train, seed, flip, views
+        self.before_crop = v2.RandAugment(operations, magnitude) if operations else None
+        self.after_crop = v2.RandomErasing(erasing, value=GREY) if erasing else None
+
+    def clip(self, path, key):
+        """The clip of one file: uint8 (T, H, W, 3), or (1 + views, T, H, W, 3) with `views`.
+
+        path  of the file, or a `video.decoding.Bytes`
+        key   numbers that seed the random draws of training; None for evaluation
+        """
+        rng = None if key is None else np.random.default_rng(key)
+        clips, crops = self.views if self.views and rng is None else (0, 0)
+        with in_hand(path), Video(path) as file:
+            info = file.info
+            choose = functools.partial(choose_frames, self.sampling, info.frames, self.frames,
+                                       self.stride, fps=info.fps)
+            numbers = [choose(rng=rng)] + [choose(view=(clip, clips)) for clip in range(clips)]
+            frames = file.read(np.concatenate(numbers), self._decoded_size(info, rng))
+        first, *others = np.split(frames, 1 + clips)
+        if self.before_crop and rng:
+            first = draw_with(rng, first, self.before_crop)
+        first = crop_frames(self.transform, first, self.size, rng, self.flip, self.area)
+        if self.after_crop and rng:
+            first = draw_with(rng, first, self.after_crop)
+        if not clips:
+            return first
+        return np.stack([first] + [
+            crop_frames(self.transform, part, self.size, crop=crop, crops=crops)
+            for part in others for crop in range(crops)])
+
+    def _decoded_size(self, info, rng):
+        """(H, W) that the decoder resizes to; None = as shown.
+
+        "plain" decodes just large enough to cover the crop. In training there is room for a random
+        crop, as 256 is for 224.
+        """
+        if self.transform != "plain":
+            return None
+        sides = info.height, info.width
+        scale = max(wanted / side for wanted, side in zip(self.size, sides))
+        scale *= 1 if rng is None else 8 / 7
+        return tuple(max(round(side * scale), least) for side, least in zip(sides, self.size))
+
+
+def one_clip(path, frames, size, sampling="segment"):
+    """(T, H, W, 3) uint8: the clip of a file that evaluation with the plain transform takes.
+
+    The frames are resized to cover `size`, and the centre is cropped. "segment" spreads them over
+    the whole video.
+    """
+    clips = Clips()
+    clips.prepare(frames, size, sampling=sampling, train=False)
+    return clips.clip(path, None)

@@ -1,0 +1,162 @@
+"""Clips from tar shards in the WebDataset layout."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import printable
+from video import annotations
+from video.annotations import DataError, split_files
+from video.clip_set import ClipSet
+from video.clips import Clips
+from video.decoding import Bytes
+
+
+class VideoShards(Clips, ClipSet):
+    """Clips from tar shards: k.mp4 with k.txt, k.json or k.cls beside it.
+
+    source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files. The
+            pattern may be a URL, as the `webdataset` package reads it (pip install webdataset)
+
+    The other arguments are those of data.VideoFiles. Labels are the numbers of .cls. part="val" is
+    every tenth shard, "train" the rest.
+
+    Shards are for data too large to be listed. Training draws shards with replacement, endlessly,
+    and a shuffle buffer of 200 samples mixes what comes out. So a run is as long as its steps say,
+    however the shards fall on processes and workers. A batch is a function of (seed, number of
+    workers, step at which the run began): a resumed run draws new shards and does not repeat the
+    old ones. Evaluation reads its shards once, in order.
+
+    `items` and `captions` list the content of the first shard, or of all held-out shards: enough
+    for a vocabulary and for `summary`. Raises DataError: no such shard, no video in it, package
+    absent.
+    """
+
+    missing = ()
+
+    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
+                 classes=None, **recipe):
+        try:
+            import webdataset
+        except ImportError:
+            raise DataError(f"{source}: tar shards are read by the webdataset package: "
+                            "pip install webdataset") from None
+        shards = (sorted(map(str, Path(source).glob("*.tar"))) if os.path.isdir(source)
+                  else webdataset.shardlists.expand_urls(str(source)))
+        absent = [shard for shard in shards if ":" not in shard and not os.path.isfile(shard)]
+        if absent or not shards:
+            raise DataError(f"{source}: no such shard{': ' + absent[0] if absent else ''}")
+        if part != "all":
+            parts = split_files([(shard,) for shard in shards])
+            shards = [shard for shard, in parts[part == "val"]]
+        self.prepare(frames, size, stride, sampling, train, **recipe)
+        self.source, self.shards = str(source), shards
+        known = list(map(describe_sample, self.samples(shards[:1] if train else shards)))
+        if not known:
+            raise DataError(f"{shards[0]}: no video in this shard")
+        self.items = [(item["path"], item["labels"].get("label")) for item, _ in known]
+        captions = [item.get("caption") for item, _ in known]
+        self.captions = None if None in captions else captions
+
+    def __len__(self):
+        return len(self.items)
+
+    def summary(self):
+        """One line for the user: how many shards, and what is in the first."""
+        caption = f" = {self.captions[0]!r}" if self.captions else ""
+        where = "the first" if self.train else "them"
+        return printable(f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
+                         f"{where}, first {self.items[0][0]}{caption}")
+
+    def training_captions(self):
+        """The captions of the first shard. DataError where one has none."""
+        return self.captions or super().training_captions()
+
+    def samples(self, shards, mix=None):
+        """The raw samples of an iterable of shards, in order.
+
+        mix  None or a random.Random to shuffle by
+        """
+        import webdataset
+        stages = [lambda: ({"url": shard} for shard in shards), webdataset.tarfile_to_samples()]
+        if mix is not None:
+            stages.append(webdataset.shuffle(200, rng=mix))
+        try:
+            for sample in webdataset.DataPipeline(*stages):
+                if describe_sample(sample):
+                    yield sample
+        except DataError:
+            raise
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise DataError(f"{self.source}: a shard cannot be read ({error})") from None
+
+    def stream(self, *key):
+        """Items like those of VideoFiles: endless and mixed by the numbers of `key`; in evaluation
+        once, in order."""
+        if not self.train:
+            for item, content in map(describe_sample, self.samples(self.shards)):
+                yield self.item(item, content, None)
+            return
+        rng = np.random.default_rng((self.seed, *key))
+        endless = (self.shards[rng.integers(len(self.shards))] for _ in itertools.count())
+        mix, bad = random.Random(int(rng.integers(2**63))), []
+        for count, sample in enumerate(self.samples(endless, mix)):
+            item = self.item(*describe_sample(sample), (self.seed, *key, count))
+            bad += item["bad"]
+            if len(bad) > 1000:
+                raise DataError(f"{self.source}: a thousand samples in a row cannot be read; "
+                                f"{bad[0][1]}")
+            if item["video"] is not None:
+                item["bad"], bad = bad, []
+                yield item
+
+    def item(self, item, content, key):
+        """The item of `describe_sample` with its video, or with its fault in "bad"."""
+        item |= {"video": None, "bad": []}
+        try:
+            item["video"] = self.clip(Bytes(item["path"], content), key)
+        except DataError as error:
+            item["bad"].append((item["path"], str(error)))
+        return item
+
+
+def describe_sample(sample):
+    """What a WebDataset sample holds; None where it has no video.
+
+    returns  {"path", "label" and, if there, "caption"}, and the content of its video
+    raises   DataError where its .cls holds a number that is no class
+    """
+    video = next((key for key in sample if annotations.is_media(f"x.{key}")), None)
+    if video is None:
+        return None
+    caption = sample.get("txt", b"").decode("utf-8", "replace").strip()
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        in_json = json.loads(sample.get("json", b"null")).get("caption")
+        caption = caption or (in_json if isinstance(in_json, str) else "")
+    name, label = f"{sample['__url__']}/{sample['__key__']}", sample.get("cls", b"-1").strip()
+    if label.isdigit() and (len(label) > 18 or int(label) >= annotations.MOST_CLASSES):
+        raise DataError(f"{name}.cls: {label[:20].decode()} is no class number; these are "
+                        f"below {annotations.MOST_CLASSES:,}")
+    item = {"path": f"{name}.{video}", "labels": {"label": int(label)} if label.isdigit() else {}}
+    return item | ({"caption": caption, "captions": (caption,)} if caption else {}), sample[video]
+
+
+class ShardStream(torch.utils.data.IterableDataset):
+    """The endless items of VideoShards; each worker process has its own."""
+
+    def __init__(self, shards, *key):
+        self.shards, self.key = shards, key
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        try:
+            yield from self.shards.stream(*self.key, worker.id if worker else 0)
+        except DataError as error:
+            yield error

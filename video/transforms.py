@@ -1,0 +1,171 @@
+"""Resizing, cropping and normalising the frames of a clip.
+
+    (T, H, W, 3) uint8 --> crop_frames --> (T, h, w, 3) uint8 --> batch --> normalise --> model
+
+`plain` is ours. The other transforms reproduce the official code of one family each, down to the
+interpolation kernel and the rounding of the crop. All frames of a clip get the same transform.
+"""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+
+def _as_planes(video):
+    return torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
+
+
+def resize(video, size, how):
+    """uint8 (T, H, W, 3) resized to (h, w) pixels.
+
+    how  "area": antialiased bilinear; "bicubic": antialiased, with Pillow's kernel;
+         "bilinear", "nearest": without antialiasing, as OpenCV
+    """
+    if tuple(video.shape[1:3]) == tuple(size):
+        return video
+    planes = _as_planes(video)
+    if how in ("area", "bicubic"):
+        kernel = v2.InterpolationMode.BICUBIC if how == "bicubic" else v2.InterpolationMode.BILINEAR
+        planes = v2.functional.resize(planes, list(size), kernel, antialias=True)
+    else:
+        options = {} if how == "nearest" else {"align_corners": False}
+        planes = torch.nn.functional.interpolate(planes.float(), size=tuple(size), mode=how,
+                                                 **options)
+        planes = planes.round().clamp(0, 255).byte()
+    return planes.permute(0, 2, 3, 1).numpy()
+
+
+def _short_side(video, size, how, least=int):
+    """Resized so that the short side is `size` pixels; `least` rounds the long side."""
+    H, W = video.shape[1:3]
+    long = least(max(H, W) * size / min(H, W))
+    return resize(video, (size, long) if H <= W else (long, size), how)
+
+
+def _window(video, size, crop=0, crops=1, rounding=int):
+    """The crop of (h, w): the centre, or number `crop` of `crops` from one end to the other."""
+    share = crop / (crops - 1) if crops > 1 else 0.5
+    top, left = (rounding(share * (side - wanted))
+                 for side, wanted in zip(video.shape[1:3], size))
+    return video[:, top:top + size[0], left:left + size[1]]
+
+
+def _random_window(video, size, rng):
+    top, left = (int(rng.integers(side - wanted + 1))
+                 for side, wanted in zip(video.shape[1:3], size))
+    return video[:, top:top + size[0], left:left + size[1]]
+
+
+def _random_area(video, size, rng, area, flip, how="area"):
+    """A random crop, resized; with flip, mirrored with probability 1/2. The same for all frames.
+
+    The crop has a share of the area from `area` to 1 and an aspect from 3/4 to 4/3 (Going Deeper
+    with Convolutions, Sec. 6, "Training Methodology").
+    """
+    kernel = v2.InterpolationMode.BICUBIC if how == "bicubic" else v2.InterpolationMode.BILINEAR
+    crop = v2.RandomResizedCrop(size, scale=(area, 1), interpolation=kernel, antialias=True)
+    return draw_with(rng, video, crop, v2.RandomHorizontalFlip(0.5 if flip else 0))
+
+
+def draw_with(rng, video, *transforms):
+    """uint8 (T, H, W, 3) through torchvision's random transforms, once for all frames.
+
+    rng  numpy Generator that seeds them; torch's global generator is left as it was
+    """
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would reset the accelerator's generator as well.
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        return v2.Compose(transforms)(_as_planes(video)).permute(0, 2, 3, 1).numpy()
+
+
+def _plain(video, size, rng, flip, area, crop, crops):
+    if rng is None:
+        return _window(video, size, crop, crops)
+    return _random_area(video, size, rng, area or 0.5, flip)
+
+
+def _multi_scale(video, size, rng, flip, area, crop, crops):
+    # TSN's crop, with which VideoMAE pretrains. Each side is one of four fractions of the short
+    # side, at most one step apart, at one of 13 places. It is never mirrored, although the paper
+    # says so for Kinetics.
+    if rng is None:
+        return _window(_short_side(video, min(size), "area"), size, crop, crops)
+    H, W = video.shape[1:3]
+    sides = [int(min(H, W) * scale) for scale in (1, 0.875, 0.75, 0.66)]
+    heights, widths = ([wanted if abs(side - wanted) < 3 else side for side in sides]
+                       for wanted in size)
+    pairs = [(h, w) for i, h in enumerate(heights) for j, w in enumerate(widths) if abs(i - j) <= 1]
+    h, w = pairs[rng.integers(len(pairs))]
+    down, right = (H - h) // 4, (W - w) // 4
+    places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
+              (1, 1), (1, 3), (3, 1), (3, 3)]
+    row, column = places[rng.integers(len(places))]
+    top, left = row * down, column * right
+    return resize(video[:, top:top + h, left:left + w], size, "area")
+
+
+def _fine_tuning(video, size, rng, flip, area, crop, crops, rounding=int):
+    if rng is None:
+        return _window(_short_side(video, min(size), "bilinear"), size, crop, crops, rounding)
+    return _random_area(video, size, rng, area or 0.08, flip)
+
+
+def _squash(video, size, rng, flip, area, crop, crops):
+    wide = resize(video, tuple(side * 8 // 7 for side in size), "bilinear")  # 256 for 224
+    if rng is None:
+        return _window(wide, size, crop, crops, round)
+    return _random_window(wide, size, rng)
+
+
+def _demo(video, size, rng, flip, area, crop, crops):
+    resized = _short_side(video, min(size) * 8 // 7, "nearest")
+    return _window(resized, size, crop, crops, round)
+
+
+def _clip(video, size, rng, flip, area, crop, crops):
+    if rng is None:
+        return _window(_short_side(video, min(size), "bicubic"), size, crop, crops, round)
+    return _random_area(video, size, rng, area or 0.9, False, "bicubic")
+
+
+def _square(video, size, rng, flip, area, crop, crops):
+    return resize(video, size, "bilinear")
+
+
+TRANSFORMS = {  # name -> (video, size, rng, flip, area, crop, crops) -> video; rng=None: test
+    "plain": _plain,  # ours: resized while decoding; crops of 50-100 % of the area
+    "videomae-pretrain": _multi_scale,
+    "videomae": _fine_tuning,  # RandAugment and erasing are separate: see video/clips.py
+    "uniformerv2": functools.partial(_fine_tuning, rounding=math.ceil),
+    "internvideo": _squash,  # InternVideo-MM, downstream: the aspect is lost
+    "internvideo-demo": _demo,
+    "clip": _clip,  # CLIP's test; in training as the image-text batches of InternVideo-MM
+    "viclip": _square,
+}
+
+
+def crop_frames(name, video, size, rng=None, flip=True, area=None, crop=0, crops=1):
+    """uint8 (T, H, W, 3) -> uint8 (T, h, w, 3): resized and cropped by one of TRANSFORMS.
+
+    size   (h, w) in pixels
+    rng    numpy Generator for training; None for evaluation: crop number `crop` of `crops`, from
+           one end of the longer side to the other
+    flip   in training, mirror half of the clips, where the recipe does
+    area   in training, the smallest share of a frame that a random crop keeps; None = the recipe's
+    """
+    return TRANSFORMS[name](video, size, rng, flip, area, crop, crops)
+
+
+def normalise(video, mean, std):
+    """(B, T, H, W, 3), uint8 or float in [0, 255] -> float32 (B, 3, T, H, W).
+
+    (video / 255 - mean) / std, on the device of the video: a batch travels as bytes, a quarter of
+    the size.
+
+    mean, std  three numbers each, of red, green, blue in [0, 1]; every model has its own
+    """
+    mean, std = (torch.tensor(numbers, device=video.device) for numbers in (mean, std))
+    return (video / 255).sub_(mean).div_(std).permute(0, 4, 1, 2, 3)
