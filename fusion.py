@@ -49,7 +49,6 @@ import weights
 from attention import Attention, Dropout, Mlp
 from mae import VideoClassifier
 from uniformerv2 import UniFormerV2
-from weights import WeightsError
 
 
 class CrossModelAttention(nn.Module):

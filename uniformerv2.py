@@ -48,7 +48,6 @@ from torch import nn
 
 from attention import Block, Dropout, quick_gelu, sinusoid_table
 from engine.processes import gather_with_gradient, world
-from weights import WeightsError
 
 # For pixels in [0, 1]. All published UniFormerV2 models normalise clips with these; a video-text
 # model uses CLIP's numbers instead (clip_video.py).

@@ -20,6 +20,7 @@ import weights
 from weights import Rule, WeightsError
 from weights.__main__ import convert, main
 from weights.official import OfficialFile
+from weights.tokenizer import load_tokenizer
 
 
 def model():
@@ -61,8 +62,9 @@ def test_missing_extra_and_misshapen_tensors_are_listed_exactly():
     tensors["1.weight"] = torch.zeros(4)
     with pytest.raises(WeightsError) as caught:
         weights.fill(model(), tensors, name="w.pth")
-    assert str(caught.value) == ("w.pth does not fit Sequential: missing: 0.bias; unknown: head.bias; "
-                                 "wrong shape: 1.weight is (4,) instead of (3,)")
+    assert str(caught.value) == (
+        "w.pth does not fit Sequential: missing: 0.bias; unknown: head.bias; "
+        "wrong shape: 1.weight is (4,) instead of (3,)")
 
 
 def test_a_refused_file_leaves_the_model_untouched():
@@ -132,7 +134,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_read_but_never_crashes(tmp_pat
             assert "\n" not in str(error)
 
 
-# ------------------------------------------------------------------------ programs, pickles, families
+# --------------------------------------------------------------------- programs, pickles, families
 
 
 class Leaf(torch.nn.Module):
@@ -162,7 +164,9 @@ class Tree(torch.nn.Module):
 @pytest.mark.parametrize("how", ["script", "trace"])
 def test_a_torchscript_archive_gives_its_tensors_and_does_not_run(tmp_path, how):
     tree = Tree()
-    program = torch.jit.script(tree) if how == "script" else torch.jit.trace(tree, torch.zeros(1, 2))
+    make = {"script": torch.jit.script,
+            "trace": lambda tree: torch.jit.trace(tree, torch.zeros(1, 2))}[how]
+    program = make(tree)
     torch.jit.save(program, tmp_path / "clip.pt")
     read, config = weights.read(tmp_path / "clip.pt")
     own = tree.state_dict()
@@ -171,7 +175,7 @@ def test_a_torchscript_archive_gives_its_tensors_and_does_not_run(tmp_path, how)
 
 
 class Spy:
-    """What a pickle with code in it looks like; Lightning's checkpoints hold such things beside the tensors."""
+    """What a pickle with code in it looks like: Lightning's checkpoints hold such objects."""
 
     def __init__(self, path):
         self.path = path
@@ -183,7 +187,8 @@ class Spy:
 def test_tensors_are_taken_out_of_a_pickle_that_holds_more_and_nothing_of_it_runs(tmp_path, capsys):
     spied = str(tmp_path / "spied")
     own = model().state_dict()
-    torch.save({"state_dict": own, "callbacks": {"spy": Spy(spied)}, "hyper": [Spy(spied)]}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": own, "callbacks": {"spy": Spy(spied)}, "hyper": [Spy(spied)]},
+               tmp_path / "x.ckpt")
     with pytest.raises(WeightsError, match="--convert"):
         weights.read(tmp_path / "x.ckpt")
     convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
@@ -213,7 +218,8 @@ def save(folder, model):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("kind", ["VideoMAE", "VideoClassifier", "UniFormerV2", "VideoCLIP", "ViCLIP", "CLIP", "VideoText"])
+@pytest.mark.parametrize("kind", ["VideoMAE", "VideoClassifier", "UniFormerV2", "VideoCLIP",
+                                  "ViCLIP", "CLIP", "VideoText"])
 def test_a_run_written_under_official_names_comes_back_bit_for_bit(tmp_path, capsys, kind, suffix):
     import caption_decoder
     import clip_video
@@ -226,24 +232,29 @@ def test_a_run_written_under_official_names_comes_back_bit_for_bit(tmp_path, cap
     model = {
         "VideoMAE": lambda: mae.VideoMAE("tiny", frames=4, image_size=32),
         "VideoClassifier": lambda: mae.VideoClassifier("tiny", classes=3, frames=4, image_size=32),
-        "UniFormerV2": lambda: uniformerv2.UniFormerV2(size, classes=3, frames=4, local_units=2, temporal_downsample=True),
+        "UniFormerV2": lambda: uniformerv2.UniFormerV2(size, classes=3, frames=4, local_units=2,
+                                                       temporal_downsample=True),
         "VideoCLIP": lambda: clip_video.VideoCLIP(size, **text, frames=4),
         "ViCLIP": lambda: clip_video.VideoCLIP(size, **text, frames=4, kind="joint"),
         "CLIP": lambda: clip_video.VideoCLIP(size, **text, kind="frames"),
-        "VideoText": lambda: train.VideoText(clip_video.VideoCLIP(size, **text, frames=4), caption_decoder.CaptionDecoder(
+        "VideoText": lambda: train.VideoText(clip_video.VideoCLIP(size, **text, frames=4),
+                                             caption_decoder.CaptionDecoder(
             64, heads=2, depth=1, visual_width=64, vocabulary=40, queries=3)),
     }[kind]()
     path = tmp_path / f"official{suffix}"
     assert main([str(save(tmp_path / "run", model)), "--official", str(path)]) == 0
     assert "under official names, family: " in capsys.readouterr().out
-    parts = {"clip": model.clip, "caption_decoder": model.caption_decoder} if kind == "VideoText" else {"": model}
+    parts = {"": model}
+    if kind == "VideoText":
+        parts = {"clip": model.clip, "caption_decoder": model.caption_decoder}
     for part in parts.values():
-        heads = {key: part.config["size"]["heads"] for key in ("heads", "decoder_heads")} if kind.startswith("Video") and hasattr(
-            part, "encoder") else {}
-        sizes = dict(frames=4, image_size=32) if heads else {}
-        heads = {key: value for key, value in heads.items() if key == "heads" or kind == "VideoMAE"}
-        again = type(part).from_official(path, **heads, **sizes)
-        assert all(torch.equal(again.state_dict()[key], value) for key, value in part.state_dict().items())
+        size, options = part.config.get("size"), {}
+        if kind in ("VideoMAE", "VideoClassifier"):
+            options = dict(heads=size["heads"], frames=4, image_size=32)
+        if kind == "VideoMAE":
+            options["decoder_heads"] = size["decoder_heads"]
+        again = type(part).from_official(path, **options).state_dict()
+        assert all(torch.equal(again[key], value) for key, value in part.state_dict().items())
     assert main([str(tmp_path / "run"), "--official", str(path)]) == 2  # nothing is overwritten
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -254,12 +265,15 @@ def test_what_official_names_cannot_hold_is_refused_in_a_line(tmp_path, capsys):
     import train
     for i, model in enumerate((
             mae.VideoMAE("tiny", frames=4, image_size=32, positions="axes"),
-            clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7, local_units=1),
-            clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7, global_layers=(0,)))):
+            clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7,
+                                 local_units=1),
+            clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7,
+                                 global_layers=(0,)))):
         run = save(tmp_path / str(i), model)
         assert main([str(run), "--official", str(tmp_path / "new.pth")]) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and ("train with --" in err or "officially they stand after the last ones" in err)
+        assert err.count("\n") == 1 and ("train with --" in err
+                                         or "officially they stand after the last ones" in err)
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     assert main([str(tmp_path / "a.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
     assert "no official names" in capsys.readouterr().err
@@ -268,13 +282,17 @@ def test_what_official_names_cannot_hold_is_refused_in_a_line(tmp_path, capsys):
 
 def test_what_official_names_do_not_say_is_said(tmp_path, capsys):
     import uniformerv2
-    model = uniformerv2.UniFormerV2(uniformerv2.Size(64, 2, 2, 128, 8, 16), classes=3, frames=4, mean=(0.1, 0.2, 0.3))
+    model = uniformerv2.UniFormerV2(uniformerv2.Size(64, 2, 2, 128, 8, 16), classes=3, frames=4,
+                                    mean=(0.1, 0.2, 0.3))
     assert main([str(save(tmp_path / "run", model)), "--official", str(tmp_path / "new.pth")]) == 0
     said = capsys.readouterr().out
-    assert "tell whoever loads it: 2 heads of 32 in place of 64; pixels in [0, 1] are normalised with mean [0.1, 0.2, 0.3]" in said
+    assert ("tell whoever loads it: 2 heads of 32 in place of 64; pixels in [0, 1] are normalised "
+            "with mean [0.1, 0.2, 0.3]") in said
 
 
-@pytest.mark.parametrize("tensors, said", [({1: torch.ones(2)}, "expected tensors by name, found 1"), ({}, "holds no tensors")])
+@pytest.mark.parametrize("tensors, said", [({1: torch.ones(2)},
+                                            "expected tensors by name, found 1"),
+                                            ({}, "holds no tensors")])
 def test_odd_dicts_are_one_line(tmp_path, capsys, tensors, said):
     torch.save(tensors, tmp_path / "odd.pth")
     assert main([str(tmp_path / "odd.pth")]) == 2
@@ -285,14 +303,17 @@ def test_odd_dicts_are_one_line(tmp_path, capsys, tensors, said):
 def test_tensors_that_share_memory_are_written_and_odd_heads_are_one_line(tmp_path, capsys):
     both = torch.ones(3)
     torch.save({"a": both, "b": both}, tmp_path / "tied.pth")
-    assert main([str(tmp_path / "tied.pth"), "--convert", str(tmp_path / "new.safetensors")]) == 2  # of no family
+    # of no family
+    assert main([str(tmp_path / "tied.pth"), "--convert", str(tmp_path / "new.safetensors")]) == 2
     assert torch.equal(weights.read(tmp_path / "new.safetensors")[0]["b"], both)
-    assert main([str(tmp_path / "tied.pth"), "--heads", "-2"]) == 2 and "--heads -2" in capsys.readouterr().err
+    assert main([str(tmp_path / "tied.pth"), "--heads",
+                 "-2"]) == 2 and "--heads -2" in capsys.readouterr().err
 
 
 def test_what_transformers_wrote_beside_its_weights_counts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
-    assert weights.hub_config(tmp_path) == {"vision_config": {"hidden_act": "gelu"}} and weights.hub_config({}) == {}
+    assert weights.hub_config(tmp_path) == {"vision_config": {"hidden_act": "gelu"}}
+    assert weights.hub_config({}) == {}
     file = OfficialFile({"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="hidden_act 'gelu'; only 'quick_gelu'"):
         file.activation({"hidden_act": "gelu"}, "quick_gelu")
@@ -308,7 +329,8 @@ def test_what_is_no_file_is_one_line_and_nobody_waits_for_a_pipe(tmp_path, name)
     (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
     for place in ("pipe", "run/model.safetensors"):
         os.mkfifo(tmp_path / place)
-    with pytest.raises(WeightsError, match="a folder, a pipe|no such file|cannot be read") as caught:
+    with pytest.raises(WeightsError,
+                       match="a folder, a pipe|no such file|cannot be read") as caught:
         weights.read(tmp_path / name)
     assert "\n" not in str(caught.value)
 
@@ -321,13 +343,17 @@ def zipped(**files):
     return content.getvalue()
 
 
-PROGRAM = zipped(a__data_pkl=pickle.dumps({"a": list(range(999))}), a__code__x_py="b" * 999)  # TorchScript, to look at
+# TorchScript, to look at
+PROGRAM = zipped(a__data_pkl=pickle.dumps({"a": list(range(999))}), a__code__x_py="b" * 999)
 
 
 @pytest.mark.parametrize("content", [
-    random.Random(0).randbytes(5000), b"", b"PK\3\4" + bytes(99), zipped(a_txt="b"), zipped(a__data_pkl=b"\x80\2]."), PROGRAM,
-    *(PROGRAM[:place] + bytes([PROGRAM[place] ^ 16]) + PROGRAM[place + 1:] for place in range(40, 90, 5)), b"\x80\2" + b"]" * 99999 + b".",
-    (2).to_bytes(8, "little") + b"{}", (2**60).to_bytes(8, "little") + b"{}", (9**5).to_bytes(8, "little") + b"{" * 9**5],
+    random.Random(0).randbytes(5000), b"", b"PK\3\4" + bytes(99), zipped(a_txt="b"),
+    zipped(a__data_pkl=b"\x80\2]."), PROGRAM,
+    *(PROGRAM[:place] + bytes([PROGRAM[place] ^ 16]) + PROGRAM[place + 1:]
+      for place in range(40, 90, 5)), b"\x80\2" + b"]" * 99999 + b".",
+    (2).to_bytes(8, "little") + b"{}", (2**60).to_bytes(8, "little") + b"{}",
+    (9**5).to_bytes(8, "little") + b"{" * 9**5],
     ids=lambda content: f"{len(content)} bytes")
 def test_a_file_that_holds_no_weights_is_one_line(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
@@ -338,8 +364,10 @@ def test_a_file_that_holds_no_weights_is_one_line(tmp_path, content):
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("tensor, said", [
-    (torch.eye(2).to_sparse(), "sparse"), (torch.ones(2, 2, device="meta"), "without their numbers"),
-    (torch.ones(2, 2, dtype=torch.int8), "wrong kind: weight is torch.int8 instead of torch.float32"),
+    (torch.eye(2).to_sparse(), "sparse"), (torch.ones(2, 2, device="meta"),
+                                           "without their numbers"),
+    (torch.ones(2, 2, dtype=torch.int8),
+     "wrong kind: weight is torch.int8 instead of torch.float32"),
     (torch.ones(2, 2, dtype=torch.bool), "wrong kind"), (torch.ones(2, 2) * 1j, "wrong kind")])
 def test_numbers_of_another_kind_are_not_copied_in_silence(tmp_path, tensor, said):
     torch.save({"weight": tensor}, tmp_path / "x.pth")
@@ -347,7 +375,8 @@ def test_numbers_of_another_kind_are_not_copied_in_silence(tmp_path, tensor, sai
         weights.fill(torch.nn.Linear(2, 2, bias=False), weights.read(tmp_path / "x.pth")[0])
 
 
-@pytest.mark.parametrize("config", ["[]", "3", "null", "{", "[" * 99999], ids=lambda config: config[:9])
+@pytest.mark.parametrize("config", ["[]", "3", "null", "{", "[" * 99999],
+                         ids=lambda config: config[:9])
 def test_a_configuration_that_is_none_is_one_line(tmp_path, config):
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"config": config})
     with pytest.raises(WeightsError, match="x.safetensors: not a readable"):
@@ -355,9 +384,12 @@ def test_a_configuration_that_is_none_is_one_line(tmp_path, config):
 
 
 @pytest.mark.parametrize("config", [
-    {"model": "VideoQA"}, {"model": "VideoQA", "clip": 3}, {"model": "Localiser"}, {"model": "Localiser", "encoder": {"model": "X"}},
-    {"model": "Localiser", "encoder": None, "head": {"features": "x"}, "names": 3, "stride": 1}, {"model": ["Localiser"]},
-    {"model": "VideoCLIP"}, {"model": "UniFormerV2", "size": 3}, {"model": "CaptionDecoder"}, {"model": "InternVideo", "masked": []}])
+    {"model": "VideoQA"}, {"model": "VideoQA", "clip": 3}, {"model": "Localiser"},
+    {"model": "Localiser", "encoder": {"model": "X"}},
+    {"model": "Localiser", "encoder": None, "head": {"features": "x"}, "names": 3, "stride": 1},
+    {"model": ["Localiser"]},
+    {"model": "VideoCLIP"}, {"model": "UniFormerV2", "size": 3}, {"model": "CaptionDecoder"},
+    {"model": "InternVideo", "masked": []}])
 def test_a_configuration_that_describes_no_model_is_one_line(tmp_path, config, capsys):
     import caption_decoder
     import clip_video
@@ -365,8 +397,10 @@ def test_a_configuration_that_describes_no_model_is_one_line(tmp_path, config, c
     from tasks import localisation
     from tasks import question_answering
     import uniformerv2
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"config": json.dumps(config)})
-    for load in (localisation.Localiser.from_run, question_answering.VideoQA.from_run, fusion.InternVideo.from_run,
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors",
+              metadata={"config": json.dumps(config)})
+    for load in (localisation.Localiser.from_run, question_answering.VideoQA.from_run,
+                 fusion.InternVideo.from_run,
                  clip_video.VideoCLIP.from_official, uniformerv2.UniFormerV2.from_official,
                  caption_decoder.CaptionDecoder.from_official):
         with pytest.raises(WeightsError, match="x.safetensors"):
@@ -376,8 +410,10 @@ def test_a_configuration_that_describes_no_model_is_one_line(tmp_path, config, c
 
 
 @pytest.mark.parametrize("text", [
-    "[]", "3", "{", "[" * 99999, '{"hidden_act": []}', '{"vision_config": [1]}', '{"num_attention_heads": "x"}',
-    '{"num_attention_heads": true}', '{"decoder_num_attention_heads": 0}', '{"text_config": {"num_attention_heads": 1.5}}'],
+    "[]", "3", "{", "[" * 99999, '{"hidden_act": []}', '{"vision_config": [1]}',
+    '{"num_attention_heads": "x"}',
+    '{"num_attention_heads": true}', '{"decoder_num_attention_heads": 0}',
+    '{"text_config": {"num_attention_heads": 1.5}}'],
     ids=lambda text: text[:40])
 def test_a_config_json_of_odd_kinds_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
@@ -386,11 +422,13 @@ def test_a_config_json_of_odd_kinds_is_one_line(tmp_path, text):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("x.json", b""), ("x.json", b"\xff"), ("x.json", b"{}"), ("x.json", b"[" * 99999), ("x.json", None), ("x.gz", None), ("x.gz", b"x"),
-    ("x.gz", gzip.compress(b"a b\n" * 999)[:-9] + b"x" * 9), ("x.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 99),
-    ("x.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}')], ids=lambda value: str(value)[:20])
+    ("x.json", b""), ("x.json", b"\xff"), ("x.json", b"{}"), ("x.json", b"[" * 99999),
+    ("x.json", None), ("x.gz", None), ("x.gz", b"x"),
+    ("x.gz", gzip.compress(b"a b\n" * 999)[:-9] + b"x" * 9),
+    ("x.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 99),
+    ("x.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}')],
+    ids=lambda value: str(value)[:20])
 def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
-    from weights.tokenizer import load_tokenizer
     if content is None:
         os.mkfifo(tmp_path / name)
     else:

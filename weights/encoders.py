@@ -105,8 +105,8 @@ def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=Tr
     model = class_of("VideoCLIP").from_official(source, frames=frames, grow=grow,
                                                 global_layers=layers if grow else None)
     if grow:
-        print(f"{source} is an image model: it grows into a video model (--kind frames leaves it as "
-              "it is)")
+        print(f"{source} is an image model: it grows into a video model (--kind frames leaves it "
+              "as it is)")
     size = model.config["image_size"]
     if list(size) == [image_size] * 2:
         return model

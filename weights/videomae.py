@@ -81,8 +81,8 @@ def load_classifier(cls, source, *, heads, frames, image_size, positions):
                            "VideoMAE.from_official")
     if file.has("encoder.norm.") and not file.has("fc_norm."):
         raise WeightsError(
-            f"{file.name}: has {file.spell('encoder.norm.weight')} and no fc_norm.weight, so it was "
-            "made for reading the first token; only classifiers of the mean of all tokens load")
+            f"{file.name}: has {file.spell('encoder.norm.weight')} and no fc_norm.weight, so it "
+            "was made for reading the first token; only classifiers of the mean of all tokens load")
     told = file.hub_config(source)
     size, options = file.encoder(heads or told.get("num_attention_heads"))
     options |= clip_options(frames, image_size, positions, options)
