@@ -11,9 +11,10 @@ install: .venv/.installed   ## make .venv and install the dependencies
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "$(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.12 ..."; exit 2; }
+		{ echo "$(PYTHON) is older than 3.10; name another: make PYTHON=python3.12 ..."; exit 2; }
 	@$(PYTHON) -m venv .venv || \
-		{ echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 2; }
+		{ echo "$(PYTHON) cannot make a virtual environment;" \
+			"on Debian and Ubuntu: apt install python3-venv"; exit 2; }
 	@echo "installing dependencies into .venv (PyTorch is large: a minute or more)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
@@ -27,10 +28,10 @@ test: install   ## the quick test suite
 slow: install   ## the tests that take minutes
 	$(RUN) -m pytest -m slow
 
-claims: install  ## the paper's claims in miniature, five seeds, up to 90 minutes; SEEDS=1 for a look
+claims: install  ## the paper's claims in miniature, 90 minutes; SEEDS=1 for one of five seeds
 	$(RUN) tools/claims.py --seeds $(or $(SEEDS),5)
 
-figures: install  ## make the README's figures from runs/default
+figures: install  ## the figures of README.md and docs/ from runs/default and runs/claims
 	$(RUN) tools/figures.py
 
 clean:          ## remove runs and the environment

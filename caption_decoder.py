@@ -538,7 +538,7 @@ def main():
         print(f"{name:28s} {tuple(value.shape)}")
     print(f"loss of {world[0]['caption']!r}, untrained: {caption_loss(logits, ids, is_text):.2f}; "
           f"ln V = {math.log(logits.shape[-1]):.2f} at chance")
-    print("what it writes:", *model.caption(video, tokenizer, maximum=10))
+    print("what it writes, untrained:", *model.caption(video, tokenizer, maximum=10))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ KINDS = {"video": "UniFormerV2", "frames": "frame-wise CLIP", "joint": "ViCLIP"}
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `VideoCLIP`. Names and None stand for what `complete` puts in their place."""
+    """All options of a VideoCLIP, as its configuration holds them: names of sizes and None are
+    replaced. ValueError where options do not fit together."""
 
     size: str | uniformerv2.Size = "b16"  # of the visual encoder
     kind: str = "video"  # visual encoder: see KINDS and step 3 of the module docstring
@@ -96,31 +97,26 @@ class Options:
     context: int = 77  # most tokens of a sentence
     end: int | None = None  # end-of-text token; None: the largest number in each row, as in CLIP
 
-
-def complete(options):
-    """Options with all names and None resolved. ValueError where they do not fit together."""
-    size, text = options.size, options.text_size
-    kind, image_size, layers = options.kind, options.image_size, options.global_layers
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}: choose {', '.join(KINDS)}")
-    if kind != "video" and (options.local_units or options.temporal_downsample):
-        raise ValueError(f"local_units and temporal_downsample are for kind='video', not {kind!r}")
-    if kind != "joint" and options.tubelet != 1:
-        raise ValueError(f"tubelet is for kind='joint', not {kind!r}")
-    if text is None and not isinstance(size, str):
-        raise ValueError("a Size of your own needs a text_size")
-    text = size if text is None else text
-    size = uniformerv2.SIZES[size] if isinstance(size, str) else size
-    text = TEXT_SIZES[text] if isinstance(text, str) else text
-    image_size = size.image_size if image_size is None else image_size
-    if kind != "video":
-        layers = ()
-    elif layers is None:
-        layers = uniformerv2.Options(size).global_layers
-    return replace(
-        options, size=size, text_size=text, embedding=options.embedding or text.width,
-        image_size=[image_size] * 2 if isinstance(image_size, int) else list(image_size),
-        global_layers=list(layers))
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}: choose {', '.join(KINDS)}")
+        if self.kind != "video" and (self.local_units or self.temporal_downsample):
+            raise ValueError("local_units and temporal_downsample are for kind='video', not "
+                             f"{self.kind!r}")
+        if self.kind != "joint" and self.tubelet != 1:
+            raise ValueError(f"tubelet is for kind='joint', not {self.kind!r}")
+        text = self.text_size or self.size
+        text = TEXT_SIZES[text] if isinstance(text, str) else text
+        text = TextSize(**text) if isinstance(text, dict) else text
+        if not isinstance(text, TextSize):
+            raise ValueError("a Size of your own needs a text_size")
+        visual = uniformerv2.Options(
+            self.size, image_size=self.image_size,
+            global_layers=self.global_layers if self.kind == "video" else ())
+        for name, value in (("size", visual.size), ("image_size", list(visual.image_size)),
+                            ("global_layers", list(visual.global_layers)), ("text_size", text),
+                            ("embedding", self.embedding or text.width)):
+            object.__setattr__(self, name, value)  # the dataclass is frozen for all others
 
 
 # ------------------------------------------------------------------------------------------------
@@ -221,9 +217,8 @@ class JointEncoder(nn.Module):
     def __init__(self, size, *, frames, image_size, tubelet=1):
         super().__init__()
         D, p, (H, W) = size.width, size.patch, image_size
-        if H % p or W % p or frames % tubelet:
-            raise ValueError(f"a clip of {frames} frames of {H} x {W} pixels does not divide into "
-                             f"patches of {tubelet} x {p} x {p}")
+        if frames % tubelet:
+            raise ValueError(f"{frames} frames do not divide into tubelets of {tubelet}")
         self.patch, self.grid, self.stride, self._recompute = p, (H // p, W // p), tubelet, False
         self.embed = nn.Linear(3 * tubelet * p * p, D, bias=False)
         self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
@@ -261,13 +256,13 @@ class JointEncoder(nn.Module):
 class VideoCLIP(nn.Module):
     """A visual and a text encoder with a joint space of width E.
 
-    size, options   see Options; `options` and `config` keep them as `complete` resolves them
+    size, options   see Options
     mean, std       what pixels are normalised with: three numbers each, of values in [0, 1]
     """
 
     def __init__(self, size="b16", **options):
         super().__init__()
-        self.options = o = complete(Options(size, **options))
+        self.options = o = Options(size, **options)
         self.config = {"model": "VideoCLIP"} | asdict(o)
         self.kind = o.kind
         if o.kind == "joint":
@@ -352,10 +347,7 @@ class VideoCLIP(nn.Module):
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
-        dropped = ("model", "masked_text")  # the second: older runs, an embedding nothing trained
-        config = {key: value for key, value in config.items() if key not in dropped}
-        return cls(uniformerv2.Size(**config.pop("size")),
-                   text_size=TextSize(**config.pop("text_size")), **config)
+        return cls(**{key: value for key, value in config.items() if key != "model"})
 
     @classmethod
     def from_official(cls, source, *, heads=None, global_heads=None, global_layers=None,
@@ -365,22 +357,23 @@ class VideoCLIP(nn.Module):
         source        path or {name: tensor}; see weights.read
         heads, global_heads, text_heads   shapes cannot tell them; default: heads of 64
         global_layers after which layers InternVideo's global blocks read; default: the last ones
-        frames        T; default 8, or as many as ViCLIP's table has. That table is cut, or stretched,
-                      to another T
-        grow          turn plain CLIP, or a frame-wise run of ours, into the start of the video model: fresh
-                      global blocks, which begin silent. The embedding is then CLIP's of 0.5 * the mean class token.
+        frames        T; default 8, or as many as ViCLIP's table has. That table is cut, or
+                      stretched, to another T
+        grow          turn plain CLIP, or a frame-wise run of ours, into the start of the video
+                      model: its fresh global blocks add zero. The embedding is then CLIP's of 0.5 *
+                      the mean class token
         returns       the model in eval mode; `unused` names what was left in the file on purpose
-        raises        WeightsError: not such a file, or one that does not fit to the last tensor.
-                      QuickGELU is meant; a Hugging Face folder whose config.json says otherwise is refused,
-                      and its numbers of heads are taken. A file alone tells neither.
+        raises        WeightsError: not such a file, or one that does not fit to the last tensor. A
+                      Hugging Face folder also tells heads and activation; one without QuickGELU is
+                      refused. A file alone tells neither
         """
         from weights import clip
         return clip.load(cls, source, heads=heads, global_heads=global_heads, text_heads=text_heads,
                          global_layers=global_layers, frames=frames, grow=grow)
 
     def to_official(self):
-        """{official name: tensor}: InternVideo-MM's, OpenAI CLIP's or ViCLIP's, as `kind` is "video", "frames" or
-        "joint". Raises ValueError for what none of them has."""
+        """{official name: tensor}: InternVideo-MM's, OpenAI CLIP's or ViCLIP's, as `kind` is
+        "video", "frames" or "joint". Raises ValueError for what none of them has."""
         from weights import clip
         return clip.to_official(self)
 

@@ -1,37 +1,37 @@
 """Two frozen encoders, cross-model attention between them, and a learned sum of their scores.
 
-    the same clip --+--> masked encoder (VideoMAE) ------[attn]--- blocks ---[attn]--- blocks --+--> score A
-                    |                                      ^                   ^                |
-                    |                                 keys, values        keys, values     keys, values
-                    |                                      |                   |                v
-                    +--> multimodal encoder (UniFormerV2) -+-------------------+---> query --[attn]--> score M
+    clip --+--> masked encoder (VideoMAE) ----[attn]-- blocks --[attn]-- blocks --+--> score A
+           |                                    ^                 ^               |
+           |                               keys, values      keys, values    keys, values
+           |                                    |                 |               v
+           +--> multimodal encoder (UniFormerV2) +-----------------+--> query --[attn]--> score M
 
-                    logits = (1 - u) * score A + u * score M,  u learned
+           logits = (1 - u) * score A + u * score M,  u learned
 
-Masked modelling learns how things move; language supervision learns what they are. InternVideo keeps both
-encoders as they are and adds attention between them (InternVideo, Sec. 3.2, Cross-Model Interaction). It
-reached 91.1 % on Kinetics-400. The paper gives no number for a plain average of the two encoders' scores.
-`train.py fuse` measures that average beside its own result.
+Masked modelling learns how things move; language supervision learns what they are. InternVideo
+keeps both encoders and adds attention between them (Sec. 3.2, Cross-Model Interaction). It reached
+91.1 % on Kinetics-400. The paper gives no number for a plain average of the two
+encoders' scores; `train.py fuse` measures one.
 
-1. `CrossModelAttention`: attention to the other model's tokens, then an MLP. Each is scaled by a gate
-   tanh(g), g = 0 at the start, so every encoder starts as it was, bit for bit. In x + tanh(g) * f(x), the
-   gradient of f is scaled by tanh(g) = 0, the gradient of g is not. So only the gates learn at step one.
-2. `InternVideo.encode_masked`: such layers stand before chosen blocks of the masked encoder; each reads the
-   multimodal encoder after a chosen block. Early blocks hold edges and parts that late ones have lost.
-   At the end the multimodal encoder's global token (paper: "query token") attends to the masked encoder.
-3. Both heads give scores. Their weights are a softmax of learned numbers, equal at the start: the start is
-   the equal average of both models' logits.
-4. `InternVideo.freeze`: only the cross-model attention, gates, weights, classification layers with their
-   norms, and the global token's start learn. The encoders stay in eval mode. Freezing is all that saves
-   memory and time: autograd keeps nothing where neither weights nor inputs need a gradient. Gradients still
-   pass through the masked blocks above the first cross-model attention, and through the global blocks.
-5. `late_fusion` and `best_weight` are baselines, and so is `train.py fuse --no-bridges`.
+1. `CrossModelAttention`: attention to the other model's tokens, then an MLP, each times a gate
+   tanh(g), g = 0 at the start. Every encoder therefore starts as it was, bit for bit. At step one
+   only the gates have a gradient: in tanh(g) * f(x), the gradient of f is multiplied by tanh(g),
+   which is 0, and the gradient of g by f(x), which is not. Once the gates open, f learns too.
+2. `InternVideo.encode_masked`: such a layer stands before chosen blocks of the masked encoder. It
+   reads the multimodal encoder after a chosen block, at several depths, because the last blocks no
+   longer hold what early ones do. At the end the global token (paper: "query token") attends to the
+   masked encoder's tokens.
+3. Both heads give scores. Their weights are a softmax of learned numbers that start equal: at first
+   the result is the average of both models' logits (the baseline `late_fusion`: of probabilities).
+4. `InternVideo.freeze`: only the cross-model attention, the weights of the scores, the heads with
+   their norms, and the global token's start train. The encoders stay in eval mode. Freezing alone
+   saves time and memory: autograd keeps nothing where no weight and no input needs a gradient.
 
-Nothing of this was released. The paper leaves open, and we chose: before which blocks (four, evenly), which
-multimodal blocks are read (at the same relative depth), keys (all tokens), heads (the masked encoder's),
-gates (one number each), the sum (convex, of logits). Two multimodal encoders make InternVideo-T.
+Nothing of this was released. The paper leaves open, and we chose: before which blocks (four,
+evenly), which multimodal blocks are read (at the same relative depth), which tokens give keys (all),
+heads (the masked encoder's), gates (one number each), how scores combine (convex, of logits).
 
-Numbers: VideoMAE-H and UniFormerV2-L: 90.2 M of 1075 M parameters train; 19.0 M per cross-model attention.
+Numbers: VideoMAE-H and UniFormerV2-L: 90.2 M parameters train beside 985 M frozen ones.
 
 >>> masked = VideoClassifier("tiny", classes=5, frames=8, image_size=64)
 >>> model = InternVideo(masked, UniFormerV2("tiny", classes=5, frames=8)).eval()
@@ -53,7 +53,7 @@ from weights import WeightsError
 
 
 class CrossModelAttention(nn.Module):
-    """Tokens of one model attend to tokens of another (InternVideo, Sec. 3.2, Cross-Model Interaction).
+    """Tokens of one model attend to tokens of another.
 
         x = x + tanh(gate_attn) * attention(norm x; norm_context y)
         x = x + tanh(gate_mlp) * mlp(norm_mlp x)
@@ -62,7 +62,8 @@ class CrossModelAttention(nn.Module):
     heads                  of the attention
     gates                  True: both start at 0; False: no gates, for comparison
 
-    Ours: pre-norm, exact GELU, an MLP four times as wide, one number per gate.
+    From the paper: gated attention and MLP. Ours: pre-norm, exact GELU, an MLP four times as wide,
+    one number per gate.
     """
 
     def __init__(self, width, context_width, heads, gates=True):
@@ -88,9 +89,10 @@ class CrossModelAttention(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x, context):
-        """The weights of the attention, arguments as `forward`: (B, N, M), mean over heads, rows sum to 1."""
-        projected = self.attn.q(self.norm(x)), self.attn.kv(self.norm_context(context)).chunk(2, dim=-1)[0]
-        q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2).float() for y in projected)
+        """Attention weights, arguments as `forward`: (B, N, M), mean over heads, rows sum to 1."""
+        keys, _ = self.attn.kv(self.norm_context(context)).chunk(2, dim=-1)
+        q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2).float()
+                for y in (self.attn.q(self.norm(x)), keys))
         return (q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)
 
 
@@ -98,37 +100,39 @@ class CrossModelAttention(nn.Module):
 class Options:
     """Options of an InternVideo. None is replaced by `fitted`, which also checks them."""
 
-    before: list | None = None   # blocks of the masked encoder that follow a cross-model attention, rising;
-    #                              None = four, evenly, the last before the last block (`evenly`)
-    layers: list | None = None   # for each of them, the multimodal block that it reads (after it); None =
-    #                              at the same relative depth as the masked block that follows. With two
-    #                              multimodal encoders a list for each
-    last: bool = True            # False: the global token does not attend to the masked encoder
-    heads: int | None = None     # of the attention of masked tokens; None = the masked encoder's
-    source: str = "all"          # keys and values: "all" tokens, or "patches", no class tokens
-    gates: bool = True           # False: no gates; the start is then not the encoders' average
-    bridges: bool = True         # False: no cross-model attention at all: before=[] and last=False
-    drop: float = 0.0            # dropout before the heads, a probability (paper: 0.9)
+    before: list | None = None  # masked blocks with cross-model attention before them, rising; None
+    #                             = four, evenly, the last before the last block
+    layers: list | None = None  # for each, the multimodal block after which it reads; None = at the
+    #                             same relative depth. Two multimodal encoders: a list for each
+    last: bool = True           # False: the global token does not attend to the masked encoder
+    heads: int | None = None    # of the masked tokens' attention; None = the masked encoder's
+    source: str = "all"         # keys and values from "all" tokens, or "patches", no class tokens
+    gates: bool = True          # False: no gates; the start is then not the encoders' average
+    bridges: bool = True        # False: no cross-model attention at all: before=[], last=False
+    drop: float = 0.0           # dropout before the heads, a probability (paper: 0.9)
 
     def fitted(self, masked, encoders):
-        """These options for these encoders: nothing None but heads. ValueError where they do not fit."""
+        """These options with the defaults for these encoders. ValueError where they do not fit."""
         if self.source not in ("all", "patches"):
             raise ValueError(f"source is {self.source!r}: choose all or patches")
-        before = evenly(min(4, masked.depth), masked.depth) if self.before is None else list(self.before)
-        before, layers = before if self.bridges else [], self.layers
-        if before != sorted(set(before) & set(range(masked.depth))):
-            raise ValueError(f"before {before}: name blocks 0 to {masked.depth - 1} of the masked encoder, rising")
-        if layers is None:  # block 7 of 32 reads block 5 of 24: both have seen a quarter of their model
-            layers = [[max(0, round((block + 1) * encoder.depth / masked.depth) - 1) for block in before]
+        depth, before, layers = masked.depth, self.before, self.layers
+        before = evenly(min(4, depth), depth) if before is None else list(before)
+        before = before if self.bridges else []
+        if before != sorted(set(before) & set(range(depth))):
+            raise ValueError(f"before {before}: name blocks 0 to {depth - 1} of the masked "
+                             "encoder, rising")
+        if layers is None:  # before block 7 of 32 it reads block 5 of 24: a quarter of each model
+            layers = [[max(0, round((block + 1) * encoder.depth / depth) - 1) for block in before]
                       for encoder in encoders]
-        elif len(encoders) == 1 and not any(isinstance(layer, (list, tuple)) for layer in layers):
+        elif len(encoders) == 1 and not any(isinstance(x, (list, tuple)) for x in layers):
             layers = [layers]
-        if len(layers) != len(encoders) or not all(isinstance(chosen, (list, tuple)) for chosen in layers):
-            raise ValueError(f"layers {layers}: give a list for each of the {len(encoders)} multimodal encoders")
+        if len(layers) != len(encoders) or not all(isinstance(x, (list, tuple)) for x in layers):
+            raise ValueError(f"layers {layers}: give a list for each of the {len(encoders)} "
+                             "multimodal encoders")
         for encoder, chosen in zip(encoders, layers):
             if len(chosen) != len(before) or not set(chosen) <= set(range(encoder.depth)):
-                raise ValueError(f"layers {list(chosen)}: name {len(before)} layers, one for each bridge, from 0 to "
-                                 f"{encoder.depth - 1} of the multimodal encoder")
+                raise ValueError(f"layers {list(chosen)}: name {len(before)} layers, one for each "
+                                 f"bridge, from 0 to {encoder.depth - 1} of the multimodal encoder")
         return replace(self, before=before, layers=[list(chosen) for chosen in layers],
                        last=self.last and self.bridges)
 
@@ -141,8 +145,8 @@ class InternVideo(nn.Module):
                  classes; or a list of two (InternVideo-T)
     options      see `Options`
 
-    A clip is uint8 (B, T, H, W, 3), as data.py returns it. `view` gives each encoder its own frames, size and
-    normalisation. `frozen` names the parameters that never train. ValueError where the parts do not fit.
+    A clip is uint8 (B, T, H, W, 3), as data.py returns it; each encoder gets its own `view` of it.
+    `frozen` names the parameters that never train. ValueError where the parts do not fit.
     """
 
     def __init__(self, masked, multimodal, **options):
@@ -154,13 +158,16 @@ class InternVideo(nn.Module):
                        "multimodal": [encoder.config for encoder in encoders]} | asdict(options)
         self.before, self.layers = options.before, options.layers
         self.masked, self.multimodal = masked, nn.ModuleList(encoders)
-        # The attention of the masked tokens, then of the global tokens; files call them bridges and last.
+        def attention(encoder, context, heads):
+            return CrossModelAttention(encoder.width, context.width, heads, options.gates)
+
+        # The attention of masked tokens, and of global tokens. Saved files contain these names.
         self.bridges = nn.ModuleList(
-            nn.ModuleList(CrossModelAttention(masked.width, encoder.width, options.heads or masked.heads,
-                                              options.gates) for _ in self.before) for encoder in encoders)
-        self.last = nn.ModuleList(CrossModelAttention(encoder.width, masked.width, encoder.heads, options.gates)
+            nn.ModuleList(attention(masked, encoder, options.heads or masked.heads)
+                          for _ in self.before) for encoder in encoders)
+        self.last = nn.ModuleList(attention(encoder, masked, encoder.heads)
                                   for encoder in encoders if options.last)
-        self.balance = nn.Parameter(torch.zeros(len(encoders)))  # of the multimodal scores; 0 for the masked one
+        self.balance = nn.Parameter(torch.zeros(len(encoders)))  # for the masked one it is 0
         self.drop = Dropout(options.drop)
         self.freeze()
         self.train(False)
@@ -168,21 +175,24 @@ class InternVideo(nn.Module):
     @staticmethod
     def check(masked, encoders):
         """ValueError where these cannot work together."""
-        for model, family, example in ((masked, "masked", "VideoClassifier"),
-                                       *((encoder, "multimodal", "UniFormerV2") for encoder in encoders)):
+        families = [("masked", "VideoClassifier")] + [("multimodal", "UniFormerV2")] * len(encoders)
+        for model, (family, usual) in zip((masked, *encoders), families):
             if getattr(model, "family", None) != family:
-                raise ValueError(f"the {family} encoder is a {type(model).__name__}: give a {example}")
-            if model.config["channels"] != 3:
-                raise ValueError(f"a {example} for {model.config['channels']} colour channels: clips have 3")
+                raise ValueError(f"the {family} encoder is a {type(model).__name__}: "
+                                 f"give a {usual}")
+            channels = model.config["channels"]
+            if channels != 3:
+                raise ValueError(f"a {usual} for {channels} colour channels: clips have 3")
         if not 1 <= len(encoders) <= 2:
-            raise ValueError(f"{len(encoders)} multimodal encoders: give one, or two (InternVideo-T)")
+            raise ValueError(f"{len(encoders)} multimodal encoders: give one, or two "
+                             "(InternVideo-T)")
         classes = [model.config["classes"] for model in (masked, *encoders)]
         if len(set(classes)) > 1 or not classes[0]:
-            raise ValueError(f"the encoders' heads name {', '.join(map(str, classes))} classes: all need the same, "
-                             "at least one; see their with_head")
+            raise ValueError(f"the encoders' heads name {', '.join(map(str, classes))} classes: "
+                             "all need the same, at least one; see their with_head")
 
     def freeze(self):
-        """Let only `learned_parts` train; done at the start. `self.frozen` names the other parameters."""
+        """Let only `learned_parts` train; `self.frozen` names the other parameters."""
         self.requires_grad_(False)
         for part in self.learned_parts():
             part.requires_grad_(True)
@@ -204,8 +214,8 @@ class InternVideo(nn.Module):
     # The forward pass, piece by piece
 
     def encode_multimodal(self, encoder, clip, chosen):
-        """A multimodal encoder alone: its state after the last block, and for each of the chosen blocks the
-        tokens (B, M, Dm) after it, which give keys and values to the masked encoder."""
+        """A multimodal encoder alone: its state after the last block, and the tokens (B, M, Dm)
+        after each of the chosen blocks, which give keys and values to the masked encoder."""
         state, tokens, done = encoder.start(view(clip, encoder)), {}, 0
         for layer in sorted(set(chosen)):
             state, done = encoder.run(state, done, layer + 1), layer + 1
@@ -227,20 +237,20 @@ class InternVideo(nn.Module):
         return state
 
     def encode(self, clip):
-        """uint8 (B, T, H, W, 3) -> the final state of the masked encoder, then of each multimodal one."""
+        """uint8 (B, T, H, W, 3) -> [final state of the masked encoder, of each multimodal one]"""
         states, contexts = zip(*(self.encode_multimodal(encoder, clip, chosen)
                                  for encoder, chosen in zip(self.multimodal, self.layers)))
         masked, states = self.encode_masked(clip, contexts), list(states)
         for i, layer in enumerate(self.last):
             query = states[i].query
-            if query is None:  # a plain image tower: the mean class token asks, and is then the feature
+            if query is None:  # a plain image tower: the mean class token asks
                 query = states[i].tokens[:, :, 0].mean(dim=1, keepdim=True)
             states[i] = replace(states[i], query=layer(query, masked.tokens))
         return [masked, *states]
 
     def scores(self, clip):
-        """uint8 (B, T, H, W, 3) -> [logits (B, Y) of the masked encoder, then of each multimodal one], after
-        cross-model attention."""
+        """uint8 (B, T, H, W, 3) -> [logits (B, Y) of the masked encoder, then of each multimodal
+        one], after cross-model attention."""
         return [encoder.head(self.drop(encoder.finish(state)))
                 for encoder, state in zip((self.masked, *self.multimodal), self.encode(clip))]
 
@@ -257,18 +267,23 @@ class InternVideo(nn.Module):
         return self.combine(self.scores(clip))
 
     def features(self, clip):
-        """For other tasks: {"clip": (B, Da + Dm + ...), what the heads see, side by side; "masked": tokens
-        (B, N, Da) after cross-model attention; "multimodal": for each encoder its last tokens (B, t, 1+S, Dm),
-        class token of each frame first, without cross-model attention}."""
+        """For other tasks, a dict.
+
+        "clip"        (B, Da + Dm + ...), what the heads see, side by side
+        "masked"      tokens (B, N, Da) after cross-model attention
+        "multimodal"  for each encoder its last tokens (B, t, 1+S, Dm), without cross-model
+                      attention, class token of each frame first
+        """
         masked, *others = states = self.encode(clip)
-        heads_see = [encoder.finish(state) for encoder, state in zip((self.masked, *self.multimodal), states)]
-        return {"clip": torch.cat(heads_see, dim=1), "masked": masked.tokens,
+        encoders = (self.masked, *self.multimodal)
+        seen = [encoder.finish(state) for encoder, state in zip(encoders, states)]
+        return {"clip": torch.cat(seen, dim=1), "masked": masked.tokens,
                 "multimodal": [state.tokens for state in others]}
 
     @torch.no_grad()
     def attention_maps(self, clip, place=-1, encoder=0):
-        """What the masked encoder's tokens attend to in the other model: (B, N, t, 1+S or S), mean over heads,
-        rows sum to 1. place: an index into `before`; encoder: which multimodal encoder."""
+        """What the masked encoder's tokens attend to in a multimodal encoder: (B, N, t, 1+S or S),
+        mean over heads, rows sum to 1. place: an index into `before`; encoder: which one."""
         layer, inputs = self.bridges[encoder][place], []
         hook = layer.register_forward_pre_hook(lambda _, given: inputs.extend(given))
         try:
@@ -280,8 +295,8 @@ class InternVideo(nn.Module):
         return layer.attention_maps(*inputs).unflatten(2, (t, -1))
 
     def recompute(self, on=True):
-        """Save memory, spend time, in the masked encoder: see attention.run_blocks. Only the blocks behind
-        the first cross-model attention keep anything to save."""
+        """Save memory, spend time, in the masked encoder: see attention.run_blocks. Blocks before
+        the first cross-model attention keep nothing anyway."""
         self.masked.recompute(on)
 
     # Loading
@@ -312,8 +327,8 @@ def evenly(count, depth):
 def view(clip, encoder):
     """A clip as one encoder takes it: its number of frames, its size and its normalisation.
 
-    Frames are the middle ones of equal parts of the clip. Resizing is bilinear and antialiased, and does not
-    keep the aspect ratio.
+    Frames are the middle ones of equal parts of the clip. Resizing is bilinear and antialiased, and
+    does not keep the aspect ratio.
 
     clip     uint8 (B, T, H, W, 3)
     encoder  with .config of "frames" and "image_size", .mean and .std
@@ -333,7 +348,8 @@ def view(clip, encoder):
     if (H, W) != size:
         video = F.interpolate(video.flatten(0, 1), size, mode="bilinear", antialias=True)
         video = video.unflatten(0, (B, frames))
-    mean, std = (torch.tensor(x, device=clip.device).view(3, 1, 1) for x in (encoder.mean, encoder.std))
+    mean, std = (torch.tensor(x, device=clip.device).view(3, 1, 1)
+                 for x in (encoder.mean, encoder.std))
     return ((video / 255 - mean) / std).transpose(1, 2)
 
 
@@ -344,9 +360,9 @@ def view(clip, encoder):
 def late_fusion(scores, shares=None):
     """Average the probabilities of several separate models.
 
-    scores   a list of logits, each (B, Y), or (B, V, Y) with V views of each video. Views of one model are
-             averaged first, so that a model with more views does not count more (the official script
-             averages all views of all models at once)
+    scores   a list of logits, each (B, Y), or (B, V, Y) with V views of each video. Views of one
+             model are averaged first, so that a model with more views does not count more (the
+             official script averages all views of all models at once)
     shares   one number per model, sum 1; None: equal
     returns  probabilities (B, Y)
     raises   ValueError: models that disagree about B or Y, or another number of shares
@@ -354,15 +370,15 @@ def late_fusion(scores, shares=None):
     shares = [1 / max(1, len(scores))] * len(scores) if shares is None else shares
     if len(shares) != len(scores) or len({(len(score), score.shape[-1]) for score in scores}) != 1:
         shapes = ", ".join(str(tuple(score.shape)) for score in scores)
-        raise ValueError(f"{len(shares)} shares for scores of {shapes}: one for each model, and all models "
-                         "score the same videos and classes")
+        raise ValueError(f"{len(shares)} shares for scores of {shapes}: one for each model, and "
+                         "all models score the same videos and classes")
     each = [score.softmax(dim=-1) for score in scores]
     return sum(share * (p.mean(dim=1) if p.ndim == 3 else p) for share, p in zip(shares, each))
 
 
 def best_weight(quality, steps=100):
-    """The share w of the second model, among 0, 1/steps, ..., 1, for which quality(w) is highest on validation
-    data; of several, the one nearest to a half.
+    """The share w of the second model, among 0, 1/steps, ..., 1, for which quality(w) is highest on
+    validation data; of several, the one nearest to a half.
 
     >>> best_weight(lambda w: -(w - 0.3)**2)
     0.3
@@ -382,12 +398,14 @@ def main(argv=None):
                         UniFormerV2("tiny", classes=16, frames=8)).eval()
     clip = torch.as_tensor(MovingShapes("test", 8, (64, 64), 0)[0]["video"])[None]
     masked, multimodal = model.encode(clip)
-    rows = [("clip", "(B, T, H, W, 3)", clip), ("each encoder's view", "(B, C, T, H, W)", view(clip, model.masked)),
-            *((f"masked tokens before block {block} read block {layer}", "(B, N, t, 1+S)",
-               model.attention_maps(clip, place)) for place, (block, layer) in
-              enumerate(zip(model.before, model.layers[0]))),
-            ("masked tokens at the end", "(B, N, D)", masked.tokens),
-            ("global token after it read them", "(B, 1, D)", multimodal.query), ("logits", "(B, Y)", model(clip))]
+    rows = [("clip", "(B, T, H, W, 3)", clip),
+            ("what an encoder takes of it", "(B, C, T, H, W)", view(clip, model.masked))]
+    for place, (block, layer) in enumerate(zip(model.before, model.layers[0])):
+        rows.append((f"attention before block {block} to block {layer}", "(B, N, t, 1+S)",
+                     model.attention_maps(clip, place)))
+    rows += [("masked tokens at the end", "(B, N, D)", masked.tokens),
+             ("global token after attention to them", "(B, 1, D)", multimodal.query),
+             ("logits", "(B, Y)", model(clip))]
     for name, letters, x in rows:
         print(f"{name:45s} {letters:16s} {tuple(x.shape)}")
     return 0

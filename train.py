@@ -870,7 +870,7 @@ class CrossModel(LabelledStage, name="fuse"):
         return paths
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
 
 # Classes of modules whose forward pass --compile compiles, each module by itself.
@@ -919,7 +919,7 @@ def train(stage, again="--resume"):
     return run.finish()                             # weights, metrics.json, pictures
 
 
-# ------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 # The default run: what a reader would type, and seconds on two CPU cores. {out} is its folder.
@@ -927,7 +927,8 @@ DEFAULT_RUN = {
     "mae --out {out}/mae": 120,
     "clip --out {out}/clip": 260,
     "classify --weights {out}/mae --out {out}/masked": 45,
-    "classify --weights {out}/clip --lr 2e-3 --layer-decay 0.75 --steps 200 --out {out}/multimodal": 25,
+    "classify --weights {out}/clip --out {out}/multimodal --lr 2e-3 --layer-decay 0.75 "
+    "--steps 200": 25,
     "classify --out {out}/scratch": 45,
     "fuse --masked {out}/masked --multimodal {out}/multimodal --out {out}/fuse": 45,
 }
@@ -951,8 +952,9 @@ def default_run(argv):
         flags += ["--seed", str(args.seed), "--resume"]
         stages.append((parse(STAGES[name], flags), seconds))
     waiting = [(stage, seconds) for stage, seconds in stages if not is_done(stage)]
-    print(f"the default run, about {sum(seconds for _, seconds in waiting) / 60:.0f} minutes on two "
-          "cores: " + ", ".join(f"{Path(stage.out).name} {seconds} s" for stage, seconds in waiting))
+    minutes = sum(seconds for _, seconds in waiting) / 60
+    print(f"the default run, about {minutes:.0f} minutes on two cores: "
+          + ", ".join(f"{Path(stage.out).name} {seconds} s" for stage, seconds in waiting))
     for stage, _ in stages:
         if is_done(stage):
             print(f"{Path(stage.out).name}: done already, see {stage.out}/metrics.json")
@@ -997,8 +999,8 @@ def command(argv):
 
 
 def main(argv=None):
-    """Run a stage, or the default run -> the exit code: 0; 2 for an error of the user's, 1 for one of
-    the machine or of the numbers, 130 where the run was asked to stop."""
+    """Run a stage, or the default run -> the exit code: 0; 2 for an error of the user's, 1 for
+    one of the machine or of the numbers, 130 where the run was asked to stop."""
     machine.keep_memory()
     return exit_code(lambda: command(sys.argv[1:] if argv is None else argv))
 

@@ -6,7 +6,6 @@ frame, and adds blocks whose branches start at zero. Training therefore starts e
 model. This is the multimodal encoder of InternVideo (arXiv 2212.03191).
 
     video (B, C, T, H, W) --embed each frame, + class token, + positions--> (B, t, 1+S, D)
-      |
       | per block:  local unit    each place over three frames       (optional)
       |             attention     among the 1+S tokens of one frame  (CLIP's)
       |             local unit    again                              (optional)
@@ -20,16 +19,17 @@ model. This is the multimodal encoder of InternVideo (arXiv 2212.03191).
 1. `embed_frames`: CLIP's embedding of every frame. Nothing in it tells one frame from another. For
    motion it takes three frames, at every second one (`temporal_downsample`): t = T/2.
 2. `LocalUnit`: a depth-wise convolution over time, in a narrower space (Local UniBlock).
-3. `GlobalBlock`: one query, a learned vector that starts at zero, attends to all tokens of all frames
-   (Global UniBlock). The output is the query of the next global block ("sequential" fusion).
+3. `GlobalBlock`: one query, a learned vector that starts at zero, attends to all tokens of the clip
+   (Global UniBlock). Its output is the query of the next global block ("sequential" fusion).
 4. `UniFormerV2.combine`: (1 - w) * global token + w * mean class token, w = sigmoid(balance).
 
-At the start the global token is 0 and w = 1/2: the feature is half the image model's mean over frames.
-The layers that start at zero have a gradient from the first step. One exception: the second local
-unit of the last block. Only the last global block reads it, so its gradient is zero at step one.
+At the start the global token is 0 and w is 1/2: the feature is half the image model's mean over
+frames. The layers that start at zero have a gradient from the first step, with one exception: the
+second local unit of the last block. Only the last global block reads that unit, and its output is
+multiplied by a weight that is zero at step one.
 
 Differences from the official code: batch first; convolutions of size 1 are matrices; DropPath drops
-clips, not token positions. As in the code, not the paper, w weighs the mean class token.
+clips, not token positions. As in that code, unlike the paper, w weighs the mean class token.
 
 Numbers: B/16 has 115 M parameters, L/14 354 M; configured for motion 163 M and 574 M.
 
@@ -50,8 +50,8 @@ from attention import Block, Dropout, quick_gelu, sinusoid_table
 from engine.processes import gather_with_gradient, world
 from weights import WeightsError
 
-# For grey levels in [0, 1]; all published UniFormerV2 models normalise clips with these. The tower of
-# a video-text model uses CLIP's numbers instead (clip_video.py).
+# For pixels in [0, 1]. All published UniFormerV2 models normalise clips with these; a video-text
+# model uses CLIP's numbers instead (clip_video.py).
 MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 
 
@@ -81,9 +81,9 @@ SIZES = {
 class Options:
     """All options of a UniFormerV2. Its configuration holds these and nothing else.
 
-    The paper's choices. Kinetics: the defaults. Something-Something: local_units 2, temporal_downsample,
-    global blocks on the last two thirds of the blocks, frames 16, drop_path 0.2, global_drop_path 0.4.
-    Frozen image model: balance False. ValueError where options do not fit together.
+    The paper's choices: the defaults for Kinetics. For Something-Something: local_units 2,
+    temporal_downsample, global blocks on the last two thirds of the layers, frames 16, drop_path
+    0.2, global_drop_path 0.4. For a frozen image model: balance False. ValueError: they do not fit.
     """
 
     size: Size | str = "b16"             # a name in SIZES, or a Size
@@ -91,8 +91,8 @@ class Options:
     image_size: int | tuple | None = None  # H = W or (H, W) in pixels; None = the size's own
     channels: int = 3
     classes: int = 0                     # Y; 0 = no head, forward returns the feature
-    global_layers: tuple | None = None   # the blocks, from 0, that a global block follows; () = none;
-    #                                      None = the last four, at most half of all
+    global_layers: tuple | None = None   # layers, from 0, with a global block after them; () = no
+    #                                      layer; None = the last four, at most half of all
     global_heads: int | None = None      # heads of the global blocks; None = the tower's
     global_mlp_width: int | None = None  # width inside their MLP; None = the tower's
     local_units: int = 0                 # 0, 1 or 2 in each block
@@ -100,7 +100,7 @@ class Options:
     temporal_downsample: bool = False    # embed 3 frames, at every second one; T must be even
     balance: bool = True                 # False: the feature is the global token alone
     drop_path: float = 0.0               # probability that a clip skips a branch of the last block;
-    global_drop_path: float = 0.0        # it rises linearly from 0 in the first (attention.DropPath)
+    global_drop_path: float = 0.0        # it rises linearly from 0 in the first: attention.DropPath
     global_mlp_dropout: float = 0.5
     head_dropout: float = 0.5
     mean: tuple = MEAN                   # pixels in [0, 1] are normalised with these
@@ -215,7 +215,7 @@ def zeroed(layer):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d on x (n, D) with the statistics of all processes' batches together, also on a CPU.
+    """BatchNorm1d on x (n, D) with the statistics of all processes' batches together.
 
     The variance of all is the mean of the variances plus the variance of the means, so n must be
     equal in all processes.
@@ -330,8 +330,8 @@ class GlobalBlock(Block):
             zeroed(layer)
 
     def attend(self, query, context):
-        """query (B, 1, D) asks context (B, N, D); returns (B, 1, D). Keys and values of the N tokens
-        are never made. For one query q of a head, q.(Wk y) = (Wk^T q).y, so the query moves to the
+        """query (B, 1, D), context (B, N, D) -> (B, 1, D). Keys and values of the N tokens are
+        never made. For one query q of a head, q.(Wk y) = (Wk^T q).y, so the query moves to the
         tokens instead; the values' matrix comes after the mixing, a^T (Y Wv^T) = (a^T Y) Wv^T. The
         key bias cancels in the softmax; the weights sum to one, so the value bias is added once.
         """
@@ -360,7 +360,7 @@ class GlobalBlock(Block):
         return query + self.drop_path(self.mlp.fc2(hidden))
 
     def attention_map(self, query, tokens, grid):
-        """The weights of the attention, arguments as `forward`: (B, t, 1+S), mean over heads, sum 1."""
+        """Attention weights, arguments as `forward`: (B, t, 1+S), mean over heads, sum 1."""
         weight, bias = (x.chunk(3) for x in (self.attn.qkv.weight, self.attn.qkv.bias))
         q, k = (F.linear(x, weight[i], bias[i]).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
                 for i, x in enumerate((self.norm1(query), self.context(tokens, grid))))
@@ -461,7 +461,7 @@ class UniFormerV2(nn.Module):
             video = F.pad(video, (0, 0, 0, 0, 1, 0))
         p = self.patch
         cut = video.unfold(2, self.window, self.stride).unfold(3, p, p).unfold(4, p, p)
-        cut = cut.permute(0, 2, 3, 4, 1, 5, 6, 7)                            # b t h w (c window p p)
+        cut = cut.permute(0, 2, 3, 4, 1, 5, 6, 7)                           # b t h w (c window p p)
         patches = self.embed(cut.reshape(len(video), t, h * w, -1)) + self.positions[1:]
         first = (self.class_token + self.positions[0]).to(patches.dtype)
         return self.norm_pre(torch.cat([first.expand(len(video), t, 1, -1), patches], dim=2))
@@ -469,12 +469,12 @@ class UniFormerV2(nn.Module):
     # The interface of both encoders: see also mae.VideoClassifier
 
     def start(self, video):
-        """video (B, C, T, H, W) float, normalised with self.mean and self.std -> State before block 0."""
-        query = self.global_token
-        return State(self.embed_frames(video), query if query is None else query.expand(len(video), -1, -1))
+        """video (B, C, T, H, W) float, normalised with mean and std -> State before block 0."""
+        query = None if self.global_token is None else self.global_token.expand(len(video), -1, -1)
+        return State(self.embed_frames(video), query)
 
     def run(self, state, start, stop):
-        """State after block stop - 1: blocks start to stop - 1, and the global blocks that follow them."""
+        """Run blocks start to stop - 1 and the global blocks after them -> State."""
         x, query = state.tokens, state.query
         for i in range(start, stop):
             x = self.blocks[i](x, self._recompute)
@@ -493,18 +493,18 @@ class UniFormerV2(nn.Module):
         return (1 - share) * state.query[:, 0] + share * mean
 
     def finish(self, state):
-        """State after the last block -> (B, D), what the head sees. A state with a query counts as one
-        from global blocks: in a model without them, the query alone is the feature."""
+        """State after the last block -> (B, D), what the head sees. (fusion.py may add a query in a
+        model without global blocks; the query alone is then the feature.)"""
         feature = self.combine(state)
         return self.norm(feature) if self.options.classes else feature
 
     def encode(self, video):
-        """video (B, C, T, H, W) -> feature (B, D), tokens (B, t, 1+S, D); neither has seen a last norm."""
+        """video (B, C, T, H, W) -> feature (B, D), tokens (B, t, 1+S, D), before any last norm."""
         state = self.run(self.start(video), 0, self.depth)
         return self.combine(state), state.tokens
 
     def tokens(self, video):
-        """video (B, C, T, H, W) -> (B, t*(1+S), D), the tokens of the last block, frame after frame."""
+        """video (B, C, T, H, W) -> the tokens of the last block (B, t*(1+S), D), frame by frame."""
         return self.encode(video)[1].flatten(1, 2)
 
     def feature(self, video):
@@ -521,7 +521,7 @@ class UniFormerV2(nn.Module):
         return [self.norm, self.head] + [self.global_token] * (self.global_token is not None)
 
     def layer_of(self, name):
-        """For layer-wise learning rates: 0 = embedding, i + 1 = block i, depth + 1 = all after them."""
+        """For layer-wise learning rates: 0 = embedding, i + 1 = block i, depth + 1 = the rest."""
         part, *rest = name.split(".")
         if part == "blocks":
             return int(rest[0]) + 1
@@ -529,7 +529,7 @@ class UniFormerV2(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, video):
-        """{block: where the global block after it attends, (B, t, h, w)}: patches only, sum at most 1."""
+        """{layer: what its global block attends to, (B, t, h, w)}; patches only, sum at most 1."""
         state, maps = self.start(video), {}
         for i in range(self.depth):
             query, state = state.query, self.run(state, i, i + 1)
@@ -540,8 +540,8 @@ class UniFormerV2(nn.Module):
         return maps
 
     def with_head(self, classes, *, norm=None, rows=None, **options):
-        """A classifier for Y classes with these weights. As many classes: the head too. 400 after the
-        710 of Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a new head.
+        """A classifier for Y classes with these weights. As many classes: the head too. 400 after
+        Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a new head.
 
         rows     which row of the old head each class is, Y numbers; default: as above
         norm     a LayerNorm to start the head's norm with; default: this model's, where it has one
@@ -660,19 +660,20 @@ def main(argv=None):
     from video.moving_shapes import MovingShapes
 
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    model = UniFormerV2("tiny", classes=16, frames=16, local_units=2, temporal_downsample=True).eval()
+    model = UniFormerV2("tiny", classes=16, frames=16, temporal_downsample=True).eval()
     clip = torch.as_tensor(MovingShapes("test", 16, (64, 64), 0)[0]["video"])
     video = (clip.permute(3, 0, 1, 2)[None] / 255 - MEAN[0]) / STD[0]
     state = model.start(video)
-    rows = [("video", "(B, C, T, H, W)", video), ("frames as tokens", "(B, t, 1+S, D)", state.tokens)]
+    rows = [("video", "(B, C, T, H, W)", video), ("tokens", "(B, t, 1+S, D)", state.tokens)]
     for i in range(model.depth):
         state = model.run(state, i, i + 1)
         rows.append((f"after block {i}", "(B, t, 1+S, D)", state.tokens))
         if i in model.global_layers:
-            rows.append(("  the global token, 0 until trained", "(B, 1, D)", state.query))
+            rows.append(("  global token", "(B, 1, D)", state.query))
     feature = model.finish(state)
-    for name, letters, x in rows + [("feature", "(B, D)", feature), ("logits", "(B, Y)", model.head(feature))]:
-        print(f"{name:40s} {letters:16s} {tuple(x.shape)}")
+    rows += [("feature", "(B, D)", feature), ("logits", "(B, Y)", model.head(feature))]
+    for name, letters, x in rows:
+        print(f"{name:20s} {letters:16s} {tuple(x.shape)}")
     return 0
 
 

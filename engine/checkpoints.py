@@ -87,7 +87,7 @@ def restore(tensors, model, optimizer, average):
 
 
 def checkpoints(out):
-    """Those in a run's folder, newest first: last.pt, last.1.pt ... With --shard they are folders."""
+    """Those in a run's folder, newest first: last.pt, last.1.pt ... Folders, with --shard."""
     older = {int(path.name.split(".")[1]): path for path in out.glob("last.*.pt")
              if path.name.split(".")[1].isdecimal()}
     return [path for path in (out / "last.pt", *(older[n] for n in sorted(older))) if path.exists()]
@@ -203,8 +203,8 @@ def resume_from(out, stage, like):
     for bad, error in damaged:
         names = (Path(f"{bad}.damaged" + f".{n}" * (n > 0)) for n in itertools.count())
         aside = next(name for name in names if not name.exists())
-        print(f"{bad}: damaged ({error}); taking {path}, step {saved['step']}, and setting it aside "
-              f"as {aside}")
+        print(f"{bad}: damaged ({error}); taking {path}, step {saved['step']}, and setting it "
+              f"aside as {aside}")
         if processes.rank() == 0:
             bad.rename(aside)
     tell_changes(path, saved, stage)
@@ -234,8 +234,8 @@ def check_recipe(path, saved, stage):
         raise UserError(f"{path} was made with {flags(gone)}, which this version does not have: "
                         "start anew with another --out")
     if other:
-        raise UserError(f"{path} was made with {flags(other)}: resume with the same, or use another "
-                        "--out")
+        raise UserError(f"{path} was made with {flags(other)}: resume with the same, or use "
+                        "another --out")
 
 
 def tell_changes(path, saved, stage):

@@ -74,12 +74,13 @@ def parse(kind, argv):
             low = info["low"]
             high = 10**9 if info["high"] is None else info["high"]  # what numpy and torch count
             if not math.isfinite(value) or (low is not None and value < low) or value > high:
-                raise UserError(f"{spelled(field.name)} {value}: must be at least {low} and at most "
-                                f"{high}")
+                raise UserError(f"{spelled(field.name)} {value}: must be at least {low} and at "
+                                f"most {high}")
         if value != field.default and info["only"] == unused:  # it would change nothing
             raise UserError(f"{spelled(field.name)}: is for " + (
                 "moving shapes; leave it or --data out" if stage.data else
-                "video files; a clip of moving shapes is all there is; give --data or leave it out"))
+                "video files; a clip of moving shapes is all there is; give --data or leave it "
+                "out"))
     return stage
 
 

@@ -30,7 +30,7 @@ def choose_device(name):
 
 
 def choose_precision(name, device):
-    """bf16 where the processor multiplies bfloat16 itself; elsewhere it would be emulated, slowly."""
+    """bf16 where the processor multiplies bfloat16 itself; emulating it is slow."""
     if name != "auto":
         return name
     if device.startswith("cuda"):

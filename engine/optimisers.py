@@ -14,12 +14,12 @@ def clips_per_step(stage):
 
 
 def peak_rate(stage):
-    """The learning rate after warm-up: --lr, or --blr (where a stage has it) for 256 clips a step."""
+    """The rate after warm-up: --lr, or --blr, where a stage has it, per 256 clips of a step."""
     return stage.lr or getattr(stage, "blr", 0.0) * clips_per_step(stage) / 256
 
 
 def learning_rate(stage, step):
-    """Rate of step 0, 1, ...: linear warm-up from 0, then half a cosine down to min_lr of the peak."""
+    """Rate of step 0, 1, ...: linear warm-up from 0, then half a cosine to min_lr of the peak."""
     peak = peak_rate(stage)
     warm = int(stage.warmup * stage.steps)
     if step < warm:

@@ -81,7 +81,9 @@ class Run:
         stage.precision = machine.choose_precision(stage.precision, stage.device)
         stage.compile, self.why_compile = machine.choose_compile(stage)
         self.kernels = attention.use(stage.attention, stage.device)
-        self.onednn, self.why_onednn = machine.choose_products() if stage.device == "cpu" else ("", "")
+        self.onednn = self.why_onednn = ""
+        if stage.device == "cpu":
+            self.onednn, self.why_onednn = machine.choose_products()
         if stage.device == "cpu" and stage.attention == "flex" and stage.steps:
             raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose "
                             "auto, written_out, piecewise or fused")
@@ -108,7 +110,7 @@ class Run:
         return self.training_loss
 
     def open_folder(self):
-        """Make --out, or move an earlier run in it aside. A user error before leaves all as it is."""
+        """Make --out, or move an earlier run in it aside. Errors before this leave it as it is."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.out):
@@ -191,7 +193,7 @@ class Run:
         """
         stage = self.stage
         listened = [number for number in (signal.SIGINT, signal.SIGTERM)
-                    if signal.getsignal(number) is not signal.SIG_IGN]  # a background job of a shell
+                    if signal.getsignal(number) is not signal.SIG_IGN]  # a shell's background job
         previous = [(number, signal.signal(number, self.hear)) for number in listened]
         self.bar = tqdm(total=stage.steps, initial=self.first, desc=stage.name, unit="step",
                         dynamic_ncols=True, disable=stage.steps == 0 or processes.rank() > 0,
@@ -203,7 +205,7 @@ class Run:
             for number in listened:
                 signal.signal(number, signal.SIG_IGN)  # while the workers end: a moment
             self.batches = None
-            # Where one of several processes ends, torchrun sends the others SIGTERM: they are ending.
+            # When one of several processes ends, torchrun sends the others SIGTERM.
             if not self.stopping or processes.world() == 1:
                 for number, handler in previous:
                     signal.signal(number, handler)
@@ -328,7 +330,7 @@ class Run:
         return step % self.stage.save_every == 0 or step == self.stage.steps or self.stopping
 
     def evaluate(self, step, names=None):
-        """Evaluate on all held-out sets but "test", or on those named; log and print the numbers."""
+        """Evaluate on all held-out sets but "test", or on those named; log and print numbers."""
         held_out = {name: clips for name, clips in self.sets.items()
                     if (name in names if names else name != "test")}
         self.model.eval()

@@ -15,7 +15,6 @@ See `Stage` for the methods.
 
 import dataclasses
 import json
-import sys
 import types
 import zlib
 from dataclasses import dataclass
@@ -46,7 +45,8 @@ def flag(default, help=None, low=None, high=None, choices=None, paper=None, only
 
     What is left out is taken from the field of the same name in a base class.
     """
-    given = dict(help=help, low=low, high=high, choices=choices, paper=paper, only=only, group=group)
+    given = dict(help=help, low=low, high=high, choices=choices, paper=paper, only=only,
+                 group=group)
     return dataclasses.field(default=default, metadata={
         key: value for key, value in given.items() if value is not None})
 
@@ -96,8 +96,8 @@ class Stage:
     lr: float = flag(1e-3, "learning rate at its peak", low=0)
     min_lr: float = flag(0.01, "final learning rate as a fraction of the peak", low=0, high=1)
     warmup: float = flag(0.05, "share of the steps that warm up linearly from 0", low=0, high=1)
-    optimizer: str = flag("muon", "muon = Muon for the matrices of blocks and other numbered layers, "
-                          "AdamW for the rest; adamw = AdamW for all",
+    optimizer: str = flag("muon", "muon = Muon for the matrices of blocks and other numbered "
+                          "layers, AdamW for the rest; adamw = AdamW for all",
                           choices=("muon", "adamw"), paper="adamw")
     weight_decay: float = flag(0.05, "weight decay, on matrices only", low=0)
     beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=0.999999)
@@ -108,8 +108,8 @@ class Stage:
                          group="run")
     seed: int = flag(0, "of everything random", low=0, group="run")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", group="machine")
-    precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
-                          choices=("auto", "bf16", "fp32"), group="machine")
+    precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has "
+                          "it", choices=("auto", "bf16", "fp32"), group="machine")
     attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and "
                           "mask, see attention.choose", group="machine",
                           choices=("auto", "written_out", "piecewise", "fused", "flex"))
@@ -162,7 +162,8 @@ class Stage:
         """
         rows = []
         for batch in batches:
-            _, metrics = self.loss(model, batch, generator(self.seed, "evaluation", batch["number"]))
+            rng = generator(self.seed, "evaluation", batch["number"])
+            _, metrics = self.loss(model, batch, rng)
             rows.append((batch["number"], len(batch["video"]),
                          {name: float(value) for name, value in metrics.items()}))
         return evaluation.weighted_mean(processes.collect(rows))
@@ -211,8 +212,8 @@ class Stage:
         for name, value in values.items():
             wanted, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if wanted != value and (name in self.typed or wanted != default):
-                raise UserError(f"--{name.replace('_', '-')} {wanted}: {self.weights} keeps its own, "
-                                f"{value}; leave it out")
+                raise UserError(f"--{name.replace('_', '-')} {wanted}: {self.weights} keeps its "
+                                f"own, {value}; leave it out")
             setattr(self, name, value)
 
     def autocast(self):
@@ -282,13 +283,9 @@ def check_stage(stage):
             faults.append(f"has no method {method}(); see engine.stage.Stage")
     methods = {name for base in kind.__mro__ for name, value in vars(base).items()
                if isinstance(value, types.FunctionType) and not name.startswith("_")}
-    world = vars(sys.modules[kind.__module__])
     for field in dataclasses.fields(stage):
         if field.name in methods or isinstance(field.default, types.FunctionType):
             faults.append(f"the field {field.name} has the name of a method")
-        elif field.name not in Stage.__dataclass_fields__ and isinstance(
-                world.get(field.name), types.ModuleType):
-            faults.append(f"the field {field.name} has the name of a module that it imports")
     if faults:
         raise UserError(*(f"stage {stage.name or kind.__name__}: {fault}" for fault in faults))
 

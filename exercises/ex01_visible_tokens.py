@@ -1,8 +1,10 @@
 """How many tokens does the encoder of a masked autoencoder see?
 
-A clip of `frames` frames of `height` x `width` pixels is cut into tubelets of `tubelet` frames and `patch` x `patch` pixels. Of the
-h * w places of a time step, h = height // patch and w = width // patch, int(ratio * h * w) are hidden, the same in all time steps (VideoMAE, arXiv 2203.12602, Sec. 3.3):
-rounded down for one step, not for the clip. ViT-B, on 16 x 224 x 224 with a ratio of 0.9, sees 160 of 1568.
+A clip of `frames` frames of `height` x `width` pixels is cut into tubelets of `tubelet` frames and
+`patch` x `patch` pixels. Each time step has h * w places, h = height // patch, w = width // patch.
+int(ratio * h * w) of them are hidden, the same in all time steps (VideoMAE, arXiv 2203.12602,
+Sec. 3.3). The number is rounded down for one step, not for the clip. ViT-B sees 160 of 1568 tokens
+of 16 x 224 x 224 with a ratio of 0.9.
 """
 
 

@@ -1,7 +1,8 @@
 """Hide tubes.
 
-For each clip draw int(ratio * h * w) places, without repetition and all equally likely, and hide them in every frame. Tokens are
-numbered time slowest: n = tau*h*w + y*w + x. Use only `generator` for chance, so that the same one gives the same mask.
+For each clip draw int(ratio * h * w) places, without repetition and all equally likely, and hide
+them in every time step. Tokens are numbered with time slowest: n = tau*h*w + y*w + x. Take random
+numbers from `generator` only, so that the same generator gives the same mask.
 """
 
 

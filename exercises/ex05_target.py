@@ -1,7 +1,8 @@
-"""What the decoder paints: normalised pixels.
+"""The target of the decoder: normalised pixels.
 
-From each tubelet and colour channel subtract the mean of its pixels and divide by their standard deviation (unbiased, with 1e-6
-added after the root). Why does painting every tubelet with its mean, that is with zeros, then cost about 1?
+From each tubelet and colour channel subtract the mean of its pixels, and divide by their standard
+deviation (unbiased, with 1e-6 added after the root). Why does it cost about 1 to predict the mean
+of every tubelet, that is zeros?
 """
 
 
@@ -10,6 +11,6 @@ def normalised(tubelets):
     raise NotImplementedError
 
 
-def cost_of_painting_nothing(tubelets):
-    """-> float, the mean squared error of all zeros against the normalised tubelets."""
+def cost_of_zeros(tubelets):
+    """-> float, the mean squared error of zeros against the normalised tubelets."""
     raise NotImplementedError

@@ -1,9 +1,12 @@
-"""A bridge that starts silent and can still learn.
+"""Cross-attention whose gate starts at zero and can still learn.
 
-`Bridge` lets tokens x ask other tokens: x + tanh(gate) * attention(norm(x), context), with a gate that starts at zero (as
-Flamingo, arXiv 2204.14198, Sec. 3.1.2). Any attention will do, attention.Attention or one of torch's; the parameter is called
-`gate`. At the start x must pass bit for bit, and yet the gate must have a gradient at the first step. Then say which
-parameters have a gradient of exactly zero at that first step, and, in a comment, why that does not matter.
+`Bridge` lets tokens x attend to other tokens: x + tanh(gate) * attention(norm(x), context), with a
+gate that starts at zero (as in Flamingo, arXiv 2204.14198, Sec. 3.1.2). Any attention will do,
+attention.Attention or one of torch's; the parameter is called `gate`. At the start x must pass bit
+for bit, and yet the gate must have a gradient at the first step.
+
+Then name the parameters whose gradient is exactly zero at that first step. Say in a comment why
+that does not matter.
 """
 
 from torch import nn
@@ -20,6 +23,6 @@ class Bridge(nn.Module):
 
 
 def silent_at_step_one():
-    """-> set of the first parts of the names in Bridge.named_parameters() ("attn" of "attn.proj.weight", "gate") whose
-    gradients are all exactly zero at step one, as you named them."""
+    """-> set of first parts of names in Bridge.named_parameters(): "attn" of "attn.proj.weight",
+    "gate". Those whose gradients are all exactly zero at step one, as you named them."""
     raise NotImplementedError

@@ -1,31 +1,30 @@
-"""How good is a written caption? Three numbers that count words it shares with what people wrote.
+"""How good is a written caption? Three numbers that count the words it shares with references.
 
-Why these: they are what captioning papers report. None of them understands a sentence. BLEU asks how
-much of the caption is in the references, ROUGE-L how much of a reference comes in the same order, and CIDEr
-weighs words by how much they tell: what every caption says counts nothing. On the generated world, whose facts are
-known, `moving_shapes.parse_caption` says more than any of them; beside it one sees what they miss: a caption that says
-"left" where it should say "right" is wrong, and for them it has one wrong word of eight.
+Why these: captioning papers report them. None of them understands a sentence. BLEU asks how much of
+the caption is in the references, ROUGE-L how much of a reference comes in the same order, and
+CIDEr-D weighs words by how much they tell: a word that every caption has counts nothing. For a
+caption that says "left" where it should say "right", all three see one wrong word of eight. On the
+generated world, `moving_shapes.parse_caption` therefore checks the facts, too.
 
-    ["a dog runs"], [["a dog is running", "the dog runs"]]  ->  {"BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}
+    captions  ["a dog runs"], references  [["a dog is running", "the dog runs"]]
+      -> {"BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}
 
-Each function takes B captions (str) and, for each, a list of one or more references (str). `score` gives all three
-as papers print them: times 100. BLEU and ROUGE so reach 100. CIDEr-D holds a factor of 10 by definition and may reach
-1000; that is custom, and good captions get 100 or so on COCO.
+Each function takes B captions (str) and, for each, a list of one or more references (str). `score`
+gives all three times 100, as papers print them. BLEU and ROUGE-L then reach 100. CIDEr-D has a
+factor of 10 by definition and may reach 1000; good captions get about 100 on COCO.
 
-Where we differ: papers split words with a Java program (PTBTokenizer); `words` takes runs of letters and digits in
-lower case, which is the same but for "it's" and the like. On equal words the numbers are those of the COCO code
-(LOG.md); its quirks are kept, and said where they are.
+Where we differ: papers split words with a Java program (PTBTokenizer). `words` takes runs of
+letters and digits in lower case, which is the same except for "it's" and the like. On equal words
+the numbers are those of the COCO code (LOG.md).
 
-Sources: BLEU, Papineni et al. 2002, Sec. 2.1 to 2.3. ROUGE-L, Lin 2004, Sec. 3.1 and 3.2, with the beta of
-"Microsoft COCO Captions", arXiv 1504.00325, Sec. 3. CIDEr-D, arXiv 1411.5726, Sec. 3 and 6.
+Sources: BLEU, Papineni et al. 2002, Sec. 2.1 to 2.3. ROUGE-L, Lin 2004, Sec. 3.1 and 3.2, with the
+beta of "Microsoft COCO Captions", arXiv 1504.00325, Sec. 3. CIDEr-D, arXiv 1411.5726, Sec. 3 and 6.
 
->>> {name: round(value, 1) for name, value in score(["a dog runs home"], [["a dog runs home", "it runs"]]).items()}
+>>> found = score(["a dog runs home"], [["a dog runs home", "it runs"]])
+>>> {name: round(value, 1) for name, value in found.items()}  # one clip: no word tells anything
 {'BLEU-4': 100.0, 'ROUGE-L': 100.0, 'CIDEr-D': 0.0}
-
-(One clip alone: each of its words is in the references of all clips, so CIDEr finds that none tells anything.)
 """
 
-import argparse
 import contextlib
 import math
 import re
@@ -49,24 +48,26 @@ def ngrams(tokens, n):
 
 
 def bleu(captions, references, n=4):
-    """Geometric mean, over runs of 1 to n words, of the share of the captions' runs that a reference has, each as
-    often as some reference has it; times exp(1 - r/c) where the captions (c words in all) are shorter than the
-    references nearest to them in length (r words) -> float in [0, 1]. Counted over all captions, not averaged."""
-    hits, total, long, wanted = [0] * n, [0] * n, 0, 0
+    """Geometric mean, over runs of 1 to n words, of the share of the captions' runs that a
+    reference has, each as often as some reference has it. Times exp(1 - r/c) where the captions (c
+    words in all) are shorter than the references nearest to them in length (r words). Counted over
+    all captions, not averaged -> float in [0, 1]."""
+    hits, total, caption_words, reference_words = [0] * n, [0] * n, 0, 0
     for caption, others in zip(captions, references, strict=True):
-        said, told = words(caption), [words(other) for other in others]
-        long += len(said)
-        wanted += min((abs(len(other) - len(said)), len(other)) for other in told)[1]
+        caption, others = words(caption), [words(other) for other in others]
+        caption_words += len(caption)
+        reference_words += min((abs(len(other) - len(caption)), len(other)) for other in others)[1]
         for k in range(n):
             most = Counter()
-            for other in told:
+            for other in others:
                 most |= ngrams(other, k + 1)
-            found = ngrams(said, k + 1)
-            hits[k] += sum((found & most).values())
-            total[k] += sum(found.values())
+            runs = ngrams(caption, k + 1)
+            hits[k] += sum((runs & most).values())
+            total[k] += sum(runs.values())
     if not all(hits):
         return 0.0
-    return math.exp(sum(math.log(hit / of) for hit, of in zip(hits, total)) / n + min(0.0, 1 - wanted / long))
+    precision = sum(math.log(hit / of) for hit, of in zip(hits, total)) / n
+    return math.exp(precision + min(0.0, 1 - reference_words / caption_words))
 
 
 def common(a, b):
@@ -80,61 +81,64 @@ def common(a, b):
 
 
 def rouge_l(captions, references, beta=1.2):
-    """Mean over clips of (1 + beta^2) P R / (R + beta^2 P), where P and R are the shares of the caption and of a
-    reference that the longest common sequence makes up, each of the reference where it is largest -> float in [0, 1]."""
+    """Mean over clips of (1 + beta^2) P R / (R + beta^2 P). P and R are the shares of the caption
+    and of a reference that the longest common sequence makes up, each of the reference where it is
+    largest -> float in [0, 1]."""
     total = 0.0
     for caption, others in zip(captions, references, strict=True):
-        said, told = words(caption), [words(other) for other in others]
-        shared = [common(said, other) for other in told]
-        precision = max(shared) / max(1, len(said))
-        recall = max(length / max(1, len(other)) for length, other in zip(shared, told))
-        total += (1 + beta**2) * precision * recall / (recall + beta**2 * precision) if max(shared) else 0.0
+        caption, others = words(caption), [words(other) for other in others]
+        shared = [common(caption, other) for other in others]
+        P = max(shared) / max(1, len(caption))
+        R = max(length / max(1, len(other)) for length, other in zip(shared, others))
+        total += (1 + beta**2) * P * R / (R + beta**2 * P) if max(shared) else 0.0
     return total / len(captions)
 
 
 def cider_d(captions, references, n=4, sigma=6.0):
-    """Ten times the mean cosine between a caption's and a reference's counts of runs of 1 to n words, each count
-    weighted by ln(clips / clips whose references have that run) -> float in [0, 10], mean over clips and references.
+    """Ten times the mean cosine between a caption's and a reference's counts of runs of 1 to n
+    words. Each count is weighted by ln(clips / clips whose references have that run). Mean over
+    clips and references -> float in [0, 10].
 
-    The D: no run counts more often in the caption than in the reference, and a length d words off costs
-    a factor exp(-d^2 / (2 sigma^2)): repeating a telling word gains nothing."""
-    told = [[[ngrams(words(other), k + 1) for k in range(n)] for other in others] for others in references]
-    known = [Counter() for _ in range(n)]
-    for others in told:
+    The D: no run counts more often in the caption than in the reference, and a length that differs
+    by d words costs a factor exp(-d^2 / (2 sigma^2)). Repeating a rare word gains nothing.
+    """
+    counts = [[[ngrams(words(other), k + 1) for k in range(n)] for other in others]
+              for others in references]
+    clips_with = [Counter() for _ in range(n)]
+    for others in counts:
         for k in range(n):
-            known[k].update({run for other in others for run in other[k]})
+            clips_with[k].update({run for other in others for run in other[k]})
 
-    def weighted(counts, k):
-        return {run: count * math.log(len(told) / max(1, known[k][run])) for run, count in counts.items()}
+    def weighted(runs, k):
+        return {run: count * math.log(len(counts) / max(1, clips_with[k][run]))
+                for run, count in runs.items()}
 
     def norm(vector):
         return math.sqrt(sum(value**2 for value in vector.values()))
 
     total = 0.0
-    for caption, others in zip(captions, told, strict=True):
-        said = [ngrams(words(caption), k + 1) for k in range(n)]
-        mine = [weighted(said[k], k) for k in range(n)]
+    for caption, others in zip(captions, counts, strict=True):
+        runs = [ngrams(words(caption), k + 1) for k in range(n)]
+        ours = [weighted(runs[k], k) for k in range(n)]
         value = 0.0
         for other in others:
-            off = sum(said[0].values()) - sum(other[0].values())
+            difference = sum(runs[0].values()) - sum(other[0].values())
             for k in range(n):
                 theirs = weighted(other[k], k)
-                length = norm(mine[k]) * norm(theirs)
+                length = norm(ours[k]) * norm(theirs)
                 if length:
-                    value += math.exp(-off**2 / (2 * sigma**2)) / length * sum(
-                        min(weight, theirs[run]) * theirs[run] for run, weight in mine[k].items() if run in theirs)
+                    value += math.exp(-difference**2 / (2 * sigma**2)) / length * sum(
+                        min(weight, theirs[run]) * theirs[run]
+                        for run, weight in ours[k].items() if run in theirs)
         total += 10 * value / (n * len(others))
     return total / len(captions)
 
 
 def score(captions, references):
     """All three, times 100: {"BLEU-4": float, "ROUGE-L": float, "CIDEr-D": float}."""
-    return {"BLEU-4": 100 * bleu(captions, references), "ROUGE-L": 100 * rouge_l(captions, references),
+    return {"BLEU-4": 100 * bleu(captions, references),
+            "ROUGE-L": 100 * rouge_l(captions, references),
             "CIDEr-D": 100 * cider_d(captions, references)}
-
-
-# ------------------------------------------------------------------------------------------------
-# Measuring a model
 
 
 @torch.no_grad()
@@ -189,17 +193,21 @@ def evaluate(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullc
                  [texts for *_, part in rows for texts in part])
 
 
-def main(argv=None):
-    """`python caption_metrics.py`: what each number makes of a few captions."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    told = [["a red square moves to the left", "the red square goes left"], ["a blue ring grows", "the ring gets larger"],
-            ["two green stars meet", "a pair of green stars comes together"]]
-    for name, written in (
-            ("word for word", [sentences[0] for sentences in told]),
-            ("one wrong fact", ["a red square moves to the right", "a blue ring shrinks", "two green circles meet"]),
-            ("right, in other words", ["leftwards goes the red square", "the blue ring becomes bigger", "green stars approach each other"]),
+def main():
+    """`python -m tasks.captioning`: what each number makes of a few captions."""
+    references = [["a red square moves to the left", "the red square goes left"],
+                  ["a blue ring grows", "the ring gets larger"],
+                  ["two green stars meet", "a pair of green stars comes together"]]
+    for name, captions in (
+            ("word for word", [sentences[0] for sentences in references]),
+            ("one wrong fact", ["a red square moves to the right", "a blue ring shrinks",
+                                "two green circles meet"]),
+            ("right, in other words", ["leftwards goes the red square",
+                                       "the blue ring becomes bigger",
+                                       "green stars approach each other"]),
             ("the same for all", ["a red square moves to the left"] * 3)):
-        print(f"{name:24s}" + "   ".join(f"{metric} {value:6.1f}" for metric, value in score(written, told).items()))
+        found = score(captions, references)
+        print(f"{name:24s}" + "   ".join(f"{key} {value:6.1f}" for key, value in found.items()))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ from attention import Dropout
 from engine import pictures, processes
 from engine.errors import UserError, printable
 from engine.stage import Stage, flag, generator
-from video import annotations, moving_shapes
+from video import moving_shapes
+from video.annotations import read_segments
 from video.features import read_features
 from weights import encoders
 
@@ -592,7 +593,7 @@ class Localisation(Stage, name="localise"):
             raise UserError("--annotations: --data is a folder of features; name the JSON that says "
                             "what happens when")
         encoder, model = self.parts
-        rows, names = annotations.read_segments(self.annotations), model and model.names
+        rows, names = read_segments(self.annotations), model and model.names
         sets = []
         for folder, subset in ((self.data, self.train_subset),
                                (self.val_data or self.data, self.val_subset)):

@@ -276,7 +276,8 @@ class Retrieval(ClipStage, name="retrieve"):
                 print(f"{name + ', dual softmax' * bool(kind):28s}" + "".join(
                     f"{ranks[f'{kind}{way}_{column}']:8.1f}" for column in columns))
         batches = self.held_out(held_out["val"], self.eval_clips, self.eval_batch)
-        return multiple_choice(model, batches, self.bpe, held_out["val"].choices,
+        return {name: value for name, value in ranks.items() if "R@" in name or "R" in name[-3:]} | \
+            multiple_choice(model, batches, self.bpe, held_out["val"].choices,
                                context=self.context, autocast=self.autocast)
 
     def protocol(self, held_out):

@@ -2,8 +2,8 @@
 
 The network:   the numbers of the official code; equal to plain attention written out by hand; the
                future is invisible; the order of video tokens is irrelevant; the video matters
-The loss:      ln V at the start; the shift by one; padding is free, the end token is not; chunked
-               = plain, in value and gradients
+The loss:      ln V at the start; the shift by one; padding is free, the end token is not
+The model:     one pass gives what both losses take; its parts read its runs
 Decoding:      the cache changes nothing; greedy = argmax in a loop; one beam = greedy; a wide beam
                finds the likeliest sentence; the end stops a row; minimum, maximum, nucleus
 Weights:       with or without prefix, beta honoured, everything else refused by name
@@ -21,9 +21,13 @@ from torch import nn
 
 import weights
 from attention import Block, Mask, quick_gelu, written_out
-from caption_decoder import (CaptionDecoder, caption_loss, chunked_caption_loss, generate,
-                             official_name, reorder, rotary_frequencies, rotate)
+import caption_decoder
+import clip_video
+from caption_decoder import (CaptionDecoder, VideoText, attention_maps, caption_loss, generate,
+                             reorder, rotary_frequencies, rotate)
 from weights import WeightsError
+from weights.caption_decoder import OFFICIAL
+from weights.official import spell
 
 START, END = 0, 1
 
@@ -98,8 +102,8 @@ def fill_clip_blocks(blocks, prefix):
 
 def official_state(decoder, prefix=""):
     """What an official file of this decoder would hold, filled with reference tensors."""
-    return {prefix + official_name(key): tensor.clone() if key.endswith(("beta", "frequencies"))
-            else filled(official_name(key), tensor.shape)
+    return {prefix + spell(key, OFFICIAL): tensor.clone() if key.endswith(("beta", "frequencies"))
+            else filled(spell(key, OFFICIAL), tensor.shape)
             for key, tensor in decoder.state_dict().items()}
 
 
@@ -228,7 +232,8 @@ def test_loss_at_the_start_is_near_ln_V():
     decoder = CaptionDecoder(64, heads=4, depth=2, visual_width=24, vocabulary=500, queries=6)
     ids = torch.randint(500, (32, 9))
     logits = decoder(torch.randn(32, 15, 24), torch.randn(32, 8, 64))
-    assert caption_loss(logits, ids, ids >= 0).item() == pytest.approx(math.log(500) + 0.15, abs=0.05)
+    assert caption_loss(logits, ids, ids >= 0).item() == pytest.approx(math.log(500) + 0.15,
+                                                                       abs=0.05)
 
 
 def test_position_t_is_asked_for_word_t_plus_1():
@@ -249,37 +254,6 @@ def test_padding_carries_no_loss_and_the_end_does():
     assert asked[ids[:, 1:] == END].all()
 
 
-@pytest.mark.parametrize("rows", [1, 4, 1000])
-def test_chunked_loss_is_the_plain_loss_with_its_gradients(rows):
-    """One row of the batch is padding throughout, and the chunks do not divide the words."""
-    decoder, tower, _ = make()
-    ids, is_text = sentences()
-    is_text[1] = False
-    results = []
-    for chunked in (False, True):
-        decoder.zero_grad()
-        visual = torch.randn(3, 15, 24, dtype=torch.float64,
-                             generator=torch.Generator().manual_seed(2)).requires_grad_()
-        hidden = decoder.hidden(visual, tower(ids)[:, :-1])
-        loss = chunked_caption_loss(decoder, hidden, ids, is_text, rows=rows) if chunked else \
-            caption_loss(decoder.logits(hidden), ids, is_text)
-        (3 * loss).backward()
-        results.append([loss.detach(), visual.grad]
-                       + [p.grad.clone() for p in decoder.parameters()])
-    for plain, chunked in zip(*results):
-        torch.testing.assert_close(chunked, plain, atol=1e-12, rtol=1e-12)
-
-
-def test_a_batch_without_words_costs_nothing():
-    decoder, tower, visual = make()
-    ids = torch.zeros(2, 5, dtype=torch.long)
-    hidden = decoder.hidden(visual, tower(ids)[:, :-1])
-    loss = chunked_caption_loss(decoder, hidden, ids, ids != 0)
-    loss.backward()
-    assert loss == 0 and not decoder.vocabulary.weight.grad.any()
-    assert caption_loss(decoder.logits(hidden), ids, ids != 0) == 0
-
-
 def test_two_half_batches_sum_to_the_whole_when_the_count_is_given():
     """What processes that share a batch need: rows differ in length, so means do not average."""
     ids, is_text = sentences(batch=2)
@@ -290,22 +264,74 @@ def test_two_half_batches_sum_to_the_whole_when_the_count_is_given():
     torch.testing.assert_close(sum(halves), caption_loss(logits, ids, is_text))
 
 
-def test_under_bfloat16_autocast_both_losses_are_float32_and_agree():
-    decoder, tower, visual = make(vocabulary=300)
-    decoder, tower, visual = decoder.float(), tower.float(), visual.float()
-    ids, is_text = sentences(300, batch=2)
-    grads = []
-    for chunked in (False, True):
-        decoder.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = decoder.hidden(visual, tower(ids)[:, :-1])
-            loss = chunked_caption_loss(decoder, hidden, ids, is_text) if chunked else \
-                caption_loss(decoder.logits(hidden), ids, is_text)
-        loss.backward()
-        grads.append((loss.detach(), decoder.vocabulary.weight.grad.clone()))
-    assert grads[0][0].dtype == grads[1][0].dtype == torch.float32
-    torch.testing.assert_close(grads[1][0], grads[0][0], rtol=1e-4, atol=0)
-    assert (grads[1][1] - grads[0][1]).norm() < 0.01 * grads[0][1].norm()
+# ------------------------------------------------------------------------------------------------
+# The whole model of stage 2
+
+
+def small_model(**options):
+    """A VideoText for clips of two frames of 16 pixels, and a batch of three pairs."""
+    torch.manual_seed(0)
+    clip = clip_video.VideoCLIP("tiny", frames=2, image_size=16, vocabulary=50, context=8, end=END,
+                                **options)
+    decoder = CaptionDecoder(128, heads=2, depth=2, visual_width=192, vocabulary=50, queries=4)
+    return VideoText(clip, decoder), torch.randn(3, 3, 2, 16, 16), sentences(50, length=8)[0]
+
+
+def test_one_pass_gives_what_both_losses_take():
+    model, video, ids = small_model()
+    model.eval()
+    video_embedding, text_embedding, hidden = model(video, ids)
+    expected = model.clip(video, ids)
+    torch.testing.assert_close(video_embedding, expected[0])
+    torch.testing.assert_close(text_embedding, expected[1])
+    tokens = model.clip.encode_video_tokens(video)[1].flatten(1, 2)
+    text = model.clip.encode_text_tokens(ids)[1]
+    torch.testing.assert_close(model.caption_decoder.logits(hidden),
+                               model.caption_decoder(tokens, text[:, :-1]))
+
+
+def test_in_training_the_scale_is_kept_in_its_range_and_in_evaluation_not():
+    model, video, ids = small_model()
+    for train in (False, True):
+        model.train(train).clip.scale.data.fill_(9.0)
+        model(video, ids)
+        assert (model.clip.logit_scale.exp() <= 100.001) == train
+
+
+def test_a_model_is_rebuilt_from_its_configuration_and_its_run(tmp_path):
+    model, video, ids = small_model()
+    model.eval()
+    weights.save(tmp_path, model, model.config)
+    again = VideoText.from_run(tmp_path)
+    assert again.config == model.config == VideoText.from_config(model.config).config
+    assert not again.training
+    for a, b in zip(again(video, ids), model(video, ids)):
+        assert torch.equal(a, b)
+    assert {name.split(".")[0] for name in model.state_dict()} == {"clip", "caption_decoder"}
+
+
+def test_where_words_look_sums_to_one():
+    decoder, _, visual = make()
+    maps = attention_maps(decoder, visual, torch.randn(2, 5, 32, dtype=torch.float64))
+    assert maps.shape == (2, 5, 15)
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 5, dtype=torch.float64))
+
+
+def test_maps_of_a_clip_are_those_of_its_tokens_without_the_class_tokens():
+    model, video, ids = small_model(kind="frames")
+    maps = model.eval().attention_maps(video, ids)
+    assert maps.shape == (3, 7, 2, 2, 2)                                     # (B, L-1, t, h, w)
+    tokens, text = (encode(x)[1] for encode, x in (
+        (model.clip.encode_video_tokens, video), (model.clip.encode_text_tokens, ids)))
+    expected = attention_maps(model.caption_decoder, tokens.flatten(1, 2), text[:, :-1])
+    torch.testing.assert_close(maps[:, :, 1, 1, 0], expected[:, :, 5 + 1 + 2])
+
+
+def test_the_command_prints_the_shapes(capsys):
+    caption_decoder.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert any("(B, M, D)" in line and "(1, 260, 192)" in line for line in lines)
+    assert "at chance" in lines[-2] and lines[-1].startswith("what it writes, untrained:")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -466,7 +492,7 @@ def test_it_learns_to_say_which_video_it_sees():
     optimiser = torch.optim.AdamW([*decoder.parameters(), *tower.parameters()], lr=3e-3)
     for _ in range(60):
         hidden = decoder.hidden(visual, tower(ids)[:, :-1])
-        loss = chunked_caption_loss(decoder, hidden, ids, is_text)
+        loss = caption_loss(decoder.logits(hidden), ids, is_text)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

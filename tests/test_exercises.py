@@ -1,4 +1,4 @@
-"""The exercises can be solved, and are not solved already: their own tests pass on the solutions and fail without them."""
+"""The exercises can be solved, and are not solved: their tests pass on the solutions alone."""
 
 import os
 import subprocess
@@ -9,9 +9,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def outcomes(**environment):
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider",
-                           "exercises/test_exercises.py"], cwd=ROOT,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=300)
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider",
+               "exercises/test_exercises.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment,
+                          timeout=300)
     return {word: done.stdout.count(f"\n{word} ") for word in ("PASSED", "FAILED", "ERROR")}
 
 

@@ -1,5 +1,5 @@
-"""What tools/extract.py promises: the features are those of the model on the windows that its head
-describes, with the right times; what is done is not done again; and mistakes are one line."""
+"""What tools/extract.py promises: features are those of the model on the windows that its head
+describes, with the right times; what is done is not done again; a user's error is one line."""
 
 import sys
 from pathlib import Path
@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import clip_video
-from video.decoding import read_clip
-from video.transforms import normalise
 import mae
 import uniformerv2
 import weights
+from video import decoding, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -31,9 +30,11 @@ def videos(tmp_path_factory):
             stream = container.add_stream("mpeg4", rate=10)
             stream.width, stream.height, stream.pix_fmt, stream.gop_size = 48, 32, "yuv420p", 6
             for number in range(frames):
-                picture = np.random.default_rng(number).integers(256, size=(4, 6, 3), dtype=np.uint8)
+                rng = np.random.default_rng(number)
+                picture = rng.integers(256, size=(4, 6, 3), dtype=np.uint8)
                 picture = picture.repeat(8, axis=0).repeat(8, axis=1)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                container.mux(stream.encode(frame))
             container.mux(stream.encode())
     (folder / "broken.mp4").write_text("no video")
     return folder
@@ -45,9 +46,11 @@ def models():
     size = uniformerv2.Size(32, 2, 2, 64, 16, 32)
     text = clip_video.TextSize(32, 2, 2)
     return {
-        "masked": mae.VideoClassifier(mae.Size(32, 2, 2, 64, 16, 32, 1, 2, 64), classes=3, frames=4, image_size=32),
+        "masked": mae.VideoClassifier(mae.Size(32, 2, 2, 64, 16, 32, 1, 2, 64), classes=3,
+                                      frames=4, image_size=32),
         "multimodal": uniformerv2.UniFormerV2(size, classes=3, frames=4, global_layers=(1,)),
-        "ViCLIP": clip_video.VideoCLIP(size, kind="joint", frames=4, text_size=text, vocabulary=60, context=8)}
+        "ViCLIP": clip_video.VideoCLIP(size, kind="joint", frames=4, text_size=text,
+                                       vocabulary=60, context=8)}
 
 
 @pytest.fixture(scope="module")
@@ -59,47 +62,55 @@ def runs(tmp_path_factory):
 
 
 def run(videos, model, out, *more):
-    return extract.main(["--data", str(videos), "--model", str(model), "--out", str(out), "--device", "cpu",
-                         "--batch-size", "2", *more])
+    return extract.main(["--data", str(videos), "--model", str(model), "--out", str(out),
+                         "--device", "cpu", "--batch-size", "2", *more])
 
 
 @pytest.mark.parametrize("name", ["masked", "multimodal", "ViCLIP"])
 @pytest.mark.parametrize("pool", ["all", "space", "none"])
-def test_features_are_those_of_the_model_on_each_window(videos, runs, tmp_path, name, pool, monkeypatch):
+def test_features_are_those_of_the_model_on_each_window(videos, runs, tmp_path, name, pool,
+                                                        monkeypatch):
     monkeypatch.setattr(extract, "CHUNK", 8)  # several chunks
-    assert run(videos, runs / name, tmp_path, "--stride", "3", "--pool", pool) == 1  # one video is broken
-    found = np.load(tmp_path / "sub" / "a.npz")
+    # 1: one video is broken
+    assert run(videos, runs / name, tmp_path, "--stride", "3", "--pool", pool) == 1
+    file = np.load(tmp_path / "sub" / "a.npz")
     model = extract.load(runs / name)
-    frames = torch.from_numpy(read_clip(videos / "sub/a.mp4", range(21), (32, 32)))
+    frames = torch.from_numpy(decoding.read_clip(videos / "sub/a.mp4", range(21), (32, 32)))
     starts = range(0, 21 - 4 + 1, 3)
     times = 1 if pool == "all" else 2 if name == "masked" else 4
+    feats = file["feats"]
     with torch.no_grad():
-        expected = torch.cat([extract.features(model, frames[None, start:start + 4], pool).reshape(times, *found["feats"].shape[1:])
-                              for start in starts])
-    assert found["feats"].shape[0] == len(starts) * times and found["feats"].dtype == np.float32
-    assert found["feats"].shape[-1] == 32 and found["feats"].ndim == (3 if pool == "none" else 2)
-    assert np.allclose(found["feats"], expected, atol=1e-5)
+        windows = [extract.features(model, frames[None, start:start + 4], pool)
+                   for start in starts]
+    expected = torch.cat([window.reshape(times, *feats.shape[1:]) for window in windows])
+    assert feats.shape[0] == len(starts) * times and feats.dtype == np.float32
+    assert feats.shape[-1] == 32 and feats.ndim == (3 if pool == "none" else 2)
+    assert np.allclose(feats, expected, atol=1e-5)
     span = 4 // times
     middles = [(start + span * i + (span - 1) / 2) / 10 for start in starts for i in range(times)]
-    assert np.allclose(found["timestamps"], middles)
-    assert (found["fps"], found["frames"], found["window"], found["stride"]) == (pytest.approx(10), 21, 4, 3)
-    assert len(str(found["model"])) == 16 and np.load(tmp_path / "b.npz")["feats"].shape[0] == times
+    assert np.allclose(file["timestamps"], middles)
+    assert file["fps"] == pytest.approx(10)
+    assert (file["frames"], file["window"], file["stride"]) == (21, 4, 3)
+    assert len(str(file["model"])) == 16
+    assert np.load(tmp_path / "b.npz")["feats"].shape[0] == times
 
 
-def test_pooling_all_of_a_tower_is_what_its_head_sees(videos, runs):
+def test_pooling_all_of_an_encoder_is_what_its_head_sees(runs):
     video = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
     model = extract.load(runs / "masked")
-    ready = normalise(video, model.mean, model.std)
+    ready = transforms.normalise(video, model.mean, model.std)
     with torch.no_grad():
-        assert torch.allclose(model.head(extract.features(model, video, "all")), model(ready), atol=1e-5)
-        tokens = extract.features(model, video, "none")
-        assert torch.allclose(tokens.mean(dim=2), extract.features(model, video, "space"), atol=1e-6)
-        assert torch.allclose(model.fc_norm(tokens.flatten(1, 2).mean(dim=1)), model.feature(ready), atol=1e-5)
+        every, space, tokens = (extract.features(model, video, pool)
+                                for pool in ("all", "space", "none"))
+        assert torch.allclose(model.head(every), model(ready), atol=1e-5)
+        assert torch.allclose(tokens.mean(dim=2), space, atol=1e-6)
+        mean = tokens.flatten(1, 2).mean(dim=1)
+        assert torch.allclose(model.fc_norm(mean), model.feature(ready), atol=1e-5)
 
 
 def test_the_tokens_of_viclip_are_told_apart_by_time(runs):
-    """With everything inside its blocks at zero nothing is mixed, and a change in the last frame moves the
-    last time alone."""
+    """With everything inside its blocks at zero nothing is mixed, and a change in the last frame
+    moves the last time alone."""
     model = extract.load(runs / "ViCLIP")
     for block in model.visual.blocks:
         for parameter in block.parameters():
@@ -107,11 +118,13 @@ def test_the_tokens_of_viclip_are_told_apart_by_time(runs):
     video = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8)
     other = video.clone()
     other[:, 3] = 255 - other[:, 3]
-    moved = (extract.features(model, video, "space") - extract.features(model, other, "space")).norm(dim=-1)[0]
+    moved = extract.features(model, video, "space") - extract.features(model, other, "space")
+    moved = moved.norm(dim=-1)[0]
     assert moved[3] > 0.1 and moved[:3].max() == 0
 
 
-def test_what_is_done_is_not_done_again_and_another_setting_is_refused(videos, runs, tmp_path, capsys):
+def test_what_is_done_is_not_done_again_and_another_setting_is_refused(videos, runs, tmp_path,
+                                                                       capsys):
     assert run(videos, runs / "masked", tmp_path) == 1
     assert "no video" not in capsys.readouterr().err
     first = (tmp_path / "c.npz").read_bytes()
@@ -122,7 +135,8 @@ def test_what_is_done_is_not_done_again_and_another_setting_is_refused(videos, r
     assert (tmp_path / "c.npz").read_bytes() == b"kept" != first and (tmp_path / "b.npz").exists()
     for other in (["--stride", "4"], ["--pool", "space"]):
         assert run(videos, runs / "masked", tmp_path, *other) == 2
-    assert run(videos, runs / "multimodal", tmp_path) == 2 and "use another folder" in capsys.readouterr().err
+    assert run(videos, runs / "multimodal", tmp_path) == 2
+    assert "use another folder" in capsys.readouterr().err
 
 
 def test_localisation_code_finds_an_array_of_window_features(videos, runs, tmp_path):

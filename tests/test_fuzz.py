@@ -22,7 +22,11 @@ from safetensors.torch import load_file, save_file
 from video import annotations
 from video.annotations import DataError
 import data
+import mae
 import train
+import weights
+from engine import pictures as drawing
+from engine.stage import details
 from test_annotations import CASES, clip, lay  # noqa: F401
 from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
@@ -39,7 +43,7 @@ def outcome(argv):
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), \
             pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
-        patch.setattr(train.pictures, "curve", lambda *_: [])
+        patch.setattr(drawing, "curve", lambda *_: [])
         for kind in train.STAGES.values():
             patch.setattr(kind, "pictures", lambda *_: [])
         try:
@@ -71,34 +75,34 @@ SMALL = dict(num_frames="4", input_size="16", batch_size="3", eval_clips="3", ev
 def test_any_line_of_flags_ends_well(n, encoders, finished, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     draw = random.Random(n)
-    stage = pictures.choice(list(train.STAGES))
+    stage = draw.choice(list(train.STAGES))
     fields = {field.name: field for field in dataclasses.fields(train.STAGES[stage])}
     argv = [stage]
     for name, value in SMALL.items():
         argv += [f"--{name.replace('_', '-')}", value] * (name in fields)
     if stage == "mae":
         argv += ["--input-size", "32", "--mask-ratio", "0.5"]
-    if "weights" in fields and stage != "mae" and pictures.random() < 0.8:
+    if "weights" in fields and stage != "mae" and draw.random() < 0.8:
         argv += ["--weights", str(finished) if stage in ("answer", "retrieve", "clip") else encoders["multimodal"][0]]
-    chosen = pictures.sample(list(fields), pictures.randint(1, 4))
+    chosen = draw.sample(list(fields), draw.randint(1, 4))
     for name in chosen:
         field = fields[name]
-        choices = field.metadata["choices"]
+        choices = details(field)["choices"]
         if name == "model" or name in ("steps", "workers"):  # what is legal here may take long
-            value = pictures.choice(("x", "", "-1", "1.5"))
+            value = draw.choice(("x", "", "-1", "1.5"))
         elif name in SIZED:
-            value = pictures.choice(("0", "1", "2", "3", "5", "8", "-1", "x", "", "1.5", "99999999999999999999"))
-        elif choices and pictures.random() < 0.7:
-            value = str(pictures.choice(choices))
+            value = draw.choice(("0", "1", "2", "3", "5", "8", "-1", "x", "", "1.5", "99999999999999999999"))
+        elif choices and draw.random() < 0.7:
+            value = str(draw.choice(choices))
         else:
-            value = pictures.choice(ANYTHING)
-        flag = f"--{'no-' * (field.type is bool and pictures.random() < 0.5)}{name.replace('_', '-')}"
-        argv += [flag] if field.type is bool else [f"{flag}={value}"] if pictures.random() < 0.5 else [flag, value]
-    argv += pictures.choice(([], [], [], ["--no-such-flag", "3"], ["stray"], ["-x"]))
+            value = draw.choice(ANYTHING)
+        flag = f"--{'no-' * (field.type is bool and draw.random() < 0.5)}{name.replace('_', '-')}"
+        argv += [flag] if field.type is bool else [f"{flag}={value}"] if draw.random() < 0.5 else [flag, value]
+    argv += draw.choice(([], [], [], ["--no-such-flag", "3"], ["stray"], ["-x"]))
     if "steps" not in chosen:
-        argv += ["--steps", pictures.choice(("0", "1"))]
+        argv += ["--steps", draw.choice(("0", "1"))]
     (tmp_path / "a file").write_text("")
-    outcome(argv + ["--out", pictures.choice(("", " ", "x", ".", "/dev/null", "\u00e9\u0000", "*", "x" * 300, "a\nb", "a file", "a file/x", "--",
+    outcome(argv + ["--out", draw.choice(("", " ", "x", ".", "/dev/null", "\u00e9\u0000", "*", "x" * 300, "a\nb", "a file", "a file/x", "--",
                                           *[str(tmp_path / "run")] * 6))])
 
 
@@ -109,44 +113,44 @@ def test_any_line_of_flags_ends_well(n, encoders, finished, tmp_path, monkeypatc
 def mangled(content, draw):
     """Bytes, changed in one to three ways."""
     content = bytearray(content)
-    for _ in range(pictures.randint(1, 3)):
-        place = pictures.randrange(len(content) + 1)
-        match pictures.randrange(8):
+    for _ in range(draw.randint(1, 3)):
+        place = draw.randrange(len(content) + 1)
+        match draw.randrange(8):
             case 0:
                 del content[place:]
             case 1:
-                del content[place:place + pictures.randint(1, 9)]
+                del content[place:place + draw.randint(1, 9)]
             case 2:
-                content[place:place] = bytes(pictures.randrange(256) for _ in range(pictures.randint(1, 4)))
+                content[place:place] = bytes(draw.randrange(256) for _ in range(draw.randint(1, 4)))
             case 3:
-                content[place:place] = pictures.choice((b",", b"\n", b'"', b"{", b"}", b"[", b"]", b":", b" ", b"\t", b"null", b"-1", b"\\",
+                content[place:place] = draw.choice((b",", b"\n", b'"', b"{", b"}", b"[", b"]", b":", b" ", b"\t", b"null", b"-1", b"\\",
                                                     b"1e999", b"\xef\xbb\xbf", b"\r", b"\0"))
             case 4:
                 lines = bytes(content).splitlines(keepends=True)
-                pictures.shuffle(lines)
+                draw.shuffle(lines)
                 content = bytearray(b"".join(lines))
             case 5:
                 content += content[place:]
             case 6 if content:
-                content[min(place, len(content) - 1)] ^= 1 << pictures.randrange(8)
+                content[min(place, len(content) - 1)] ^= 1 << draw.randrange(8)
             case 7:
                 text = bytes(content).decode("utf-8", "ignore")
-                content = bytearray(text.encode(pictures.choice(("utf-16", "latin-1", "utf-8-sig")), "ignore"))
+                content = bytearray(text.encode(draw.choice(("utf-16", "latin-1", "utf-8-sig")), "ignore"))
     return bytes(content)
 
 
 @pytest.mark.parametrize("n", NUMBERS)
 def test_any_list_is_read_as_rows_that_make_sense_or_refused_in_one_line(n, clip, tmp_path):  # noqa: F811
     draw = random.Random(n)
-    kind = pictures.choice([kind for kind, (texts, *_) in CASES.items() if texts])
+    kind = draw.choice([kind for kind, (texts, *_) in CASES.items() if texts])
     texts, videos, source, *_ = CASES[kind]
     lay(tmp_path, texts, videos, clip)
-    name = pictures.choice(list(texts))
+    name = draw.choice(list(texts))
     (tmp_path / name).write_bytes(mangled(texts[name].encode(), draw))
     try:
         found = annotations.read(tmp_path / source)
-        files = data.VideoFiles(tmp_path / source, 2, 16, train=False, part=pictures.choice(("all", "val")))
-        item = files[pictures.randrange(len(files))]
+        files = data.VideoFiles(tmp_path / source, 2, 16, train=False, part=draw.choice(("all", "val")))
+        item = files[draw.randrange(len(files))]
     except DataError as error:
         assert str(error).count("\n") == 0 and len(str(error)) > 20, str(error)
         return
@@ -169,7 +173,7 @@ def run(tmp_path_factory):
     """(folder of a run stopped after two of four steps, the weights it ends with)."""
     folder = tmp_path_factory.mktemp("run")
     flags = ["mae", *("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 2 --eval-clips 2 --workers 0 --precision fp32 "
-                      "--device cpu --ema 0.5 --keep 1 --save-every 2").split(), "--out"]
+                      "--device cpu --ema 0.5 --save-every 2").split(), "--out"]
     assert outcome([*flags, str(folder / "whole"), "--steps", "4"])[0] == 0
     loss = train.MAE.loss
 
@@ -189,22 +193,22 @@ def run(tmp_path_factory):
 def spoil(path, draw):
     """Change a checkpoint or a file of weights: its bytes, or what it holds."""
     content = path.read_bytes()
-    how = pictures.randrange(9)
+    how = draw.randrange(9)
     if how == 0:
-        path.write_bytes(content[:pictures.randrange(len(content))])
+        path.write_bytes(content[:draw.randrange(len(content))])
     elif how == 1:
-        place = pictures.randrange(len(content))
-        path.write_bytes(content[:place] + bytes(pictures.randint(1, 4096)) + content[place:])
+        place = draw.randrange(len(content))
+        path.write_bytes(content[:place] + bytes(draw.randint(1, 4096)) + content[place:])
     elif how == 2:
-        place = pictures.randrange(len(content))
-        path.write_bytes(content[:place] + content[place + pictures.randint(1, 4096):])
+        place = draw.randrange(len(content))
+        path.write_bytes(content[:place] + content[place + draw.randint(1, 4096):])
     elif how <= 4:
         flipped = bytearray(content)
-        for _ in range(pictures.randint(1, 3)):
-            flipped[pictures.randrange(len(content))] ^= 1 << pictures.randrange(8)
+        for _ in range(draw.randint(1, 3)):
+            flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
     elif how == 5:
-        path.write_bytes(pictures.choice((b"", b"\0" * 1000, b"PK\3\4", b"\x80\2.", pickle.dumps({"model": 3}), pickle.dumps(open),
+        path.write_bytes(draw.choice((b"", b"\0" * 1000, b"PK\3\4", b"\x80\2.", pickle.dumps({"model": 3}), pickle.dumps(open),
                                       json.dumps({"model": 1}).encode(), b"\x10\0\0\0\0\0\0\0{}")))
     else:
         inside(path, draw)
@@ -214,10 +218,10 @@ def spoil(path, draw):
 def inside(path, draw):
     """Write the file anew with one thing in it missing, added or of another kind."""
     safe = path.suffix == ".safetensors"
-    saved = load_file(path) if safe else train.weights.load(path)
-    group = saved if safe or pictures.random() < 0.4 else saved[pictures.choice(("model", "average", "optimiser"))]
-    key = pictures.choice(list(group))
-    match pictures.randrange(4):
+    saved = load_file(path) if safe else weights.load(path)
+    group = saved if safe or draw.random() < 0.4 else saved[draw.choice(("model", "average", "optimiser"))]
+    key = draw.choice(list(group))
+    match draw.randrange(4):
         case 0:
             del group[key]
         case 1:
@@ -251,8 +255,8 @@ def test_a_spoilt_file_of_weights_is_refused_or_is_the_same(n, run, tmp_path):
     path = tmp_path / "model.safetensors"
     spoil(path, random.Random(n))
     try:
-        found = train.mae.VideoMAE.from_official(tmp_path).state_dict()
-    except train.weights.WeightsError as error:
+        found = mae.VideoMAE.from_official(tmp_path).state_dict()
+    except weights.WeightsError as error:
         assert "\n" not in str(error) and str(tmp_path) in str(error)
         return
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)

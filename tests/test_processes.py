@@ -32,24 +32,26 @@ TINY = dict(device="cpu", precision="fp32", workers=0)
 def encoders(folder):
     """Two small classifiers of moving shapes, in folder/masked and folder/multimodal."""
     import train
+    import weights
     for name in ("masked", "multimodal"):
         torch.manual_seed(1)
         card = train.Classify(encoder=name, **TINY, num_frames=4, input_size=40, batch_size=JOINED)
-        model = card.build()
-        train.weights.save(folder / name, model, model.config)
+        model = card.build(card.datasets()[0])
+        weights.save(folder / name, model, model.config)
 
 
 def cards(folder):
     """{name: card}, one for each stage and more, all that is random turned on; batch_size is the joined one."""
     import train
     import variants.cards
+    import weights
     size = dict(num_frames=4, input_size=32)
     labels = dict(**TINY, **size, batch_size=JOINED)
     encoders(folder)
     clip = dict(**TINY, num_frames=4, vocabulary=600)
     pretrained = train.Clip(**clip)
-    model = pretrained.build()
-    train.weights.save(folder / "clip", model, model.config)
+    model = pretrained.build(pretrained.datasets()[0])
+    weights.save(folder / "clip", model, model.config)
     pretrained.extras(folder / "clip")
     return {
         "mae": train.MAE(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3),
@@ -73,36 +75,40 @@ def cards(folder):
     }
 
 
-def learn(card, model):
-    """A batch through the card as the loop does it, or two where one is of images: loss, norm and gradients of
-    each; then the evaluation, and how many clips each of its batches has."""
-    from engine import processes
-    import train
+def learn(card, train_set, held_out, model):
+    """Train on one batch as the loop does, or two where one is of images; then evaluate.
+
+    Returns loss, norm and gradients of each; the metrics; how many clips each batch has."""
+    import attention
+    from engine import evaluation, processes
+    from engine.stage import generator
     card.batch_size = JOINED // processes.world()
     if hasattr(card, "image_batch"):
         card.image_batch = JOINED // processes.world()
-    train_set, held_out = card.datasets()
-    take_step = processes.parallel(model, card.loss, card.shard, parts=(train.Block,))
-    with processes.unsharded(take_step):
-        card.prepare(model)
+    training_loss = processes.parallel(model, card.loss, card.shard, parts=(attention.Block,))
+    with processes.unsharded(training_loss):
+        card.prepare(model, train_set)
     model.train()
-    found = []
-    for step, batch in zip(range(1 + bool(getattr(card, "image_every", 0))), card.batches(train_set, 0)):
-        torch.manual_seed(train.generator(0, "dropout", step).initial_seed())
-        loss, values = take_step(batch, train.generator(0, "loss", step, 0))
+    learned = []
+    for step, batch in zip(range(1 + bool(getattr(card, "image_every", 0))),
+                           card.batches(train_set, 0)):
+        torch.manual_seed(generator(0, "dropout", step).initial_seed())
+        loss, values = training_loss(batch, generator(0, "loss", step, 0))
         loss.backward()
         norm = processes.clip(model, 1e9)
-        whole = {name: processes.whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
-        found.append((processes.means(values)["loss"], norm, whole))
+        whole = {name: processes.whole(p.grad).clone() for name, p in model.named_parameters()
+                 if p.grad is not None}
+        learned.append((processes.means(values)["loss"], norm, whole))
         model.zero_grad()
     if card.shard or getattr(card, "cache_size", 0):
-        return found, {}, []
+        return learned, {}, []
     model.eval()
     card.eval_batch, card.eval_clips = 3, CLIPS
-    with torch.no_grad(), processes.unsharded(take_step):
-        rows = list(card.held_out(held_out, CLIPS, 3))
-        metrics = card.evaluate(model, rows)
-    return found, metrics, processes.collect([(row["number"], len(row["video"])) for row in rows])
+    with torch.no_grad(), processes.unsharded(training_loss):
+        rows = list(card.held_out(held_out["val"], CLIPS, 3))
+        metrics = evaluation.numbers_of({"val": card.evaluate(model, rows, held_out["val"])})
+    counts = [(row["number"], len(row["video"])) for row in rows]
+    return learned, metrics, processes.collect(counts)
 
 
 def fork(count, work):
@@ -157,11 +163,12 @@ def equal(folder):
         (folder / name).mkdir()
     for name, card in cards(folder).items():
         torch.manual_seed(0)
-        built[name] = card, card.build()
+        train_set, held_out = card.datasets()
+        built[name] = card, train_set, held_out, card.build(train_set)
 
     def work(rank):
         processes.start("cpu")
-        torch.save({name: learn(*pair) for name, pair in built.items()}, folder / f"{processes.world()}.{rank}.pt")
+        torch.save({name: learn(*parts) for name, parts in built.items()}, folder / f"{processes.world()}.{rank}.pt")
 
     for count in WORLDS:
         assert not any(fork(count, work)), count
@@ -173,8 +180,9 @@ FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precisio
 
 def runs(folder, cut=True):
     """Whole runs of train.py, with an accident in most; leaves their exit codes in codes.json."""
-    from engine import processes
     import train
+    from data import DataError
+    from engine import processes
     own, codes = train.MAE.loss, {}
 
     def accident(happen):
@@ -201,7 +209,7 @@ def runs(folder, cut=True):
 
     def failing(step):
         if processes.rank() == 1:
-            raise train.DataError("the disk of process 1 is gone")
+            raise DataError("the disk of process 1 is gone")
 
     def power_cut(step):
         if step == 4:

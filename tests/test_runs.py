@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from engine import pictures
 from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
 from test_fuse_card import pair  # noqa: F401
@@ -39,7 +40,7 @@ def start(request, encoders, finished, pair, monkeypatch):  # noqa: F811
     places = dict(masked=encoders["masked"][0], clip=encoders["multimodal"][0], finished=finished, first=pair[1], second=pair[3])
     stage, *flags = RUNS[request.param].format(**places).split()
     card = train.STAGES[stage]
-    monkeypatch.setattr(train.pictures, "curve", lambda *_: [])
+    monkeypatch.setattr(pictures, "curve", lambda *_: [])
     for kind in train.STAGES.values():
         monkeypatch.setattr(kind, "pictures", lambda *_: [])
 

@@ -1,8 +1,9 @@
 """What is proved about train.py:
 
 the schedule at its landmarks; what is decayed; the loop names no stage; a killed run resumes bit
-for bit; evaluation repeats itself; nothing is overwritten; user mistakes are one line and exit 2;
-real files train too, and broken ones are named, skipped and counted.
+for bit; evaluation repeats itself; nothing is overwritten; errors of a user are one line and exit 2;
+flags that contradict a checkpoint or the weights are refused; a faulty stage is refused at the
+start; real files train too, and broken ones are named, skipped and counted.
 """
 
 import dataclasses
@@ -23,8 +24,12 @@ import torch
 from safetensors.torch import load_file
 
 import data
-from video import moving_shapes
 import train
+from engine import dry_run, optimisers
+from engine import run as running
+from engine import stage as stages
+from engine.errors import UserError
+from video import moving_shapes
 
 ROOT = Path(train.__file__).parent
 SMALL = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 --workers 0 "
@@ -41,7 +46,7 @@ def lines(out):
 
 def test_the_schedule_at_its_landmarks():
     stage = train.MAE(steps=100, warmup=0.1, lr=2.0, min_lr=0.01)
-    rates = [train.learning_rate(stage, step) for step in range(101)]
+    rates = [optimisers.learning_rate(stage, step) for step in range(101)]
     assert rates[0] == 0 and rates[5] == 1.0 and rates[10] == 2.0
     assert math.isclose(rates[55], 2 * (0.01 + 0.99 * 0.5)) and math.isclose(rates[100], 0.02)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
@@ -49,13 +54,13 @@ def test_the_schedule_at_its_landmarks():
 
 def test_the_base_rate_is_scaled_by_all_clips_of_a_step():
     stage = train.MAE(steps=10, warmup=0.0, blr=1e-3, batch_size=64, accum=8)
-    assert math.isclose(train.learning_rate(stage, 0), 1e-3 * 64 * 8 / 256)
+    assert math.isclose(optimisers.learning_rate(stage, 0), 1e-3 * 64 * 8 / 256)
 
 
 def test_norms_biases_and_tokens_are_not_decayed():
     card = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5)
     model = card.build()
-    muon, adamw = train.optimisers_of(model, card)
+    muon, adamw = optimisers.build_optimizer(model, card).parts
     (hidden,), (decay, keep) = muon.param_groups, adamw.param_groups
     assert hidden["weight_decay"] == 0.05
     assert decay["weight_decay"] == 0.05 and keep["weight_decay"] == 0
@@ -70,26 +75,27 @@ def test_muon_moves_the_matrices_of_blocks_and_adamw_everything_with_the_papers_
     card = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5)
     model = card.build()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    muon, adamw = train.optimisers_of(model, card)
+    muon, adamw = optimisers.build_optimizer(model, card).parts
     moved = {names[id(p)] for p in muon.param_groups[0]["params"]}
     assert {"encoder.blocks.0.attn.qkv.weight", "decoder.blocks.1.mlp.fc2.weight"} <= moved
     assert all(".blocks." in name and name.endswith(".weight") for name in moved)
     assert not any("norm" in name for name in moved)
-    assert [type(o).__name__ for o in train.optimisers_of(model, train.MAE(optimizer="adamw"))] == ["AdamW"]
+    alone = optimisers.build_optimizer(model, train.MAE(optimizer="adamw"))
+    assert [type(part).__name__ for part in alone.parts] == ["AdamW"]
 
 
 def test_stacked_muon_is_the_librarys_muon():
     torch.manual_seed(0)
     shapes = (8, 12), (12, 8), (8, 8), (8, 12), (8, 8), (3, 5)
     ours, theirs = ([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
-    optimisers = [make([{"params": found[:4], "weight_decay": 0.1}, {"params": found[4:], "lr": 0.5}], lr=0.1,
+    pair = [make([{"params": found[:4], "weight_decay": 0.1}, {"params": found[4:], "lr": 0.5}], lr=0.1,
                        adjust_lr_fn="match_rms_adamw")
-                  for make, found in ((train.Muon, ours), (torch.optim.Muon, theirs))]
+                  for make, found in ((optimisers.Muon, ours), (torch.optim.Muon, theirs))]
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn(a.shape)
             b.grad = a.grad.clone()
-        for optimiser in optimisers:
+        for optimiser in pair:
             optimiser.step()
     for a, b in zip(ours, theirs):
         a, b = a.detach(), b.detach()
@@ -97,12 +103,12 @@ def test_stacked_muon_is_the_librarys_muon():
 
 
 def test_the_loop_names_no_stage():
-    source = inspect.getsource(train.fit) + inspect.getsource(train.dry_run)
+    source = inspect.getsource(train.train) + "".join(map(inspect.getsource, (running, dry_run, stages)))
     assert not any(f'"{name}"' in source or card.__name__ in source for name, card in train.STAGES.items())
 
 
 def test_randomness_is_a_function_of_seed_and_step():
-    draw = lambda *key: torch.rand(3, generator=train.generator(*key)).tolist()  # noqa: E731
+    draw = lambda *key: torch.rand(3, generator=stages.generator(*key)).tolist()  # noqa: E731
     assert draw(0, "loss", 5) == draw(0, "loss", 5)
     assert len({tuple(draw(*key)) for key in ((0, "loss", 5), (0, "loss", 6), (1, "loss", 5), (0, "picture", 5),
                                               (0, "loss", 5, 1))}) == 5
@@ -162,9 +168,9 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
 
 def test_the_dry_runs_flops_are_the_ones_counted_by_hand(tmp_path):
     """Products of the tiny encoder and decoder on 2 x 4 x 4 tokens, 16 of them visible."""
-    stage = train.parse(train.MAE, "mae", [*SMALL, "--dry-run"])
-    stage.device, stage.precision = "cpu", "fp32"
-    flops = train.dry_run(stage, stage.build())["forward_flops"]
+    stage = train.parse(train.MAE, [*SMALL, "--dry-run"])
+    train_set, _ = stage.datasets()
+    flops = dry_run.dry_run(stage, stage.build(train_set), train_set)["forward_flops"]
     D, d, P, Nv, Nm, N = 96, 96, 384, 16, 16, 32
     block = lambda n, q, k: 2 * (n * k * 2 * k + q * k * 2 * k + 2 * q * n * k + q * 8 * k * k)  # noqa: E731
     expected = 2 * Nv * P * D + 3 * block(Nv, Nv, D) + 2 * Nv * D * d + 3 * block(N, N, d) + block(N, Nm, d) \
@@ -182,7 +188,7 @@ def test_recomputing_changes_no_number(tmp_path):
 def test_the_average_of_the_weights_follows_its_formula():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.0)
-    average = train.Average(model, 0.9)
+    average = optimisers.WeightAverage(model, 0.9)
     torch.nn.init.constant_(model.weight, 2.0)
     average.update(model)
     with average.in_place(model):
@@ -250,25 +256,26 @@ def test_a_torn_checkpoint_is_named(tmp_path, capsys):
 def test_the_decoders_width_and_depth_are_flags():
     card = train.MAE(num_frames=4, input_size=32, mask_ratio=0.5, decoder_width=48, decoder_depth=1)
     assert card.build().config["size"]["decoder_width"] == 48 and card.build().config["size"]["decoder_depth"] == 1
-    with pytest.raises(train.UserError, match="multiple of the 4 heads"):
+    with pytest.raises(UserError, match="multiple of the 4 heads"):
         train.MAE(decoder_width=50).build()
 
 
 def test_dashes_and_underscores_are_the_same():
     for text in ("--mask-ratio", "--mask_ratio"):
-        assert train.parse(train.MAE, "mae", [text, "0.7"]).mask_ratio == 0.7
-        assert train.parse(train.MAE, "mae", [text + "=0.7"]).mask_ratio == 0.7
-    assert train.parse(train.MAE, "mae", ["--data", "my_videos"]).data == "my_videos"
-    assert train.parse(train.MAE, "mae", ["--resume", "auto", "--ema", "0.5"]).resume
+        assert train.parse(train.MAE, [text, "0.7"]).mask_ratio == 0.7
+        assert train.parse(train.MAE, [text + "=0.7"]).mask_ratio == 0.7
+    assert train.parse(train.MAE, ["--data", "my_videos"]).data == "my_videos"
 
 
 @pytest.mark.parametrize("name", train.STAGES)
 def test_every_flag_explains_itself(name, capsys):
     for field in dataclasses.fields(train.STAGES[name]):
-        assert len(field.metadata["help"]) > 12, field.name
+        assert len(stages.details(field)["help"]) > 10, field.name
     with pytest.raises(SystemExit):
         train.main([name, "--help"])
-    assert "(paper: 0." in capsys.readouterr().out.replace("\n", " ")
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{group}:\n") for group in ("recipe", "clips", "run", "machine")]
+    assert "; paper: " in " ".join(text.split()) and places == sorted(places)
 
 
 def write_video(path, frames=20):
@@ -308,9 +315,8 @@ def test_two_thirds_of_nothing_is_an_error_not_a_hang(tmp_path, capsys):
 def test_held_out_clips_do_not_depend_on_the_training_length(tmp_path):
     stage = train.MAE()
     _, held_out = stage.datasets()
-    assert isinstance(held_out, moving_shapes.MovingShapes)
-    first = next(iter(data.held_out(held_out, 4, 4)))["video"]
-    assert torch.equal(first, next(iter(data.held_out(held_out, 8, 4)))["video"])
+    first = next(iter(data.held_out(held_out["val"], 4, 4)))["video"]
+    assert torch.equal(first, next(iter(data.held_out(held_out["val"], 8, 4)))["video"])
 
 
 def test_what_weights_have_decided_no_flag_can_ask_otherwise(tmp_path, capsys):
@@ -318,3 +324,146 @@ def test_what_weights_have_decided_no_flag_can_ask_otherwise(tmp_path, capsys):
     for flags in (("--decoder-depth", "1"), ("--positions", "sinusoid"), ("--model", "base")):
         assert run("--weights", str(tmp_path / "run"), *flags, out=tmp_path / "again", steps=1) == 2
         assert f"{flags[0]} {flags[1]}: {tmp_path / 'run'} keeps its own" in capsys.readouterr().err
+
+
+def test_a_typed_flag_that_contradicts_the_weights_is_refused_also_where_it_is_the_default(
+        tmp_path, capsys):
+    first = tmp_path / "run"
+    assert run("--positions", "sinusoid", out=first, steps=1) == 0
+    weights = ("--weights", str(first))
+    assert run(*weights, "--positions", "axes", out=tmp_path / "again", steps=1) == 2
+    assert f"--positions axes: {first} keeps its own, sinusoid" in capsys.readouterr().err
+    assert run(*weights, out=tmp_path / "again", steps=1) == 0  # not typed: what holds is written
+    settings = json.loads((tmp_path / "again" / "metrics.json").read_text())["settings"]
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert settings["positions"] == config["positions"] == "sinusoid"
+    assert run(*weights, "--positions", "sinusoid", out=tmp_path / "third", steps=1) == 0
+
+
+def edited(folder, change):
+    """Apply `change` to the settings in a run's last.pt."""
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    change(saved["settings"])
+    torch.save(saved, folder / "last.pt")
+
+
+def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(tmp_path, capsys):
+    assert run(out=tmp_path, steps=2) == 0
+    edited(tmp_path, lambda settings: settings.pop("dual_mask"))
+    assert run("--resume", "--dual-mask", out=tmp_path) == 2
+    assert "was made with --dual-mask False: resume with the same" in capsys.readouterr().err
+    assert run("--resume", out=tmp_path) == 0 and lines(tmp_path)[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("flag, value, code", [
+    ("spike", 0.0, 0), ("spike", 5.0, 2), ("decoder", "pyav", 0), ("decoder", "torchcodec", 2),
+    ("keep", 7, 0), ("onednn", "off", 0), ("max_bad", 0.9, 0)])
+def test_a_checkpoint_of_older_code_goes_on_where_its_removed_flags_had_their_defaults(
+        tmp_path, capsys, flag, value, code):
+    assert run(out=tmp_path, steps=2) == 0
+    edited(tmp_path, lambda settings: settings.update({flag: value}))
+    assert run("--resume", out=tmp_path) == code
+    error = capsys.readouterr().err
+    assert code == 0 or f"--{flag} {value}, which this version does not have" in error
+
+
+def test_the_command_line_knows_what_was_typed_and_the_legal_world_of_a_flag():
+    stage = train.parse(train.MAE, ["--positions", "axes", "--steps=5", "--no-normalise"])
+    assert stage.typed == {"positions", "steps", "normalise"} and not stage.normalise
+    assert train.parse(train.MAE, []).typed == frozenset()
+
+    @dataclasses.dataclass
+    class Worldly(train.Stage):
+        filed: int = train.flag(1, "of a file", only="files")
+        drawn: int = train.flag(1, "of a generated clip", only="generated")
+
+    assert train.parse(Worldly, ["--drawn", "2", "--filed", "1"]).drawn == 2
+    assert train.parse(Worldly, ["--filed", "2", "--data", "x"]).filed == 2
+    for flags, reason in ((["--filed", "2"], "--filed: is for video files"),
+                          (["--drawn", "2", "--data", "x"], "--drawn: is for moving shapes")):
+        with pytest.raises(UserError, match=reason):
+            train.parse(Worldly, flags)
+
+
+def test_a_flag_takes_what_it_leaves_out_from_the_flag_of_that_name_in_its_base():
+    @dataclasses.dataclass
+    class Base(train.Stage):
+        steps: int = train.flag(7, paper="800 epochs")
+
+    @dataclasses.dataclass
+    class Heir(Base):
+        steps: int = train.flag(9)
+
+    info = stages.details(Heir.__dataclass_fields__["steps"])
+    assert info["help"].startswith("optimiser steps") and info["low"] == 0
+    assert info["paper"] == "800 epochs" and Heir().steps == 9
+    with pytest.raises(UserError, match="--steps -1: must be at least 0"):
+        train.parse(Heir, ["--steps", "-1"])
+
+
+def test_a_faulty_stage_is_told_each_of_its_faults_before_anything_starts(tmp_path, capsys):
+    @dataclasses.dataclass
+    class Faulty(train.Stage):
+        data_set: str = train.flag("", "no fault")
+        evaluate: int = train.flag(3, "the name of a method")
+
+        def build(self, train_set):
+            return torch.nn.Linear(1, 1)
+
+    code = train.exit_code(lambda: train.train(Faulty(out=str(tmp_path / "run"))))
+    error = capsys.readouterr().err.splitlines()
+    assert code == 2 and not (tmp_path / "run").exists()
+    assert [line.split(":", 2)[2].split(";")[0].strip() for line in error] == [
+        "has no method datasets()", "has no method loss()",
+        "the field evaluate has the name of a method"]
+
+
+def tiny_stage(config={"model": "Linear"}, metrics=("loss",)):  # noqa: B006
+    """A stage that fits a line to the brightness of clips; its held-out sets have three names."""
+    @dataclasses.dataclass
+    class Brightness(train.Stage):
+        test: int = train.flag(0, "clips of the set test")
+
+        def datasets(self):
+            sets = [moving_shapes.MovingShapes(split, 2, 16, self.seed)
+                    for split in ("train", "val", "unseen", "test")]
+            return sets[0], dict(zip(("val", "unseen", "test"), sets[1:]))
+
+        def build(self, train_set):
+            model = torch.nn.Linear(1, 1)
+            model.config = config
+            return model
+
+        def loss(self, model, batch, rng):
+            mean = batch["video"].float().mean(dim=(1, 2, 3, 4))[:, None] / 255
+            loss = (model(mean) - 1).square().mean()
+            return loss, {name: loss.detach() for name in metrics}
+
+        def evaluate(self, model, batches, held_out_set):
+            return super().evaluate(model, batches, held_out_set) | {"table": torch.ones(2)}
+
+        def finish(self, model, held_out, results):
+            return {"tables": float(sum(results[name]["table"].sum() for name in held_out))}
+
+    return Brightness
+
+
+def test_every_held_out_set_is_evaluated_by_its_name_and_test_once_after_the_last_step(tmp_path):
+    stage = tiny_stage()(out=str(tmp_path), steps=4, eval_every=2, eval_clips=6, test=5, workers=0,
+                         batch_size=2, device="cpu", figures=False)
+    report = train.train(stage)
+    counts = [sum(f"{name}_loss" in line for line in lines(tmp_path))
+              for name in ("val", "unseen", "test")]
+    assert counts == [3, 3, 1] and report["tables"] == 6
+    assert [report[f"{name}_clips"] for name in ("val", "unseen", "test")] == [6, 6, 5]
+    assert "initial_unseen_loss" in report and "val_table" not in report
+
+
+@pytest.mark.parametrize("faults, reason", [
+    (dict(config={"size": {1, 2}}), "cannot be written as JSON"),
+    (dict(config=None), "is no dict"), (dict(metrics=("error",)), "no number named loss")])
+def test_a_model_without_a_plain_config_and_a_loss_without_a_loss_are_refused(
+        tmp_path, faults, reason):
+    with pytest.raises(UserError, match=reason):
+        train.train(tiny_stage(**faults)(out=str(tmp_path), steps=2, eval_clips=2, workers=0,
+                                         batch_size=2, test=2, device="cpu", figures=False))

@@ -1,4 +1,4 @@
-"""What is proved about weights.py:
+"""What is proved about weights/:
 
 envelopes and prefixes are understood; half precision is widened exactly; what a file lacks, has too
 much or has misshapen is listed exactly; no file can run code; no damaged file ends in a traceback.
@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 import weights
 from weights import Rule, WeightsError
+from weights.__main__ import convert, main
+from weights.official import OfficialFile
 
 
 def model():
@@ -184,7 +186,7 @@ def test_tensors_are_taken_out_of_a_pickle_that_holds_more_and_nothing_of_it_run
     torch.save({"state_dict": own, "callbacks": {"spy": Spy(spied)}, "hyper": [Spy(spied)]}, tmp_path / "x.ckpt")
     with pytest.raises(WeightsError, match="--convert"):
         weights.read(tmp_path / "x.ckpt")
-    weights.convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
+    convert(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
     assert "left out" in capsys.readouterr().err
     assert not (tmp_path / "spied").exists()
     read, _ = weights.read(tmp_path / "x.safetensors")
@@ -195,13 +197,13 @@ def test_the_command_says_what_a_file_is_and_who_loads_it(tmp_path, capsys):
     import mae
     tiny = mae.VideoMAE(mae.SIZES["tiny"], frames=4, image_size=16)
     weights.save(tmp_path / "run", tiny, {"model": "VideoMAE", **tiny.config})
-    assert weights.main([str(tmp_path / "run")]) == 0 and "VideoMAE" in capsys.readouterr().out
+    assert main([str(tmp_path / "run")]) == 0 and "VideoMAE" in capsys.readouterr().out
     torch.save({"a.weight": torch.zeros(2)}, tmp_path / "other.pt")
-    assert weights.main([str(tmp_path / "other.pt")]) == 2
+    assert main([str(tmp_path / "other.pt")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert weights.main([str(tmp_path / "other.pt"), "--convert", "x.bin"]) == 2
-    assert weights.main([str(tmp_path / "gone.pt")]) == 2
-    assert weights.main([str(tmp_path / "other.pt"), "--convert", str(tmp_path / "new.safetensors")]) == 2
+    assert main([str(tmp_path / "other.pt"), "--convert", "x.bin"]) == 2
+    assert main([str(tmp_path / "gone.pt")]) == 2
+    assert main([str(tmp_path / "other.pt"), "--convert", str(tmp_path / "new.safetensors")]) == 2
     assert weights.read(tmp_path / "new.safetensors")[0]["a.weight"].shape == (2,)
 
 
@@ -232,7 +234,7 @@ def test_a_run_written_under_official_names_comes_back_bit_for_bit(tmp_path, cap
             64, heads=2, depth=1, visual_width=64, vocabulary=40, queries=3)),
     }[kind]()
     path = tmp_path / f"official{suffix}"
-    assert weights.main([str(save(tmp_path / "run", model)), "--official", str(path)]) == 0
+    assert main([str(save(tmp_path / "run", model)), "--official", str(path)]) == 0
     assert "under official names, family: " in capsys.readouterr().out
     parts = {"clip": model.clip, "caption_decoder": model.caption_decoder} if kind == "VideoText" else {"": model}
     for part in parts.values():
@@ -242,7 +244,7 @@ def test_a_run_written_under_official_names_comes_back_bit_for_bit(tmp_path, cap
         heads = {key: value for key, value in heads.items() if key == "heads" or kind == "VideoMAE"}
         again = type(part).from_official(path, **heads, **sizes)
         assert all(torch.equal(again.state_dict()[key], value) for key, value in part.state_dict().items())
-    assert weights.main([str(tmp_path / "run"), "--official", str(path)]) == 2  # nothing is overwritten
+    assert main([str(tmp_path / "run"), "--official", str(path)]) == 2  # nothing is overwritten
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -255,19 +257,19 @@ def test_what_official_names_cannot_hold_is_refused_in_a_line(tmp_path, capsys):
             clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7, local_units=1),
             clip_video.VideoCLIP(train.SMALL, text_size=train.SMALL_TEXT, vocabulary=40, context=7, global_layers=(0,)))):
         run = save(tmp_path / str(i), model)
-        assert weights.main([str(run), "--official", str(tmp_path / "new.pth")]) == 2
+        assert main([str(run), "--official", str(tmp_path / "new.pth")]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and ("train with --" in err or "officially they stand after the last ones" in err)
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    assert weights.main([str(tmp_path / "a.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
+    assert main([str(tmp_path / "a.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
     assert "no official names" in capsys.readouterr().err
-    assert weights.main([str(tmp_path / "0"), "--official", str(tmp_path / "new.bin")]) == 2
+    assert main([str(tmp_path / "0"), "--official", str(tmp_path / "new.bin")]) == 2
 
 
 def test_what_official_names_do_not_say_is_said(tmp_path, capsys):
     import uniformerv2
     model = uniformerv2.UniFormerV2(uniformerv2.Size(64, 2, 2, 128, 8, 16), classes=3, frames=4, mean=(0.1, 0.2, 0.3))
-    assert weights.main([str(save(tmp_path / "run", model)), "--official", str(tmp_path / "new.pth")]) == 0
+    assert main([str(save(tmp_path / "run", model)), "--official", str(tmp_path / "new.pth")]) == 0
     said = capsys.readouterr().out
     assert "tell whoever loads it: 2 heads of 32 in place of 64; pixels in [0, 1] are normalised with mean [0.1, 0.2, 0.3]" in said
 
@@ -275,7 +277,7 @@ def test_what_official_names_do_not_say_is_said(tmp_path, capsys):
 @pytest.mark.parametrize("tensors, said", [({1: torch.ones(2)}, "expected tensors by name, found 1"), ({}, "holds no tensors")])
 def test_odd_dicts_are_one_line(tmp_path, capsys, tensors, said):
     torch.save(tensors, tmp_path / "odd.pth")
-    assert weights.main([str(tmp_path / "odd.pth")]) == 2
+    assert main([str(tmp_path / "odd.pth")]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
 
@@ -283,17 +285,18 @@ def test_odd_dicts_are_one_line(tmp_path, capsys, tensors, said):
 def test_tensors_that_share_memory_are_written_and_odd_heads_are_one_line(tmp_path, capsys):
     both = torch.ones(3)
     torch.save({"a": both, "b": both}, tmp_path / "tied.pth")
-    assert weights.main([str(tmp_path / "tied.pth"), "--convert", str(tmp_path / "new.safetensors")]) == 2  # of no family
+    assert main([str(tmp_path / "tied.pth"), "--convert", str(tmp_path / "new.safetensors")]) == 2  # of no family
     assert torch.equal(weights.read(tmp_path / "new.safetensors")[0]["b"], both)
-    assert weights.main([str(tmp_path / "tied.pth"), "--heads", "-2"]) == 2 and "--heads -2" in capsys.readouterr().err
+    assert main([str(tmp_path / "tied.pth"), "--heads", "-2"]) == 2 and "--heads -2" in capsys.readouterr().err
 
 
 def test_what_transformers_wrote_beside_its_weights_counts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
     assert weights.hub_config(tmp_path) == {"vision_config": {"hidden_act": "gelu"}} and weights.hub_config({}) == {}
+    file = OfficialFile({"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="hidden_act 'gelu'; only 'quick_gelu'"):
-        weights.activation({"hidden_act": "gelu"}, "x", "quick_gelu")
-    weights.activation({}, "x", "gelu")
+        file.activation({"hidden_act": "gelu"}, "quick_gelu")
+    file.activation({}, "gelu")
 
 
 # ------------------------------------------------------------------------------------- odd files
@@ -368,7 +371,7 @@ def test_a_configuration_that_describes_no_model_is_one_line(tmp_path, config, c
                  caption_decoder.CaptionDecoder.from_official):
         with pytest.raises(WeightsError, match="x.safetensors"):
             load(tmp_path / "x.safetensors")
-    assert weights.main([str(tmp_path / "x.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
+    assert main([str(tmp_path / "x.safetensors"), "--official", str(tmp_path / "new.pth")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -1,29 +1,30 @@
-"""Measure what the text claims: ratios of two things, interleaved in one run, medians.
+"""Measure what the text claims: ratios of two forms, interleaved in one run, medians.
 
     python tools/bench.py                    all subjects
-    python tools/bench.py mae caption        some: mae, clip, video, caption, fuse, attention, decode ...
+    python tools/bench.py mae caption        some: mae, clip, video, caption, fuse, attention ...
     python tools/bench.py --list
 
-A time alone says more about the machine than about the code, so every line is a ratio: the forms take
-turns, and the median of each counts. First they are compared, float32 to 1e-3 and bfloat16 to 5e-2 of
-the largest number (8 bits of mantissa, 12 to 24 layers): a fast form with other numbers is no
-gain. Peak memory is taken in a process of its own per form (on CUDA: of the allocator). A form that
-the device's memory does not hold is named, and the others go on. Nothing here
-is a test; what came out, and on which machine, belongs into LOG.md, and all of it into --json FILE.
+A time alone says more about the machine than about the code, so every line is a ratio. The forms
+take turns, and the median of each counts. First their results are compared, in float32 to 1e-3 and
+in bfloat16 to 5e-2 of the largest number (8 bits of mantissa, 12 to 24 layers). Peak memory is
+measured in a process of its own per form (on CUDA: of the allocator). A form that the device's
+memory does not hold is named, and the others go on. Nothing here is a test. Results, and the
+machine that they come from, belong into LOG.md; all numbers go to --json FILE.
 
 Others' implementations come from PyPI, in an environment of the bench's own; none is a dependency:
 
     pip install transformers open_clip_torch
 
-With OMP_NUM_THREADS=1 (and, on a machine that others use, `taskset -c 0` before it) times are seconds of the
-processor, which a busy neighbour leaves nearly alone; otherwise, and on CUDA, seconds of the clock.
-"share" is of the rate of plain matrix products measured at the start: how far there is to go.
+With OMP_NUM_THREADS=1 (and, on a machine that others use, `taskset -c 0` before it) times are
+processor seconds, which other processes hardly change. Otherwise, and on CUDA, they are wall-clock
+seconds. "share" is the share of the rate of plain matrix products, measured at the start.
 """
 
 import argparse
 import contextlib
 import ctypes
 import datetime
+import functools
 import importlib.util
 import json
 import math
@@ -46,13 +47,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention  # noqa: E402
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
-from video.decoding import Video, probe, read_clip, shown_size  # noqa: E402
-from video.sampling import dense_indices, segment_indices  # noqa: E402
-from video.transforms import normalise  # noqa: E402
 import fusion  # noqa: E402
 import mae  # noqa: E402
-import train  # noqa: E402
 import uniformerv2  # noqa: E402
+from engine import large_batches, machine  # noqa: E402
+from tasks.captioning import VideoText  # noqa: E402
+from video import decoding, sampling, transforms  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = []  # of all tables, for --json
@@ -62,41 +62,44 @@ def clock():
     """Seconds, once the device is idle."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return time.process_time() if DEVICE == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+    one_thread = DEVICE == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if one_thread else time.perf_counter()
 
 
 def times(forms, rounds=5):
-    """{name: function} -> {name: median seconds}, the forms taking turns after one call to warm up."""
-    found = {name: [] for name in forms}
+    """{name: function} -> {name: median seconds}. Forms take turns, after one call to warm up."""
+    seconds = {name: [] for name in forms}
     for i in range(rounds + 1):
         for name, run in forms.items():
             started = clock()
             run()
             if i:
-                found[name].append(clock() - started)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+                seconds[name].append(clock() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def products(precision):
-    """Let float32 products go where train.py lets them go: PRODUCTS for ours, the default for others'."""
+    """Let float32 products of "ours" go where train.py lets them go; the default for others."""
     if DEVICE == "cpu":
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if precision == "ours" and PRODUCTS == "on" else "none"
+        choice = "bf16" if precision == "ours" and PRODUCTS == "on" else "none"
+        torch.backends.mkldnn.matmul.fp32_precision = choice
 
 
-PRODUCTS = "off"  # main asks train.choose_products
+PRODUCTS = "off"  # `prepare` asks machine.choose_products
 
 
 def rate(precision):
     """Operations a second of plain matrix products: what a perfect network would reach."""
     n = 8192 if DEVICE == "cuda" else 1536
-    a, b = torch.randn(2, n, n, device=DEVICE, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
     products("ours")
-    seconds = []
+    seconds, repeats = [], 10 if DEVICE == "cuda" else 1
     for _ in range(8):
         started = clock()
-        for _ in range(10 if DEVICE == "cuda" else 1):
+        for _ in range(repeats):
             a @ b
-        seconds.append((clock() - started) / (10 if DEVICE == "cuda" else 1))
+        seconds.append((clock() - started) / repeats)
     return 2 * n**3 / min(seconds[2:])
 
 
@@ -105,7 +108,7 @@ def added_product(into, a, b, *_, **__):
 
 
 def convolved_back(grad, x, kernel, *_, **__):
-    """Twice the forward pass, also where channels do not mix (torch counts those as if they did)."""
+    """Twice the forward pass, also where channels do not mix (torch counts as if they did)."""
     return 4 * math.prod(grad) * math.prod(kernel[1:])
 
 
@@ -118,15 +121,17 @@ def read_by_all_back(grad, q, k, v, *_, **__):
 
 
 def flops(run):
-    """Of one call, backward pass included: products and convolutions, 2 for a multiplication and an addition.
-    What is compiled runs as it is written here, for the counter sees operators, not generated kernels; nan where
-    that is FlexAttention, which refuses. (Torch knows the fused attention of GPUs, not that of CPUs: added.)"""
+    """Operations of one call, backward pass included: products and convolutions, 2 for a
+    multiplication and an addition. Compiled code runs uncompiled here, because the counter sees
+    operators, not generated kernels. nan for FlexAttention, which refuses that. (Torch counts the
+    fused attention of GPUs, not that of CPUs: added.)"""
     aten = torch.ops.aten
     added = {aten.addmm_: added_product, aten.convolution_backward: convolved_back,
              aten._scaled_dot_product_flash_attention_for_cpu: read_by_all,
              aten._scaled_dot_product_flash_attention_for_cpu_backward: read_by_all_back}
     try:
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=added) as counter:
+        with torch.compiler.set_stance("force_eager"), \
+                FlopCounterMode(display=False, custom_mapping=added) as counter:
             run()
     except TypeError:
         return math.nan
@@ -151,9 +156,11 @@ def table(title, case, forms, clips, rounds=5, others=(), memory=True, due=None,
         try:
             runs[form] = tried(form, lambda: case(form))
         except ImportError as error:
-            print(f"{title}: no {form[0]} here ({error}); pip install transformers open_clip_torch")
+            print(f"{title}: no {form[0]} here ({error}); "
+                  "pip install transformers open_clip_torch")
     first = {form: tried(form, run) for form, run in runs.items() if run}
-    work = {form: tried(form, lambda: flops(runs[form])) for form, found in first.items() if found is not None}
+    work = {form: tried(form, lambda: flops(runs[form]))
+            for form, result in first.items() if result is not None}
     for form in set(runs) - {form for form, count in work.items() if count is not None}:
         ROWS.append(dict(table=title, form=form[0], precision=form[1], out_of_memory=True))
         work.pop(form, None)
@@ -171,28 +178,37 @@ def table(title, case, forms, clips, rounds=5, others=(), memory=True, due=None,
     free()
     peaks = {form: peak_mib(case, form) if memory else math.nan for form in seconds}
     if due is None:  # the same network needs no more than ours
-        due = {form: work[form if form[0] in others else ours.get(form[1], form)] for form in seconds}
+        due = {form: work[form if form[0] in others else ours.get(form[1], form)]
+               for form in seconds}
     else:
         due = dict.fromkeys(seconds, due)
     show(title, seconds, clips, peaks, work, due, rates, unit)
 
 
 def show(title, seconds, clips, peaks, work=None, due=None, rates=None, unit="clips"):
-    """Print a table and keep its rows. seconds, peaks (MiB), work and due (operations): {form: number}; rates:
-    {precision: operations a second}. "-" stands for what was not measured or says nothing."""
+    """Print a table and keep its rows.
+
+    seconds, peaks (MiB), work and due (operations): {form: number}; rates: {precision: operations
+    per second}. "-" stands for what was not measured.
+    """
     ours = {form[1]: form for form in seconds if form[0] == "ours"}
-    print(title + (" (" + ", ".join(f"{p}: {r / 1e9:,.0f} GFLOP/s" for p, r in rates.items()) + ")" if rates else ""))
+    peak_rates = ", ".join(f"{p}: {r / 1e9:,.0f} GFLOP/s" for p, r in (rates or {}).items())
+    print(title + f" ({peak_rates})" * bool(rates))
     print(f"  {'form':26}{'':6}{'ms':>9}{unit + '/s':>11}" + "".join(f"{'x ' + p:>9}" for p in ours)
           + f"{'peak MiB':>10}{'GFLOP':>9}{'share':>7}")
     for form, value in seconds.items():
         ratios = {p: value / seconds[ours[p]] for p in ours}
-        gflop, share = (work[form] / 1e9, due[form] / value / rates[form[1]]) if work else (math.nan, math.nan)
-        cells = [f"{1e3 * value:9.{1 if value >= 0.01 else 3}f}", f"{clips / value:11.2f}", *(f"{x:9.2f}" for x in ratios.values()),
-                 f"{peaks[form]:10.0f}", f"{gflop:9.{1 if gflop >= 1 else 3}f}", f"{share:7.0%}"]
-        print(f"  {form[0]:26}{form[1]:6}" + "".join("-".rjust(len(cell)) if "nan" in cell else cell for cell in cells), flush=True)
-        ROWS.append({key: None if value != value else value for key, value in dict(
-            table=title, form=form[0], precision=form[1], ms=1e3 * value, clips_per_s=clips / value, unit=unit,
-            peak_mib=peaks[form], gflop=gflop, share=share, **{f"times_ours_{p}": x for p, x in ratios.items()}).items()})
+        gflop = work[form] / 1e9 if work else math.nan
+        share = due[form] / value / rates[form[1]] if work else math.nan
+        cells = [f"{1e3 * value:9.{1 if value >= 0.01 else 3}f}", f"{clips / value:11.2f}",
+                 *(f"{x:9.2f}" for x in ratios.values()), f"{peaks[form]:10.0f}",
+                 f"{gflop:9.{1 if gflop >= 1 else 3}f}", f"{share:7.0%}"]
+        cells = ["-".rjust(len(cell)) if "nan" in cell else cell for cell in cells]
+        print(f"  {form[0]:26}{form[1]:6}" + "".join(cells), flush=True)
+        row = dict(table=title, form=form[0], precision=form[1], ms=1e3 * value,
+                   clips_per_s=clips / value, unit=unit, peak_mib=peaks[form], gflop=gflop,
+                   share=share, **{f"times_ours_{p}": x for p, x in ratios.items()})
+        ROWS.append({key: None if x != x else x for key, x in row.items()})
 
 
 def tried(form, run):
@@ -225,10 +241,9 @@ def training(model, loss, precision, ours):
 
 
 def report(what, seconds, slow, fast):
-    print(f"{what}: {slow} {1e3 * seconds[slow]:.1f} ms, {fast} {1e3 * seconds[fast]:.1f} ms, "
-          f"{seconds[slow] / seconds[fast]:.2f} times faster", flush=True)
-    ROWS.append(dict(table=what, form=fast, against=slow, ms=1e3 * seconds[fast], against_ms=1e3 * seconds[slow],
-                     ratio=seconds[slow] / seconds[fast]))
+    a, b = 1e3 * seconds[slow], 1e3 * seconds[fast]
+    print(f"{what}: {slow} {a:.1f} ms, {fast} {b:.1f} ms, {a / b:.2f} times faster", flush=True)
+    ROWS.append(dict(table=what, form=fast, against=slow, ms=b, against_ms=a, ratio=a / b))
 
 
 def close(a, b, tolerance=1e-3):
@@ -239,28 +254,25 @@ def close(a, b, tolerance=1e-3):
 
 
 def peak_mib(case, form):
-    """Memory that two calls of `case(form)` add at their peak, in MiB, seen from a fresh process: the second step of a
-    training finds the optimiser's states there, so it is that which counts. nan = out of memory."""
+    """Memory that two calls of `case(form)` add at their peak, in MiB, seen from a fresh process.
+    The second step of a training counts: it finds the optimiser's states there. nan = out of
+    memory."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1, prepare, (PRODUCTS, torch.get_num_threads(), list(attention.fastest_fused(DEVICE)))) as pool:
+    with context.Pool(1, prepare, (torch.get_num_threads(),)) as pool:
         return pool.apply(peak_of, (case, form))
 
 
-def prepare(choice, threads, order=None):
-    """The state of a process that measures, alike in all: allocator, threads, oneDNN or not, and the order of fused kernels,
-    which the first process chose with a stopwatch that may say otherwise the next time."""
+def prepare(threads):
+    """The state of a process that measures, the same in all: allocator, threads, oneDNN or not."""
     global PRODUCTS
-    train.keep_memory()
+    machine.keep_memory()
     torch.set_num_threads(threads)
-    PRODUCTS = train.choose_products(choice)[0] if DEVICE == "cpu" else "off"
-    if order is None:
-        return attention.use("auto", DEVICE)
-    attention.prefer(order)
+    PRODUCTS = machine.choose_products("auto")[0] if DEVICE == "cpu" else "off"
 
 
 def peak_of(case, form):
-    found = tried(form, lambda: peak_of_two(case, form))
-    return math.nan if found is None else found
+    peak = tried(form, lambda: peak_of_two(case, form))
+    return math.nan if peak is None else peak
 
 
 def peak_of_two(case, form):
@@ -272,9 +284,9 @@ def peak_of_two(case, form):
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # Linux: forget the peak of starting up, which may be higher, then read the new one
+    if status.exists():  # Linux: forget the peak of starting up, then read the new one
         with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what building has freed counts as new when it is used again
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory counts as new when it is used again
         Path("/proc/self/clear_refs").write_text("5")
         before = kib(status, "VmRSS")
         run()
@@ -299,8 +311,8 @@ def kib(status, name):
 def bench_cache():
     """Writing 64 words with a key/value cache against computing everything anew for each word."""
     torch.manual_seed(0)
-    decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=6, visual_width=768, vocabulary=49408,
-                                             queries=256).eval().to(DEVICE)
+    decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=6, visual_width=768,
+                                             vocabulary=49408, queries=256).eval().to(DEVICE)
     words = 64
     for batch in (1, 4, 16):
         visual = torch.randn(batch, 8 * 197, 768, device=DEVICE)
@@ -320,18 +332,20 @@ def bench_cache():
                                 for i in range(words)], dim=1)
 
         close(cached(), anew())
-        report(f"cache: {words} words, batch {batch}", times({"anew": anew, "cached": cached}, 2), "anew", "cached")
+        report(f"cache: {words} words, batch {batch}",
+               times({"anew": anew, "cached": cached}, 2), "anew", "cached")
 
 
 def caption_case(form):
-    """form: (name, precision). 32 sentences of 77 places, of which a third is padding, 49,408 words."""
+    """form: (name, precision). 32 sentences of 77 tokens, a third of them padding, 49,408 words."""
     name, precision = form
     torch.manual_seed(0)
-    decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=1, visual_width=64, vocabulary=49408,
-                                             queries=4).to(DEVICE)
+    decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=1, visual_width=64,
+                                             vocabulary=49408, queries=4).to(DEVICE)
     hidden = torch.randn(32, 76, 512, device=DEVICE, requires_grad=True)
     ids = torch.randint(49408, (32, 77), device=DEVICE)
-    is_text = torch.arange(77, device=DEVICE) < torch.linspace(26, 77, 32, device=DEVICE).long()[:, None]
+    lengths = torch.linspace(26, 77, 32, device=DEVICE).long()
+    is_text = torch.arange(77, device=DEVICE) < lengths[:, None]
 
     def run():
         products("ours" if name == "ours" else "theirs")
@@ -340,97 +354,120 @@ def caption_case(form):
             if name == "plain":
                 loss = caption_decoder.caption_loss(decoder.logits(hidden), ids, is_text)
             else:
-                loss = caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
+                loss = large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
         loss.backward()
         return loss.detach()
     return run
 
 
 def coca_case(form):
-    """form: (name, precision, pairs). A step of CoCa ViT-B/32 on pictures: contrastive and captioning loss."""
+    """form: (name, precision, pairs). A step of CoCa ViT-B/32 on pictures, with both losses."""
     import open_clip
-    (name, precision), pairs = form[:2], form[2]
+    name, precision, pairs = form
     torch.manual_seed(0)
-    pictures, ids = torch.randn(pairs, 3, 224, 224, device=DEVICE), torch.randint(1, 49000, (pairs, 77), device=DEVICE)
+    pictures = torch.randn(pairs, 3, 224, 224, device=DEVICE)
+    ids = torch.randint(1, 49000, (pairs, 77), device=DEVICE)
     if name == "ours":
-        clip = clip_video.VideoCLIP(uniformerv2.Size(768, 12, 12, 3072, 32), text_size="b16", kind="frames", frames=1)
-        decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=12, visual_width=768, vocabulary=49408, queries=256)
-        model = train.VideoText(clip, decoder).to(DEVICE).train()
+        clip = clip_video.VideoCLIP(uniformerv2.Size(768, 12, 12, 3072, 32), text_size="b16",
+                                    kind="frames", frames=1)
+        decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=12, visual_width=768,
+                                                 vocabulary=49408, queries=256)
+        model = VideoText(clip, decoder).to(DEVICE).train()
         ids[:, -1] = 49407
         is_text = torch.ones_like(ids, dtype=torch.bool)
 
         def loss():
-            seen, read, hidden = model.encode(pictures[:, :, None], ids)
-            return clip_video.contrastive_loss(seen, read, clip.logit_scale) \
-                + 2 * caption_decoder.chunked_caption_loss(decoder, hidden, ids, is_text)
+            video, text, hidden = model.encode(pictures[:, :, None], ids)
+            return clip_video.contrastive_loss(video, text, clip.logit_scale) \
+                + 2 * large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
     else:
         model = open_clip.create_model("coca_ViT-B-32", pretrained=None)
-        # open_clip 3.3 leaves this one as memory happened to be: nothing calls init_parameters, which would fail.
-        torch.nn.init.normal_(model.text_decoder.text_projection, std=model.text_decoder.width**-0.5)
+        # open_clip 3.3 leaves this one uninitialised: nothing calls init_parameters.
+        decoder = model.text_decoder
+        torch.nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
         model.to(DEVICE).train()
         compare = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
 
         def loss():
-            return sum(compare(**{key: value for key, value in model(pictures, ids[:, :76]).items()}))
+            return sum(compare(**model(pictures, ids[:, :76])))
     return training(model, loss, precision, name == "ours")
 
 
 def bench_caption():
-    """The captioning loss over 49,408 words, plain against in chunks; a step of a CoCa against open_clip's."""
+    """The captioning loss over 49,408 words, whole and in chunks; a step of open_clip's CoCa."""
     forms = [(name, precision) for precision in ("fp32", "bf16") for name in ("plain", "ours")]
-    table("caption loss, 32 x 76 of 49,408 words, a third padding", caption_case, forms, 32, rounds=3)
+    table("caption loss, 32 x 76 of 49,408 words, a third padding", caption_case, forms, 32,
+          rounds=3)
     pairs = 8 if DEVICE == "cpu" else 128
     table(f"caption, ViT-B/32, {pairs} pictures (12 layers each, not the same network)", coca_case,
-          [(name, precision, pairs) for precision in ("fp32", "bf16") for name in ("open_clip CoCa", "ours")], pairs,
-          rounds=3, others=("open_clip CoCa",))
+          [(name, precision, pairs) for precision in ("fp32", "bf16")
+           for name in ("open_clip CoCa", "ours")], pairs, rounds=3, others=("open_clip CoCa",))
 
 
-ATTENTIONS = {  # (B, heads, N, K), mask
+ATTENTIONS = {  # (B, heads, N, K)
     "encoder S": (8, 6, 40, 64), "decoder S": (8, 3, 392, 64), "encoder B": (2, 12, 160, 64),
     "decoder B": (2, 6, 1568, 64), "frames of CLIP B": (8, 12, 197, 64),
-    "caption, causal": (8, 8, 77, 64), "8 packed clips of 128": (1, 8, 1024, 64), "window of 3 frames": (2, 8, 1568, 64)}
+    "caption, causal": (8, 8, 77, 64), "window of 3 frames": (2, 8, 1568, 64)}
 
 
-def masked(what):
+def mask_of(what):
     """The mask of one of ATTENTIONS, or None."""
-    N = ATTENTIONS[what][2]
-    return {"caption": attention.Mask(causal=True), "8 packe": attention.Mask(segments=torch.arange(N, device=DEVICE)[None] // 128),
-            "window ": attention.Mask(frames=torch.arange(N, device=DEVICE)[None] // 196, window=1)}.get(what[:7])
+    if what == "caption, causal":
+        return attention.Mask(causal=True)
+    if what == "window of 3 frames":
+        frames = torch.arange(ATTENTIONS[what][2], device=DEVICE)[None] // 196
+        return attention.Mask(frames=frames, window=1)
+    return None
 
 
 def attention_case(form):
-    """form: (kernel, precision, one of ATTENTIONS, with the backward pass?). "ours" takes what `choose` says."""
-    kernel, precision, what, learn = form
+    """form: (form of attention, precision, one of ATTENTIONS, with the backward pass?). "ours" is
+    what attention.choose returns."""
+    name, precision, what, learn = form
     torch.manual_seed(0)
-    mask, dtype = masked(what), torch.float32 if precision == "fp32" else torch.bfloat16
-    inputs = [x.requires_grad_(learn) for x in torch.randn(3, *ATTENTIONS[what], device=DEVICE, dtype=dtype)]
+    mask, dtype = mask_of(what), torch.float32 if precision == "fp32" else torch.bfloat16
+    inputs = [x.requires_grad_(learn)
+              for x in torch.randn(3, *ATTENTIONS[what], device=DEVICE, dtype=dtype)]
 
     def run():
         products("ours")
         with torch.set_grad_enabled(learn):
-            out = attention.attention(*inputs, mask, kernel="auto" if kernel == "ours" else kernel)
+            out = attention.attention(*inputs, mask, form="auto" if name == "ours" else name)
         return torch.stack(torch.autograd.grad(out.square().sum(), inputs)) if learn else out
     return run
 
 
+def chosen(shape, mask, learn):
+    """What attention.choose returns in float32 and bfloat16, in words."""
+    names = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.empty(*shape, device=DEVICE, dtype=dtype, requires_grad=learn)
+        with torch.set_grad_enabled(learn):
+            names.append(attention.choose(q, q, mask))
+    return " and ".join(dict.fromkeys(names))
+
+
 def bench_attention():
-    """Every kernel on the shapes of the networks, forward and with backward; "ours" is the one that is chosen. Peaks
-    for the largest alone. Due is what a pair that may look needs: 4 K operations, thrice with the backward pass."""
+    """Every form of attention on the shapes of the networks, forward and with backward.
+
+    Peaks for the largest alone. Due is what the allowed pairs need: 4 K operations, three times
+    that with the backward pass."""
     for what, (B, heads, N, K) in ATTENTIONS.items():
-        mask = masked(what)
-        pairs = B * N * N if mask is None else int(mask.allowed(N, N, DEVICE).sum()) * B // mask.rows
+        mask = mask_of(what)
+        pairs = B * N * N
+        if mask is not None:
+            pairs = int(mask.allowed(N, N, DEVICE).sum()) * B // mask.rows
         for learn in (False, True):
-            kernels = ["written_out", "piecewise", "fused"] + ["apart"] * (what[:1] == "8")
-            if mask is not None and not (DEVICE == "cpu" and learn) and not attention.no_compiler(DEVICE):
-                kernels.append("flex")
-            chosen = []
-            for dtype in (torch.float32, torch.bfloat16):
-                q = torch.empty(B, heads, N, K, device=DEVICE, dtype=dtype)
-                with torch.set_grad_enabled(learn):
-                    chosen.append(attention.choose(q, q, mask))
-            table(f"attention, {what} {B, heads, N, K}, forward{' and backward' * learn}; ours: {' and '.join(dict.fromkeys(chosen))}",
-                  attention_case, [(kernel, precision, what, learn) for precision in ("fp32", "bf16") for kernel in kernels + ["ours"]],
-                  B, rounds=7, memory=learn and what == "decoder B", due=4 * heads * K * pairs * (3 if learn else 1), unit="rows")
+            names = ["reference", "sdpa"]
+            can_flex = not (DEVICE == "cpu" and learn) and not attention.no_compiler(DEVICE)
+            if mask is not None and can_flex:
+                names.append("flex")
+            forms = [(name, precision, what, learn) for precision in ("fp32", "bf16")
+                     for name in (*names, "ours")]
+            table(f"attention, {what} {B, heads, N, K}, forward{' and backward' * learn}; "
+                  f"ours: {chosen((B, heads, N, K), mask, learn)}", attention_case, forms, B,
+                  rounds=7, memory=learn and what == "decoder B", unit="rows",
+                  due=4 * heads * K * pairs * (3 if learn else 1))
 
 
 def contrastive_case(form):
@@ -438,40 +475,21 @@ def contrastive_case(form):
     torch.manual_seed(0)
     video, text = (torch.randn(4096, 512, device=DEVICE, requires_grad=True) for _ in range(2))
     scale = torch.tensor(2.66, device=DEVICE)
+    compare = clip_video.contrastive_loss if form[0] == "whole" else \
+        large_batches.blocked_contrastive_loss
 
     def run():
         video.grad = text.grad = None
-        loss = clip_video.contrastive_loss(video, text, scale, rows=4096 if form[0] == "whole" else 512)
+        loss = compare(video, text, scale)
         loss.backward()
         return loss.detach()
     return run
 
 
 def bench_contrastive():
-    """The contrastive loss of 4096 pairs: the whole matrix against blocks of 512 rows."""
-    table("contrastive loss, 4096 pairs; ours: in blocks", contrastive_case, [(name, "fp32") for name in ("whole", "ours")],
-          4096, rounds=3, unit="pairs")
-
-
-def bench_conv():
-    """The temporal convolution of a local unit, forward and backward, in each of its forms."""
-    torch.manual_seed(0)
-    x = torch.randn(1, 8, 196, 512, device=DEVICE, requires_grad=True)
-    kernel, bias = torch.randn(512, 3, device=DEVICE), torch.randn(512, device=DEVICE)
-
-    def form(name):
-        def run():
-            x.grad = None
-            out = uniformerv2.temporal_conv(x, kernel, bias, name)
-            out.sum().backward()
-            return out.detach()
-        return run
-
-    forms = {name: form(name) for name in ("conv3d", "conv2d", "shift")}
-    seconds = times(forms)
-    for name in ("conv2d", "shift"):
-        close(forms[name](), forms["conv3d"]())
-        report("temporal convolution", seconds, "conv3d", name)
+    """The contrastive loss of 4096 pairs: the whole matrix, and blocks of rows."""
+    table("contrastive loss, 4096 pairs; ours: in blocks", contrastive_case,
+          [(name, "fp32") for name in ("whole", "ours")], 4096, rounds=3, unit="pairs")
 
 
 def hugging_face(size, pixels, frames, attend):
@@ -479,69 +497,76 @@ def hugging_face(size, pixels, frames, attend):
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
     torch.manual_seed(0)
     config = VideoMAEConfig(
-        image_size=pixels, patch_size=size.patch, num_frames=frames, hidden_size=size.width, num_hidden_layers=size.depth,
-        num_attention_heads=size.heads, intermediate_size=size.mlp_width, decoder_hidden_size=size.decoder_width,
-        decoder_num_hidden_layers=size.decoder_depth, decoder_num_attention_heads=size.decoder_heads,
-        decoder_intermediate_size=size.decoder_mlp_width, use_mean_pooling=False, attn_implementation=attend)
+        image_size=pixels, patch_size=size.patch, num_frames=frames, hidden_size=size.width,
+        num_hidden_layers=size.depth, num_attention_heads=size.heads,
+        intermediate_size=size.mlp_width, decoder_hidden_size=size.decoder_width,
+        decoder_num_hidden_layers=size.decoder_depth,
+        decoder_num_attention_heads=size.decoder_heads,
+        decoder_intermediate_size=size.decoder_mlp_width, use_mean_pooling=False,
+        attn_implementation=attend)
     return VideoMAEForPreTraining(config)
 
 
 def mae_case(form):
-    """form: (name, precision, size, pixels, clips). From a batch of bytes on the device to the new weights."""
-    (name, precision), size, pixels, clips = form[:2], *form[2:]
+    """form: (name, precision, size, pixels, clips). From uint8 clips on the device to weights."""
+    name, precision, size, pixels, clips = form
     size, frames = mae.SIZES[size], 16
     grid = (frames // 2, pixels // size.patch, pixels // size.patch)
     clip = torch.randint(256, (clips, frames, pixels, pixels, 3), dtype=torch.uint8,
                          generator=torch.Generator().manual_seed(0)).to(DEVICE)
     hidden = mae.tube_mask(clips, grid, 0.9, torch.Generator().manual_seed(0))
     if name.startswith("ours"):
-        if importlib.util.find_spec("transformers"):  # the same weights, so that losses can be compared
-            model = mae.VideoMAE.from_official(hugging_face(size, pixels, frames, "eager").state_dict(),
-                                               frames=frames, image_size=pixels, decoder_heads=size.decoder_heads)
+        if importlib.util.find_spec("transformers"):  # the same weights: losses are compared
+            theirs = hugging_face(size, pixels, frames, "eager").state_dict()
+            model = mae.VideoMAE.from_official(theirs, frames=frames, image_size=pixels,
+                                               decoder_heads=size.decoder_heads)
         else:
             model = mae.VideoMAE(size, frames=frames, image_size=pixels)
-        card = train.MAE(compile="on" if "compiled" in name else "off")
         model = model.to(DEVICE).train()
-        if card.compile == "on":
-            train.compile_blocks(model)
-        visible, wanted = (index.to(DEVICE) for index in mae.split_by_mask(hidden))
+        if "compiled" in name:
+            machine.compile_blocks(model)
 
         def loss():
             video = clip.permute(0, 4, 1, 2, 3)
             with torch.autocast(DEVICE, enabled=False):
-                target = card.faster(mae.target_of)(video, wanted, True, size.patch, 2)
-            return mae.reconstruction_loss(model.reconstruct(video, visible, wanted), target)
+                target = mae.reconstruction_target(video, hidden, patch=size.patch)
+            return mae.reconstruction_loss(model(video, hidden), target)
     else:
         model = hugging_face(size, pixels, frames, name.split()[-1]).to(DEVICE).train()
         mask = hidden.to(DEVICE)
 
         def loss():
-            video = normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD).transpose(1, 2)
+            video = transforms.normalise(clip, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+            video = video.transpose(1, 2)
             return model(video, mask).loss
     return training(model, loss, precision, name.startswith("ours"))
 
 
 def bench_mae():
     """A training step of VideoMAE against transformers' (eager and SDPA), from the same weights."""
-    sizes = (("small", 112, 8), ("base", 224, 2)) if DEVICE == "cpu" else (("base", 224, 32), ("large", 224, 32))
+    sizes = [("base", 224, 32), ("large", 224, 32)]
+    names = ["transformers eager", "transformers sdpa", "ours", "ours compiled"]
+    if DEVICE == "cpu":
+        sizes, names = [("small", 112, 8), ("base", 224, 2)], names[:3]
     for size, pixels, clips in sizes:
-        names = ("transformers eager", "transformers sdpa", "ours") + ("ours compiled",) * (DEVICE == "cuda")
-        forms = [(name, precision, size, pixels, clips) for precision in ("fp32", "bf16") for name in names
-                 if precision == "bf16" or DEVICE == "cpu"]
-        table(f"mae, {size}, {clips} x 16x{pixels}x{pixels}", mae_case, forms, clips, rounds=5 if size == "small" else 3)
+        forms = [(name, precision, size, pixels, clips) for precision in ("fp32", "bf16")
+                 for name in names if precision == "bf16" or DEVICE == "cpu"]
+        table(f"mae, {size}, {clips} x 16x{pixels}x{pixels}", mae_case, forms, clips,
+              rounds=5 if size == "small" else 3)
 
 
 def clip_case(form):
     """form: (name, precision, pairs). Pictures and sentences, contrastive loss; CLIP ViT-B/16."""
     import open_clip
-    (name, precision), pairs = form[:2], form[2]
+    name, precision, pairs = form
     torch.manual_seed(0)
     theirs = open_clip.create_model("ViT-B-16-quickgelu", pretrained=None)
     pictures, ids = torch.randn(pairs, 3, 224, 224), torch.randint(1, 49000, (pairs, 77))
     ids[:, 40] = 49407  # the end of each sentence is its largest number
     pictures, ids = pictures.to(DEVICE), ids.to(DEVICE)
     if name == "ours":
-        model = clip_video.VideoCLIP.from_official(theirs.state_dict(), frames=1).to(DEVICE).train()
+        model = clip_video.VideoCLIP.from_official(theirs.state_dict(), frames=1)
+        model = model.to(DEVICE).train()
 
         def loss():
             return clip_video.contrastive_loss(*model(pictures, ids))
@@ -554,48 +579,50 @@ def clip_case(form):
 
 
 def bench_clip():
-    """A contrastive step of CLIP ViT-B/16 against open_clip, from the same weights; then the loss alone."""
+    """A contrastive step of CLIP ViT-B/16 and open_clip's, from the same weights; the loss."""
     pairs = 8 if DEVICE == "cpu" else 256
     table(f"clip, ViT-B/16, {pairs} pictures", clip_case,
-          [(name, precision, pairs) for precision in ("fp32", "bf16") for name in ("open_clip", "ours")], pairs, rounds=3)
+          [(name, precision, pairs) for precision in ("fp32", "bf16")
+           for name in ("open_clip", "ours")], pairs, rounds=3)
     bench_contrastive()
 
 
-def plain_read(block, query, context):
-    """A global block's reading with keys and values of all tokens, as the paper has it."""
-    heads = block.attn.heads
-    q, k, v = (torch.nn.functional.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2) for x, w, b in zip(
-        (query, context, context), block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)))
+def plain_attend(block, query, context):
+    """What a global block reads, with keys and values of all tokens, as the paper has it."""
+    weights, biases = block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)
+    q, k, v = (torch.nn.functional.linear(x, w, b).unflatten(-1, (block.attn.heads, -1))
+               .transpose(1, 2) for x, w, b in zip((query, context, context), weights, biases))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     return block.attn.proj(out.transpose(1, 2).flatten(2))
 
 
 def video_case(form):
-    """form: (name, precision, train or infer). UniFormerV2-B/16 with local units, 8 frames; torchvision's models."""
-    (name, precision), way = form[:2], form[2]
+    """form: (name, precision, train or infer). UniFormerV2-B/16 with local units, 8 frames;
+    torchvision's models."""
+    name, precision, way = form
     torch.manual_seed(0)
-    video, answer = torch.randn(1, 3, 8, 224, 224, device=DEVICE), torch.tensor([3], device=DEVICE)
+    frames = 16 if "mvit" in name else 8
+    video = torch.randn(1, 3, frames, 224, 224, device=DEVICE)
+    answer = torch.tensor([3], device=DEVICE)
     if name in ("ours", "plain"):
-        model = uniformerv2.UniFormerV2("b16", classes=400, local_units=2, global_mlp_dropout=0.0, head_dropout=0.0)
-        for part in model.modules():  # what starts silent is made to speak
+        model = uniformerv2.UniFormerV2("b16", classes=400, local_units=2, global_mlp_dropout=0.0,
+                                        head_dropout=0.0)
+        for part in model.modules():  # their outputs start at zero
             if isinstance(part, uniformerv2.LocalUnit):
                 torch.nn.init.normal_(part.expand.weight, std=0.02)
     else:
         import torchvision
         model = getattr(torchvision.models.video, name.split()[-1])(num_classes=400)
-        if "mvit" in name:
-            video = torch.randn(1, 3, 16, 224, 224, device=DEVICE)
     model.to(DEVICE).train(way == "train")
     start = {key: value.clone() for key, value in model.state_dict().items()}
 
     def loss():
         with contextlib.ExitStack() as patches:
             if name == "plain":
-                for place, plain in (
-                        (uniformerv2.__name__ + ".fastest", lambda *_: "conv3d"),
-                        (uniformerv2.__name__ + ".GlobalBlock.read", plain_read),
-                        (attention.__name__ + ".choose", lambda *_: "fused")):
-                    patches.enter_context(unittest.mock.patch(place, plain))
+                for owner, function, plain in (
+                        (uniformerv2.GlobalBlock, "attend", plain_attend),
+                        (attention, "choose", lambda *_: "sdpa")):
+                    patches.enter_context(unittest.mock.patch.object(owner, function, plain))
             return torch.nn.functional.cross_entropy(model(video).float(), answer)
 
     if way == "train":
@@ -620,54 +647,27 @@ def video_case(form):
 
 
 def bench_video():
-    """UniFormerV2-B/16 with local units on 8 frames of 224 pixels: as the paper writes it, and as uniformerv2.py
-    does; beside it torchvision's video models (other networks: read their clips/s and share)."""
+    """UniFormerV2-B/16 with local units on 8 frames of 224 pixels, plain and ours.
+
+    Beside it torchvision's video models: other networks, so read their clips/s and share."""
     theirs = tuple(f"torchvision {name}" for name in ("r3d_18", "swin3d_t", "mvit_v2_s"))
     for way in ("infer", "train"):
-        forms = [(name, precision, way) for precision in ("fp32", "bf16") for name in ("plain", "ours")]
+        forms = [(name, precision, way) for precision in ("fp32", "bf16")
+                 for name in ("plain", "ours")]
         table(f"UniFormerV2-B/16, {way}", video_case, forms, 1, rounds=3)
-        table(f"torchvision, {way}", video_case, [("ours", "fp32", way)] + [(name, "fp32", way) for name in theirs], 1, rounds=3, others=theirs)
-
-
-def bench_shortcuts():
-    """A training step of VideoMAE-S at 224 pixels: embedding all tubelets and decoding all positions,
-    against what mae.py does."""
-    torch.manual_seed(0)
-    model = mae.VideoMAE("small").to(DEVICE)
-    video = torch.randn(1, 3, 16, 224, 224, device=DEVICE)
-    hidden = mae.tube_mask(1, model.grid, 0.9, torch.Generator().manual_seed(0))
-    visible, wanted = (index.to(DEVICE) for index in mae.split_by_mask(hidden))
-
-    def step(prediction):
-        loss = mae.reconstruction_loss(prediction, mae.reconstruction_target(video, hidden))
-        model.zero_grad()
-        loss.backward()
-        return loss.detach()
-
-    def plain():
-        encoder, decoder = model.encoder, model.decoder
-        tokens = encoder.embed(mae.take_tubelets(video, None, 16, 2).flatten(2)) + encoder.codes(model.grid, video)
-        for block in encoder.blocks:
-            tokens = block(tokens if tokens.shape[1] < hidden.shape[1] else mae.gather(tokens, visible))
-        tokens = model.encoder_to_decoder(encoder.norm(tokens))
-        table = mae.position_codes("sinusoid", model.grid, 16, 2, tokens.shape[2], video.device)
-        tokens = torch.cat([tokens + mae.gather(table, visible), model.mask_token + mae.gather(table, wanted)], dim=1)
-        for block in decoder.blocks:
-            tokens = block(tokens)
-        return step(decoder.head(decoder.norm(tokens))[:, -wanted.shape[1]:])
-
-    forms = {"plain": plain, "mae.py": lambda: step(model(video, hidden))}
-    close(forms["mae.py"](), plain())
-    report("masked autoencoder, small, batch 1", times(forms, 3), "plain", "mae.py")
+        forms = [(name, "fp32", way) for name in ("ours", *theirs)]
+        table(f"torchvision, {way}", video_case, forms, 1, rounds=3, others=theirs)
 
 
 def sample_videos(folder):
-    """Paths of real files, from the folder VIDEOS or shared/videos; otherwise of one that is made here."""
-    found = Path(os.environ.get("VIDEOS", Path(__file__).resolve().parent.parent.parent / "shared" / "videos"))
-    names = ("dog.mp4", "coffee.mp4", "bottles.mp4", "chaplin.mp4", "his_girl_friday.mp4", "insect.mp4", "flower.webm",
-             "nasa_13013_hdr.mp4", "man_av1.mp4", "asl/again.mkv", "seabirds.avi")
-    if all((found / name).is_file() for name in names):
-        return [found / name for name in names]
+    """Paths of real files, from the folder VIDEOS or shared/videos; otherwise of one made here."""
+    beside = Path(__file__).resolve().parent.parent.parent / "shared" / "videos"
+    videos = Path(os.environ.get("VIDEOS", beside))
+    names = ("dog.mp4", "coffee.mp4", "bottles.mp4", "chaplin.mp4", "his_girl_friday.mp4",
+             "insect.mp4", "flower.webm", "nasa_13013_hdr.mp4", "man_av1.mp4", "asl/again.mkv",
+             "seabirds.avi")
+    if all((videos / name).is_file() for name in names):
+        return [videos / name for name in names]
     return [made_video(Path(folder) / "made.mp4", 640, 360, 150)]
 
 
@@ -678,7 +678,8 @@ def made_video(path, width, height, frames):
         stream = container.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for i in range(frames):
-            picture = torch.randint(256, (12, 16, 3), generator=torch.Generator().manual_seed(i // 3), dtype=torch.uint8)
+            rng = torch.Generator().manual_seed(i // 3)
+            picture = torch.randint(256, (12, 16, 3), generator=rng, dtype=torch.uint8)
             frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
             container.mux(stream.encode(frame.reformat(width, height, "yuv420p")))
         container.mux(stream.encode())
@@ -686,35 +687,37 @@ def made_video(path, width, height, frames):
 
 
 def decoders(example):
-    """{name: function of (path, frame numbers, (H, W)) that opens the file and returns its frames}; torchcodec and
-    decord2 where they are installed and read the example."""
+    """{name: function of (path, frame numbers, (H, W)) that opens the file and returns its frames};
+    torchcodec and decord2 where they are installed and read the example."""
     import av
     import numpy as np
 
     def ours(path, numbers, size):
-        with Video(path) as video:
-            video.info  # as in training: what it holds is not known beforehand
+        with decoding.Video(path) as video:
+            video.info  # as in training, where it is not known beforehand
             return video.read(numbers, size)
 
     def plain(path, numbers, size):
-        wanted, found = set(numbers.tolist()), {}
+        wanted, frames = set(numbers.tolist()), {}
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_count = 1
             for i, frame in enumerate(container.decode(stream)):
                 if i in wanted:
-                    found[i] = frame.reformat(size[1], size[0], "rgb24").to_ndarray()
+                    frames[i] = frame.reformat(size[1], size[0], "rgb24").to_ndarray()
                 if i == numbers.max():
                     break
-        return np.stack([found[i] for i in numbers.tolist()])
+        return np.stack([frames[i] for i in numbers.tolist()])
 
     forms = {"ours": ours, "plain loop": plain}
     try:
         from torchcodec.decoders import VideoDecoder
 
         def torchcodec(path, numbers, size):
-            frames = VideoDecoder(str(path), num_ffmpeg_threads=1).get_frames_at(numbers.tolist()).data
-            resized = torch.nn.functional.interpolate(frames, size=size, mode="bilinear", antialias=True)
+            decoder = VideoDecoder(str(path), num_ffmpeg_threads=1)
+            frames = decoder.get_frames_at(numbers.tolist()).data
+            resized = torch.nn.functional.interpolate(frames, size=size, mode="bilinear",
+                                                      antialias=True)
             return resized.permute(0, 2, 3, 1).numpy()
         torchcodec(example, np.arange(1), (8, 8))  # its FFmpeg is looked for late
         forms["torchcodec"] = torchcodec
@@ -724,32 +727,34 @@ def decoders(example):
         import decord
 
         def decord2(path, numbers, size):
-            return decord.VideoReader(str(path), height=size[0], width=size[1], num_threads=1).get_batch(numbers).asnumpy()
+            reader = decord.VideoReader(str(path), height=size[0], width=size[1], num_threads=1)
+            return reader.get_batch(numbers).asnumpy()
         forms["decord2"] = decord2
     except (ImportError, OSError) as error:
         print(f"decode: no decord2 ({str(error).splitlines()[0]})")
     return forms
 
 
-CHOICES = {"stride 4, centre": lambda n: dense_indices(n, 16, 4),
-           "spread over the video": lambda n: segment_indices(n, 16)}
+CHOICES = {"stride 4, centre": lambda n: sampling.dense_indices(n, 16, 4),
+           "spread over the video": lambda n: sampling.segment_indices(n, 16)}
 
 
 def decode_case(form):
-    """form: (who decodes, "bytes", paths, one of CHOICES). One clip of every file -> frames of all."""
+    """form: (decoder, "bytes", paths, one of CHOICES). One clip of every file -> frames of all."""
     name, _, videos, what = form
-    read, asked = decoders(videos[0])[name], []
+    read, calls = decoders(videos[0])[name], []
     for path in videos:
-        info = probe(path)
-        asked.append((path, CHOICES[what](info.frames), shown_size(info, 256)))
-    return lambda: [read(*call) for call in asked]
+        info = decoding.probe(path)
+        calls.append((path, CHOICES[what](info.frames), decoding.shown_size(info, 256)))
+    return lambda: [read(*call) for call in calls]
 
 
 def bench_decode():
-    """Sixteen frames of a file at short side 256: data.py, a plain PyAV loop, torchcodec and decord2.
+    """Sixteen frames of a file at short side 256: video/decoding.py, a plain PyAV loop, others.
 
-    Every form opens the file anew and gets the same frame numbers, so the others are spared the look at the
-    file that chooses them. Frames are compared: those of another time would differ by more than resizing."""
+    Every form opens the file anew and gets the same frame numbers; ours also looks at the file
+    first, as in training. Frames of another time would differ by more than resizing, and are
+    named."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -758,23 +763,29 @@ def bench_decode():
         for what, choose in CHOICES.items():
             total = dict.fromkeys(forms, 0.0)
             for path in videos:
-                info = probe(path)
-                numbers, size = choose(info.frames), shown_size(info, 256)
-                reference = forms["ours"](path, numbers, size).astype(float)
-                other = [name for name, form in forms.items()
-                         if abs(form(path, numbers, size).astype(float) - reference).mean() > 6]
-                seconds = times({name: (lambda form=form: form(path, numbers, size)) for name, form in forms.items()}, 5)
-                print(f"decode, {what}: {path.name} {info.codec} {info.width}x{info.height}, "
-                      + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
-                      + (f"; other frames: {', '.join(other)}" if other else ""), flush=True)
-                ROWS.append(dict(table=f"decode, {what}", file=path.name, other_frames=other,
-                                 **{f"{name}_ms": 1e3 * value for name, value in seconds.items()}))
-                for name, value in seconds.items():
+                for name, value in decode_file(path, what, choose, forms).items():
                     total[name] += value
             rows = {(name, "bytes"): value for name, value in total.items()}
             show(f"decode, {what}, {len(videos)} files", rows, len(videos),
                  {form: peak_mib(decode_case, (*form, videos, what)) for form in rows})
     torch.set_num_threads(threads)
+
+
+def decode_file(path, what, choose, forms):
+    """Compare and time all forms on one file -> {name: seconds}."""
+    info = decoding.probe(path)
+    numbers, size = choose(info.frames), decoding.shown_size(info, 256)
+    reference = forms["ours"](path, numbers, size).astype(float)
+    other = [name for name, form in forms.items()
+             if abs(form(path, numbers, size).astype(float) - reference).mean() > 6]
+    runs = {name: functools.partial(form, path, numbers, size) for name, form in forms.items()}
+    seconds = times(runs, 5)
+    print(f"decode, {what}: {path.name} {info.codec} {info.width}x{info.height}, "
+          + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
+          + (f"; other frames: {', '.join(other)}" if other else ""), flush=True)
+    ROWS.append(dict(table=f"decode, {what}", file=path.name, other_frames=other,
+                     **{f"{name}_ms": 1e3 * value for name, value in seconds.items()}))
+    return seconds
 
 
 def bench_memory():
@@ -783,32 +794,38 @@ def bench_memory():
     with tempfile.TemporaryDirectory() as folder:
         path = made_video(Path(folder) / "small.mp4", 160, 120, 30)
         for i in range(1, 10_001):
-            read_clip(path, [0, 20], 64)
-            if i in (500, 2_000, 5_000, 10_000):
-                resident = page * int(Path("/proc/self/statm").read_text().split()[1])  # Linux
+            decoding.read_clip(path, [0, 20], 64)
+            if i in (500, 2_000, 5_000, 10_000):  # Linux
+                resident = page * int(Path("/proc/self/statm").read_text().split()[1])
                 print(f"memory: after {i:,} decodes {resident:.1f} MiB", flush=True)
 
 
-# What fuses: masked encoder, multimodal encoder, frames, pixels, clips.
+# Masked encoder, multimodal encoder, frames, pixels, clips.
 PAIRS = {"tiny": (mae.SIZES["tiny"], uniformerv2.SIZES["tiny"], 8, 64, 8),
          "small": (mae.SIZES["small"], uniformerv2.Size(384, 12, 6, 1536, 16, 224), 8, 224, 1)}
 
 
 def fuse_case(form):
-    """form: (a way of training, precision, a pair). "all": gradients for all parameters, only some of which an optimiser
-    would get; "frozen": for trained parameters alone; "ours": what fusion.py does; "late": ours with bridges in the
-    last quarter of the blocks, in place of four, evenly."""
+    """form: (a way of training, precision, a pair).
+
+    "all": gradients for all parameters, though an optimiser would get only some; "frozen": for the
+    trained parameters alone; "ours": what fusion.py does; "late": ours with cross-model attention
+    in the last quarter of the blocks, in place of four, evenly."""
     way, precision, pair = form
     torch.manual_seed(0)
     masked, multimodal, frames, pixels, batch = PAIRS[pair]
-    late = list(range(masked.depth - max(1, masked.depth // 4), masked.depth)) if way == "late" else None
+    before = None
+    if way == "late":
+        before = list(range(masked.depth - max(1, masked.depth // 4), masked.depth))
     model = fusion.InternVideo(
         mae.VideoClassifier(masked, classes=16, frames=frames, image_size=pixels, head_scale=1.0),
-        uniformerv2.UniFormerV2(multimodal, classes=16, frames=frames), before=late).to(DEVICE).train()
+        uniformerv2.UniFormerV2(multimodal, classes=16, frames=frames), before=before)
+    model.to(DEVICE).train()
     for name, p in model.named_parameters():
         if "gate_" in name:
             torch.nn.init.constant_(p, 0.5)
-    clip = torch.randint(256, (batch, frames, pixels, pixels, 3), dtype=torch.uint8, device=DEVICE)
+    clip = torch.randint(256, (batch, frames, pixels, pixels, 3), dtype=torch.uint8,
+                         device=DEVICE)
     answers = torch.arange(batch, device=DEVICE)
     trained = [p for p in model.parameters() if p.requires_grad]
     if way == "all":
@@ -827,45 +844,51 @@ def fuse_case(form):
 
 
 def bench_fuse():
-    """A training step of the bridge: gradients for all parameters (only some of which an optimiser would get),
-    frozen parameters alone, and what fusion.py does; then with bridges in the last quarter only."""
+    """A training step of stage four in four ways, see fuse_case."""
     for pair, (*_, batch) in PAIRS.items():
         for precision in ("fp32", "bf16"):
-            table(f"fuse, {pair}", fuse_case, [(way, precision, pair) for way in ("all", "frozen", "ours", "late")], batch,
+            ways = ("all", "frozen", "ours", "late")
+            table(f"fuse, {pair}", fuse_case, [(way, precision, pair) for way in ways], batch,
                   rounds=3, others=("late",))
 
 
-CASES = {"mae": bench_mae, "clip": bench_clip, "video": bench_video, "caption": bench_caption, "fuse": bench_fuse,
-         "attention": bench_attention, "decode": bench_decode, "cache": bench_cache, "contrastive": bench_contrastive,
-         "conv": bench_conv, "shortcuts": bench_shortcuts, "memory": bench_memory}
+CASES = {"mae": bench_mae, "clip": bench_clip, "video": bench_video, "caption": bench_caption,
+         "fuse": bench_fuse, "attention": bench_attention, "decode": bench_decode,
+         "cache": bench_cache, "contrastive": bench_contrastive, "memory": bench_memory}
 
 
 def allocator():
-    """Who hands out the memory: LD_PRELOAD may put another library before the C library's, whose settings
-    (train.keep_memory) then say nothing."""
+    """Which library allocates memory. LD_PRELOAD may replace the C library's; the settings of
+    machine.keep_memory have no effect then."""
     maps = Path("/proc/self/maps")
-    other = [name for name in ("jemalloc", "tcmalloc", "mimalloc") if maps.exists() and name in maps.read_text()]
+    loaded = maps.read_text() if maps.exists() else ""
+    other = [name for name in ("jemalloc", "tcmalloc", "mimalloc") if name in loaded]
     host = " and ".join(other)
     if not other:
         glibc = sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION")
-        host = f"{glibc}, freed blocks kept (train.keep_memory)" if glibc else "of the system"
+        host = f"{glibc}, freed blocks kept (machine.keep_memory)" if glibc else "of the system"
+    names = {"LD_PRELOAD", "GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
     set_outside = [f"{name}={os.environ[name]}" for name in sorted(os.environ)
-                   if name in ("LD_PRELOAD", "GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-                   or (name.startswith("MALLOC_") and name.endswith("_"))]
-    return "; ".join([host, *set_outside] + ["CUDA: " + torch.cuda.get_allocator_backend()] * (DEVICE == "cuda"))
+                   if name in names or (name.startswith("MALLOC_") and name.endswith("_"))]
+    if DEVICE == "cuda":
+        set_outside.append("CUDA: " + torch.cuda.get_allocator_backend())
+    return "; ".join([host, *set_outside])
 
 
-def machine():
+def conditions():
     """What the numbers depend on."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[-1].splitlines()[0]
-    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "torchvision", "transformers", "open_clip")
+    versions = {name: importlib.import_module(name).__version__
+                for name in ("torch", "torchvision", "transformers", "open_clip")
                 if importlib.util.find_spec(name)}
-    return dict(date=str(datetime.date.today()), versions=versions, python=platform.python_version(), allocator=allocator(),
-                device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu, threads=torch.get_num_threads(),
-                clock="seconds of the processor" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "seconds",
-                onednn=PRODUCTS)
+    one_thread = DEVICE == "cpu" and torch.get_num_threads() == 1
+    return dict(date=str(datetime.date.today()), versions=versions,
+                python=platform.python_version(), allocator=allocator(),
+                device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu,
+                threads=torch.get_num_threads(),
+                clock="processor seconds" if one_thread else "seconds", onednn=PRODUCTS)
 
 
 def main():
@@ -873,16 +896,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help="subjects; default: all; see --list")
     parser.add_argument("--list", action="store_true", help="name the subjects")
-    parser.add_argument("--json", default="runs/bench.json", help="file for all numbers (default: runs/bench.json)")
+    parser.add_argument("--json", default="runs/bench.json",
+                        help="file for all numbers (default: runs/bench.json)")
     args = parser.parse_args()
     for name in args.cases:
         if name not in CASES and name != "all":
             parser.exit(2, f"bench.py: no case {name!r}: choose all, {', '.join(CASES)}\n")
     if args.list:
-        print("\n".join(f"{name:12}{case.__doc__.splitlines()[0]}" for name, case in CASES.items()))
+        print("\n".join(f"{name:12}{case.__doc__.splitlines()[0]}"
+                        for name, case in CASES.items()))
         return
-    chosen = prepare("auto", torch.get_num_threads())  # before machine(), which tells of it
-    about = dict(machine(), attention=chosen)
+    prepare(torch.get_num_threads())
+    about = conditions()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     for name in CASES if not args.cases or "all" in args.cases else args.cases:
         CASES[name]()

@@ -1,13 +1,13 @@
-"""Make the README's figures from runs/default: `make figures`.
+"""Make the figures of README.md and docs/ from runs/default: `make figures`.
 
     figures/system.png          the four stages, and which file holds what
     figures/moving_shapes.png   the generated world, a clip of each of eight motions
-    figures/reconstruction.png  what the masked autoencoder paints on a held-out clip
+    figures/reconstruction.png  what the masked autoencoder predicts on a held-out clip
     figures/loss.png            its loss, the held-out loss and the trivial baseline
     figures/captions.png        what the caption decoder writes about held-out clips
-    figures/gates.png           the bridge between the two encoders opening
-    figures/table.png           what each encoder knows alone, and both together
-    figures/claims.png          with claims.md: what `make claims` found, where it ran
+    figures/gates.png           the gates of cross-model attention during training
+    figures/table.png           what each encoder can do alone, and both together
+    figures/claims.png          with docs/claims.md: the results of `make claims`
 
 Every figure comes from the weights and logs of a run, never by hand. Refuses to run without one.
 """
@@ -21,29 +21,33 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from video.transforms import normalise  # noqa: E402
-from video import moving_shapes  # noqa: E402
 import mae  # noqa: E402
-from engine import pictures  # noqa: E402
 import weights  # noqa: E402
+from engine import pictures  # noqa: E402
+from video import moving_shapes  # noqa: E402
 
-CLIP = 3  # which held-out clip README shows; the first one with a motion across the frame
+CLIP = 3  # the held-out clip in README.md; the first one with a motion across the frame
 
 
-# (left, bottom, width, height), in a plane about 100 wide; (file or stage, what it does), colour
+# (left, bottom, width, height) in a plane about 100 wide; file, what it does, colour
 BOXES = {
-    "clip": ((0, 18, 15, 10), "moving_shapes.py\ndata.py", "clips, captions,\nlabels", "#eeeeee"),
-    "masked": ((23, 30, 22, 12), "mae.py", "VideoMAE: sees a quarter,\nattends in space and time", "#cfe3f7"),
-    "paint": ((52, 33, 20, 9), "mae.py", "decoder: paints\nwhat was hidden", "#cfe3f7"),
-    "video": ((23, 12, 22, 12), "uniformerv2.py", "CLIP's frames, local and\nglobal units for time", "#d9efd2"),
-    "text": ((23, -3, 22, 8), "clip_video.py", "CLIP's text tower", "#d9efd2"),
-    "contrast": ((52, 6, 20, 8), "clip_video.py", "which sentence belongs\nto which video?", "#d9efd2"),
-    "caption": ((52, -5, 20, 8), "caption_decoder.py", "writes a sentence,\nword by word", "#d9efd2"),
-    "bridge": ((52, 17, 20, 11), "fusion.py", "cross-model attention\nbehind gates", "#fbe3c0"),
+    "clip": ((0, 18, 15, 10), "data.py\nvideo/", "clips, captions,\nlabels", "#eeeeee"),
+    "masked": ((23, 30, 22, 12), "mae.py",
+               "VideoMAE: sees a quarter,\nattends in space and time", "#cfe3f7"),
+    "decoder": ((52, 33, 20, 9), "mae.py", "decoder: predicts\nwhat was hidden", "#cfe3f7"),
+    "video": ((23, 12, 22, 12), "uniformerv2.py",
+              "CLIP's frames, local and\nglobal units for time", "#d9efd2"),
+    "text": ((23, -3, 22, 8), "clip_video.py", "CLIP's text encoder", "#d9efd2"),
+    "contrast": ((52, 6, 20, 8), "clip_video.py",
+                 "which sentence belongs\nto which video?", "#d9efd2"),
+    "caption": ((52, -5, 20, 8), "caption_decoder.py",
+                "writes a sentence,\nword by word", "#d9efd2"),
+    "cross": ((52, 17, 20, 11), "fusion.py", "cross-model attention\nbehind gates", "#fbe3c0"),
     "scores": ((78, 17, 20, 11), "fusion.py", "learned sum of\nboth scores", "#fbe3c0"),
 }
-ARROWS = (("clip", "masked"), ("clip", "video"), ("clip", "text"), ("masked", "paint"), ("masked", "bridge"), ("video", "bridge"),
-          ("video", "contrast"), ("text", "contrast"), ("video", "caption"), ("text", "caption"), ("bridge", "scores"))
+ARROWS = (("clip", "masked"), ("clip", "video"), ("clip", "text"), ("masked", "decoder"),
+          ("masked", "cross"), ("video", "cross"), ("video", "contrast"), ("text", "contrast"),
+          ("video", "caption"), ("text", "caption"), ("cross", "scores"))
 
 
 def system(path):
@@ -60,16 +64,20 @@ def system(path):
     for a, b in ARROWS:
         (x, y, w, h), (u, v, _, k) = BOXES[a][0], BOXES[b][0]
         axis.annotate("", (u - 0.4, v + k / 2), (x + w + 0.4, y + h / 2),
-                      arrowprops=dict(arrowstyle="-|>", color="#555555", shrinkA=0, shrinkB=0, lw=1.2))
+                      arrowprops=dict(arrowstyle="-|>", color="#555555", shrinkA=0, shrinkB=0,
+                                      lw=1.2))
     for (x, y, w, h), file, what, colour in BOXES.values():
-        axis.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.3", facecolor=colour, edgecolor="#555555", lw=1))
-        axis.text(x + w / 2, y + h - 0.6, file, ha="center", va="top", fontsize=9.5, family="monospace", weight="bold", color="black")
+        axis.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.3", facecolor=colour,
+                                      edgecolor="#555555", lw=1))
+        axis.text(x + w / 2, y + h - 0.6, file, ha="center", va="top", fontsize=9.5,
+                  family="monospace", weight="bold", color="black")
         axis.text(x + w / 2, y + 0.8, what, ha="center", va="bottom", fontsize=8.5, color="black")
-    for x, y, text in ((23, 43.2, "1  masked video modelling; 3  with labels"), (23, 24.9, "2  video and language; 3  with labels"),
+    for x, y, text in ((23, 43.2, "1  masked video modelling; 3  with labels"),
+                       (23, 24.9, "2  video and language; 3  with labels"),
                        (52, 29, "4  cross-model interaction")):
         axis.text(x, y, text, fontsize=8.5, style="italic", color="#333333")
-    axis.text(0, 46.5, "train.py drives all stages; attention.py holds what every box is made of, weights.py what goes into it from "
-              "official files", fontsize=8.5, color="#333333")
+    axis.text(0, 46.5, "train.py runs all stages; attention.py has the block that every network "
+              "is made of; weights/ loads official files", fontsize=8.5, color="#333333")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -84,7 +92,8 @@ def motions(path):
     first = {}
     for index in range(400):
         item = world[index]
-        pair = min(item["label"], world.twin[item["label"]])
+        motion = item["labels"]["motion"]
+        pair = min(motion, world.twin[motion])
         first.setdefault(pair, item)
     figure, axes = plt.subplots(4, 2, figsize=(9, 3.4), facecolor="white", layout="constrained")
     for axis, (_, item) in zip(axes.flat, sorted(first.items())):
@@ -96,12 +105,14 @@ def motions(path):
 
 
 def reconstruction(run, path):
-    """The strip of mae.reconstruction_pictures for one held-out clip, hidden as in training."""
+    """Input, hidden input and reconstruction of one held-out clip, hidden as in training."""
     model = mae.VideoMAE.from_official(run)
-    item = moving_shapes.MovingShapes("val", model.config["frames"], tuple(model.config["image_size"]), 0)[CLIP]
-    video = normalise(torch.as_tensor(item["video"])[None], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    size = tuple(model.config["image_size"])
+    item = moving_shapes.MovingShapes("val", model.config["frames"], size, 0)[CLIP]
+    video = torch.as_tensor(item["video"])[None].permute(0, 4, 1, 2, 3)
     hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
-    pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden), path, f"held-out clip: {item['caption']}")
+    clips = mae.reconstruction_pictures(model, video, hidden)
+    pictures.reconstruction(clips, path, f"held-out clip: {item['caption']}")
 
 
 def main():
@@ -114,18 +125,20 @@ def main():
     except weights.WeightsError as error:
         print(f"figures.py: {error}; run `make train` first", file=sys.stderr)
         return 2
-    (out / "reconstruction.gif").unlink()  # the README shows the strip
+    (out / "reconstruction.gif").unlink(missing_ok=True)  # README.md shows the strip
     motions(out / "moving_shapes.png")
     system(out / "system.png")
-    for path in (run / "loss.png", default / "clip" / "captions.png", default / "fuse" / "gates.png",
-                 default / "table.png"):
+    for path in (run / "loss.png", default / "clip" / "captions.png",
+                 default / "fuse" / "gates.png", default / "table.png"):
         if not path.exists():
-            print(f"figures.py: {path} is missing; run `make train` to its end first", file=sys.stderr)
+            print(f"figures.py: {path} is missing; run `make train` to its end first",
+                  file=sys.stderr)
             return 2
         shutil.copy(path, out / path.name)
     claims = ROOT / "runs" / "claims" / "claims.md"
     if claims.exists():
-        (ROOT / "claims.md").write_text(claims.read_text().replace("](claims.png)", "](figures/claims.png)"))
+        text = claims.read_text().replace("](claims.png)", "](../figures/claims.png)")
+        (ROOT / "docs" / "claims.md").write_text(text)
         shutil.copy(claims.with_suffix(".png"), out / "claims.png")
     for path in sorted(out.iterdir()):
         print(f"{path.relative_to(ROOT)}  {path.stat().st_size // 1024} KiB")

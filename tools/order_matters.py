@@ -19,10 +19,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
-from video.transforms import normalise  # noqa: E402
-from video import moving_shapes  # noqa: E402
 import mae  # noqa: E402
-import train  # noqa: E402
+import train  # noqa: E402, it knows the stages
+from engine import machine, optimisers  # noqa: E402
+from engine.stage import STAGES  # noqa: E402
+from video import moving_shapes, transforms  # noqa: E402
 
 FRAMES, SIZE = 8, 32
 
@@ -32,7 +33,7 @@ def as_input(clips, shuffle, rng):
     if shuffle:
         order = torch.rand(clips.shape[:2], generator=rng).argsort(dim=1)
         clips = clips[torch.arange(len(clips))[:, None], order]
-    return normalise(clips, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+    return transforms.normalise(clips, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
 
 
 def accuracy(seed, shuffle, steps, batch_size=32):
@@ -41,26 +42,28 @@ def accuracy(seed, shuffle, steps, batch_size=32):
     rng = torch.Generator().manual_seed(seed)
     world = moving_shapes.MovingShapes("train", FRAMES, SIZE, seed)
     size = mae.Size(128, 4, 4, 512, 8, 64, 1, 2, 256)
-    model = mae.VideoClassifier(size, classes=len(world.motions), frames=FRAMES, image_size=SIZE, head_scale=1.0)
-    recipe = train.MAE(lr=2e-3, steps=steps, device="cpu", precision=train.choose_precision("auto", "cpu"))
-    optimisers = train.optimisers_of(model, recipe)
+    model = mae.VideoClassifier(size, classes=len(world.motions), frames=FRAMES, image_size=SIZE,
+                                head_scale=1.0)
+    recipe = STAGES["mae"](lr=2e-3, steps=steps, device="cpu",
+                           precision=machine.choose_precision("auto", "cpu"))
+    optimiser = optimisers.build_optimizer(model, recipe)
     for step, batch in enumerate(data.batches(world, batch_size, seed, steps, workers=1)):
         with recipe.autocast():
             logits = model(as_input(batch["video"], shuffle, rng))
-        F.cross_entropy(logits.float(), batch["label"]).backward()
+        F.cross_entropy(logits.float(), batch["labels"]["motion"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = train.learning_rate(recipe, step)
-            optimiser.step()
-            optimiser.zero_grad()
+        optimiser.set_rate(optimisers.learning_rate(recipe, step))
+        optimiser.step()
+        optimiser.zero_grad()
     model.eval()
     right = total = 0
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for batch in data.held_out(moving_shapes.MovingShapes("val", FRAMES, SIZE, seed), 2048, 128):
-            right += (model(as_input(batch["video"], shuffle, rng)).argmax(1) == batch["label"]).sum().item()
-            total += len(batch["label"])
+        world = moving_shapes.MovingShapes("val", FRAMES, SIZE, seed)
+        for batch in data.held_out(world, 2048, 128):
+            answers = model(as_input(batch["video"], shuffle, rng)).argmax(1)
+            right += (answers == batch["labels"]["motion"]).sum().item()
+            total += len(answers)
     return right / total
 
 

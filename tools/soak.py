@@ -1,12 +1,13 @@
 """Does a run that is killed again and again end like one that never was?
 
-    python tools/soak.py                                  the default run, 20 times SIGKILL
-    python tools/soak.py --kills 5 mae --steps 200 --save-every 20       any stage, with its flags
+    python tools/soak.py                                             the default run, 20 kills
+    python tools/soak.py --kills 5 mae --steps 200 --save-every 20   any stage, with its flags
 
-One run is left in peace. Its twin gets SIGKILL at random moments, which no program can answer, and is started again
-with --resume; every third time the kill waits until a file is being written, the worst moment there is. Then every tensor
-of every model.safetensors, and every number of every metrics.json but seconds, must be equal to the last bit. Prints a line
-for each kill and the verdict, writes soak.json; the exit code is 1 where something differs.
+One run is not disturbed. Its twin gets SIGKILL, which no program can handle, at random moments, and
+is started again with --resume. Every third kill waits until a file is being written, the worst
+moment. Then every tensor of every model.safetensors and every number of every metrics.json except
+seconds must be equal to the last bit. Prints a line for each kill and the verdict, writes
+soak.json. The exit code is 1 where something differs.
 """
 
 import argparse
@@ -47,9 +48,11 @@ def half_written(out):
 
 
 def run_and_kill(stage, out, delay, wait_for_write):
-    """One start. Returns (seconds it lived, what was being written or "") of one that was killed, None of one that ended."""
+    """One start. Returns (seconds it lived, what was being written or "") if it was killed, and
+    None if it ended."""
     with open(out.parent / "cut.log", "a") as log:
-        process = subprocess.Popen(command(stage, out), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command(stage, out), stdout=log, stderr=log,
+                                   start_new_session=True)
     started = time.monotonic()
     while process.poll() is None:
         lived = time.monotonic() - started
@@ -60,8 +63,13 @@ def run_and_kill(stage, out, delay, wait_for_write):
             return lived, part.name if part else ""
         time.sleep(POLL if lived > delay else min(0.05, delay - lived + POLL))
     if process.returncode:
-        raise SystemExit(f"soak.py: the run ended with exit code {process.returncode}, see {log.name}")
+        raise SystemExit(f"soak.py: the run ended with exit code {process.returncode}, "
+                         f"see {log.name}")
     return None
+
+
+def bits(tensor):
+    return tensor.numpy().tobytes()
 
 
 def differences(whole, cut):
@@ -72,10 +80,12 @@ def differences(whole, cut):
         a, b = load_file(path), load_file(cut / name)
         count += len(a)
         found += [f"{name}: {key}" for key in sorted(a.keys() | b.keys())
-                  if key not in a or key not in b or a[key].numpy().tobytes() != b[key].numpy().tobytes()]
+                  if key not in a or key not in b or bits(a[key]) != bits(b[key])]
     for path in sorted(whole.rglob("metrics.json")):
-        a, b = (json.loads((folder / path.relative_to(whole)).read_text()) for folder in (whole, cut))
-        found += [f"{path.relative_to(whole)}: {key}" for key in a if key not in ("seconds", "settings") and a[key] != b.get(key)]
+        a, b = (json.loads((folder / path.relative_to(whole)).read_text())
+                for folder in (whole, cut))
+        found += [f"{path.relative_to(whole)}: {key}" for key in a
+                  if key not in ("seconds", "settings") and a[key] != b.get(key)]
     return found, count
 
 
@@ -97,20 +107,28 @@ def main(argv=None):
     print(f"undisturbed: {whole:.0f} s", flush=True)
     kills, wrong, count, started = [], [], 0, time.monotonic()
     while len(kills) < args.kills:
-        twin = out / f"cut{1 + sum(path.is_dir() for path in out.glob('cut*'))}"  # a second one, where the first outran its kills
+        # another twin where the first ended before all kills
+        twin = out / f"cut{1 + sum(path.is_dir() for path in out.glob('cut*'))}"
         twin.mkdir()
-        while found := run_and_kill(stage, twin, rng.uniform(0, 1.5 * whole / args.kills) if len(kills) < args.kills else math.inf,
-                                    len(kills) % 3 == 2):
-            kills.append({"lived": round(found[0], 2), "writing": found[1], "place": f"{twin.name}, {place(twin)}"})
-            print(f"kill {len(kills):2d} after {found[0]:6.1f} s, {kills[-1]['place']}"
-                  + (f", in the middle of {found[1]}" if found[1] else ""), flush=True)
+
+        def delay():
+            return rng.uniform(0, 1.5 * whole / args.kills) if len(kills) < args.kills else math.inf
+
+        while killed := run_and_kill(stage, twin, delay(), len(kills) % 3 == 2):
+            lived, writing = killed
+            at = f"{twin.name}, {place(twin)}"
+            kills.append({"lived": round(lived, 2), "writing": writing, "place": at})
+            print(f"kill {len(kills):2d} after {lived:6.1f} s, {at}"
+                  + (f", in the middle of {writing}" if writing else ""), flush=True)
         differ, tensors = differences(out / "whole", twin)
         wrong, count = wrong + differ, count + tensors
     seconds = time.monotonic() - started
-    print(f"{len(kills)} kills, {seconds:.0f} s in all; {count} tensors: " + (
-        f"{len(wrong)} DIFFER: {', '.join(wrong[:5])}" if wrong else "all equal, bit for bit, and all metrics"))
-    (out / "soak.json").write_text(json.dumps(dict(stage=stage, seed=args.seed, kills=kills, undisturbed_s=whole, killed_s=seconds,
-                                                   tensors=count, differ=wrong), indent=1) + "\n")
+    verdict = f"{len(wrong)} DIFFER: {', '.join(wrong[:5])}" if wrong else \
+        "all equal, bit for bit, and all metrics"
+    print(f"{len(kills)} kills, {seconds:.0f} s in all; {count} tensors: {verdict}")
+    facts = dict(stage=stage, seed=args.seed, kills=kills, undisturbed_s=whole, killed_s=seconds,
+                 tensors=count, differ=wrong)
+    (out / "soak.json").write_text(json.dumps(facts, indent=1) + "\n")
     return 1 if wrong else 0
 
 

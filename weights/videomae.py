@@ -5,6 +5,8 @@ without a prefix. transformers has its own names, in two spellings, and stores q
 values apart. Sizes come from the shapes; numbers of heads and of frames do not show in them.
 """
 
+from dataclasses import replace
+
 from mae import Size
 from weights.files import WeightsError, export, hub_config
 from weights.official import OfficialFile, as_kernel, as_matrix, key_map
@@ -57,13 +59,13 @@ def load_pretrained(cls, source, *, heads, decoder_heads, frames, image_size, po
             "encoder_to_decoder.weight, no mask_token); a fine-tuned file loads with "
             "VideoClassifier.from_official")
     told = file.hub_config(source)
+    size, options = file.encoder(heads or told.get("num_attention_heads"))
     width = file.width("decoder.blocks.#.")
-    decoder = dict(
-        decoder_width=width, decoder_depth=file.depth("decoder.blocks."),
+    size = replace(
+        size, decoder_width=width, decoder_depth=file.depth("decoder.blocks."),
         decoder_heads=file.heads(width, decoder_heads or told.get("decoder_num_attention_heads"),
                                  "decoder_heads", USUAL_HEADS),
         decoder_mlp_width=file.mlp_width("decoder.blocks.#."))
-    size, options = file.encoder(heads or told.get("num_attention_heads"), decoder)
     options |= clip_options(frames, image_size, positions, options)
     model = file.build(cls, size, **options)
     return file.fill(model, rules(model, file.tables))
@@ -79,8 +81,8 @@ def load_classifier(cls, source, *, heads, frames, image_size, positions):
                            "VideoMAE.from_official")
     if file.has("encoder.norm.") and not file.has("fc_norm."):
         raise WeightsError(
-            f"{file.name}: has {file.spell('encoder.norm.weight')} and no fc_norm.weight, so its "
-            "head is for the first token; only classifiers of the mean of all tokens load here")
+            f"{file.name}: has {file.spell('encoder.norm.weight')} and no fc_norm.weight, so it was "
+            "made for reading the first token; only classifiers of the mean of all tokens load")
     told = file.hub_config(source)
     size, options = file.encoder(heads or told.get("num_attention_heads"))
     options |= clip_options(frames, image_size, positions, options)
@@ -116,7 +118,7 @@ def clip_options(frames, image_size, positions, options):
 
 
 class VideoMAEFile(OfficialFile):
-    """An official file of this family; layout: the table of the authors' own files of its kind."""
+    """An official file of this family; layout: table of the authors' own files of its kind."""
 
     def __init__(self, source, layout=()):
         super().__init__(source)
@@ -146,18 +148,17 @@ class VideoMAEFile(OfficialFile):
         return self.size(block + "mlp.fc1.bias", block + "mlp.fc1.weight",
                          (block + "mlp.fc2.weight", 1))
 
-    def encoder(self, heads, decoder=None):
-        """Size and options, read off the shapes. decoder: the decoder's part of the Size."""
+    def encoder(self, heads):
+        """Size, without a decoder, and options, read off the shapes."""
         _, channels, tubelet, patch, across = self.shape("encoder.embed.weight", 5)
         if patch != across:
             raise WeightsError(f"{self.name}: wrong shape: {self.spell('encoder.embed.weight')} "
                                f"has patches of {patch} x {across}")
         block = "encoder.blocks.#."
         width = self.width(block)
-        none = dict(decoder_width=0, decoder_depth=0, decoder_heads=0, decoder_mlp_width=0)
-        size = Size(width=width, depth=self.depth("encoder.blocks."), patch=patch,
-                    heads=self.heads(width, heads, usual=USUAL_HEADS),
-                    mlp_width=self.mlp_width(block), **decoder or none)
+        size = Size(width, self.depth("encoder.blocks."),
+                    self.heads(width, heads, usual=USUAL_HEADS), self.mlp_width(block), patch,
+                    decoder_width=0, decoder_depth=0, decoder_heads=0, decoder_mlp_width=0)
         # transformers' files always have the biases: an early version 5 lost them in a renaming and
         # went on with zeros, so a file without them is refused.
         biased = self.hugging_face or self.has(block + "attn.q_bias", block + "attn.v_bias")

@@ -1,4 +1,4 @@
-"""Tubes run through time: what is hidden is counted in one frame and holds for all."""
+"""Tubes run through time: places are counted in one time step, and hidden in all of them."""
 
 
 def visible_tokens(frames, height, width, ratio, patch=16, tubelet=2):

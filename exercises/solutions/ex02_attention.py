@@ -1,5 +1,5 @@
-"""Forbidden scores become very small before the softmax, and forbidden weights zero after it: for a row with nothing
-allowed the softmax of equal numbers is a mean over everything."""
+"""Forbidden scores become very small before the softmax, and forbidden weights zero after it. In a
+row with nothing allowed, the softmax of equal numbers would be a mean over everything."""
 
 import torch
 

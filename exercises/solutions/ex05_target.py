@@ -1,4 +1,4 @@
-"""The mean square of numbers with mean 0 and unbiased variance 1 is (n - 1) / n: a little less than 1."""
+"""The mean square of numbers with mean 0 and unbiased variance 1 is (n - 1) / n: just below 1."""
 
 
 def normalised(tubelets):
@@ -6,5 +6,5 @@ def normalised(tubelets):
     return (tubelets - mean) / (std + 1e-6)
 
 
-def cost_of_painting_nothing(tubelets):
+def cost_of_zeros(tubelets):
     return float(normalised(tubelets).square().mean())

@@ -1,5 +1,5 @@
-"""A video that is everybody's second choice is nobody's after the dual softmax. It can make things worse: where one
-sentence outbids the right one for its video."""
+"""A video that is second for every sentence is second for none after the dual softmax. It can make
+things worse: where another sentence scores higher for a video than the right one."""
 
 import torch
 

@@ -1,4 +1,5 @@
-"""It asked for the word that position t had just read. The next word is the question, and only real next words count."""
+"""The loss asked for the word that position t had just read. The target is the next word, and only
+real next words count."""
 
 import torch.nn.functional as F
 

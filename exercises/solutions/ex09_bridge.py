@@ -1,5 +1,6 @@
-"""The output is tanh(0) * y: its derivative by y is 0, so the attention and its norm learn nothing in the first step; by the
-gate it is y, which is not 0. After one step the gate is open and all of them learn."""
+"""The output is x + tanh(gate) * y with gate = 0. Its derivative by y is tanh(0) = 0, so attention
+and norm get no gradient in the first step. Its derivative by the gate is y, which is not 0.
+After one step the gate is open and all parameters learn."""
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from attention import Attention
 class Bridge(nn.Module):
     def __init__(self, width, context_width, heads):
         super().__init__()
-        self.norm, self.attn = nn.LayerNorm(width), Attention(width, heads, context_width=context_width)
+        self.norm = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, context_width=context_width)
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, context):

@@ -1,0 +1,370 @@
+"""What is proved about official files and old runs, beside the reference vectors of test_golden.py:
+
+sizes come from the shapes, also where no published model has such sizes; the outputs are then those
+of the official class, written out here in a few lines; a file comes back as it was; options that no
+longer exist are dropped where they meant nothing, and refused in one line where they did.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attention
+import weights
+from caption_decoder import CaptionDecoder
+from clip_video import TextSize, VideoCLIP
+from conftest import official_fill
+from mae import VideoClassifier, VideoMAE
+from uniformerv2 import Size, UniFormerV2
+from weights import WeightsError
+from weights.official import OfficialFile, key_map, spell, under
+
+
+# The official classes, written out ----------------------------------------------------------------
+
+
+def norm(state, name, x, eps=1e-5):
+    return F.layer_norm(x, x.shape[-1:], state[name + ".weight"], state[name + ".bias"], eps)
+
+
+def linear(state, name, x):
+    return F.linear(x, state[name + ".weight"], state[name + ".bias"])
+
+
+def heads_of(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q, k, v, heads):
+    out = F.scaled_dot_product_attention(*(heads_of(x, heads) for x in (q, k, v)))
+    return out.transpose(1, 2).flatten(2)
+
+
+def clip_block(state, a, x, heads, context=None):
+    """CLIP's block on x (B, N, D), and that of a global query, which reads a context."""
+    q = norm(state, a + "ln_1", x)
+    y = q if context is None else norm(state, a + "ln_3", context)
+    weight, bias = (state[f"{a}attn.in_proj_{part}"].chunk(3) for part in ("weight", "bias"))
+    q, k, v = (F.linear(z, w, b) for z, w, b in zip((q, y, y), weight, bias))
+    x = x + linear(state, a + "attn.out_proj", attend(q, k, v, heads))
+    hidden = linear(state, a + "mlp.c_fc", norm(state, a + "ln_2", x))
+    return x + linear(state, a + "mlp.c_proj", hidden * torch.sigmoid(1.702 * hidden))
+
+
+def uniformerv2_logits(state, video, heads, layers):
+    """video (B, 3, T, H, W) -> (B, Y), for one frame per embedding and no local units."""
+    B, _, T = video.shape[:3]
+    x = F.conv3d(video, state["conv1.weight"], stride=state["conv1.weight"].shape[2:])
+    h, w = x.shape[3:]
+    x = x.permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2)                 # (B*T, S, D)
+    x = torch.cat([state["class_embedding"].expand(len(x), 1, -1), x], dim=1)
+    x = norm(state, "ln_pre", x + state["positional_embedding"])
+    token = state["transformer.temporal_cls_token"].expand(B, -1, -1)
+    for i in range(max(layers) + 1):
+        x = clip_block(state, f"transformer.resblocks.{i}.", x, heads)
+        if i in layers:
+            j = layers.index(i)
+            tokens = x.unflatten(0, (B, T))
+            grid = tokens[:, :, 1:].unflatten(2, (h, w)).permute(0, 4, 1, 2, 3)
+            grid = grid + F.conv3d(grid, *(state[f"transformer.dpe.{j}.{part}"] for part in
+                                           ("weight", "bias")), padding=1, groups=grid.shape[1])
+            patches = grid.permute(0, 2, 3, 4, 1).flatten(2, 3)
+            context = torch.cat([tokens[:, :, :1], patches], dim=2).flatten(1, 2)
+            token = clip_block(state, f"transformer.dec.{j}.", token, heads, context)
+    share = state["transformer.balance"].sigmoid()
+    mean = x.unflatten(0, (B, T))[:, :, 0].mean(dim=1)
+    feature = (1 - share) * token[:, 0] + share * mean
+    return linear(state, "transformer.proj.2", norm(state, "transformer.proj.0", feature))
+
+
+def viclip_video(state, video, heads, depth):
+    """video (B, 3, T, H, W) -> (B, E); names without "vision_encoder."."""
+    x = F.conv3d(video, state["conv1.weight"], stride=state["conv1.weight"].shape[2:])
+    x = x.flatten(3).permute(0, 3, 2, 1) + state["positional_embedding"][1:, None]  # (B, S, t, D)
+    times = state["temporal_positional_embedding"]
+    x = x + (times.mean(dim=1) if x.shape[2] == 1 else times)                # places, then times
+    first = state["class_embedding"] + state["positional_embedding"][0]
+    x = norm(state, "ln_pre", torch.cat([first.expand(len(x), 1, -1), x.flatten(1, 2)], dim=1))
+    for i in range(depth):
+        x = clip_block(state, f"transformer.resblocks.{i}.", x, heads)
+    return norm(state, "ln_post", x)[:, 0] @ state["proj"]
+
+
+def videomae_logits(state, video, heads, depth):
+    """video (B, C, T, H, W) -> (B, Y) of a fine-tuned file with biases of queries and values."""
+    kernel = state["patch_embed.proj.weight"]
+    x = F.conv3d(video, kernel, state["patch_embed.proj.bias"], stride=kernel.shape[2:])
+    x = x.flatten(2).transpose(1, 2)
+    x = x + attention.sinusoid_table(*x.shape[1:])
+    for i in range(depth):
+        a = f"blocks.{i}."
+        q_bias, v_bias = state[a + "attn.q_bias"], state[a + "attn.v_bias"]
+        qkv = F.linear(norm(state, a + "norm1", x, 1e-6), state[a + "attn.qkv.weight"],
+                       torch.cat([q_bias, torch.zeros_like(q_bias), v_bias]))
+        x = x + linear(state, a + "attn.proj", attend(*qkv.chunk(3, dim=-1), heads))
+        hidden = F.gelu(linear(state, a + "mlp.fc1", norm(state, a + "norm2", x, 1e-6)))
+        x = x + linear(state, a + "mlp.fc2", hidden)
+    return linear(state, "head", norm(state, "fc_norm", x.mean(dim=1), 1e-6))
+
+
+# Sizes that no published model has ----------------------------------------------------------------
+
+
+def linear_shapes(name, rows, columns):
+    return {name + ".weight": (rows, columns), name + ".bias": (rows,)}
+
+
+def norm_shapes(*names, width):
+    return {f"{name}.{part}": (width,) for name in names for part in ("weight", "bias")}
+
+
+def clip_block_shapes(a, width, hidden):
+    return {a + "attn.in_proj_weight": (3 * width, width), a + "attn.in_proj_bias": (3 * width,),
+            **linear_shapes(a + "attn.out_proj", width, width),
+            **linear_shapes(a + "mlp.c_fc", hidden, width),
+            **linear_shapes(a + "mlp.c_proj", width, hidden),
+            **norm_shapes(a + "ln_1", a + "ln_2", width=width)}
+
+
+def tower_shapes(width, depth, hidden, patch, places, frames=1):
+    return {"class_embedding": (width,), "positional_embedding": (1 + places, width),
+            "conv1.weight": (width, 3, frames, patch, patch), **norm_shapes("ln_pre", width=width),
+            **{key: shape for i in range(depth) for key, shape in
+               clip_block_shapes(f"transformer.resblocks.{i}.", width, hidden).items()}}
+
+
+def uniformerv2_shapes(width, depth, hidden, global_hidden, blocks, classes):
+    shapes = tower_shapes(width, depth, hidden, 4, 9)
+    for j in range(blocks):
+        a = f"transformer.dec.{j}."
+        shapes |= clip_block_shapes(a, width, global_hidden) | norm_shapes(a + "ln_3", width=width)
+        shapes |= {f"transformer.dpe.{j}.weight": (width, 1, 3, 3, 3),
+                   f"transformer.dpe.{j}.bias": (width,)}
+    return shapes | {"transformer.temporal_cls_token": (1, 1, width),
+                     "transformer.balance": (width,),
+                     **norm_shapes("transformer.proj.0", width=width),
+                     **linear_shapes("transformer.proj.2", classes, width)}
+
+
+def viclip_state(tubelet, steps):
+    """Width 24, two layers, patches of 4 in frames of 12 pixels; the text tower 16 wide."""
+    vision = tower_shapes(24, 2, 40, 4, 9, tubelet) | norm_shapes("ln_post", width=24) | {
+        "proj": (24, 10), "temporal_positional_embedding": (1, steps, 24)}
+    text = {"token_embedding.weight": (30, 16), "positional_embedding": (7, 16),
+            "text_projection": (16, 10), **norm_shapes("ln_final", width=16),
+            **clip_block_shapes("transformer.resblocks.0.", 16, 64)}
+    state = official_fill({"vision_encoder." + key: shape for key, shape in vision.items()}
+                          | {"text_encoder." + key: shape for key, shape in text.items()})
+    return state | {"temp": torch.tensor(0.05)}
+
+
+def videomae_block_shapes(a, width, hidden):
+    return {a + "attn.qkv.weight": (3 * width, width), a + "attn.q_bias": (width,),
+            a + "attn.v_bias": (width,), **linear_shapes(a + "attn.proj", width, width),
+            **linear_shapes(a + "mlp.fc1", hidden, width),
+            **linear_shapes(a + "mlp.fc2", width, hidden),
+            **norm_shapes(a + "norm1", a + "norm2", width=width)}
+
+
+def videomae_shapes(prefix, width, depth, hidden, kernel):
+    return {**{key: shape for i in range(depth) for key, shape in
+               videomae_block_shapes(f"{prefix}blocks.{i}.", width, hidden).items()},
+            f"{prefix}patch_embed.proj.weight": (width, *kernel),
+            f"{prefix}patch_embed.proj.bias": (width,)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in b)
+
+
+@pytest.mark.parametrize("hidden, global_hidden", [(96, 60), (50, 96), (50, 50)])
+@torch.no_grad()
+def test_global_blocks_may_have_an_mlp_of_another_width_than_the_frames(hidden, global_hidden):
+    """`mlp_factor` of the official class; and no width needs to be four times the model's."""
+    state = official_fill(uniformerv2_shapes(24, 3, hidden, global_hidden, 2, 5))
+    model = UniFormerV2.from_official(state, heads=3)
+    same_width = hidden == global_hidden
+    assert model.config["global_mlp_width"] == (None if same_width else global_hidden)
+    assert model.config["size"]["mlp_width"] == hidden
+    video = torch.randn(2, 3, 4, 12, 12)
+    torch.testing.assert_close(model(video), uniformerv2_logits(state, video, 3, [1, 2]))
+    back = model.to_official()
+    assert same({key.removeprefix("backbone."): value for key, value in back.items()}, state)
+    assert UniFormerV2.from_config(model.config).config == model.config
+
+
+def test_an_mlp_of_one_global_block_that_differs_from_the_others_is_named():
+    state = official_fill(uniformerv2_shapes(24, 4, 96, 60, 3, 5))
+    key = "transformer.dec.1.mlp.c_fc.weight"
+    with pytest.raises(WeightsError, match=rf"{key} is \(61, 24\) instead of \(60, 24\)"):
+        UniFormerV2.from_official(state | {key: torch.zeros(61, 24)}, heads=3)
+
+
+@pytest.mark.parametrize("tubelet, steps", [(1, 4), (2, 3), (2, 1), (3, 2)])
+@torch.no_grad()
+def test_viclips_first_convolution_may_span_several_frames(tubelet, steps):
+    """`kernel_size` of the official class; its stride is its size, and each step has one code."""
+    state = viclip_state(tubelet, steps)
+    model = VideoCLIP.from_official(state, heads=3, text_heads=2)
+    assert model.config["tubelet"] == tubelet and model.config["frames"] == tubelet * steps
+    assert model.config["size"]["mlp_width"] == 40
+    vision = {key.removeprefix("vision_encoder."): value for key, value in state.items()}
+    video = torch.randn(2, 3, tubelet * steps, 12, 12)
+    torch.testing.assert_close(model.encode_video(video), viclip_video(vision, video, 3, 2))
+    one = video[:, :, :tubelet]  # a single step has the mean of all codes
+    torch.testing.assert_close(model.encode_video(one), viclip_video(vision, one, 3, 2))
+    assert same(model.to_official(), state)
+    assert VideoCLIP.from_config(model.config).config == model.config
+
+
+@torch.no_grad()
+def test_tubelets_are_counted_where_another_number_of_frames_is_asked_for():
+    state = viclip_state(2, 3)
+    few = VideoCLIP.from_official(state, heads=3, text_heads=2, frames=4)
+    many = VideoCLIP.from_official(state, heads=3, text_heads=2, frames=10)
+    table = state["vision_encoder.temporal_positional_embedding"][0]
+    assert torch.equal(few.visual.times, table[:2]) and many.visual.times.shape == (5, 24)
+    assert many.encode_video(torch.randn(1, 3, 10, 12, 12)).shape == (1, 10)
+
+
+@torch.no_grad()
+def test_a_videomae_of_any_width_depth_patch_tubelet_and_channels_loads():
+    shapes = videomae_shapes("", 20, 3, 34, (4, 3, 5, 5)) | norm_shapes("fc_norm", width=20)
+    state = official_fill(shapes | linear_shapes("head", 7, 20))
+    model = VideoClassifier.from_official(state, heads=2, frames=6, image_size=(10, 15))
+    size = model.config["size"]
+    assert (size["width"], size["depth"], size["mlp_width"], size["patch"]) == (20, 3, 34, 5)
+    assert (model.config["tubelet"], model.config["channels"], model.config["classes"]) == (3, 4, 7)
+    video = torch.randn(2, 4, 6, 10, 15)
+    torch.testing.assert_close(model(video), videomae_logits(state, video, 2, 3))
+    assert same(model.to_official(), state)
+
+
+@pytest.mark.parametrize("depth, decoder", [(1, (12, 1, 18)), (2, (40, 5, 30))])
+def test_a_decoder_may_be_narrower_or_wider_shallower_or_deeper_than_its_encoder(depth, decoder):
+    width, decoder_depth, hidden = decoder
+    shapes = videomae_shapes("encoder.", 20, depth, 34, (3, 2, 4, 4))
+    shapes |= {"mask_token": (1, 1, width), "encoder_to_decoder.weight": (width, 20),
+               **norm_shapes("encoder.norm", width=20), **norm_shapes("decoder.norm", width=width),
+               **linear_shapes("decoder.head", 96, width)}
+    for i in range(decoder_depth):
+        shapes |= videomae_block_shapes(f"decoder.blocks.{i}.", width, hidden)
+    state = official_fill(shapes)
+    model = VideoMAE.from_official(state, heads=5, decoder_heads=2, frames=4, image_size=8)
+    size = model.config["size"]
+    assert [size["decoder_" + key] for key in ("width", "depth", "mlp_width", "heads")] == [
+        width, decoder_depth, hidden, 2]
+    hidden = torch.arange(8)[None] % 4 > 0
+    assert model(torch.randn(1, 3, 4, 8, 8), hidden).shape == (1, 6, 96)
+    assert same(model.to_official(), state)
+
+
+@torch.no_grad()
+def test_a_caption_decoder_of_any_size_loads_and_its_heads_come_from_the_shapes():
+    model = CaptionDecoder(36, heads=3, depth=1, visual_width=20, vocabulary=31, queries=5,
+                           mlp_width=50)
+    state = {key: torch.randn_like(value) if "inv_freq" not in key else value
+             for key, value in model.to_official().items()}
+    again = CaptionDecoder.from_official(state)
+    assert again.config == model.config and same(again.to_official(), state)
+
+
+def test_heads_that_do_not_divide_the_width_are_one_line():
+    state = official_fill(uniformerv2_shapes(24, 2, 96, 96, 1, 5))
+    with pytest.raises((WeightsError, AssertionError, ValueError, RuntimeError)) as caught:
+        UniFormerV2.from_official(state, heads=5)
+    assert isinstance(caught.value, WeightsError) and "\n" not in str(caught.value)
+
+
+# Key maps -----------------------------------------------------------------------------------------
+
+
+def test_a_name_is_spelled_through_every_table_in_turn():
+    first, prefix = ((r"^a\.", "b."), (r"b\.", "c.")), ((r"^", "whole."),)
+    assert spell("a.weight", first, prefix) == "whole.c.weight"
+    assert spell("x.weight", ((r"x\.(\w+)", r"{q,k}.\1"),), prefix) == (
+        "whole.q.weight", "whole.k.weight")
+    assert spell("part.a.b.", under("part.", ((r"^a\.", "d."), (r"b\.", "c.")))) == "part.d.c."
+    assert spell("a.b.", under("part.", ((r"^a\.", "d."),))) == "a.b."
+
+
+def test_a_part_that_the_official_code_does_not_have_is_not_written_under_a_name_of_ours():
+    model = VideoMAE("tiny", frames=2, image_size=16)
+    model.encoder.blocks[0].norm_time = torch.nn.LayerNorm(2)
+    with pytest.raises(ValueError, match="norm_time.weight belongs to a part that is unknown"):
+        model.to_official()
+    with pytest.raises(ValueError, match="new.weight belongs to a part that is unknown"):
+        key_map(torch.nn.ModuleDict({"new": torch.nn.Linear(1, 1)}), (((r"^old\.", "a."),),))
+
+
+def test_most_tensors_decide_a_size_and_two_that_alone_tell_it_must_agree():
+    file = OfficialFile({f"b.{i}.w": torch.zeros(3 + (i == 1), 7) for i in range(3)}
+                        | {"head.weight": torch.zeros(5, 2), "head.bias": torch.zeros(4)})
+    assert file.depth("b.") == 3 and file.size("b.#.w") == 3 and file.size(("b.#.w", 1)) == 7
+    with pytest.raises(WeightsError, match="head.weight has 5 rows, head.bias has 4 rows"):
+        file.rows("head.weight", "head.bias")
+    with pytest.raises(WeightsError, match="missing: b.0.v"):
+        file.size("b.#.v")
+    assert file.rows("none.weight") == 0
+
+
+# Runs of older versions ---------------------------------------------------------------------------
+
+SMALL = Size(32, 2, 2, 64, 8, 16)
+
+
+def run(folder, model, **options):
+    """A run whose config.json also has these options, as older versions wrote them."""
+    weights.save(folder, model, model.config | options)
+    return folder
+
+
+def old_models():
+    text = dict(text_size=TextSize(32, 1, 2), vocabulary=40, context=7, frames=2)
+    return {"VideoMAE": lambda: VideoMAE("tiny", frames=2, image_size=16),
+            "VideoClassifier": lambda: VideoClassifier("tiny", classes=3, frames=2, image_size=16),
+            "VideoCLIP": lambda: VideoCLIP(SMALL, **text)}
+
+
+@pytest.mark.parametrize("kind, kept, refused", [
+    ("VideoMAE", {"space_time": "joint"}, {"space_time": "divided"}),
+    ("VideoClassifier", {"space_time": "joint", "pool": "mean"}, {"pool": "first"}),
+    ("VideoCLIP", {"masked_text": False}, {"masked_text": True})])
+def test_options_that_no_longer_exist_are_dropped_or_refused(tmp_path, kind, kept, refused):
+    model = old_models()[kind]()
+    again = type(model).from_official(run(tmp_path / "old", model, **kept))
+    assert same(again.state_dict(), model.state_dict())
+    key = next(iter(refused))
+    with pytest.raises(WeightsError, match=f"old2.*{key}={refused[key]!r}; this opt") as caught:
+        type(model).from_official(run(tmp_path / "old2", model, **refused))
+    assert "\n" not in str(caught.value)
+
+
+def test_so_they_are_in_the_models_inside_a_model():
+    old = {"model": "InternVideo",
+           "masked": {"model": "VideoClassifier", "pool": "mean", "frames": 2},
+           "multimodal": [{"model": "UniFormerV2", "pool": "mean"}]}
+    assert weights.runs.without_removed(old, "x") == {
+        "model": "InternVideo", "masked": {"model": "VideoClassifier", "frames": 2},
+        "multimodal": [{"model": "UniFormerV2", "pool": "mean"}]}
+    old["masked"]["pool"] = "first"
+    with pytest.raises(WeightsError, match="x: a VideoClassifier with pool='first'"):
+        weights.runs.without_removed(old, "x")
+
+
+def test_a_run_of_another_stage_is_refused_by_name(tmp_path):
+    folder = run(tmp_path / "mae", VideoMAE("tiny", frames=2, image_size=16))
+    with pytest.raises(WeightsError, match="of `train.py fuse`: it holds a VideoMAE, not an I"):
+        weights.load_run(None, folder, "InternVideo", "fuse")
+    weights.save(tmp_path / "bare", {"a": torch.ones(1)}, {})
+    with pytest.raises(WeightsError, match="it has no configuration, not a Localiser"):
+        weights.load_run(None, tmp_path / "bare", "Localiser", "localise")
+
+
+def test_every_model_of_the_tables_exists_and_has_official_names():
+    for model in weights.MODELS:
+        assert callable(weights.class_of(model).to_official)
+    for _, _, loaders in weights.FAMILIES:
+        assert set(loaders) <= set(weights.MODELS)
+    from weights.encoders import ENCODERS
+    assert set(ENCODERS) <= set(weights.MODELS)
