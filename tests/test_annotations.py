@@ -112,8 +112,9 @@ CASES = {
         ["video9.mp4"], "MSRVTT_JSFUSION_test.csv", [("video9.mp4", None, "a cat, asleep", None)],
         None),
     "WebVid": (
-        {"results_2M_train.csv": table("videoid,contentUrl,duration,page_dir,name",
-                                       "12,https://x/12.mp4,PT00H00M09S,006001_006050,A wave breaks.")},
+        {"results_2M_train.csv": table(
+            "videoid,contentUrl,duration,page_dir,name",
+            "12,https://x/12.mp4,PT00H00M09S,006001_006050,A wave breaks.")},
         ["videos/006001_006050/12.mp4"], "results_2M_train.csv",
         [("12.mp4", None, "A wave breaks.", None)], None),
     "captions in JSON, as VINDLU and UMT have them": (

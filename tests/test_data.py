@@ -701,7 +701,8 @@ def test_a_damaged_file_of_features_is_one_line(tmp_path, content):
 @pytest.mark.parametrize("said, expected", [
     ({"json": b'{"caption": "a dog"}', "cls": b"3"}, (3, "a dog")),
     ({"json": b'{"caption": 5}'}, (None, None)), ({"json": b"[" * 99999}, (None, None)),
-    ({"cls": b"1699999999"}, None), ({"cls": b"9" * 5000}, None)], ids=lambda value: str(value)[:30])
+    ({"cls": b"1699999999"}, None), ({"cls": b"9" * 5000}, None)],
+    ids=lambda value: str(value)[:30])
 def test_what_stands_beside_a_video_in_a_shard_is_text_and_a_class_number(said, expected):
     sample = {"__url__": "x.tar", "__key__": "a", "mp4": b"", **said}
     if expected is None:
