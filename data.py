@@ -4,7 +4,7 @@
              video/annotations.py                video/decoding, sampling, transforms, clips
 
     item: {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, ...}
-    items --> batches, held_out --> {"video": uint8 (B, T, H, W, 3), "labels": {question: (B,)}, ...}
+    batch: {"video": uint8 (B, T, H, W, 3), "labels": {question: int64 (B,)}, ...}
 
 The idea in steps.
 1. `VideoFiles` reads a list of files, as video/annotations.py understands it. `VideoShards` reads
@@ -71,7 +71,6 @@ class VideoFiles(Clips, ClipSet):
     views     (clips, crops) with train=False: that many clips along time, and of each that many crops from
               end to end of the longer side. "video" is then uint8 (1 + clips * crops, T, H, W, 3), the one
               view in the centre of both first
-    decoder   one of DECODERS, see `Video`
     part      "all", or "train" / "val": without / only the tenth that `split_files` holds out. Where
               the source brings a split of its own, that counts instead, and "all" means what it has
               for `train`

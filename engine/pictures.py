@@ -163,20 +163,6 @@ def masks(tables, path):
 
 
 def strongest(maps, grid, other, count=4):
-    """Of the tokens of one model, the `count` whose attention to another model is least even.
-
-    maps     (N, t', h'*w' or 1 + h'*w'), weights of the attention of each of N = t*h*w tokens
-    grid     (t, h, w) of these tokens; other (t', h', w'), the grid of those they attend to
-    returns  [(time step, row, column) of a token, ...], grid, and their weights (count, t', h', w') on
-             patches alone; each sum is at most 1, for class tokens take the rest
-    """
-    t, h, w = grid
-    maps = maps[:, :, -other[1] * other[2]:].unflatten(2, other[1:])
-    chosen = maps.flatten(1).amax(dim=1).argsort(descending=True)[:count].tolist()
-    return [(n // (h * w), n // w % h, n % w) for n in chosen], grid, maps[chosen]
-
-
-def strongest(maps, grid, other, count=4):
     """The `count` tokens of one model whose attention to another model is least even.
 
     maps     (N, t', h'*w' or 1 + h'*w') torch: attention of each of N = t*h*w tokens

@@ -132,7 +132,8 @@ def test_a_seek_decodes_less_than_the_whole_file(folder, monkeypatch):
     """Frame 30 is reached from the last keyframe before it."""
     starts = []
     seek = Video._seek
-    monkeypatch.setattr(Video, "_seek", lambda self, number: starts.append(number) or seek(self, number))
+    monkeypatch.setattr(Video, "_seek",
+                        lambda self, number: starts.append(number) or seek(self, number))
     first, second, third, last = probe(folder / "a.mp4").keyframes
     read_clip(folder / "a.mp4", [third + 1])
     read_clip(folder / "a.mp4", [5])
@@ -227,15 +228,18 @@ def test_segment_sampling_takes_one_frame_from_each_segment(n, frames):
 
 def views_in_time(name, n, frames, stride=4, clips=1, **options):
     """The chosen frames of each view in time, as lists."""
-    return [choose_frames(name, n, frames, stride, view=(clip, clips), **options).tolist() for clip in range(clips)]
+    return [choose_frames(name, n, frames, stride, view=(clip, clips), **options).tolist()
+            for clip in range(clips)]
 
 
 @pytest.mark.parametrize("name, n, frames, stride, clips, expected", [
     ("dense", 100, 4, 4, 3, [[0, 4, 8, 12], [42, 46, 50, 54], [84, 88, 92, 96]]),
-    ("videomae-dense", 20, 4, 4, 2, [[0, 4, 8, 12], [4, 8, 12, 16]]),  # windows of the list 0, 4, 8, 12, 16
+    # windows of the list 0, 4, 8, 12, 16
+    ("videomae-dense", 20, 4, 4, 2, [[0, 4, 8, 12], [4, 8, 12, 16]]),
     ("videomae-dense", 9, 4, 4, 2, [[0, 4, 8, 8], [0, 4, 8, 8]]),
     ("videomae-dense", 100, 4, 4, 1, [[42, 47, 52, 57]]),  # spacing 16/3: the 4 frames span all 16
-    ("videomae-segment", 32, 4, 4, 2, [[0, 8, 16, 24], [4, 12, 20, 28]]),  # ticks of 8, halves of a tick
+    # ticks of 8, halves of a tick
+    ("videomae-segment", 32, 4, 4, 2, [[0, 8, 16, 24], [4, 12, 20, 28]]),
     ("videomae-pretrain", 6, 4, 4, 1, [[0, 4, 4, 4]]),
     ("uniformerv2", 33, 4, 4, 1, [[4, 12, 20, 28]]),
     ("uniformerv2", 33, 4, 4, 3, [[2, 10, 18, 26], [4, 12, 20, 28], [6, 14, 22, 30]]),
@@ -243,7 +247,8 @@ def views_in_time(name, n, frames, stride=4, clips=1, **options):
     ("internvideo-demo", 33, 5, 4, 1, [[0, 8, 16, 24, 32]]),
     ("viclip", 33, 4, 4, 1, [[0, 8, 16, 24]]),
     ("segment", 32, 4, 4, 1, [[3, 11, 19, 27]])])
-def test_official_samplers_choose_the_frames_that_their_rules_give(name, n, frames, stride, clips, expected):
+def test_official_samplers_choose_the_frames_that_their_rules_give(name, n, frames, stride, clips,
+                                                                   expected):
     """Worked out by hand from the published rules."""
     assert views_in_time(name, n, frames, stride, clips) == expected
 
@@ -257,7 +262,8 @@ def test_retrieval_takes_a_frame_a_second_and_at_most_so_many():
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 17, 64, 65, 300])
 def test_every_sampler_stays_inside_the_video_and_goes_forward(name, n):
     views = [choose_frames(name, n, 16, rng=np.random.default_rng(i)) for i in range(20)]
-    views += [choose_frames(name, n, 16, view=(clip, clips)) for clips in (1, 2, 5) for clip in range(clips)]
+    views += [choose_frames(name, n, 16, view=(clip, clips)) for clips in (1, 2, 5)
+              for clip in range(clips)]
     for numbers in views:
         assert numbers.shape == (16,) and numbers.dtype.kind == "i"
         assert 0 <= numbers.min() and numbers.max() < n and (np.diff(numbers) >= 0).all()
@@ -284,7 +290,8 @@ def gradient(height, width):
 @pytest.mark.parametrize("name, first, last", [
     # 56 x 56 of 56 x 200: what is left of the columns
     ("videomae", 72, 127), ("uniformerv2", 72, 127), ("clip", 72, 127),
-    ("internvideo", 14, 185),  # squashed to 64 x 64 first: columns 4 to 59 of 64, each 200 / 64 wide
+    # squashed to 64 x 64 first: columns 4 to 59 of 64, each 200 / 64 wide
+    ("internvideo", 14, 185),
     ("viclip", 1, 198),  # all of it, squashed to 56
     ("internvideo-demo", 75, 123)])  # short side 64 by nearest pixel, columns 86 to 141 of 228
 def test_transforms_cut_what_their_recipes_cut(name, first, last):
@@ -294,20 +301,24 @@ def test_transforms_cut_what_their_recipes_cut(name, first, last):
 
 def test_three_crops_are_the_ends_and_the_centre_of_the_longer_side():
     wide = gradient(56, 200)
-    starts = [int(crop_frames("videomae", wide, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
+    starts = [int(crop_frames("videomae", wide, (56, 56), crop=crop, crops=3)[0, 0, 0, 0])
+              for crop in range(3)]
     assert starts == [0, 72, 144]
     high = wide.transpose(0, 2, 1, 3)
-    starts = [int(crop_frames("uniformerv2", high, (56, 56), crop=crop, crops=3)[0, 0, 0, 0]) for crop in range(3)]
+    starts = [int(crop_frames("uniformerv2", high, (56, 56), crop=crop, crops=3)[0, 0, 0, 0])
+              for crop in range(3)]
     assert starts == [0, 72, 144]
     odd = gradient(56, 201)  # 145 columns to spare: VideoMAE rounds the centre down, UniFormerV2 up
-    assert [int(crop_frames(name, odd, (56, 56))[0, 0, 0, 0]) for name in ("videomae", "uniformerv2")] == [72, 73]
+    assert [int(crop_frames(name, odd, (56, 56))[0, 0, 0, 0])
+            for name in ("videomae", "uniformerv2")] == [72, 73]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_files_are_read_with_every_sampler_and_transform(folder, sampling):
     for transform in TRANSFORMS:
         for train in (True, False):
-            files = VideoFiles(folder / "b.mkv", 4, 32, sampling=sampling, transform=transform, train=train)
+            files = VideoFiles(folder / "b.mkv", 4, 32, sampling=sampling, transform=transform,
+                               train=train)
             assert files[0]["video"].shape == (4, 32, 32, 3)
 
 
@@ -441,8 +452,10 @@ def test_repeated_augmentation_puts_clips_of_one_video_side_by_side(folder):
     for batch in twice:
         assert batch["path"][0::2] == batch["path"][1::2]
         assert not torch.equal(batch["video"][0], batch["video"][1])
-    assert [p for batch in twice for p in batch["path"][0::2]] == [p for batch in plain for p in batch["path"]][:6]
-    assert torch.equal(next(iter(batches(files, 4, 0, 3, start=1, repeats=2)))["video"], twice[1]["video"])
+    assert [p for batch in twice for p in batch["path"][0::2]] == [p for batch in plain
+                                                                   for p in batch["path"]][:6]
+    assert torch.equal(next(iter(batches(files, 4, 0, 3, start=1, repeats=2)))["video"],
+                       twice[1]["video"])
     with pytest.raises(DataError, match="endless"):
         next(batches(MovingShapes("train", 2, 24), 4, 0, 3, repeats=2))
 
@@ -464,7 +477,8 @@ def test_training_names_and_skips_a_bad_file_evaluation_never_replaces_it(folder
     assert [path for path, _ in item["bad"]] == [
         str(folder / "text.mp4"), str(folder / "missing.mp4")]
     test = VideoFiles(folder / "mixed.txt", 2, 16, train=False)
-    assert test[0]["video"] is None and test[0]["labels"] == {"label": 0} and len(test[0]["bad"]) == 1
+    assert test[0]["video"] is None and test[0]["labels"] == {"label": 0}
+    assert len(test[0]["bad"]) == 1
     assert test[2]["video"].shape == (2, 16, 16, 3) and test[2]["bad"] == []
     for batch_size in (1, 2, 3):
         seen = list(held_out(test, None, batch_size))
@@ -526,10 +540,12 @@ def test_an_epoch_visits_every_item_once_in_an_order_of_its_own():
         def __getitem__(self, index_and_epoch):
             return {"video": np.zeros((1, 1, 1, 3), np.uint8), "labels": {"n": index_and_epoch[0]}}
 
-    labels = torch.cat([batch["labels"]["n"] for batch in batches(Numbers(), 4, 0, steps=5)]).tolist()
+    labels = torch.cat([batch["labels"]["n"]
+                        for batch in batches(Numbers(), 4, 0, steps=5)]).tolist()
     assert sorted(labels[:10]) == sorted(labels[10:]) == list(range(10))
     assert labels[:10] != labels[10:]
-    plain = torch.cat([batch["labels"]["n"] for batch in batches(Numbers(), 4, 0, 5, shuffle=False)])
+    plain = torch.cat([batch["labels"]["n"]
+                       for batch in batches(Numbers(), 4, 0, 5, shuffle=False)])
     assert plain.tolist() == 2 * list(range(10))
 
 
@@ -550,14 +566,18 @@ def test_loading_does_not_touch_the_global_random_state():
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number",
+                         [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_worker_processes_end_with_the_run_also_after_an_interruption(folder, number):
     """Ctrl-C reaches every process of a terminal, so the signal goes to the whole group."""
     (folder / "two.txt").write_text("a.mp4 0\nb.mkv 1\n")
     script = ("import data, sys\nfiles = data.VideoFiles(sys.argv[1], 4, 32)\n"
-              "for batch in data.batches(files, 2, 0, 10**6, workers=2): print('ready', flush=True)")
-    run = subprocess.Popen([sys.executable, "-c", script, str(folder / "two.txt")], cwd=Path(data.__file__).parent,
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+              "for batch in data.batches(files, 2, 0, 10**6, workers=2):\n"
+              "    print('ready', flush=True)")
+    run = subprocess.Popen([sys.executable, "-c", script, str(folder / "two.txt")],
+                           cwd=Path(data.__file__).parent,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                           start_new_session=True)
     assert run.stdout.readline() == b"ready\n"
 
     def alive():
@@ -587,16 +607,20 @@ def test_held_out_items_come_in_order_once():
 # --------------------------------------------------------------------------- checking a data set
 
 
-def test_a_check_names_bad_files_counts_the_rest_and_writes_a_list_without_them(folder, tmp_path, capsys):
-    (folder / "check.csv").write_text("path,label,caption\na.mp4,run,\"one, two\"\ntext.mp4,run,x\nb.mkv,jump,y\n"
+def test_a_check_names_bad_files_counts_the_rest_and_writes_a_list_without_them(folder, tmp_path,
+                                                                                capsys):
+    (folder / "check.csv").write_text(
+        "path,label,caption\na.mp4,run,\"one, two\"\ntext.mp4,run,x\nb.mkv,jump,y\n"
                                       "truncated.mp4,run,z\na.mp4,run,again\n")
     arguments = [str(folder / "check.csv"), "--out", str(tmp_path), "--workers", "0"]
     assert data.main([*arguments, "--fix-list", str(tmp_path / "good.jsonl")]) == 1
     said = capsys.readouterr().out
     assert "2 of 4 files are good" in said and "h264 (2)" in said and "64 x 48 (2)" in said
-    assert "text.mp4: not a readable video" in said and (tmp_path / "sheet.png").stat().st_size > 1000
+    assert "text.mp4: not a readable video" in said
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
     fixed = VideoFiles(tmp_path / "good.jsonl", 2, 16)
-    assert fixed.classes == {"label": ("jump", "run")} and fixed.captions == ["one, two", "y", "again"]
+    assert fixed.classes == {"label": ("jump", "run")}
+    assert fixed.captions == ["one, two", "y", "again"]
     assert data.main([str(tmp_path / "good.jsonl"), "--out", str(tmp_path), "--workers", "1"]) == 0
     assert data.main([str(folder / "nothing")]) == 2 and "no such file" in capsys.readouterr().err
 
@@ -631,7 +655,8 @@ def test_part_of_a_list_that_comes_class_by_class_holds_all_classes(tmp_path):
 # ---------------------------------------------------------------------- features, samples, names
 
 
-FEATURES = dict(feats=np.ones((3, 4), np.float32), timestamps=np.arange(3.0), duration=3.0, model="m", window=2, stride=1)
+FEATURES = dict(feats=np.ones((3, 4), np.float32), timestamps=np.arange(3.0), duration=3.0,
+                model="m", window=2, stride=1)
 
 
 def features(**changed):
@@ -650,15 +675,21 @@ def test_features_are_what_was_written(tmp_path):
     (tmp_path / "a.npz").write_bytes(features())
     segments = {"a": annotations.Timed("train", [(0.0, 1.0, "x")])}
     items, classes, missing = read_features(tmp_path, segments, "Train")
-    assert items[0]["features"].shape == (3, 4) and items[0]["segments"] == [(0.0, 1.0, 0)] and classes == ["x"] and not missing
+    assert items[0]["features"].shape == (3, 4) and items[0]["segments"] == [(0.0, 1.0, 0)]
+    assert classes == ["x"] and not missing
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"PK\3\4" + bytes(50), features()[:-30], features()[:90] + b"\xff" * 40 + features()[130:], one_array(np.ones(3)),
-    pickle.dumps({"feats": 1}), features(feats=np.array([{}, []], object)), features(feats=np.full((3, 4), "x")), features(feats=np.ones(3)),
-    features(feats=np.full((3, 4), np.nan)), features(feats=np.ones((3, 4)) * 1j), features(feats=np.ones((3, 4), bool)),
-    features(timestamps=np.arange(2.0)), features(timestamps=np.ones((3, 3))), features(duration=np.ones(2)), features(duration=np.inf),
-    features(duration="3"), features(window=2.5), features(window=0), features(stride=True), features(model=3)],
+    b"", b"PK\3\4" + bytes(50), features()[:-30], features()[:90] + b"\xff" * 40 + features()[130:],
+    one_array(np.ones(3)),
+    pickle.dumps({"feats": 1}), features(feats=np.array([{}, []], object)),
+    features(feats=np.full((3, 4), "x")), features(feats=np.ones(3)),
+    features(feats=np.full((3, 4), np.nan)), features(feats=np.ones((3, 4)) * 1j),
+    features(feats=np.ones((3, 4), bool)),
+    features(timestamps=np.arange(2.0)), features(timestamps=np.ones((3, 3))),
+    features(duration=np.ones(2)), features(duration=np.inf),
+    features(duration="3"), features(window=2.5), features(window=0), features(stride=True),
+    features(model=3)],
     ids=lambda content: f"{len(content)} bytes")
 def test_a_damaged_file_of_features_is_one_line(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
@@ -668,8 +699,10 @@ def test_a_damaged_file_of_features_is_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("said, expected", [
-    ({"json": b'{"caption": "a dog"}', "cls": b"3"}, (3, "a dog")), ({"json": b'{"caption": 5}'}, (None, None)), ({"json": b"[" * 99999}, (None, None)),
-    ({"cls": b"1699999999"}, None), ({"cls": b"9" * 5000}, None)], ids=lambda value: str(value)[:30])
+    ({"json": b'{"caption": "a dog"}', "cls": b"3"}, (3, "a dog")),
+    ({"json": b'{"caption": 5}'}, (None, None)), ({"json": b"[" * 99999}, (None, None)),
+    ({"cls": b"1699999999"}, None), ({"cls": b"9" * 5000}, None)],
+    ids=lambda value: str(value)[:30])
 def test_what_stands_beside_a_video_in_a_shard_is_text_and_a_class_number(said, expected):
     sample = {"__url__": "x.tar", "__key__": "a", "mp4": b"", **said}
     if expected is None:
@@ -686,5 +719,6 @@ def test_a_worker_notes_any_name(monkeypatch):
     loading._write(os.fsdecode(b"a\xff\n.mp4"))
     assert bytes(desk.tolist()).rstrip(b"\0").endswith(rb"a\udcff" + b"\n.mp4")
     monkeypatch.setattr(loading, "_notes", [desk[None]])
-    told = dead_worker(RuntimeError(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly"))
+    told = dead_worker(
+        RuntimeError(f"DataLoader worker (pid(s) {os.getpid()}) exited unexpectedly"))
     assert "\n" not in told and ".mp4" in told

@@ -132,7 +132,8 @@ def test_the_direction_on_the_screen_is_the_one_in_the_label():
     _, scenes = scenes_of_every_motion(frames=9, size=64)
 
     def coloured(scene):  # (T, H, W), True = has the colour of the shape
-        even = render(dataclasses.replace(scene, light=(0.0, 0.0)))  # three quarters of a full exposure
+        # three quarters of a full exposure
+        even = render(dataclasses.replace(scene, light=(0.0, 0.0)))
         return np.abs(even - 0.75 * np.array(moving_shapes.COLOURS[scene.colour])).sum(-1) < 45
 
     def coloured_centre(scene):
@@ -163,7 +164,8 @@ def test_pixel_noise_is_light_and_never_wraps_around(monkeypatch):
               for colour in COLOURS]
     scenes += by_motion.values()
     noisy = [render(scene).astype(int) for scene in scenes]
-    monkeypatch.setattr(moving_shapes, "_noise_bank", lambda n: np.zeros(moving_shapes._NOISE_STARTS + n, np.uint8))
+    monkeypatch.setattr(moving_shapes, "_noise_bank",
+                        lambda n: np.zeros(moving_shapes._NOISE_STARTS + n, np.uint8))
     difference = np.stack(noisy) - np.stack([render(scene) for scene in scenes])
     assert np.abs(difference).max() <= 8 and 0.9 < difference.std() < 1.2
 
@@ -186,7 +188,8 @@ def test_held_out_pairs_occur_in_the_unseen_split_and_nowhere_else():
     for split in ("train", "val", "test"):
         seen = looks(split)
         assert not seen & held and len(seen) == 6 * 8 - 8
-    assert {s for s, _ in seen} == set(moving_shapes.SHAPES) and {c for _, c in seen} == set(moving_shapes.COLOURS)
+    assert {s for s, _ in seen} == set(moving_shapes.SHAPES)
+    assert {c for _, c in seen} == set(moving_shapes.COLOURS)
 
 
 @pytest.mark.parametrize("wrong", [dict(split="dev"), dict(split="train", size=8),
@@ -202,8 +205,10 @@ def test_an_impossible_world_is_refused_in_one_line(wrong):
 
 
 def test_every_caption_states_exactly_its_facts():
-    colours = itertools.cycle(moving_shapes.COLOURS)  # each with every motion, shape and size would say no more
-    for motion, shape, size in itertools.product(moving_shapes.MOTIONS, moving_shapes.SHAPES, moving_shapes.RADII):
+    # each with every motion, shape and size would say no more
+    colours = itertools.cycle(moving_shapes.COLOURS)
+    for motion, shape, size in itertools.product(moving_shapes.MOTIONS, moving_shapes.SHAPES,
+                                                 moving_shapes.RADII):
         colour = next(colours)
         facts = dict(motion=motion, shape=shape, colour=colour, size=size)
         sizes = set()
@@ -216,13 +221,15 @@ def test_every_caption_states_exactly_its_facts():
 
 def test_no_phrase_of_one_motion_contains_a_phrase_of_another():
     for one, other in itertools.permutations(moving_shapes.MOTIONS, 2):
-        for phrase, part in itertools.product(moving_shapes.MOTION_PHRASES[one], moving_shapes.MOTION_PHRASES[other]):
+        for phrase, part in itertools.product(moving_shapes.MOTION_PHRASES[one],
+                                              moving_shapes.MOTION_PHRASES[other]):
             assert f" {part} " not in f" {phrase} "
 
 
 def test_facts_that_are_not_given_are_not_said():
     assert moving_shapes.parse_caption("a shape moves to the left") == {"motion": "left"}
-    assert moving_shapes.parse_caption("it spins counter - clockwise") == {"motion": "spin counter-clockwise"}
+    assert moving_shapes.parse_caption(
+        "it spins counter - clockwise") == {"motion": "spin counter-clockwise"}
     assert "a shape moves to the left" in moving_shapes.phrasings({"motion": "left"})
     for sentence in moving_shapes.phrasings(dict(motion="up", colour="red")):
         assert moving_shapes.parse_caption(sentence) == dict(motion="up", colour="red")

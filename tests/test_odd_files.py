@@ -1,9 +1,9 @@
-"""What data.py promises of the files that people really have: whatever is legal gives the right frames,
-whatever is broken is one line, and nothing crashes, hangs or stays behind.
+"""What video/decoding.py promises of the files that people have: a legal file gives the right
+frames, a broken one gives one line, and nothing crashes, hangs or stays behind.
 
-Right frames are those of a full sequential decode; right colours are computed from the definition of
-the matrix. The files are made here; sample videos beside the repository (shared/videos, or the folder
-VIDEOS) are read too where they are at hand.
+Right frames are those of a full sequential decode. Right colours are computed from the definition
+of the matrix. The files are made here. Sample videos beside the repository (shared/videos, or the
+folder VIDEOS) are read too, where there are any.
 """
 
 import csv
@@ -29,9 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 VIDEOS = Path(os.environ.get("VIDEOS", ROOT.parent / "shared" / "videos"))
 
 
-def write(path, frames=30, width=64, height=48, codec="libx264", pix_fmt="yuv420p", times=None, rate=10, gop=8,
+def write(path, frames=30, width=64, height=48, codec="libx264", pix_fmt="yuv420p", times=None,
+          rate=10, gop=8,
           aspect=None, container_options=(), **options):
-    """A video of moving squares on grey that brightens, with frame `i` shown at times[i] / 1000 s."""
+    """A moving square on grey that brightens; frame `i` is shown at times[i] / 1000 s."""
     with av.open(str(path), "w", options=dict(container_options)) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, pix_fmt, gop
@@ -52,15 +53,17 @@ def write(path, frames=30, width=64, height=48, codec="libx264", pix_fmt="yuv420
 
 
 def full_decode(path, info, size=None):
-    """(frames until the first damage, seconds of each or None), decoded in order by a plain loop."""
+    """(frames until the first damage, seconds of each or None), decoded in order."""
     converter = av.video.reformatter.VideoReformatter()
     height, width = shown_size(info, size)
     stored = (width, height) if info.rotation % 180 == 90 else (height, width)
     frames = []
-    with av.open(str(path), **({"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {})) as file:
+    with av.open(str(path), **({"metadata_errors": "replace"}
+                               if int(av.__version__.split(".")[0]) < 19 else {})) as file:
         try:
             for frame in file.decode(file.streams.video[0]):
-                picture = converter.reformat(frame, stored[1], stored[0], "rgb24", threads=1).to_ndarray()
+                picture = converter.reformat(frame, stored[1], stored[0], "rgb24",
+                                             threads=1).to_ndarray()
                 frames.append((frame.pts, np.rot90(picture, info.rotation // 90)))
         except av.FFmpegError:
             pass
@@ -75,7 +78,8 @@ def agrees_with_a_full_decode(path, size=None, moments=50, at_once=10):
     frames, seconds = full_decode(path, info, size)
     if seconds[0] is not None:
         assert np.allclose(info.timestamps[:len(frames)], seconds, atol=1e-6)
-    times = rng.uniform(0, info.duration if len(frames) == info.frames else info.timestamps[len(frames)], moments)
+    times = rng.uniform(0, info.duration
+                        if len(frames) == info.frames else info.timestamps[len(frames)], moments)
     for some in np.split(times, moments // at_once):
         for moment, picture in zip(some, read_clip(path, some, size, info)):
             shown = max(i for i, second in enumerate(info.timestamps) if second <= moment + 1e-6)
@@ -92,23 +96,30 @@ ODD = {  # name -> (file, options of `write`, what must be known of it)
     "variable frame rate": ("x.mp4", dict(times=TIMES), dict(frames=30)),
     "variable frame rate, Matroska": ("x.mkv", dict(times=TIMES), dict(frames=30)),
     "a late start": ("x.mkv", dict(times=np.arange(30) * 100 + 7300), dict(frames=30)),
-    "odd width and height": ("x.mp4", dict(width=63, height=41, pix_fmt="yuv444p"), dict(width=63, height=41)),
-    "odd, 4:2:0": ("x.webm", dict(width=63, height=41, codec="libvpx-vp9"), dict(width=63, height=41)),
+    "odd width and height": ("x.mp4", dict(width=63, height=41, pix_fmt="yuv444p"),
+                             dict(width=63, height=41)),
+    "odd, 4:2:0": ("x.webm", dict(width=63, height=41, codec="libvpx-vp9"),
+                   dict(width=63, height=41)),
     "4:4:4": ("x.mp4", dict(pix_fmt="yuv444p"), dict(frames=30)),
     "4:2:2 ten bits": ("x.mkv", dict(pix_fmt="yuv422p10le"), dict(frames=30)),
     "ten bits": ("x.mp4", dict(pix_fmt="yuv420p10le"), dict(frames=30)),
-    "ten bits, HEVC": ("x.mp4", dict(pix_fmt="yuv420p10le", codec="libx265", **{"x265-params": "log-level=none:pools=none"}),
+    "ten bits, HEVC": ("x.mp4", dict(pix_fmt="yuv420p10le", codec="libx265",
+                                     **{"x265-params": "log-level=none:pools=none"}),
                        dict(frames=30)),
-    "AV1": ("x.mkv", dict(codec="libsvtav1", preset="10", **{"svtav1-params": "lp=1"}), dict(frames=30)),
+    "AV1": ("x.mkv", dict(codec="libsvtav1", preset="10", **{"svtav1-params": "lp=1"}),
+            dict(frames=30)),
     "one frame": ("x.mp4", dict(frames=1), dict(frames=1, duration=pytest.approx(0.1, abs=0.01))),
     "two frames": ("x.mp4", dict(frames=2), dict(frames=2)),
     "wide pixels": ("x.mp4", dict(aspect=Fraction(4, 3)), dict(width=85, height=48)),
     "high pixels": ("x.mkv", dict(aspect=Fraction(1, 2)), dict(width=32, height=48)),
-    "no index, fragments": ("x.mp4", dict(container_options={"movflags": "frag_keyframe+empty_moov"}.items()), dict(frames=30)),
+    "no index, fragments": ("x.mp4", dict(
+        container_options={"movflags": "frag_keyframe+empty_moov"}.items()), dict(frames=30)),
     "transport stream": ("x.ts", {}, dict(frames=30)),
     "no timestamps": ("x.h264", {}, dict(frames=30)),
-    "open groups of pictures": ("x.mp4", {"x264-params": "open-gop=1:bframes=3:b-pyramid=2"}, dict(frames=30)),
-    "intra refresh": ("x.mkv", {"x264-params": "intra-refresh=1:keyint=10:bframes=0"}, dict(frames=30)),
+    "open groups of pictures": ("x.mp4", {"x264-params": "open-gop=1:bframes=3:b-pyramid=2"},
+                                dict(frames=30)),
+    "intra refresh": ("x.mkv", {"x264-params": "intra-refresh=1:keyint=10:bframes=0"},
+                      dict(frames=30)),
     "frames nothing refers to": ("x.mp4", {"x264-params": "bframes=8:b-adapt=0"}, dict(frames=30)),
     "interlaced": ("x.mp4", {"flags": "+ildct+ilme", "x264-params": "tff=1"}, dict(frames=30)),
     "animated gif": ("x.gif", dict(codec="gif", pix_fmt="rgb8"), dict(frames=30)),
@@ -140,7 +151,8 @@ def test_a_video_of_variable_rate_shows_each_frame_for_its_time(tmp_path):
 
 # ------------------------------------------------------------------------------------- its colours
 
-WEIGHTS = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 2: (0.299, 0.114)}  # untagged: BT.601
+# untagged: BT.601
+WEIGHTS = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 2: (0.299, 0.114)}
 
 
 @pytest.mark.parametrize("space", WEIGHTS)
@@ -157,7 +169,8 @@ def test_matrix_and_range_of_the_colours_are_those_of_the_tag(tmp_path, space, f
         frame = av.VideoFrame(32, 32, pix_fmt)
         for plane, value in zip(frame.planes, (y, u, v)):
             deep = "10" in pix_fmt
-            plane.update(np.full(plane.buffer_size // (2 if deep else 1), value * 4 if deep else value,
+            plane.update(np.full(plane.buffer_size // (2 if deep else 1),
+                                 value * 4 if deep else value,
                                  np.uint16 if deep else np.uint8).tobytes())
         frame.colorspace, frame.color_range = space, 2 if full else 1
         container.mux(stream.encode(frame))
@@ -172,7 +185,7 @@ def test_matrix_and_range_of_the_colours_are_those_of_the_tag(tmp_path, space, f
         assert np.abs(read_clip(tmp_path / "x.mkv", [0], size)[0, 8, 8] - expected).max() < 3
 
 
-# ------------------------------------------------------------------------------ which stream, how long
+# --------------------------------------------------------------------------- which stream, how long
 
 
 def test_the_first_video_stream_counts_and_a_cover_picture_is_none(tmp_path):
@@ -183,17 +196,22 @@ def test_the_first_video_stream_counts_and_a_cover_picture_is_none(tmp_path):
         for _ in range(3):
             for stream, grey in zip(streams, (50, 200)):
                 picture = np.full((stream.height, 32, 3), grey, np.uint8)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture,
+                                                                       format="rgb24").reformat(
+                                                                           format="bgr0")))
         for stream in streams:
             container.mux(stream.encode())
-    assert probe(tmp_path / "two.mkv").height == 16 and np.all(read_clip(tmp_path / "two.mkv", [1]) == 50)
+    assert probe(tmp_path / "two.mkv").height == 16
+    assert np.all(read_clip(tmp_path / "two.mkv", [1]) == 50)
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
         sound, cover = container.add_stream("aac", rate=8000), container.add_stream("png", rate=1)
         cover.width, cover.height, cover.pix_fmt = 16, 16, "rgb24"
         cover.disposition = av.stream.Disposition.attached_pic.value
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp",
+                                             layout="mono")
         silence.sample_rate = 8000
-        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8),
+                                                              format="rgb24")))
         container.mux(sound.encode(silence))
         container.mux(sound.encode())
     with pytest.raises(DataError, match="no video stream"):
@@ -201,9 +219,11 @@ def test_the_first_video_stream_counts_and_a_cover_picture_is_none(tmp_path):
 
 
 def test_a_picture_named_mp4_is_a_video_of_one_frame(tmp_path):
-    av.VideoFrame.from_ndarray(np.full((16, 24, 3), 70, np.uint8), format="rgb24").save(str(tmp_path / "x.png"))
+    av.VideoFrame.from_ndarray(np.full((16, 24, 3), 70, np.uint8),
+                               format="rgb24").save(str(tmp_path / "x.png"))
     (tmp_path / "x.png").rename(tmp_path / "x.mp4")
-    assert probe(tmp_path / "x.mp4").frames == 1 and np.all(read_clip(tmp_path / "x.mp4", [0]) == 70)
+    assert probe(tmp_path / "x.mp4").frames == 1
+    assert np.all(read_clip(tmp_path / "x.mp4", [0]) == 70)
 
 
 def test_a_file_from_memory_is_the_file(tmp_path):
@@ -224,7 +244,8 @@ def test_a_file_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_frames_are_as_good_as_ten(tmp_path):
-    path = write(tmp_path / "x.mp4", frames=100_000, width=32, height=32, codec="mpeg4", gop=50, rate=25)
+    path = write(tmp_path / "x.mp4", frames=100_000, width=32, height=32, codec="mpeg4", gop=50,
+                 rate=25)
     info = probe(path)
     assert info.frames == 100_000
     started = time.perf_counter()
@@ -261,13 +282,15 @@ sys.path.insert(0, sys.argv[1])
 from video.annotations import DataError
 from video.decoding import probe, read_clip
 from video.sampling import choose_frames
-target, sources, first, last = Path(sys.argv[2]), [Path(x) for x in sys.argv[5:]], int(sys.argv[3]), int(sys.argv[4])
+target, sources = Path(sys.argv[2]), [Path(x) for x in sys.argv[5:]]
+first, last = int(sys.argv[3]), int(sys.argv[4])
 good = bad = 0
 for number in range(first, last):
     rng = np.random.default_rng(number)
     content = np.frombuffer(sources[number % len(sources)].read_bytes(), np.uint8).copy()
     for _ in range(rng.integers(1, 4)):
-        at, length = int(rng.integers(len(content))), int(rng.integers(1, max(2, len(content) // 4)))
+        at = int(rng.integers(len(content)))
+        length = int(rng.integers(1, max(2, len(content) // 4)))
         kind = rng.integers(6)
         if kind < 2:  # flip single bits, anywhere or in the header
             span = len(content) if kind else min(len(content), 600)
@@ -298,13 +321,17 @@ print("good", good, "bad", bad)
 
 
 def attack(folder, first, last, limit):
-    """Read mutated files in a process of its own; returns how many could be read and how many not."""
-    sources = [write(folder / "x.mp4"), write(folder / "x.mkv", times=TIMES), write(folder / "x.ts"),
+    """Read mutated files in a process of its own -> how many could be read, how many not."""
+    sources = [write(folder / "x.mp4"), write(folder / "x.mkv", times=TIMES),
+               write(folder / "x.ts"),
                write(folder / "x.webm", codec="libvpx-vp9"), write(folder / "x.avi", codec="mpeg4"),
-               write(folder / "x.gif", codec="gif", pix_fmt="rgb8"), write(folder / "y.mp4", codec="mpeg4")]
-    done = subprocess.run([sys.executable, "-c", ATTACK, str(ROOT), str(folder), str(first), str(last), *map(str, sources)],
+               write(folder / "x.gif", codec="gif", pix_fmt="rgb8"),
+               write(folder / "y.mp4", codec="mpeg4")]
+    done = subprocess.run([sys.executable, "-c", ATTACK, str(ROOT), str(folder), str(first),
+                           str(last), *map(str, sources)],
                           capture_output=True, text=True, timeout=limit)
-    assert done.returncode == 0, f"ended with {done.returncode} at file {done.stdout.split()[-1]}: {done.stderr[-2000:]}"
+    assert done.returncode == 0, (f"ended with {done.returncode} at file "
+                                  f"{done.stdout.split()[-1]}: {done.stderr[-2000:]}")
     words = done.stdout.split()
     assert words[-4::2] == ["good", "bad"]
     return int(words[-3]), int(words[-1])
@@ -321,11 +348,12 @@ def test_a_thousand_mutated_files_never_crash_or_hang(tmp_path):
     assert good + bad == 1000 and good > 100 and bad > 100
 
 
-# ---------------------------------------------------------------------------------- the sample videos
+# ------------------------------------------------------------------------------- the sample videos
 
 
 def samples():
-    return [json.loads(line) for line in (VIDEOS / "videos.jsonl").read_text().splitlines()] if VIDEOS.is_dir() else []
+    return [json.loads(line) for line in (
+        VIDEOS / "videos.jsonl").read_text().splitlines()] if VIDEOS.is_dir() else []
 
 
 needs_samples = pytest.mark.skipif(not VIDEOS.is_dir(), reason="no sample videos (set VIDEOS)")
@@ -335,7 +363,8 @@ needs_samples = pytest.mark.skipif(not VIDEOS.is_dir(), reason="no sample videos
 @pytest.mark.parametrize("at_once", [50, pytest.param(5, marks=pytest.mark.slow)])
 def test_sample_videos_are_what_their_list_says_and_agree_with_a_full_decode(at_once):
     with open(VIDEOS / "captions.csv") as file:
-        assert {row["path"] for row in csv.DictReader(file)} <= {sample["file"] for sample in samples()}
+        assert {row["path"] for row in csv.DictReader(file)} <= {sample["file"]
+                                                                 for sample in samples()}
     for sample in samples():
         known, path = sample["probe"], VIDEOS / sample["file"]
         if not known.get("frames"):
@@ -350,7 +379,8 @@ def test_sample_videos_are_what_their_list_says_and_agree_with_a_full_decode(at_
                 read_clip(path, [info.frames - 1])
         turned = info.rotation % 180 == 90
         height, width = (info.width, info.height) if turned else (info.height, info.width)
-        assert height == known["height"] and abs(width / known["width"] - 1) < 0.1  # pixels may not be square
+        # pixels may not be square
+        assert height == known["height"] and abs(width / known["width"] - 1) < 0.1
 
 
 @needs_samples
@@ -363,14 +393,16 @@ def test_the_sample_videos_are_a_data_set():
 def test_a_small_copy_shows_the_same_frames_at_the_same_times(tmp_path):
     """Upright, square pixels, even sides; variable frame rate kept."""
     times = np.cumsum([0, *np.random.default_rng(0).integers(20, 200, 39)])
-    source = write(tmp_path / "wide.mp4", frames=40, width=96, height=54, times=times, aspect=Fraction(2, 1))
+    source = write(tmp_path / "wide.mp4", frames=40, width=96, height=54, times=times,
+                   aspect=Fraction(2, 1))
     before = probe(source)
     shrink(source, tmp_path / "copy.mp4", side=32)
     copy = probe(tmp_path / "copy.mp4")
     assert (copy.height, copy.width, copy.frames) == (32, 114, 40) and copy.codec == "h264"
     assert np.allclose(copy.timestamps, before.timestamps, atol=1e-3)
     assert max(np.diff(copy.keyframes)) <= 12
-    theirs, ours = (read_clip(path, np.arange(40), (32, 114)).astype(float) for path in (source, tmp_path / "copy.mp4"))
+    theirs, ours = (read_clip(path, np.arange(40), (32, 114)).astype(float)
+                    for path in (source, tmp_path / "copy.mp4"))
     assert np.abs(theirs - ours).mean() < 6 < np.abs(theirs - ours[::-1]).mean()
 
 
@@ -379,12 +411,14 @@ def test_a_checked_data_set_is_copied_and_trains_from_the_copies(tmp_path, capsy
         (tmp_path / "set" / name).mkdir(parents=True)
         write(tmp_path / "set" / name / "same_name.mp4", width=96, height=64)
     (tmp_path / "set" / "left" / "broken.mp4").write_bytes(b"not a video")
-    arguments = [str(tmp_path / "set"), "--workers", "0", "--out", str(tmp_path), "--cache", str(tmp_path / "small"),
+    arguments = [str(tmp_path / "set"), "--workers", "0", "--out", str(tmp_path), "--cache",
+                 str(tmp_path / "small"),
                  "--short-side", "32"]
     assert data.main(arguments) == 1 and "became" in capsys.readouterr().out
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "small").glob("*.mp4")}
     assert len(made) == 2 and not list((tmp_path / "small").glob("*.part"))
     found = data.VideoFiles(tmp_path / "small" / "list.jsonl", 2, 32, train=False)
-    assert found.classes == {"label": ("left", "right")} and found[0]["video"].shape == (2, 32, 32, 3)
+    assert found.classes == {"label": ("left", "right")}
+    assert found[0]["video"].shape == (2, 32, 32, 3)
     assert data.main(arguments) == 1 and {path: path.stat().st_mtime_ns for path in made} == made
     assert data.main([*arguments[:-1], "4"]) == 2 and "--short-side" in capsys.readouterr().err

@@ -120,7 +120,8 @@ def test_a_classifier_answers_each_question_by_name(run, runs, name):
 def test_answers_without_names_are_numbers(runs, tmp_path, capsys):
     model = masked()
     weights.save(tmp_path / "bare", model, model.config)
-    assert predict.main([str(runs["video"]), "--weights", str(tmp_path / "bare"), "--top", "9"]) == 0
+    arguments = [str(runs["video"]), "--weights", str(tmp_path / "bare"), "--top", "9"]
+    assert predict.main(arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith("class ") and out.count("%") == 5
 

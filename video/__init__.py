@@ -1,1 +1,1 @@
-"""Video as data: decoding, frame sampling, transforms, annotation formats, shards, the generated world."""
+"""Video as data: decoding, sampling, transforms, annotations, shards, the generated world."""

@@ -1,31 +1,28 @@
-"""A generated world where only time tells: moving shapes, their sentences, questions, and long videos of them.
+"""A generated world that only the order of frames explains: moving shapes and sentences about them.
 
-Why. A video model is worth its cost only if it uses the order of frames, and real data hides
-whether it does: Kinetics labels can often be guessed from one frame. So the generated world,
-`MovingShapes`, comes in time-reversed twins. A clip of "left" played backwards *is* a clip of
-"right", with exactly the same probability, so a model that ignores frame order scores 50 % within
-a pair, however large it is. What it scores above that is what video adds. Captions are written
-from the same facts as the pixels, so retrieval and captioning can be checked as well.
+A video model is worth its cost only if it uses the order of frames. Real data hides whether it
+does: Kinetics labels can often be guessed from one frame. So the motions of this world come in
+time-reversed pairs. A clip of "left" played backwards is a clip of "right", with exactly the same
+probability. A model that ignores the order of frames scores 50 % within a pair, however large it
+is. Captions are written from the same facts as the pixels, so retrieval and captioning can be
+checked as well.
 
     rng(seed, split, index) -> Scene -> render -> (T, H, W, 3) uint8     `MovingShapes[index]`
                                  |
                                  +-> facts -> describe -> "a small red ring orbits clockwise"
 
-The idea in steps.
 1. `draw_scene` draws every quantity of a clip once, as numbers and per-frame arrays.
 2. `Scene.reversed` flips the arrays: the twin. `render` is pure and treats each frame alone, so
    render(scene.reversed()) == render(scene)[::-1], bit for bit.
-3. `describe` turns facts into a sentence and `parse_caption` turns any sentence back into facts.
-4. From the same facts: `StillShapes`, single pictures; `ActShapes`, two acts in a row; `QuestionShapes`,
-   a question and its answer; `LongShapes`, minutes of it, and what happens when.
-5. Some pairs of shape and colour are in no training clip: the split "unseen" has only these. Whoever learned
-   shapes and colours, and not their pairs by heart, will know them.
+3. `describe` turns facts into a sentence. `parse_caption` turns any sentence back into facts.
+4. More from the same facts: `StillShapes`, single pictures; `ActShapes`, two acts in a row;
+   `QuestionShapes`, a question and its answer; `LongShapes`, long videos with segments.
+5. Some pairs of shape and colour are in no training clip. The split "unseen" has only these. It
+   tests whether a model learned shapes and colours or memorised their pairs.
 
-Numbers, one core: a clip of 16x64x64 takes about 1.2 ms (850 clips/s), of 16x224x224 about 7 ms.
+Speed, one core: a clip of 16x64x64 takes about 1.2 ms (850 clips/s), of 16x224x224 about 7 ms.
 
-    python moving_shapes.py             draws a clip of each motion
-
-Try it:
+    python -m video.moving_shapes       draws a clip of each motion
 
 >>> world = MovingShapes("train", frames=8, size=64)
 >>> world[3]["video"].shape, world[3]["caption"]
@@ -123,7 +120,7 @@ def phrasings(facts):
     return _phrasings(*(facts.get(fact) for fact in ("motion", "shape", "colour", "size")))
 
 
-@functools.lru_cache(maxsize=None)  # a few thousand facts, asked for with every clip
+@functools.lru_cache(maxsize=None)  # a few thousand combinations, needed with every clip
 def _phrasings(motion, shape, colour, size):
     sizes = ("",)  # for no mention; a growing thing is neither small nor large
     if size and motion not in ("grow", "shrink"):
@@ -152,8 +149,8 @@ def describe(facts, rng):
 def still(facts, frames, rng):
     """A frame of a clip with these facts, and a sentence that is true of that picture alone.
 
-    returns  its number, drawn by a numpy Generator among those where the shape surely is to be seen,
-             and a sentence like "a red star": of motion a single picture knows nothing
+    returns  its number, drawn by a numpy Generator among those where the shape is visible, and a
+             sentence like "a red star": a single picture shows no motion
     """
     shape, colour, motion = facts["shape"], facts["colour"], facts["motion"]
     number = {"appear": frames - 1, "vanish": 0}.get(motion)
@@ -164,16 +161,20 @@ def still(facts, frames, rng):
 
 
 def choices(facts, rng):
-    """Five sentences of which one fits a clip with these facts -> (list of str, place of the right one).
+    """Five sentences, one of which fits a clip with these facts -> (list of str, its index).
 
-    The wrong ones differ in one fact each: the motion reversed, another motion, another shape, another colour.
+    The wrong ones differ in one fact each: the motion reversed, another motion, another shape,
+    another colour.
     """
-    said = {key: facts[key] for key in ("motion", "shape", "colour")}
-    twin = MOTIONS[MOTIONS.index(said["motion"]) ^ 1]
-    others = [("motion", [twin]), ("motion", [motion for motion in MOTIONS if motion not in (said["motion"], twin)]),
-              ("shape", [shape for shape in SHAPES if shape != said["shape"]]),
-              ("colour", [colour for colour in COLOURS if colour != said["colour"]])]
-    sentences = [describe(said, rng)] + [describe(said | {fact: rng.choice(values).item()}, rng) for fact, values in others]
+    true = {key: facts[key] for key in ("motion", "shape", "colour")}
+    twin = MOTIONS[MOTIONS.index(true["motion"]) ^ 1]
+    others = [("motion", [twin]),
+              ("motion", [motion for motion in MOTIONS if motion not in (true["motion"], twin)]),
+              ("shape", [shape for shape in SHAPES if shape != true["shape"]]),
+              ("colour", [colour for colour in COLOURS if colour != true["colour"]])]
+    sentences = [describe(true, rng)]
+    for fact, values in others:
+        sentences.append(describe(true | {fact: rng.choice(values).item()}, rng))
     order = rng.permutation(5)
     return [sentences[i] for i in order], int(order.argmin())
 
@@ -181,9 +182,10 @@ def choices(facts, rng):
 def ask(facts, rng):
     """A question about a clip with these facts, and its answer, drawn by a numpy Generator.
 
-    Five kinds, told by their first two words: "what happens", "which way" (of what goes or turns; else the first
-    kind again), "what shape", "what colour", and "is it" true that ..., which is true of half. What is
-    false differs in one fact alone, of motions the reversed one. No question gives away what it asks for.
+    Five kinds, which the first two words tell: "what happens", "which way" (for motions with a
+    direction; else the first kind again), "what shape", "what colour", and "is it" true that ...,
+    which is true of half. A false statement differs in one fact, a false motion is the reversed
+    one. No question contains its answer.
     """
     motion, shape, colour = facts["motion"], facts["shape"], facts["colour"]
     kind = rng.integers(5)  # 0 what happens, 1 which way, 2 what shape, 3 what colour, 4 is it
@@ -191,21 +193,25 @@ def ask(facts, rng):
         return f"which way does the {colour} {shape} go?", motion
     if kind == 1 and "clockwise" in motion:
         return f"which way does the {colour} {shape} turn?", motion.split()[-1]
-    if kind < 2:  # also where a motion has no way to go or turn
+    if kind < 2:  # kind 1 too, where a motion has no direction
         return "what happens?", motion
     if kind == 2:
         return ("what shape is it?", f"what shape is {colour}?")[rng.integers(2)], shape
     if kind == 3:
         return ("what colour is it?", f"what colour is the {shape}?")[rng.integers(2)], colour
-    said, true = {"motion": motion, "shape": shape, "colour": colour}, bool(rng.integers(2))
+    stated, true = {"motion": motion, "shape": shape, "colour": colour}, bool(rng.integers(2))
     if not true:
         fact = ("motion", "shape", "colour")[rng.integers(3)]
-        others = {"motion": [MOTIONS[MOTIONS.index(motion) ^ 1]], "shape": SHAPES, "colour": COLOURS}[fact]
-        said[fact] = rng.choice([other for other in others if other != said[fact]]).item()
-    told = f"{said['colour']} {said['shape']}"
-    article = "two" if motion in ("meet", "part") else "an" if told[0] in "aeiou" else "a"
-    told = f"two {said['colour']} {_PLURALS[said['shape']]}" if article == "two" else f"{article} {told}"
-    return f"is it true that {told} {rng.choice(MOTION_PHRASES[said['motion']]).item()}?", ("no", "yes")[true]
+        twin = MOTIONS[MOTIONS.index(motion) ^ 1]
+        values = {"motion": [twin], "shape": SHAPES, "colour": COLOURS}[fact]
+        stated[fact] = rng.choice([value for value in values if value != stated[fact]]).item()
+    it = f"{stated['colour']} {stated['shape']}"
+    if motion in ("meet", "part"):
+        it = f"two {stated['colour']} {_PLURALS[stated['shape']]}"
+    else:
+        it = f"{'an' if it[0] in 'aeiou' else 'a'} {it}"
+    verb = rng.choice(MOTION_PHRASES[stated["motion"]]).item()
+    return f"is it true that {it} {verb}?", ("no", "yes")[true]
 
 
 def parse_caption(sentence):
@@ -214,7 +220,7 @@ def parse_caption(sentence):
     A fact that is not mentioned, or mentioned with two different values, is absent. Words that no
     caption uses are ignored, so the output of an untrained caption model parses too.
     """
-    joined = re.sub(r"\s*-\s*", "-", sentence.lower())  # CLIP's tokens decode to "counter - clockwise"
+    joined = re.sub(r"\s*-\s*", "-", sentence.lower())  # CLIP decodes to "counter - clockwise"
     text = f" {' '.join(re.findall(r'[a-z]+(?:-[a-z]+)*', joined))} "
     facts = {}
     for fact, values in _VOCABULARY.items():
@@ -298,8 +304,9 @@ def draw_scene(rng, frames, height, width, looks, motion=None):
     radius = RADII[size] * short * rng.uniform(0.94, 1.06)
 
     name = PAIRS[pair][0]
-    # Minutes must suffice to learn this world, so its motions are drawn plainly (LOG.md): hands that spin and
-    # orbits pass the top, two shapes meet side by side, and what does not spin stands nearly upright.
+    # The motions are easy to see, so that this world can be learned in minutes (LOG.md): spinning
+    # hands and orbits pass the top, two shapes meet side by side, and shapes that do not spin stand
+    # nearly upright.
     heading = rng.uniform(-0.5, 0.5)
     angle = rng.uniform(-0.8, 0.8) if name == "spin clockwise" else rng.uniform(-0.3, 0.3)
     reach = np.full(2, 1.25 * radius)  # how far from the centre the picture extends, per axis
@@ -504,11 +511,12 @@ _shelf = None  # the folder of `keep`
 
 
 def keep(folder):
-    """From now on this process, and those it forks, write clips that MovingShapes renders into files in `folder`, and read what is
-    there already: for many runs that see the same clips, one after the other or at the same time. None ends it.
+    """Store the clips that MovingShapes renders in files in `folder`, and read those stored there.
 
-    One sparse file for each split, size and seed: KEPT records of a byte, 1 = there, and the pixels. Two who render
-    the same clip at once write the same bytes.
+    This holds for this process and those that it forks, until keep(None). It serves many runs that
+    use the same clips, one after the other or at the same time. There is one sparse file for each
+    split, size and seed, with KEPT records: a byte, 1 = present, and the pixels. Two processes that
+    render the same clip at once write the same bytes.
     """
     global _shelf
     _shelf = folder and Path(folder)
@@ -540,9 +548,9 @@ class MovingShapes(ClipSet):
                   no len(): ask for as many as you like.
 
     It has the interface of data.VideoFiles: `classes` {question: names}, `only`, `first`,
-    `training_captions`, `sentences`, `references`, `choices`, `facts_in`, `summary`. `twin` maps each
-    motion label to that of the time-reversed motion. Raises DataError for another split name or an
-    impossible size.
+    `training_captions`, `sentences`, `references`, `choices`, `facts_in`, `summary`. `twin` maps
+    each motion label to that of the time-reversed motion. Raises DataError for another split name
+    or an impossible size.
     """
 
     source = "moving shapes"
@@ -639,10 +647,11 @@ class MovingShapes(ClipSet):
         if not _shelf or index >= KEPT or self.classes["motion"] != MOTIONS:
             return render(scene)
         shape = (self.frames, *self.size, 3)
-        record = _records(_shelf / f"{self.split}-{'x'.join(map(str, shape))}-{self.seed}", 1 + math.prod(shape))[index]
+        name = f"{self.split}-{'x'.join(map(str, shape))}-{self.seed}"
+        record = _records(_shelf / name, 1 + math.prod(shape))[index]
         if not record[0]:
             record[1:] = render(scene).ravel()
-            record[0] = 1  # last: whoever sees it sees the pixels
+            record[0] = 1  # last, so that a reader who sees it finds the pixels
         return np.array(record[1:]).reshape(shape)
 
     def scene(self, index):
@@ -667,8 +676,8 @@ class MovingShapes(ClipSet):
 class StillShapes(MovingShapes):
     """Single frames of the same world, with sentences that are true of the picture alone.
 
-    self[i]  one frame of clip i of MovingShapes, as that is but for "video": uint8 (1, H, W, 3), and
-             "caption": str, of which motion is no part. See `still`
+    self[i]  as MovingShapes, but "video" is one frame of clip i, uint8 (1, H, W, 3), and "caption"
+             does not name the motion. See `still`
     """
 
     def __getitem__(self, index):
@@ -678,8 +687,9 @@ class StillShapes(MovingShapes):
 
 
 class ActShapes(MovingShapes):
-    """Clips of two acts: a shape does one thing, then, in another shot, another. The sentences name both, in words
-    that tell which came first.
+    """Clips of two acts: a shape does one thing, then, in another shot, another.
+
+    The sentences name both, and which came first.
 
     frames   of both acts together, 2 or more
 
@@ -696,16 +706,19 @@ class ActShapes(MovingShapes):
         super().__init__(*args, **options)
         self.classes = {}
 
-    TEMPLATES = ("{it} {first}, then it {second}", "{it} {first} and later {second}", "first {it} {first}, then it {second}",
+    TEMPLATES = ("{it} {first}, then it {second}", "{it} {first} and later {second}",
+                 "first {it} {first}, then it {second}",
                  "{it} {second}, but before that it {first}")
 
     def __getitem__(self, index):
         drawn = self._rng(operator.index(index) // 2)
         look = self.looks[drawn.integers(len(self.looks))]
-        alone = [motion for motion in MOTIONS if motion not in ("meet", "part")]  # these two need two shapes
+        alone = [motion for motion in MOTIONS if motion not in ("meet", "part")]  # one shape's
         motions = drawn.permutation(alone)[:2].tolist()
         rng, acts = np.random.default_rng((self.seed, SPLITS.index(self.split), index, 2)), []
-        for motion, frames in zip(motions[::-1] if index % 2 else motions, (self.frames // 2, -(-self.frames // 2))):
+        if index % 2:
+            motions.reverse()
+        for motion, frames in zip(motions, (self.frames // 2, -(-self.frames // 2))):
             acts.append(draw_scene(rng, frames, *self.size, [look], motion))
         verbs = [rng.choice(MOTION_PHRASES[scene.motion]).item() for scene in acts]
         it = f"{'an' if look[1][0] in 'aeiou' else 'a'} {look[1]} {look[0]}"
@@ -739,20 +752,19 @@ class QuestionShapes(MovingShapes):
 
 
 class LongShapes(MovingShapes):
-    """Long videos of the same world: shots one after the other, in each of them one motion, and stillness
-    before and after it.
+    """Long videos of the same world: shots in a row, each with stillness, a motion, and stillness.
 
     split, size, seed   as MovingShapes
     shots    least and most shots in a video
     lasts    least and most frames of a motion
     rests    least and most frames of stillness, before a motion and again after it
 
-    self[i]  {"video": uint8 (T, H, W, 3), T differs from video to video, "segments": list of (start s, end s,
-             label), one for each motion, "duration": s, "path": str to call it by}. A second has FPS frames;
-             labels are places in `motions`.
+    self[i]  {"video": uint8 (T, H, W, 3), T differs from video to video, "segments": list of
+             (start s, end s, label), one for each motion, "duration": s, "path": a name}. A second
+             has FPS frames. Labels are indices into `motions`.
 
-    Nothing cuts where a motion begins or ends: shots change in the midst of stillness, and the camera trembles
-    all the time. To appear and to vanish take no time, so these two are not among the motions.
+    No cut marks where a motion begins or ends: shots change during stillness, and the camera
+    trembles all the time. "appear" and "vanish" take no time, so they are not among the motions.
     """
 
     FPS = 8
@@ -780,12 +792,15 @@ class LongShapes(MovingShapes):
         begin, segments = 0, []
         for scene in self.scenes(index):
             (before, after), end = scene.rest, begin + len(scene.noise)
-            segments.append(((begin + before) / self.FPS, (end - after) / self.FPS, self.motions.index(scene.motion)))
+            segments.append(((begin + before) / self.FPS, (end - after) / self.FPS,
+                             self.motions.index(scene.motion)))
             begin = end
-        return {"segments": segments, "duration": begin / self.FPS, "path": f"moving shapes, {self.split} {index}"}
+        return {"segments": segments, "duration": begin / self.FPS,
+                "path": f"moving shapes, {self.split} {index}"}
 
     def __getitem__(self, index):
-        return self.outline(index) | {"video": np.concatenate([render(scene) for scene in self.scenes(index)])}
+        video = np.concatenate([render(scene) for scene in self.scenes(index)])
+        return self.outline(index) | {"video": video}
 
 
 def height_width(size):
@@ -794,24 +809,26 @@ def height_width(size):
 
 
 def main(argv=None):
-    """`python moving_shapes.py`: print a clip's facts and draw one of each motion; returns the exit code."""
+    """`python -m video.moving_shapes`: print a clip's facts and draw a clip of each motion."""
     import argparse
-    from pathlib import Path
 
     from engine import pictures
 
-    parser = argparse.ArgumentParser(description="Draw a clip of each motion of the generated world.")
-    parser.add_argument("--out", default="runs/moving_shapes.png", help="where the picture goes (.png)")
+    parser = argparse.ArgumentParser(prog="python -m video.moving_shapes",
+                                     description="Draw a clip of each motion.")
+    parser.add_argument("--out", default="runs/moving_shapes.png",
+                        help="where the picture goes (.png)")
     args = parser.parse_args(argv)
     world = MovingShapes("train", frames=8)
     item = world[0]
-    print(item["caption"], item["facts"], f"label {item['label']}", item["video"].shape, sep="\n")
-    labels = [MOTIONS.index(world.scene(i).motion) for i in range(500)]
-    items = [world[labels.index(label)] for label in range(len(MOTIONS))]
+    print(item["caption"], item["facts"], f"labels {item['labels']}", item["video"].shape, sep="\n")
+    motions = [world.scene(i).motion for i in range(500)]
+    items = [world[motions.index(motion)] for motion in MOTIONS]
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures.sheet([pictures.strip(item["video"], 8) for item in items], path,
-               [f"{motion}: {item['caption']}" for motion, item in zip(MOTIONS, items)], columns=1)
+                   [f"{motion}: {item['caption']}" for motion, item in zip(MOTIONS, items)],
+                   columns=1)
     print(f"drawn: {path}")
     return 0
 
