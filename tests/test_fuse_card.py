@@ -105,42 +105,6 @@ def test_mistakes_get_one_line(pair, tmp_path, capsys, flags, complaint):
     assert err.count("\n") == 1 and complaint in err, err
 
 
-def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monkeypatch, capsys):
-    small = dict(steps=2, batch_size=4, eval_clips=8, workers=0, num_frames=2, input_size=16, precision="fp32")
-    rows = [(name, card, (small if name != "fuse" else small | dict(num_frames=0, input_size=0)) | options, seconds)
-            for name, card, options, seconds in train.DEFAULT_RUN]
-    monkeypatch.setattr(train, "DEFAULT_RUN", tuple(rows))
-    monkeypatch.setattr(train.Clip, "pictures", lambda *_: [])
-    compare = train.compare
-    monkeypatch.setattr(train, "compare", lambda out, seed: compare(out, seed, clips=20))
-    out = tmp_path / "run"
-    assert train.main(["--out", str(out), "--seed", "3"]) == 0
-    told = capsys.readouterr().out
-    assert "about" in told and "cross-model attention" in told
-    table = json.loads((out / "table.json").read_text())
-    assert len(table["rows"]) == 6 and table["seed"] == 3
-    for row in table["rows"].values():
-        assert all(0 <= row[name] <= 100 for name in ("motion", "shape", "colour", "all facts", "unseen motion",
-                                                      "unseen all facts")) and row["seconds"] >= 0
-    assert table["rows"]["cross-model attention"]["trained"] > table["rows"]["late fusion, equal"]["trained"] == 0
-    assert (out / "table.png").stat().st_size > 0
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
-    assert len(before) == 6
-    assert train.main(["--out", str(out), "--seed", "4"]) == 2
-    assert "was made with seed 3" in capsys.readouterr().err
-    (out / "fuse" / "metrics.json").unlink()
-    assert train.main(["--out", str(out), "--seed", "3"]) == 0
-    told = capsys.readouterr().out
-    assert told.count("done already") == 5
-    assert all((path.stat().st_mtime_ns == moment) == (path.parent.name != "fuse") for path, moment in before.items())
-
-
-def test_the_default_run_takes_no_other_flags(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--seed", "0", "--steps", "3"])
-    assert stop.value.code == 2 and train.main(["--seed", "-1"]) == 2
-
-
 def test_one_way_alone_and_everything_thawed(pair, tmp_path):
     for way, bridges, last in (("masked", 2, 0), ("multimodal", 0, 1)):
         assert run(*pair, "--way", way, out=tmp_path / way) == 0

@@ -100,7 +100,7 @@ def test_every_training_command_of_the_readme_parses():
     for line in re.findall(r"python train\.py (\w+)([^`\n#|]*)", (ROOT / "README.md").read_text()):
         stage, flags = line
         if stage in train.STAGES and "--help" not in flags:
-            train.parse(train.STAGES[stage], stage, flags.removesuffix(" and the same flags").split())
+            train.parse(train.STAGES[stage], flags.removesuffix(" and the same flags").split())
 
 
 @pytest.mark.parametrize("name", ["attention", "moving_shapes", "mae", "uniformerv2", "clip_video", "caption_decoder", "fusion", "localise",
