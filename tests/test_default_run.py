@@ -13,7 +13,8 @@ SIZE = " --num-frames 2 --input-size 16"
 
 
 def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monkeypatch, capsys):
-    commands = {command.replace("--steps 200", "") + SMALL + SIZE * (not command.startswith("fuse")): 1
+    commands = {command.replace("--steps 200", "") + SMALL
+                + SIZE * (not command.startswith("fuse")): 1
                 for command in train.DEFAULT_RUN}
     monkeypatch.setattr(train, "DEFAULT_RUN", commands)
     own = table.write_table
