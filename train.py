@@ -59,7 +59,7 @@ from engine import large_batches, machine, pictures, processes
 from engine.command_line import Parser, exit_code, numbers, parse, text_of
 from engine.dry_run import dry_run
 from engine.errors import UserError
-from engine.optimisers import build_optimizer, learning_rate
+from engine.optimisers import build_optimizer, clip_gradients, learning_rate
 from engine.run import Run, add_means, one_line_errors
 from engine.stage import STAGES, TEST_CLIPS, ClipStage, flag, generator
 from tasks import captioning, recognition, retrieval
@@ -905,7 +905,7 @@ def train(stage, again="--resume"):
                     loss, values = training_loss(batch, rng)  # stage.loss(model, batch, rng)
                     (loss / stage.accum).backward()
                 add_means(metrics, values, stage.accum)
-            grad_norm = processes.clip(model, stage.clip_grad or float("inf"))
+            grad_norm = clip_gradients(model, stage.clip_grad)
             metrics = run.check_finite(metrics, grad_norm, rate)  # means over processes
             optimizer.step()
             optimizer.zero_grad()

@@ -1,5 +1,7 @@
 """Evaluation: the held-out batches of a data set, kept or decoded again, and means over them."""
 
+import numbers
+
 import data
 import torch
 
@@ -24,8 +26,9 @@ def to_device(batch, device):
 
 def numbers_of(results):
     """{set: {name: value}} -> {"<set>_<name>": number}; what is no number is left out."""
-    return {f"{which}_{name}": value for which, found in results.items()
-            for name, value in found.items() if isinstance(value, (int, float))}
+    return {f"{which}_{name}": value if isinstance(value, (int, float)) else float(value)
+            for which, values in results.items() for name, value in values.items()
+            if isinstance(value, numbers.Real)}
 
 
 class HeldOut:

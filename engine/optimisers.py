@@ -142,6 +142,11 @@ def build_optimizer(model, stage):
     return Optimizer(parts)
 
 
+def clip_gradients(model, limit):
+    """Scale all gradients to a norm of at most `limit`, 0 = no limit -> the norm before."""
+    return processes.clip(model, limit or math.inf)
+
+
 class WeightAverage:
     """Exponential moving average of the weights (Polyak), kept in float32."""
 

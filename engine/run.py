@@ -127,9 +127,9 @@ class Run:
         """With --resume, take over the newest good checkpoint -> its step; else 0."""
         stage, self.optimizer = self.stage, optimizer
         own = checkpoints.tensors_of(self.model, None, self.average)
-        found = checkpoints.resume_from(self.out, stage, own) if stage.resume else None
-        if found:
-            saved, tensors = found
+        last = checkpoints.resume_from(self.out, stage, own) if stage.resume else None
+        if last:
+            saved, tensors = last
             checkpoints.restore(tensors, self.model, optimizer, self.average)
             self.step, self.seconds_before = saved["step"], saved["seconds"]
             self.initial, self.bad = saved["initial"], saved["bad"]
@@ -236,9 +236,9 @@ class Run:
 
     def micro_batches(self):
         for _ in range(self.stage.accum):
-            asked = time.monotonic()
+            began = time.monotonic()
             batch = next(self.batches)
-            self.waited += time.monotonic() - asked
+            self.waited += time.monotonic() - began
             self.count_unreadable(batch)
             self.files += batch.get("path", ())
             self.clips += clips_in(batch)

@@ -52,7 +52,7 @@ def flag(default, help=None, low=None, high=None, choices=None, paper=None, only
 
 
 def details(field):
-    """All that `flag` was told of a field of a stage, {"help": ..., "low": ..., ...}."""
+    """The arguments of `flag` for a field of a stage, {"help": ..., "low": ..., ...}."""
     return USUAL | field.metadata
 
 

@@ -50,7 +50,7 @@ def encoders(tmp_path_factory):
     size = uniformerv2.Size(24, 2, 2, 48, 8, 16)
     clip = clip_video.VideoCLIP(size, text_size=clip_video.TextSize(24, 1, 2), frames=4, vocabulary=520, context=8,
                                 end=515, local_units=1, temporal_downsample=True)
-    both = train.VideoText(clip, train.caption_decoder.CaptionDecoder(24, heads=2, depth=1, visual_width=24,
+    both = train.VideoText(clip, caption_decoder.CaptionDecoder(24, heads=2, depth=1, visual_width=24,
                                                                       vocabulary=520, queries=2))
     return {"masked": (save(folder / "mae", masked), masked), "multimodal": (save(folder / "clip", both), both)}
 
@@ -58,7 +58,7 @@ def encoders(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["masked", "multimodal"])
 def test_a_run_goes_on_as_a_classifier_with_the_same_encoder(encoders, kind, tmp_path):
     path, pretrained = encoders[kind]
-    model = train.load_encoder(path, 30, frames=4, image_size=16)
+    model = encoders.load_encoder(path, 30, frames=4, image_size=16)
     if kind == "masked":
         assert isinstance(model, mae.VideoClassifier) and model.mean == mae.IMAGENET_MEAN
         assert all(torch.equal(value, pretrained.encoder.state_dict()[key])
@@ -74,7 +74,7 @@ def test_a_run_goes_on_as_a_classifier_with_the_same_encoder(encoders, kind, tmp
     for prefix in ("val_", "unseen_"):
         assert all(0 <= metrics[prefix + name] <= 100 for name in ("motion", "shape", "colour", "all_facts"))
     assert (tmp_path / "confusion.png").stat().st_size > 0
-    again = train.load_encoder(tmp_path, 30, frames=4, image_size=16)  # as many classes: the head, too
+    again = encoders.load_encoder(tmp_path, 30, frames=4, image_size=16)  # as many classes: the head, too
     assert torch.equal(again.head.weight, load_file(tmp_path / "model.safetensors")["head.weight"])
 
 
@@ -94,7 +94,7 @@ def test_the_first_400_of_710_classes_are_those_of_kinetics_400(make):
 
 
 def test_each_layer_further_from_the_head_learns_more_slowly(encoders):
-    card = train.Classify(weights=encoders["masked"][0], num_frames=4, input_size=16, layer_decay=0.5)
+    card = train.PostPretraining(weights=encoders["masked"][0], num_frames=4, input_size=16, layer_decay=0.5)
     model = card.build()
     scales = {name: card.scale_of(name) for name, _ in model.named_parameters()}
     assert scales["head.weight"] == scales["fc_norm.weight"] == 1
@@ -105,7 +105,7 @@ def test_each_layer_further_from_the_head_learns_more_slowly(encoders):
         for group in optimiser.param_groups:
             found |= {id(parameter): group["scale"] for parameter in group["params"]}
     assert all(found[id(parameter)] == scales[name] for name, parameter in model.named_parameters())
-    card = train.Classify(weights=encoders["multimodal"][0], num_frames=4, input_size=16, layer_decay=0.5)
+    card = train.PostPretraining(weights=encoders["multimodal"][0], num_frames=4, input_size=16, layer_decay=0.5)
     names = [name for name, _ in card.build().named_parameters()]
     assert {name: card.scale_of(name) for name in names if not name.startswith("blocks.")} == {
         name: 0.125 if name.startswith(("embed", "norm_pre", "class_token", "positions")) else 1.0
@@ -117,12 +117,12 @@ def test_each_layer_further_from_the_head_learns_more_slowly(encoders):
 def test_a_probe_moves_nothing_but_itself_and_reads_what_the_whole_network_would(encoders, kind, mode, tmp_path):
     path, _ = encoders[kind]
     assert run("--weights", path, "--mode", mode, out=tmp_path) == 0
-    before = train.load_encoder(path, 30, frames=4, image_size=16).state_dict()
+    before = encoders.load_encoder(path, 30, frames=4, image_size=16).state_dict()
     after = load_file(tmp_path / "model.safetensors")
     prefix = "encoder." if mode == "attentive" else ""
     kept = [key for key in before if not key.startswith("head.") and prefix + key in after]
     assert len(kept) > 20 and all(torch.equal(before[key], after[prefix + key]) for key in kept)
-    card = train.Classify(weights=path, mode=mode, num_frames=4, input_size=16, probe_clips=7, out=str(tmp_path),
+    card = train.PostPretraining(weights=path, mode=mode, num_frames=4, input_size=16, probe_clips=7, out=str(tmp_path),
                           device="cpu", precision="fp32", workers=0)
     model = card.build()
     card.prepare(model)
@@ -137,7 +137,7 @@ def test_a_probe_moves_nothing_but_itself_and_reads_what_the_whole_network_would
 
 
 def test_mixed_targets_still_sum_to_one_per_question_and_share_their_partner_with_the_pixels():
-    card = train.Classify(mixup=0.8, num_frames=4, input_size=16)
+    card = train.PostPretraining(mixup=0.8, num_frames=4, input_size=16)
     card.build()
     video = torch.arange(4.0)[:, None, None, None, None].expand(4, 3, 2, 8, 8).contiguous()
     target = torch.eye(30)[[0, 3, 5, 9]]
@@ -159,9 +159,9 @@ def test_mixed_targets_still_sum_to_one_per_question_and_share_their_partner_wit
 def test_accuracies_by_hand():
     logits = {"motion": torch.tensor([[2.0, 1], [0, 1], [3, 1]]), "shape": torch.tensor([[0.0, 1], [0, 1], [0, 1]])}
     answers = {"motion": torch.tensor([0, 1, 1]), "shape": torch.tensor([1, 0, 1])}
-    found = train.accuracies(logits, answers)
+    found = recognition.accuracies(logits, answers)
     assert [round(found[name], 1) for name in ("motion", "shape", "all_facts")] == [66.7, 66.7, 33.3]
-    ranks = train.accuracies({"label": torch.arange(7.0).repeat(4, 1)}, {"label": torch.tensor([6, 2, 1, 0])})
+    ranks = recognition.accuracies({"label": torch.arange(7.0).repeat(4, 1)}, {"label": torch.tensor([6, 2, 1, 0])})
     assert ranks == {"top1": 25.0, "top5": 50.0}
 
 
@@ -183,9 +183,9 @@ def test_merging_views_by_hand():
     """Odds of 3 : 1 for the first class, twice, against 1 : 9: probabilities 3/4, 3/4, 1/10, mean 8/15. Against 1 : 81 the
     mean of the probabilities, 0.504, still says the first, the mean of the logits, (2 ln 3 - 4 ln 3) / 3, the second."""
     views = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 9.0]]).log()
-    assert torch.allclose(train.merge_views(views), torch.tensor([8 / 15, 7 / 15]))
+    assert torch.allclose(recognition.merge_views(views), torch.tensor([8 / 15, 7 / 15]))
     views = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 81.0]]).log()
-    assert train.merge_views(views).argmax() == 0 and views.mean(dim=0).argmax() == 1
+    assert recognition.merge_views(views).argmax() == 0 and views.mean(dim=0).argmax() == 1
 
 
 def test_several_views_are_averaged_as_probabilities_and_stand_beside_one_clip(tmp_path):
@@ -198,7 +198,7 @@ def test_several_views_are_averaged_as_probabilities_and_stand_beside_one_clip(t
                "--flip", out=tmp_path / "run") == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val_top1 (1 clip)"] == pytest.approx(metrics["val_top1"])
-    model = train.load_encoder(tmp_path / "run").eval()
+    model = encoders.load_encoder(tmp_path / "run").eval()
     views = data.VideoFiles(tmp_path / "videos", 4, 16, sampling="segment", train=False, views=(2, 3))
     right = []
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_official_files_of_both_encoders_load_for_fine_tuning(tmp_path):
                                 ("uniformer", uniformer(D=64, reduced=42, classes=710), uniformerv2.UniFormerV2),
                                 ("clip", clip_state(), uniformerv2.UniFormerV2)):
         torch.save({"model": tensors}, tmp_path / f"{name}.pth")
-        model = train.load_encoder(tmp_path / f"{name}.pth", 400, frames=4, image_size=32)
+        model = encoders.load_encoder(tmp_path / f"{name}.pth", 400, frames=4, image_size=32)
         assert type(model) is kind and model.head.out_features == 400
         assert model(torch.zeros(1, 3, 4, 32, 32)).shape == (1, 400)
         if name in ("fine_tuned", "uniformer"):
@@ -252,7 +252,7 @@ def test_official_files_of_both_encoders_load_for_fine_tuning(tmp_path):
 
 
 def test_few_labels_are_the_same_few_clips_over_and_over(tmp_path):
-    card = train.Classify(num_frames=2, input_size=16, train_clips=5, encoder="masked")
+    card = train.PostPretraining(num_frames=2, input_size=16, train_clips=5, encoder="masked")
     card.ask()
     world, whole = card.sets[0], moving_shapes.MovingShapes("train", 2, 16)
     assert (world[13]["video"] == whole[3]["video"]).all() and (world[4]["video"] == whole[4]["video"]).all()
@@ -261,7 +261,7 @@ def test_few_labels_are_the_same_few_clips_over_and_over(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(4):
             write_video(tmp_path / name / f"{i}.mp4", frames=4)
-    card = train.Classify(num_frames=2, input_size=16, train_clips=3, data=str(tmp_path), val_data=str(tmp_path))
+    card = train.PostPretraining(num_frames=2, input_size=16, train_clips=3, data=str(tmp_path), val_data=str(tmp_path))
     card.ask()
     assert len(card.sets[0]) == 3 and len(card.sets[1]) == 8
 
@@ -285,8 +285,8 @@ def test_the_rows_of_a_head_are_named_in_a_file_and_checked(encoders, tmp_path, 
 def test_views_are_merged_by_hand_as_probabilities_and_as_logits():
     logits = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
     sure = torch.tensor([[0.880797, 0.119203], [0.017986, 0.982014]])
-    assert torch.allclose(train.merge_views(logits), sure.mean(dim=0), atol=1e-5)
-    assert torch.equal(train.merge_views(logits, "logits"), torch.tensor([1.0, 2.0]))
+    assert torch.allclose(recognition.merge_views(logits), sure.mean(dim=0), atol=1e-5)
+    assert torch.equal(recognition.merge_views(logits, "logits"), torch.tensor([1.0, 2.0]))
 
 
 def test_an_attentive_probe_is_evaluated_again_and_says_what_it_is(encoders, tmp_path, capsys):

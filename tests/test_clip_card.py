@@ -27,7 +27,7 @@ SMALL = ("--num-frames 2 --input-size 16 --batch-size 6 --eval-clips 12 --worker
 def run(*flags, out, steps=3, draw=False):
     with pytest.MonkeyPatch.context() as patch:
         if not draw:  # pictures take longer than all the rest
-            patch.setattr(train.Clip, "pictures", lambda *_: [])
+            patch.setattr(train.VideoLanguage, "pictures", lambda *_: [])
             patch.setattr(train.pictures, "curve", lambda *_: [])
         return train.main(["clip", *SMALL, "--out", str(out), "--steps", str(steps), *flags])
 
@@ -95,7 +95,7 @@ def test_a_picture_of_the_generated_world_is_one_frame_of_its_clip_with_a_true_s
 
 
 def test_every_nth_batch_is_of_images_and_no_clip_comes_twice_wherever_one_begins():
-    card = train.Clip(num_frames=2, input_size=16, batch_size=3, image_batch=5, image_every=3, steps=8, workers=0)
+    card = train.VideoLanguage(num_frames=2, input_size=16, batch_size=3, image_batch=5, image_every=3, steps=8, workers=0)
     card.build()
     whole = list(card.batches(card.sets[0], 0))
     assert [len(batch["video"]) for batch in whole] == [5, 3, 3, 5, 3, 3, 5, 3]
@@ -129,7 +129,7 @@ def test_gradient_caching_is_the_large_batch():
     found = []
     for size in (0, 3):
         torch.manual_seed(0)
-        card = train.Clip(num_frames=2, input_size=16, cache_size=size, local_units=0, device="cpu", precision="fp32")
+        card = train.VideoLanguage(num_frames=2, input_size=16, cache_size=size, local_units=0, device="cpu", precision="fp32")
         model = card.build().double()
         for module in model.modules():  # dropout draws once for each piece
             if isinstance(module, torch.nn.Dropout):
@@ -187,7 +187,7 @@ def test_bad_lists_get_one_line(tmp_path, capsys, name, text, complaint):
 
 
 def test_frozen_towers_do_not_move(tmp_path):
-    card = train.Clip(num_frames=2, input_size=16, freeze_text=True, freeze_visual=True)
+    card = train.VideoLanguage(num_frames=2, input_size=16, freeze_text=True, freeze_visual=True)
     model = card.build()
     trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert "text" not in trained and "visual" not in trained and "visual_proj" in trained

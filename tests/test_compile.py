@@ -20,9 +20,9 @@ from variants import divided_attention, dual_masking
 
 FAST = dict(device="cpu", precision="fp32", workers=0)
 STAGES = {
-    "mae": (train.MAE, dict(num_frames=4, input_size=32, mask_ratio=0.5)),
-    "clip": (train.Clip, dict(num_frames=4, input_size=40, image_every=0)),
-    "clip joint": (train.Clip, dict(kind="joint", num_frames=4, input_size=40, image_every=0)),
+    "mae": (train.MaskedModelling, dict(num_frames=4, input_size=32, mask_ratio=0.5)),
+    "clip": (train.VideoLanguage, dict(num_frames=4, input_size=40, image_every=0)),
+    "clip joint": (train.VideoLanguage, dict(kind="joint", num_frames=4, input_size=40, image_every=0)),
 }
 
 
@@ -77,9 +77,9 @@ def test_no_stage_has_a_graph_break_and_the_numbers_stay(name):
 def test_the_bridge_between_two_encoders_has_no_graph_break_either(tmp_path):
     for name, size in (("masked", 32), ("multimodal", 40)):
         torch.manual_seed(0)
-        model = train.Classify(encoder=name, **FAST, num_frames=4, input_size=size).build()
+        model = train.PostPretraining(encoder=name, **FAST, num_frames=4, input_size=size).build()
         train.weights.save(tmp_path / name, model, model.config)
-    stage = train.Fuse(**FAST, masked=str(tmp_path / "masked"), multimodal=str(tmp_path / "multimodal"), batch_size=4)
+    stage = train.CrossModel(**FAST, masked=str(tmp_path / "masked"), multimodal=str(tmp_path / "multimodal"), batch_size=4)
     model = stage.build().train()
     batch = next(iter(data.batches(stage.datasets()[0], 4, 0, 1)))
     for module in model.modules():

@@ -53,13 +53,13 @@ def test_a_run_starts_as_late_fusion_keeps_what_is_frozen_and_loads_alone(pair, 
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     world = moving_shapes.MovingShapes("val", 4, 16, 0)
     batch = next(data.held_out(world, 10, 10))
-    alone = [train.load_encoder(source).eval() for source in pair[1::2]]
+    alone = [encoders.load_encoder(source).eval() for source in pair[1::2]]
     with torch.no_grad():
         equal = sum(model(fusion.view(batch["video"], model)) for model in alone) / 2
-    card = train.Fuse(num_frames=4, input_size=16)
+    card = train.CrossModel(num_frames=4, input_size=16)
     card.ask()
     answers = {name: part.argmax(dim=1) for name, part in card.split(card.target(batch)).items()}
-    for name, value in train.accuracies(card.split(equal), answers).items():
+    for name, value in recognition.accuracies(card.split(equal), answers).items():
         assert metrics[f"initial_val_{name}"] == pytest.approx(value)
     told = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     told = [line for line in told if "lr" in line]
@@ -102,42 +102,6 @@ def test_mistakes_get_one_line(pair, tmp_path, capsys, flags, complaint):
     assert run(*flags(*pair[1::2]), out=tmp_path) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and complaint in err, err
-
-
-def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monkeypatch, capsys):
-    small = dict(steps=2, batch_size=4, eval_clips=8, workers=0, num_frames=2, input_size=16, precision="fp32")
-    rows = [(name, card, (small if name != "fuse" else small | dict(num_frames=0, input_size=0)) | options, seconds)
-            for name, card, options, seconds in train.DEFAULT_RUN]
-    monkeypatch.setattr(train, "DEFAULT_RUN", tuple(rows))
-    monkeypatch.setattr(train.Clip, "pictures", lambda *_: [])
-    compare = train.compare
-    monkeypatch.setattr(train, "compare", lambda out, seed: compare(out, seed, clips=20))
-    out = tmp_path / "run"
-    assert train.main(["--out", str(out), "--seed", "3"]) == 0
-    told = capsys.readouterr().out
-    assert "about" in told and "cross-model attention" in told
-    table = json.loads((out / "table.json").read_text())
-    assert len(table["rows"]) == 6 and table["seed"] == 3
-    for row in table["rows"].values():
-        assert all(0 <= row[name] <= 100 for name in ("motion", "shape", "colour", "all facts", "unseen motion",
-                                                      "unseen all facts")) and row["seconds"] >= 0
-    assert table["rows"]["cross-model attention"]["trained"] > table["rows"]["late fusion, equal"]["trained"] == 0
-    assert (out / "table.png").stat().st_size > 0
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
-    assert len(before) == 6
-    assert train.main(["--out", str(out), "--seed", "4"]) == 2
-    assert "was made with seed 3" in capsys.readouterr().err
-    (out / "fuse" / "metrics.json").unlink()
-    assert train.main(["--out", str(out), "--seed", "3"]) == 0
-    told = capsys.readouterr().out
-    assert told.count("done already") == 5
-    assert all((path.stat().st_mtime_ns == moment) == (path.parent.name != "fuse") for path, moment in before.items())
-
-
-def test_the_default_run_takes_no_other_flags(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--seed", "0", "--steps", "3"])
-    assert stop.value.code == 2 and train.main(["--seed", "-1"]) == 2
 
 
 def test_one_way_alone_and_everything_thawed(pair, tmp_path):

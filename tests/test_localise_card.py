@@ -43,7 +43,7 @@ def test_a_run_keeps_its_encoder_loads_alone_and_names_segments_of_a_file(encode
         assert 0 <= metrics[name] <= 100
     assert metrics["mean_segments_mAP"] > 0 and (tmp_path / "run" / "segments.png").stat().st_size > 0
     model = localisation.Localiser.from_run(tmp_path / "run")
-    before = train.load_encoder(path).state_dict()
+    before = encoders.load_encoder(path).state_dict()
     assert all(torch.equal(value, before[key]) for key, value in model.encoder.state_dict().items() if "head" not in key)
     assert run("--weights", str(tmp_path / "run"), out=tmp_path / "again", steps=0) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
@@ -128,21 +128,21 @@ def test_segments_of_no_length_are_left_out_and_counted(tmp_path, capsys):
 
 def test_auroc_by_hand_ties_count_half():
     known, unknown = torch.tensor([0.9, 0.5, 0.5]), torch.tensor([0.5, 0.2])
-    assert train.auroc(known, unknown) == pytest.approx((1 + 1 + 0.5 + 1 + 0.5 + 1) / 6)
-    assert train.auroc(known + 1, unknown) == 1 and train.auroc(unknown, known + 1) == 0
-    assert train.auroc(torch.ones(3), torch.ones(4)) == 0.5
+    assert recognition.auroc(known, unknown) == pytest.approx((1 + 1 + 0.5 + 1 + 0.5 + 1) / 6)
+    assert recognition.auroc(known + 1, unknown) == 1 and recognition.auroc(unknown, known + 1) == 0
+    assert recognition.auroc(torch.ones(3), torch.ones(4)) == 0.5
 
 
 @pytest.mark.parametrize("unknown, left", [("4", ("meet", "part", "brighten", "darken")), ("left,grow", ("left", "grow"))])
 def test_unknown_motions_are_left_out_of_training_and_scored(tmp_path, unknown, left):
-    seen, target = set(), train.Classify.target
+    seen, target = set(), train.PostPretraining.target
 
     def spy(self, batch):
         seen.update(facts["motion"] for facts in batch["facts"])
         return target(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Classify, "target", spy)
+        patch.setattr(train.PostPretraining, "target", spy)
         assert run_classify("--unknown", unknown, out=tmp_path) == 0
     assert seen and not seen & set(left)
     known = json.loads((tmp_path / "questions.json").read_text())["motion"]

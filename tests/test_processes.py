@@ -1,8 +1,11 @@
 """What is proved about several processes (gloo, on a CPU):
 
-two and four processes have the loss and the gradients of one process with their joined batch, in every
-stage, with everything that is random or looks across the batch turned on; so do weights cut into parts;
-evaluation gives the same numbers and counts every clip once; a run whose weights are cut into parts goes
+two and four processes have the loss and the gradients of one process with their joined batch, in
+every
+stage, with everything that is random or looks across the batch turned on; so do weights cut into
+parts;
+evaluation gives the same numbers and counts every clip once; a run whose weights are cut into parts
+goes
 on at any number of processes; one process that is asked to stop, or fails, ends all.
 
 The processes are forks of one program, this file, which imports and builds once:
@@ -35,42 +38,48 @@ def encoders(folder):
     import weights
     for name in ("masked", "multimodal"):
         torch.manual_seed(1)
-        card = train.Classify(encoder=name, **TINY, num_frames=4, input_size=40, batch_size=JOINED)
+        card = train.PostPretraining(encoder=name, **TINY, num_frames=4, input_size=40, batch_size=JOINED)
         model = card.build(card.datasets()[0])
         weights.save(folder / name, model, model.config)
 
 
 def cards(folder):
-    """{name: card}, one for each stage and more, all that is random turned on; batch_size is the joined one."""
+    """{name: card}, one for each stage and more, all that is random turned on; batch_size is the
+    joined one."""
     import train
-    import variants.cards
     import weights
     size = dict(num_frames=4, input_size=32)
     labels = dict(**TINY, **size, batch_size=JOINED)
     encoders(folder)
     clip = dict(**TINY, num_frames=4, vocabulary=600)
-    pretrained = train.Clip(**clip)
+    pretrained = train.VideoLanguage(**clip)
     model = pretrained.build(pretrained.datasets()[0])
     weights.save(folder / "clip", model, model.config)
     pretrained.extras(folder / "clip")
     return {
-        "mae": train.MAE(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3),
-        "mae dual": variants.cards.DualMasking(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3),
-        "mae cut": train.MAE(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3, shard=True),
-        "clip": train.Clip(**clip, batch_size=JOINED, image_batch=JOINED),
-        "clip cut": train.Clip(**clip, batch_size=JOINED, image_every=0, shard=True),
-        "clip in pieces": train.Clip(**clip, batch_size=JOINED, image_every=0, cache_size=2, local_units=0),
-        "classify masked": train.Classify(**labels, mixup=0.8, cutmix=1.0, drop=0.3, drop_path=0.3),
-        "classify multimodal": train.Classify(**labels | dict(input_size=40), encoder="multimodal", drop=0.3,
+        "mae": train.MaskedModelling(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, dual_mask=True,
+                         drop_path=0.3),
+        "mae cut": train.MaskedModelling(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3,
+                             shard=True),
+        "clip": train.VideoLanguage(**clip, batch_size=JOINED, image_batch=JOINED),
+        "clip cut": train.VideoLanguage(**clip, batch_size=JOINED, image_every=0, shard=True),
+        "clip in pieces": train.VideoLanguage(**clip, batch_size=JOINED, image_every=0, cache_size=2,
+                                     local_units=0),
+        "classify masked": train.PostPretraining(**labels, mixup=0.8, cutmix=1.0, drop=0.3, drop_path=0.3),
+        "classify multimodal": train.PostPretraining(**labels | dict(input_size=40), encoder="multimodal",
+                                              drop=0.3,
                                               drop_path=0.3, layer_decay=0.75),
-        "classify probe": train.Classify(**labels, mode="probe", probe_clips=CLIPS, out=str(folder / "probe")),
-        "answer": train.Answer(**TINY, batch_size=JOINED, weights=str(folder / "clip"), drop=0.3),
-        "retrieve": train.Retrieve(**clip | dict(num_frames=6), batch_size=JOINED, weights=str(folder / "clip")),
-        "localise": train.Localise(**TINY, batch_size=JOINED, weights=str(folder / "masked"), videos=9, eval_clips=CLIPS,
+        "classify probe": train.PostPretraining(**labels, mode="probe", probe_clips=CLIPS,
+                                         out=str(folder / "probe")),
+        "answer": question_answering.Answering(**TINY, batch_size=JOINED, weights=str(folder / "clip"), drop=0.3),
+        "retrieve": retrieval.Retrieval(**clip | dict(num_frames=6), batch_size=JOINED,
+                                   weights=str(folder / "clip")),
+        "localise": localisation.Localisation(**TINY, batch_size=JOINED, weights=str(folder / "masked"),
+                                   videos=9, eval_clips=CLIPS,
                                    width=16, depth=2, drop=0.3, out=str(folder / "localise")),
-        "fuse": train.Fuse(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
+        "fuse": train.CrossModel(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
                            multimodal=str(folder / "multimodal"), drop=0.3),
-        "fuse cut": train.Fuse(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
+        "fuse cut": train.CrossModel(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
                                multimodal=str(folder / "multimodal"), drop=0.3, shard=True),
     }
 
@@ -112,9 +121,12 @@ def learn(card, train_set, held_out, model):
 
 
 def fork(count, work):
-    """work(rank) in so many forks of this process, treated as torchrun treats its own: it keeps their meeting
-    place, and where one fails the others get SIGTERM, and after a while SIGKILL. Returns the exit codes."""
-    # The place opens before the forks and its thread starts after them: a fork that falls into what a thread
+    """work(rank) in so many forks of this process, treated as torchrun treats its own: it keeps
+    their meeting
+    place, and where one fails the others get SIGTERM, and after a while SIGKILL. Returns the exit
+    codes."""
+    # The place opens before the forks and its thread starts after them: a fork that falls into what
+    # a thread
     # has locked never gets it back. Who comes early waits at the door.
     door = socket.create_server(("127.0.0.1", 0), backlog=count)
     sys.stdout.flush()
@@ -124,8 +136,10 @@ def fork(count, work):
         if pid == 0:
             code = 1
             try:
-                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-                                   MASTER_PORT=str(door.getsockname()[1]), TORCHELASTIC_USE_AGENT_STORE="True")
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
+                                   MASTER_ADDR="127.0.0.1",
+                                   MASTER_PORT=str(door.getsockname()[1]),
+                                   TORCHELASTIC_USE_AGENT_STORE="True")
                 code = work(rank) or 0
             except SystemExit as end:
                 code = end.code
@@ -136,7 +150,8 @@ def fork(count, work):
                 sys.stderr.flush()
                 os._exit(code)
         children[pid] = None
-    store = torch.distributed.TCPStore("127.0.0.1", door.getsockname()[1], is_master=True, wait_for_workers=False,
+    store = torch.distributed.TCPStore("127.0.0.1", door.getsockname()[1], is_master=True,
+                                       wait_for_workers=False,
                                        master_listen_fd=door.detach())
     began = failed = time.monotonic()
     while None in children.values():
@@ -168,14 +183,17 @@ def equal(folder):
 
     def work(rank):
         processes.start("cpu")
-        torch.save({name: learn(*parts) for name, parts in built.items()}, folder / f"{processes.world()}.{rank}.pt")
+        torch.save({name: learn(*parts) for name, parts in built.items()},
+                   folder / f"{processes.world()}.{rank}.pt")
 
     for count in WORLDS:
         assert not any(fork(count, work)), count
 
 
-FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --device cpu --eval-clips 5 "
-         "--save-every 2 --log-every 1 --ema 0.9 --drop-path 0.2 --optimizer adamw --steps 4").split()
+FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --device "
+         "cpu --eval-clips 5 "
+         "--save-every 2 --log-every 1 --ema 0.9 --drop-path 0.2 --optimizer adamw "
+         "--steps 4").split()
 
 
 def runs(folder, cut=True):
@@ -183,7 +201,7 @@ def runs(folder, cut=True):
     import train
     from data import DataError
     from engine import processes
-    own, codes = train.MAE.loss, {}
+    own, codes = train.MaskedModelling.loss, {}
 
     def accident(happen):
         def loss(self, model, batch, rng):
@@ -198,8 +216,9 @@ def runs(folder, cut=True):
     def run(name, count, *more, happen=None, stage=("mae", *FLAGS)):
         def work(rank):
             if happen:
-                train.MAE.loss = accident(happen)
-            return train.main([*stage, "--out", str(folder / name), "--batch-size", str(8 // count), *more])
+                train.MaskedModelling.loss = accident(happen)
+            return train.main([*stage, "--out", str(folder / name), "--batch-size", str(8 // count),
+                               *more])
 
         codes[name] = fork(count, work)
 
@@ -219,7 +238,8 @@ def runs(folder, cut=True):
     run("failing", 2, happen=failing)
     encoders(folder)
     run("fused", 2, "--masked", str(folder / "masked"), "--multimodal", str(folder / "multimodal"),
-        stage="fuse --workers 0 --precision fp32 --device cpu --eval-clips 5 --eval-batch 2 --steps 1".split())
+        stage="fuse --workers 0 --precision fp32 --device cpu --eval-clips 5 --eval-batch 2 "
+              "--steps 1".split())
     if cut:
         run("alone", 1)
         run("whole", 2, "--shard")
@@ -232,7 +252,8 @@ def runs(folder, cut=True):
         accum = ("--accum", "2", "--workers", "1", "--optimizer", "muon")
         run("accum alone", 1, *accum)
         run("accum", 2, *accum)
-        run("accum cut off", 2, *accum, happen=lambda calls: power_cut(calls // 2))  # in the second half of step 4
+        # in the second half of step 4
+        run("accum cut off", 2, *accum, happen=lambda calls: power_cut(calls // 2))
         run("accum cut off", 2, *accum, "--resume")
         run("joins", 1)  # goes on in two parts: a folder takes the place of a file
         run("joins", 2, "--resume", "--shard", "--steps", "6")
@@ -241,8 +262,10 @@ def runs(folder, cut=True):
 
 
 def program(what, folder):
-    done = subprocess.run([sys.executable, __file__, what, str(folder)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, __file__, what, str(folder)], cwd=ROOT,
+                          capture_output=True, text=True,
+                          timeout=600, env=os.environ
+                          | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, done.stderr
 
@@ -255,24 +278,32 @@ def learned(tmp_path_factory):
             for count in WORLDS for rank in range(count)}
 
 
-CARDS = ("mae", "mae dual", "mae cut", "clip", "clip cut", "clip in pieces", "classify masked", "classify multimodal",
+CARDS = ("mae", "mae cut", "clip", "clip cut", "clip in pieces", "classify masked",
+         "classify multimodal",
          "classify probe", "fuse", "fuse cut", "answer", "retrieve", "localise")
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_several_processes_have_the_loss_and_gradients_of_one_with_their_joined_batch(learned, name):
+def test_several_processes_have_the_loss_and_gradients_of_one_with_their_joined_batch(learned,
+                                                                                      name):
     """To 1e-6, where the norm of all gradients is about 1: in the clip stage it is about 20."""
     for key, found in learned.items():
-        for (loss, norm, gradients), (expected, its_norm, its_gradients) in zip(found[name][0], learned[1, 0][name][0],
+        for (loss, norm, gradients), (expected, its_norm, its_gradients) in zip(found[name][0],
+                                                                                learned[1,
+                                                                                        0][name][0],
                                                                                 strict=True):
             scale = max(1.0, its_norm)
-            assert abs(loss - expected) < 1e-6 * max(1, expected) and abs(norm - its_norm) < 1e-6 * scale, key
+            assert abs(loss - expected) < 1e-6 * max(1,
+                                                     expected) and abs(
+                                                         norm - its_norm) < 1e-6 * scale, key
             assert gradients.keys() == its_gradients.keys() and len(gradients) > 1
             for part in gradients:
-                assert (gradients[part] - its_gradients[part]).abs().max() < 1e-6 * scale, (key, part)
+                assert (gradients[part] - its_gradients[part]).abs().max() < 1e-6 * scale, (key,
+                                                                                            part)
 
 
-@pytest.mark.parametrize("name", [name for name in CARDS if "cut" not in name and "pieces" not in name])
+@pytest.mark.parametrize("name",
+                         [name for name in CARDS if "cut" not in name and "pieces" not in name])
 def test_evaluation_counts_every_clip_once_and_gives_the_same_numbers(learned, name):
     """13 clips in batches of 3, on one, two and four processes: equal to the last bit."""
     for found in learned.values():
@@ -287,8 +318,10 @@ def test_one_process_that_is_asked_to_stop_or_fails_ends_all(tmp_path):
     assert torch.load(tmp_path / "asked" / "last.pt", weights_only=True)["step"] == 1
     assert codes["failing"][1] == 2 and codes["failing"][0] != 0
     assert codes["fused"] == [0, 0]  # a stage that measures once more at its end, for a picture
-    assert (tmp_path / "fused" / "metrics.json").exists() and (tmp_path / "fused" / "confusion.png").exists()
-    assert error.count("train.py: process 1: the disk of process 1 is gone\n") == 1 and "Traceback" not in error
+    assert (tmp_path / "fused" / "metrics.json").exists() and (
+        tmp_path / "fused" / "confusion.png").exists()
+    assert error.count("train.py: process 1: the disk of process 1 is gone\n") == 1
+    assert "Traceback" not in error
 
 
 def weights_of(folder):
@@ -300,13 +333,15 @@ def weights_of(folder):
 def test_a_run_cut_into_two_parts_goes_on_with_one_two_or_four_processes(tmp_path):
     out, _ = program("runs", tmp_path)
     codes = json.loads((tmp_path / "codes.json").read_text())
-    assert codes["cut"] == [7, 7] and not any(codes["on1"] + codes["on2"] + codes["on4"] + codes["whole"])
+    assert codes["cut"] == [7, 7] and not any(codes["on1"] + codes["on2"] + codes["on4"]
+                                              + codes["whole"])
     assert "was made by 2 processes, 4 go on with it: 8 clips a step as before" in out
     alone, whole = weights_of(tmp_path / "alone"), weights_of(tmp_path / "whole")
     for count in (1, 2, 4):
         found = weights_of(tmp_path / f"on{count}")
         assert max(float((found[key] - alone[key]).abs().max()) for key in alone) < 1e-4
-        assert count != 2 or all(torch.equal(found[key], whole[key]) for key in whole)  # as if never cut
+        # as if never cut
+        assert count != 2 or all(torch.equal(found[key], whole[key]) for key in whole)
     for one, other in (("muon alone", "muon cut"), ("accum alone", "accum")):
         assert codes[one] == [0] and codes[other] == [0, 0]
         one, other = weights_of(tmp_path / one), weights_of(tmp_path / other)
@@ -314,26 +349,33 @@ def test_a_run_cut_into_two_parts_goes_on_with_one_two_or_four_processes(tmp_pat
     one, other = weights_of(tmp_path / "accum"), weights_of(tmp_path / "accum cut off")
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert codes["joins"] == [0] and "8 steps of 8 clips" in out
-    assert sorted(path.name for path in (tmp_path / "joins").glob("last*")) == ["last.1.pt", "last.pt"]
+    assert sorted(path.name for path in (tmp_path / "joins").glob("last*")) == ["last.1.pt",
+                                                                                "last.pt"]
 
 
 @pytest.mark.slow
 def test_torchrun_trains_and_a_failing_process_ends_all_with_its_reason(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "mae"]
-    options = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    done = subprocess.run([*torchrun, *FLAGS, "--batch-size", "4", "--out", str(tmp_path / "run")], **options)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2", "train.py", "mae"]
+    options = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ
+                   | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run([*torchrun, *FLAGS, "--batch-size", "4", "--out", str(tmp_path / "run")],
+                          **options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mae: done in") == 1 and "2 processes" in done.stdout
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val_clips"] == 5
-    done = subprocess.run([*torchrun, *FLAGS, "--out", str(tmp_path / "run"), "--mask-ratio", "1.5"], **options)
+    done = subprocess.run([*torchrun, *FLAGS, "--out", str(tmp_path / "run"), "--mask-ratio",
+                           "1.5"], **options)
     assert done.returncode != 0 and done.stderr.count("--mask-ratio 1.5: must be at least 0") == 1
 
 
 @pytest.mark.slow
 def test_a_scheduler_that_asks_torchrun_to_end_finds_the_step_saved_and_how_to_go_on(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "mae", *FLAGS,
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2", "train.py", "mae", *FLAGS,
                 "--batch-size", "4", "--workers", "1", "--out", str(tmp_path)]
-    running = subprocess.Popen([*torchrun, "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    running = subprocess.Popen([*torchrun, "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     began = time.monotonic()
     while not (tmp_path / "last.pt").exists():
@@ -348,4 +390,5 @@ def test_a_scheduler_that_asks_torchrun_to_end_finds_the_step_saved_and_how_to_g
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"equal": equal, "runs": runs, "accidents": lambda folder: runs(folder, cut=False)}[sys.argv[1]](Path(sys.argv[2]))
+    {"equal": equal, "runs": runs,
+     "accidents": lambda folder: runs(folder, cut=False)}[sys.argv[1]](Path(sys.argv[2]))

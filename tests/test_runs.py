@@ -1,6 +1,7 @@
 """What is proved about the runs of every stage:
 
-one that is cut off and resumed ends with the same weights bit for bit, with workers, accumulation and averaged weights;
+one that is cut off and resumed ends with the same weights bit for bit, with workers, accumulation
+and averaged weights;
 what is evaluated depends neither on the batches of training nor on the number of workers.
 """
 
@@ -16,17 +17,22 @@ from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
 from test_fuse_card import pair  # noqa: F401
 
-SHARED = "--batch-size 4 --eval-clips 10 --eval-every 5 --workers 0 --precision fp32 --device cpu".split()
+SHARED = ("--batch-size 4 --eval-clips 10 --eval-every 5 --workers 0 --precision fp32 "
+          "--device cpu").split()
 SMALL = "--num-frames 4 --input-size 16".split()
 RUNS = {  # name -> stage and flags; {masked}, {clip}, {finished}: weights to start from
     "mae": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5",
-    "mae with everything on": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5 --accum 2 --ema 0.9 "
+    "mae with everything on": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5 --dual-mask "
+                              "--accum 2 --ema 0.9 "
                               "--drop-path 0.2 --workers 2",
-    "clip with everything on": "clip --num-frames 2 --input-size 16 --temporal-downsample --ema 0.9 --workers 1",
+    "clip with everything on": "clip --num-frames 2 --input-size 16 --temporal-downsample --ema "
+                               "0.9 --workers 1",
     "retrieve": "retrieve --weights {finished} --num-frames 4 --input-size 16 --ema 0.9",
     "classify": "classify --weights {clip} --num-frames 4 --input-size 16",
-    "classify, a probe": "classify --weights {clip} --num-frames 4 --input-size 16 --mode probe --probe-clips 20",
-    "classify with everything on": "classify --weights {masked} --num-frames 4 --input-size 16 --mixup 0.8 --cutmix 1 "
+    "classify, a probe": "classify --weights {clip} --num-frames 4 --input-size 16 --mode probe "
+                         "--probe-clips 20",
+    "classify with everything on": "classify --weights {masked} --num-frames 4 --input-size 16 "
+                                   "--mixup 0.8 --cutmix 1 "
                                    "--drop 0.3 --drop-path 0.2 --ema 0.9 --accum 2 --workers 1",
     "fuse": "fuse --masked {first} --multimodal {second} --drop 0.5 --ema 0.9",
     "localise": "localise --weights {clip} --videos 6 --width 16 --depth 2 --ema 0.9",
@@ -36,8 +42,9 @@ RUNS = {  # name -> stage and flags; {masked}, {clip}, {finished}: weights to st
 
 @pytest.fixture
 def start(request, encoders, finished, pair, monkeypatch):  # noqa: F811
-    """A function that does the run of this test's name in a folder, with more flags -> exit code."""
-    places = dict(masked=encoders["masked"][0], clip=encoders["multimodal"][0], finished=finished, first=pair[1], second=pair[3])
+    """A function that does this test's run in a folder, with more flags -> exit code."""
+    places = dict(masked=encoders["masked"][0], clip=encoders["multimodal"][0], finished=finished,
+                  first=pair[1], second=pair[3])
     stage, *flags = RUNS[request.param].format(**places).split()
     card = train.STAGES[stage]
     monkeypatch.setattr(pictures, "curve", lambda *_: [])
@@ -74,11 +81,15 @@ def test_resuming_equals_never_stopping_bit_for_bit(start, tmp_path):
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("start", ["mae with everything on", "clip with everything on", "retrieve", "classify", "fuse", "answer"], indirect=True)
+@pytest.mark.parametrize("start",
+                         ["mae with everything on", "clip with everything on", "retrieve",
+                          "classify", "fuse", "answer"], indirect=True)
 def test_no_evaluation_depends_on_the_batches_of_training_or_on_workers(start, tmp_path):
     found = []
-    for name, flags in (("a", ("--batch-size", "3", "--workers", "0")), ("b", ("--batch-size", "5", "--workers", "2"))):
+    for name, flags in (("a", ("--batch-size", "3", "--workers", "0")),
+                        ("b", ("--batch-size", "5", "--workers", "2"))):
         assert start(tmp_path / name, "--steps", "0", "--eval-batch", "4", *flags) == 0
         found.append(json.loads((tmp_path / name / "metrics.json").read_text()))
-    a, b = ({key: value for key, value in metrics.items() if key not in ("settings", "seconds")} for metrics in found)
+    a, b = ({key: value for key, value in metrics.items() if key not in ("settings", "seconds")}
+            for metrics in found)
     assert a == b and a["val_clips"] == 10

@@ -216,7 +216,7 @@ def test_fine_tuned_retrieval_reports_all_ranks_and_its_protocol(finished, tmp_p
 
 
 def test_the_caption_decoder_rests_where_captions_do_not_count():
-    card = train.Clip(num_frames=2, input_size=16, caption_weight=0.0, image_every=0, device="cpu", precision="fp32")
+    card = train.VideoLanguage(num_frames=2, input_size=16, caption_weight=0.0, image_every=0, device="cpu", precision="fp32")
     model = card.build()
     assert not any(p.requires_grad for p in model.caption_decoder.parameters())
     loss, values = card.loss(model, next(iter(data.batches(card.sets[0], 3, 0, 1))), None)

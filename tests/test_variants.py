@@ -146,7 +146,7 @@ def test_a_variant_trains_and_its_encoder_is_fine_tuned(name, tmp_path):
     flags = [flag for flag in FLAGS if flag not in ("--mask-ratio", "0.5")]
     assert train.main(["classify", *flags, "--weights", str(tmp_path / "run"),
                        "--out", str(tmp_path / "labels")]) == 0
-    model = train.load_encoder(tmp_path / "labels")
+    model = encoders.load_encoder(tmp_path / "labels")
     assert isinstance(model, DividedVideoClassifier) == (name == "mae-divided")
 
 

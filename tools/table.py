@@ -38,7 +38,7 @@ def logits_of(out, which, clips, seed):
     the answers {question: (B,)}."""
     device = machine.choose_device("auto")
     bf16 = machine.choose_precision("auto", device) == "bf16"
-    models = {name: train.load_encoder(out / name) for name in ("scratch", "masked", "multimodal")}
+    models = {name: encoders.load_encoder(out / name) for name in ("scratch", "masked", "multimodal")}
     bridge = fusion.InternVideo.from_run(out / "fuse")
     parts = [bridge.masked, *bridge.multimodal]
     models = {name: model.to(device).eval() for name, model in (models | {"fuse": bridge}).items()}
@@ -63,12 +63,12 @@ def rows_of(out, seed, clips):
 
     def late(which, share):
         logits, answers = results[which]
-        return train.accuracies({name: fusion.late_fusion(
+        return recognition.accuracies({name: fusion.late_fusion(
             [logits["masked"][name], logits["multimodal"][name]], (1 - share, share))
             for name in answers}, answers)
 
     def alone(name):
-        return lambda which: train.accuracies(results[which][0][name], results[which][1])
+        return lambda which: recognition.accuracies(results[which][0][name], results[which][1])
 
     share = fusion.best_weight(lambda share: late("val", share)["all_facts"])
     runs = {name: json.loads((out / name / "metrics.json").read_text()) for name in RUNS}

@@ -15,7 +15,7 @@ from variants.dual_masking import (
     DualMaskedVideoMAE, dual_masking_loss, hidden_among_decoded, running_cell_mask)
 
 
-class DividedAttention(train.MAE):
+class DividedAttention(train.MaskedModelling):
     """Stage 1 with attention over time, then over space."""
 
     network = DividedVideoMAE
@@ -27,7 +27,7 @@ class DividedAttention(train.MAE):
         return super().build()
 
 
-class DualMasking(train.MAE):
+class DualMasking(train.MaskedModelling):
     """Stage 1 whose decoder reconstructs half of the tokens (VideoMAE V2)."""
 
     network = DualMaskedVideoMAE
