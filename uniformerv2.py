@@ -129,56 +129,32 @@ class Options:
 # Two depth-wise convolutions
 
 
-def temporal_conv(x, kernel, bias, form="auto"):
-    """Each channel of each place mixed over three frames; beyond the clip there are zeros.
+def temporal_conv(x, kernel, bias):
+    """Each channel of each place mixed over three frames; outside the clip there are zeros.
 
     x (B, t, S, C), kernel (C, 3), bias (C,) -> (B, t, S, C)
-    form  "conv3d", as written in the paper; "conv2d" over (t, S), where the tokens as they lie in
-          memory are a channels-last picture; "shift", three multiplications
+
+    A 3 x 1 convolution over the axes (t, S): in memory the tokens are a channels-last picture.
     """
-    if form == "auto":
-        form = fastest(temporal_conv, x, kernel)
-    if form == "shift":
-        before, after = F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(x[:, 1:], (0, 0, 0, 0, 0, 1))
-        kernel = kernel.to(x.dtype)
-        return before * kernel[:, 0] + x * kernel[:, 1] + after * kernel[:, 2] + bias.to(x.dtype)
     picture = x.permute(0, 3, 1, 2)                                          # (B, C, t, S)
-    if form == "conv2d":
-        out = F.conv2d(picture, kernel[:, None, :, None], bias, padding=(1, 0), groups=len(kernel))
-    else:
-        out = F.conv3d(picture[..., None], kernel[:, None, :, None, None], bias, padding=(1, 0, 0),
-                       groups=len(kernel))[..., 0]
-    return out.permute(0, 2, 3, 1)
+    kernel = kernel[:, None, :, None]
+    return F.conv2d(picture, kernel, bias, padding=(1, 0), groups=len(kernel)).permute(0, 2, 3, 1)
 
 
-def grid_conv(x, kernel, bias, form="auto"):
-    """Each channel mixed over its 3 x 3 x 3 neighbours; beyond the clip there are zeros.
+def grid_conv(x, kernel, bias):
+    """Each channel mixed over its 3 x 3 x 3 neighbours; outside the clip there are zeros.
 
     x (B, t, h, w, D), kernel (D, 1, 3, 3, 3), bias (D,) -> (B, t, h, w, D)
-    form  "conv3d", or "conv2d": one convolution over space for each of three frames, added up
+
+    One 3 x 3 convolution over space for each of three frames: before, now, after. Their
+    sum is the 3 x 3 x 3 convolution. On CPUs conv3d trains 3 times slower, in bfloat16 9 times.
     """
-    if form == "auto":
-        form = fastest(grid_conv, x, kernel)
-    if form == "conv3d":
-        return F.conv3d(x.permute(0, 4, 1, 2, 3), kernel, bias, padding=1,
-                        groups=len(kernel)).permute(0, 2, 3, 4, 1)
     frames = x.flatten(0, 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     before, now, after = (
         F.conv2d(frames, kernel[:, :, i], bias if i == 1 else None, padding=1, groups=len(kernel))
         .permute(0, 2, 3, 1).unflatten(0, x.shape[:2]) for i in range(3))    # (B, t, h, w, D) each
     return (now + F.pad(before[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
             + F.pad(after[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1)))
-
-
-def fastest(convolution, x, kernel):
-    """The form to use, from timings on a CPU at ViT-B's sizes. conv2d over time: 6 to 30 times
-    conv3d. The grid: conv3d is quicker forward (3 times), but its backward pass is slow, so three
-    conv2d win in training (3 times). For CUDA, where nothing was measured: `shift` because it reads
-    memory in order, and torch has no quick kernel of size 3 x 1 there; the grid as on a CPU."""
-    if convolution is temporal_conv:
-        return "shift" if x.device.type == "cuda" else "conv2d"
-    learning = torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad)
-    return "conv2d" if learning else "conv3d"
 
 
 def inflate(kernel, frames):
@@ -328,22 +304,17 @@ class GlobalBlock(Block):
         for layer in (self.attn.proj, self.mlp.fc2):
             zeroed(layer)
 
+    def project(self, query, context):
+        """query (B, 1, D), context (B, N, D) -> queries, keys, values (B, heads, 1 or N, K)"""
+        layer, D = self.attn.qkv, query.shape[-1]
+        q = F.linear(query, layer.weight[:D], layer.bias[:D])
+        k, v = F.linear(context, layer.weight[D:], layer.bias[D:]).chunk(2, dim=-1)
+        return [x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for x in (q, k, v)]
+
     def attend(self, query, context):
-        """query (B, 1, D), context (B, N, D) -> (B, 1, D). Keys and values of the N tokens are
-        never made. For one query q of a head, q.(Wk y) = (Wk^T q).y, so the query moves to the
-        tokens instead; the values' matrix comes after the mixing, a^T (Y Wv^T) = (a^T Y) Wv^T. The
-        key bias cancels in the softmax; the weights sum to one, so the value bias is added once.
-        """
-        heads = self.attn.heads
-        to_q, to_k, to_v = self.attn.qkv.weight.chunk(3)                     # (D, D) each
-        bias_q, _, bias_v = self.attn.qkv.bias.chunk(3)
-        to_k, to_v = (w.unflatten(0, (heads, -1)) for w in (to_k, to_v))     # (heads, K, D)
-        q = F.linear(query, to_q, bias_q).view(len(query), heads, -1)        # (B, heads, K)
-        moved = torch.einsum("bhk,hkd->bhd", q, to_k) * q.shape[-1] ** -0.5
-        share = (moved @ context.mT).softmax(dim=-1)                         # (B, heads, N)
-        mixed = share.to(context.dtype) @ context                            # (B, heads, D)
-        out = torch.einsum("bhd,hkd->bhk", mixed, to_v).flatten(1) + bias_v
-        return self.attn.proj(out)[:, None]
+        """query (B, 1, D), context (B, N, D) -> (B, 1, D): attention with a single query."""
+        out = attention(*self.project(query, context))                       # (B, heads, 1, K)
+        return self.attn.proj(out.transpose(1, 2).flatten(2))
 
     def context(self, tokens, grid):
         """What the query attends to: tokens (B, t, 1+S, D), grid (h, w) -> (B, t*(1+S), D)."""
@@ -360,9 +331,7 @@ class GlobalBlock(Block):
 
     def attention_map(self, query, tokens, grid):
         """Attention weights, arguments as `forward`: (B, t, 1+S), mean over heads, sum 1."""
-        weight, bias = (x.chunk(3) for x in (self.attn.qkv.weight, self.attn.qkv.bias))
-        q, k = (F.linear(x, weight[i], bias[i]).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
-                for i, x in enumerate((self.norm1(query), self.context(tokens, grid))))
+        q, k, _ = self.project(self.norm1(query), self.context(tokens, grid))
         share = (q @ k.mT * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
         return share.view(tokens.shape[:3])
 

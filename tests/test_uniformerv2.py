@@ -1,7 +1,7 @@
 """What is proved about uniformerv2.py:
 
 at the start the video model is the image model averaged over frames, and can learn from step one;
-the quick forms give the numbers of the plain ones; global blocks leave the frames alone; order is
+convolutions and attention are those of torch; global blocks leave the frames alone; order is
 learned where the image model cannot; the official numbers come out, and a file that does not fit is
 refused with the names of what is wrong.
 """
@@ -138,29 +138,25 @@ def test_order_is_learned_where_the_image_model_cannot():
     assert losses["video"] < 0.1 and losses["image"] > 0.69  # ln 2, a coin
 
 
-# Quick forms ------------------------------------------------------------------------------------
+# Forms with equal numbers -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize("form", ["auto", "conv2d", "shift"])
-def test_the_quick_convolution_over_time_is_the_plain_one(form, frames):
+def test_the_convolution_over_time_is_the_official_one(frames):
     x = torch.randn(2, frames, 6, 10, dtype=torch.float64, requires_grad=True)
     kernel, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((10, 3), (10,)))
     official = F.conv3d(x.permute(0, 3, 1, 2).reshape(2, 10, frames, 2, 3), kernel.view(10, 1, 3, 1, 1), bias,
                         padding=(1, 0, 0), groups=10).flatten(3).permute(0, 2, 3, 1)
-    same(uniformerv2.temporal_conv(x, kernel, bias, "conv3d"), official, [x], [kernel, bias])
-    same(uniformerv2.temporal_conv(x, kernel, bias, form), official, [x], [kernel, bias])
+    same(uniformerv2.temporal_conv(x, kernel, bias), official, [x], [kernel, bias])
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize("form", ["auto", "conv2d"])
-def test_the_quick_convolution_over_the_grid_is_the_plain_one(form, frames):
+def test_the_convolution_over_the_grid_is_the_official_one(frames):
     tokens = torch.randn(2, frames, 1 + 12, 6, dtype=torch.float64, requires_grad=True)
     x = tokens[:, :, 1:].unflatten(2, (3, 4))
     kernel, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 1, 3, 3, 3), (6,)))
     official = F.conv3d(x.permute(0, 4, 1, 2, 3), kernel, bias, padding=1, groups=6).permute(0, 2, 3, 4, 1)
-    same(uniformerv2.grid_conv(x, kernel, bias, "conv3d"), official, [tokens], [kernel, bias])
-    same(uniformerv2.grid_conv(x, kernel, bias, form), official, [tokens], [kernel, bias])
+    same(uniformerv2.grid_conv(x, kernel, bias), official, [tokens], [kernel, bias])
     with torch.no_grad():
         torch.testing.assert_close(uniformerv2.grid_conv(x, kernel, bias), official)
 
@@ -176,8 +172,7 @@ def test_the_embedding_is_the_official_strided_convolution(downsample):
          [model.embed.weight, model.positions, model.class_token])
 
 
-def test_the_query_that_moves_to_the_tokens_is_plain_attention():
-    """No key and no value is ever made, and the numbers are those of torch's own attention."""
+def test_the_attention_of_a_global_block_is_torchs_own():
     block = awake(uniformerv2.GlobalBlock(TOY, 4, 96, 0.0, 0.0)).double()
     query, context = (torch.randn(3, n, 24, dtype=torch.float64, requires_grad=True) for n in (1, 17))
     qkv, proj = block.attn.qkv, block.attn.proj
