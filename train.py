@@ -54,7 +54,7 @@ import tasks
 import uniformerv2
 import weights
 from attention import Block
-from caption_decoder import CaptionDecoder, VideoText
+from caption_decoder import CaptionDecoder, VideoText, caption_loss
 from engine import large_batches, machine, pictures, processes
 from engine.command_line import Parser, exit_code, numbers, parse, text_of
 from engine.dry_run import dry_run
@@ -406,9 +406,13 @@ class VideoLanguage(ClipStage, name="clip"):
         if not hidden:
             return contrastive, metrics
         count = processes.mean(is_token[:, 1:].sum()).clamp(min=1) if model.training else None
+        decoder = model.caption_decoder
         with self.autocast():
-            caption = large_batches.chunked_caption_loss(model.caption_decoder, hidden[0], ids,
-                                                         is_token, count=count)
+            if decoder.options.vocabulary > large_batches.CHUNKED_ABOVE:  # the same, in chunks
+                caption = large_batches.chunked_caption_loss(decoder, hidden[0], ids, is_token,
+                                                             count=count)
+            else:
+                caption = caption_loss(decoder.logits(hidden[0]), ids, is_token, count=count)
         loss = contrastive + self.caption_weight * caption
         return loss, metrics | {"loss": loss.detach(), kind + "caption": caption.detach()}
 

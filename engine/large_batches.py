@@ -33,6 +33,7 @@ import torch.utils.checkpoint
 
 from engine.processes import gather_with_gradient, piece
 
+CHUNKED_ABOVE = 4096  # tokens of a vocabulary; below, the logits of a batch are small
 BLOCKED_ABOVE = 2048  # pairs; below, the plain contrastive loss is as fast and its logits are small
 
 
