@@ -314,7 +314,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(self.make_block(options, rate) for rate in rates)
         self.norm = nn.LayerNorm(size.width, eps=options.eps) if norm else nn.Identity()
         # The table of the usual grid; part of the weights only where it came with them.
-        self.register_buffer("stored", self.codes_of(self.grid), persistent=self.stores_positions)
+        self.register_buffer("stored", self.codes_of(self.grid),
+                             persistent=self.positions == "stored")
         self.recompute = False
 
     def make_block(self, options, drop_path):
@@ -322,10 +323,6 @@ class Encoder(nn.Module):
         size = options.size
         return Block(size.width, size.heads, mlp_width=size.mlp_width, drop_path=drop_path,
                      **options.block)
-
-    @property
-    def stores_positions(self):
-        return self.positions == "stored"
 
     def grid_of(self, T, H, W):
         """Token grid (t, h, w) of a clip of T frames of H x W pixels; ValueError if it has none."""
@@ -343,7 +340,7 @@ class Encoder(nn.Module):
         """Position codes for a grid, (1, N, D), in the model's dtype and on its device."""
         if grid == self.grid:
             return self.stored
-        if self.stores_positions:
+        if self.positions == "stored":
             return resize_positions(self.stored, self.grid, grid)
         return self.codes_of(grid).to(self.stored)
 
