@@ -300,11 +300,13 @@ class Encoder(nn.Module):
 
     options    Options. Positions "stored" are a table in the weights, which is added but never
                trained, as in the official code
+    scheme     draws the blocks' matrices, see `initialise`. The embedding keeps torch's default, as
+               in the official code, whose initialiser never reaches it
     drop_path  share of samples that skip the last block; rises from 0 over the blocks
     norm       LayerNorm after the blocks; False where the classifier norms the mean instead
     """
 
-    def __init__(self, options, *, drop_path=0.0, norm=True):
+    def __init__(self, options, *, scheme=nn.init.xavier_uniform_, drop_path=0.0, norm=True):
         super().__init__()
         size = options.size
         self.patch, self.tubelet, self.positions = size.patch, options.tubelet, options.positions
@@ -317,6 +319,7 @@ class Encoder(nn.Module):
         self.register_buffer("stored", self.codes_of(self.grid),
                              persistent=self.positions == "stored")
         self.recompute = False
+        initialise(self.blocks, scheme)
 
     def make_block(self, options, drop_path):
         """One block; a variant overrides this (variants/divided_attention.py)."""
@@ -379,6 +382,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(size.decoder_width,
                               options.channels * options.tubelet * size.patch**2)
         self.recompute = False
+        initialise(self, nn.init.xavier_uniform_)
 
     def forward(self, tokens, n):
         """tokens (B, Nv + n, Dd) -> predictions for the last n, (B, n, P)."""
@@ -411,10 +415,7 @@ class VideoMAE(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
         self.decoder = Decoder(options)
         self.register_buffer("codes", self.decoder_codes(self.grid), persistent=False)
-        # Embedding and encoder_to_decoder keep torch's default: the official initialiser never
-        # reaches them.
-        initialise(self.encoder.blocks, nn.init.xavier_uniform_)
-        initialise(self.decoder, nn.init.xavier_uniform_)
+        # encoder_to_decoder keeps torch's default: the official initialiser never reaches it.
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     @property
@@ -524,12 +525,11 @@ class VideoClassifier(nn.Module):
         self.config = {"model": self.model_name} | asdict(options) | {"classes": classes}
         size = options.size
         self.width, self.depth, self.heads = size.width, size.depth, size.heads
-        self.encoder = self.encoder_class(options, drop_path=drop_path, norm=False)
+        scheme = functools.partial(nn.init.trunc_normal_, std=0.02)
+        self.encoder = self.encoder_class(options, scheme=scheme, drop_path=drop_path, norm=False)
         self.fc_norm = nn.LayerNorm(size.width, eps=options.head_eps)
         self.drop = Dropout(drop)
         self.head = nn.Linear(size.width, classes) if classes else nn.Identity()
-        scheme = functools.partial(nn.init.trunc_normal_, std=0.02)
-        initialise(self.encoder.blocks, scheme)
         initialise(self.head, scheme)
         if classes:
             self.head.weight.data.mul_(head_scale)
