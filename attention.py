@@ -22,13 +22,13 @@ slowest axis. Queries, keys and values are (B, heads, N, K). Other files define 
    the similarities into weights that sum to one, and the weights mix the values. A dot product of K
    numbers of unit variance has variance K. Division by sqrt(K) keeps the softmax from saturating.
 3. `sdpa` and `flex_attention` compute the same numbers with less memory: torch's own kernel, and a
-   kernel that torch.compile generates for the mask. `choose` names one of the three, by a fixed rule.
+   kernel that torch.compile generates for the mask. `choose` names one of the three, by a rule.
 4. `Attention` adds the projections, `Mlp` is the other half, `Block` the pre-norm residual block.
    `run_blocks` hands a `Context` to each block: all that a block needs besides its tokens.
 
 A bias on the keys adds the same number to all scores of a query, and softmax ignores it. VideoMAE
-therefore has biases on queries and values only (bias="qv"). Where we differ: DropPath drops samples,
-also where official sequence-first code drops token positions.
+therefore has biases on queries and values only (bias="qv"). Where we differ: DropPath drops
+samples, also where official sequence-first code drops token positions.
 
 >>> block = Block(width=32, heads=4)
 >>> block(torch.zeros(2, 10, 32)).shape                    # (B, N, D) -> (B, N, D)
@@ -50,8 +50,8 @@ from engine.processes import joined
 FORMS = ("auto", "reference", "sdpa", "flex")
 BACKEND = "inductor"  # of torch.compile
 
-# `choose` takes the reference form up to this many bytes of scores, B*heads*Nq*Nk*2. It keeps them in
-# each block for the backward pass, 0.4 GiB in 12 blocks. From about 50 MiB on it is not faster.
+# `choose` takes the reference form up to this many bytes of scores, B*heads*Nq*Nk*2. It keeps them
+# in each block for the backward pass, 0.4 GiB in 12 blocks. From about 50 MiB on it is not faster.
 SMALL = 32 * 2**20
 
 
@@ -246,7 +246,8 @@ def choose(q, k, mask=None):
 
 def _known(form):
     if form not in FORMS:
-        raise ValueError(f"no attention form {form!r}: choose {', '.join(FORMS[:-1])} or {FORMS[-1]}")
+        known = f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
+        raise ValueError(f"no attention form {form!r}: choose {known}")
     return form
 
 
@@ -281,7 +282,7 @@ def attention(q, k, v, mask=None, *, scale=None, form=None):
 
 
 def gelu(x):
-    """x * Phi(x), the exact form with the error function: VideoMAE, cross-model attention, heads."""
+    """x * Phi(x), exact, with the error function: VideoMAE, cross-model attention, heads."""
     return F.gelu(x)
 
 
@@ -327,7 +328,7 @@ class DropPath(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout that draws for the joined batch of all processes (engine/processes.py). x (B, ...)."""
+    """Dropout that draws for the joined batch of all processes, see engine/processes.py."""
 
     def forward(self, x):
         if not self.training or self.p == 0:

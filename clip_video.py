@@ -74,7 +74,7 @@ from torch import nn
 
 import uniformerv2
 import weights
-from attention import Block, Mask, attention, quick_gelu, run_blocks
+from attention import Block, Context, Mask, attention, quick_gelu, run_blocks
 from engine.processes import gather_with_gradient, joined, piece
 from uniformerv2 import UniFormerV2, as_kernel, as_matrix, block_rules, official_rules, pairs
 from weights import Rule, WeightsError, commonest
@@ -354,7 +354,7 @@ class TextTower(nn.Module):
         if hidden is not None:
             x = torch.where(hidden[:, :, None], self.mask_embedding, x)
         x = x + self.positions[:ids.shape[1]]
-        return self.norm(run_blocks(self.blocks, x, Mask(causal=True), recompute=self._recompute))
+        return self.norm(run_blocks(self.blocks, x, Context(Mask(causal=True)), recompute=self._recompute))
 
     def forward(self, ids, hidden=None):
         """As `tokens` -> embedding (B, E), not normalised, and tokens (B, L, W)."""
@@ -387,8 +387,7 @@ class TextTower(nn.Module):
             raise ValueError(f"token {read + ids.shape[1]} of a text tower of {len(self.positions)}")
         x, grown = self.embed(ids) + self.positions[read:read + ids.shape[1]], []
         for block, past in zip(self.blocks, cache):
-            q, *new = (y.unflatten(-1, (block.attn.heads, -1)).transpose(1, 2)
-                       for y in block.attn.project(block.norm1(x), None, None))
+            q, *new = block.attn.queries_keys_values(block.norm1(x))
             k, v = (torch.cat([old.to(y.dtype), y], dim=2) for old, y in zip(past, new))
             out = attention(q, k, v, Mask(causal=True) if ids.shape[1] > 1 else None)  # the last word may look at all
             x = x + block.attn.proj(out.transpose(1, 2).flatten(2))

@@ -70,7 +70,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Attention, Dropout, Mlp, run_blocks
+from attention import Attention, Dropout, Mlp, attention_weights, run_blocks
 from mae import VideoClassifier
 from uniformerv2 import UniFormerV2
 from weights import WeightsError
@@ -103,7 +103,7 @@ class CrossModelAttention(nn.Module):
 
     def forward(self, x, context):
         """x (B, N, D), context (B, M, context_width) -> (B, N, D)"""
-        x = x + self.gated(self.gate_attn, self.attn(self.norm(x), self.norm_context(context)))
+        x = x + self.gated(self.gate_attn, self.attn(self.norm(x), keys_from=self.norm_context(context)))
         return x + self.gated(self.gate_mlp, self.mlp(self.norm_mlp(x)))
 
     @staticmethod
@@ -113,9 +113,8 @@ class CrossModelAttention(nn.Module):
     @torch.no_grad()
     def looks(self, x, context):
         """Where each token looks: shares of attention, mean over heads, (B, N, M); rows sum to 1."""
-        q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2).float() for y in
-                self.attn.project(self.norm(x), self.norm_context(context), None)[:2])
-        return (q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)
+        q, k, _ = self.attn.queries_keys_values(self.norm(x), self.norm_context(context))
+        return attention_weights(q.float(), k.float()).mean(dim=1)
 
 
 class InternVideo(nn.Module):

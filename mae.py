@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Attention, Block, Dropout, Mask, run_blocks, sinusoid_table
+from attention import Attention, Block, Context, Dropout, Mask, run_blocks, sinusoid_table
 from weights import Rule, WeightsError
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
@@ -285,16 +285,17 @@ class DividedBlock(Block):
         self.norm_time = nn.LayerNorm(width, eps=options["eps"])
         self.attn_time = Attention(width, heads, bias=options["bias"], cosine=options["cosine"])
 
-    def forward(self, x, mask=None, last=None):
+    def forward(self, x, context=None):
         """x (B, N, D) -> (B, N, D)."""
-        if mask is not None or last is not None or x.shape[1] % self.times:
+        context = context or Context()
+        if context.mask is not None or context.last is not None or x.shape[1] % self.times:
             raise ValueError(f"divided attention is for whole clips of {self.times} time steps, the same places in each")
         B, N, D = x.shape
         along = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)                  # (B*places, t, D)
         along = self.attn_time(self.norm_time(along)).unflatten(0, (B, -1)).transpose(1, 2)     # (B, t, places, D)
         return super().forward(x + self.drop_path(along.reshape(B, N, D)))
 
-    def look(self, x, mask, last):
+    def self_attention(self, x, context):
         """Over space: the tokens of each time step among themselves."""
         return self.attn(x.unflatten(1, (self.times, -1)).flatten(0, 1)).view(x.shape)
 
@@ -368,7 +369,7 @@ class Encoder(nn.Module):
         codes = [gather(self.codes(self.grid_of(*video.shape[2:]), video), index)
                  for video, index in zip(videos, visible)]
         tokens = self.embed(torch.cat(tubelets, dim=1).flatten(2)) + torch.cat(codes, dim=1)
-        return self.norm(run_blocks(self.blocks, tokens, Mask(segments=segments), recompute=self.recompute))
+        return self.norm(run_blocks(self.blocks, tokens, Context(Mask(frames=segments)), recompute=self.recompute))
 
 
 class Decoder(nn.Module):
@@ -386,7 +387,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, n, mask=None):
         """tokens (B, Nv + n, D/2) -> predictions for the last n, (B, n, P)."""
-        tokens = run_blocks(self.blocks, tokens, mask, last=n, recompute=self.recompute)
+        tokens = run_blocks(self.blocks, tokens, Context(mask, last=n), recompute=self.recompute)
         return self.head(self.norm(tokens))
 
 
@@ -499,7 +500,7 @@ class VideoMAE(nn.Module):
         seen, asked = (torch.cat([gather(*pair) for pair in zip(tables, part)], dim=1) for part in (visible, wanted))
         # All visible tokens, then all hidden ones: so the last block answers for hidden ones alone here, too.
         tokens = torch.cat([self.encoder_to_decoder(encoded) + seen, self.mask_token + asked], dim=1)
-        return self.decoder(tokens, asked.shape[1], Mask(segments=segments))[0]
+        return self.decoder(tokens, asked.shape[1], Mask(frames=segments))[0]
 
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks."""

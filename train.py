@@ -135,8 +135,8 @@ class Stage:
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has it",
                           choices=("auto", "bf16", "fp32"))
-    attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and mask, see attention.choose",
-                          choices=("auto", "written_out", "piecewise", "fused", "flex"))
+    attention: str = flag("auto", "form of all attentions: auto = by device, type and mask, see attention.choose",
+                          choices=attention.FORMS)
     onednn: str = flag("auto", "CPU: float32 matrix products by oneDNN; auto = where the processor is not Intel's and a probe finds it as exact",
                        choices=("auto", "on", "off"))
     compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half a minute and gains at "
@@ -940,7 +940,8 @@ class AttentiveProbe(torch.nn.Module):
 
     def read(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
-        return self.head(self.attn(self.query.expand(len(tokens), -1, -1), self.norm(tokens))[:, 0])
+        query = self.query.expand(len(tokens), -1, -1)
+        return self.head(self.attn(query, keys_from=self.norm(tokens))[:, 0])
 
     def forward(self, video):
         """video (B, C, T, H, W) float, normalised with self.mean and self.std -> logits (B, Y)"""
@@ -2486,12 +2487,12 @@ def fit(stage, name, again):
     stage.device = processes.start(choose_device(stage.device))
     stage.precision = choose_precision(stage.precision, stage.device)
     stage.compile, why_compile = choose_compile(stage)
-    kernels = attention.use(stage.attention, stage.device)
+    attention.use(stage.attention)
     products = stage.onednn
     if stage.device == "cpu":
         stage.onednn, why_products = choose_products(stage.onednn)
         if stage.attention == "flex" and stage.steps:
-            raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, written_out, piecewise or fused")
+            raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose auto, reference or sdpa")
     first_process = processes.rank() == 0
     torch.manual_seed(stage.seed)
     model = stage.build().to(stage.device)
@@ -2535,7 +2536,7 @@ def fit(stage, name, again):
     print(f"{name}: {parameters / 1e6:.2f} M parameters, {stage.steps} steps of {clips_per_step(stage)} clips{epochs}, peak "
           f"lr {stage.lr or stage.blr * clips_per_step(stage) / 256:.2e}, {stage.device}, {stage.precision}{shared}, "
           f"{torch.get_num_threads()} threads -> {out}")
-    print(f"attention: {kernels}; blocks {'compiled' if stage.compile == 'on' else 'as they are'}"
+    print(f"attention: {stage.attention}; blocks {'compiled' if stage.compile == 'on' else 'as they are'}"
           + f" ({why_compile})" * bool(why_compile)
           + (f"; oneDNN for float32 {stage.onednn} ({why_products})" if stage.device == "cpu" else ""))
     print("settings: " + json.dumps(dataclasses.asdict(stage)))

@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Block, Dropout, attention, quick_gelu, sinusoid_table
+from attention import Block, Dropout, attention, attention_weights, quick_gelu, sinusoid_table
 from engine.processes import gather_with_gradient, world
 from weights import Rule, WeightsError, commonest
 
@@ -347,7 +347,7 @@ class GlobalBlock(Block):
         q = F.linear(query, to_q, bias_q).view(len(query), heads, -1)        # (B, heads, K)
         moved = torch.einsum("bhk,hkd->bhd", q, to_k)[:, None]               # heads as queries of one head
         seen = attention(moved, context[:, None], context[:, None], scale=q.shape[-1] ** -0.5,
-                         kernel="written_out")[:, 0]                         # (B, heads, D)
+                         form="reference")[:, 0]                         # (B, heads, D)
         out = torch.einsum("bhd,hkd->bhk", seen, to_v).flatten(1) + bias_v
         return self.attn.proj(out)[:, None]
 
@@ -366,9 +366,9 @@ class GlobalBlock(Block):
 
     def looks(self, token, tokens, grid):
         """Where the token looks, arguments as `forward`: (B, t, 1+S), mean over heads, each clip's sum 1."""
-        q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for y in
-                self.attn.project(torch.cat([self.norm1(token), self.context(tokens, grid)], dim=1), None, None)[:2])
-        share = (q[:, :, :1] @ k[:, :, 1:].mT * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
+        both = torch.cat([self.norm1(token), self.context(tokens, grid)], dim=1)
+        q, k, _ = self.attn.queries_keys_values(both)
+        share = attention_weights(q[:, :, :1], k[:, :, 1:]).mean(dim=1)
         return share.view(tokens.shape[:3])
 
 

@@ -216,7 +216,7 @@ def test_the_short_cuts_give_the_numbers_of_the_plain_form(dual):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "written_out", "piecewise", "fused"])
+@pytest.mark.parametrize("kernel", ["auto", "reference", "sdpa"])
 def test_clips_packed_in_one_row_are_what_they_would_be_alone(kernel):
     """Lengths, sizes and mask ratios may differ; loss and gradients are those of the clips one by one."""
     model = toy(positions="axes").double()
@@ -559,7 +559,7 @@ def test_divided_attention_is_joint_attention_under_two_masks():
     place, time = visible % 25, visible // 25
     seen = x
     for norm, layer, group in ((block.norm_time, block.attn_time, place), (block.norm1, block.attn, time)):
-        q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in layer.project(norm(seen), None, None))
+        q, k, v = layer.queries_keys_values(norm(seen))
         scores = (q @ k.mT / q.shape[-1]**0.5).masked_fill(~(group[:, None, :, None] == group[:, None, None]), -torch.inf)
         seen = seen + layer.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     seen = seen + block.mlp(block.norm2(seen))
