@@ -1,11 +1,12 @@
 """What is proved about attention.py:
 
-every form gives the reference attention, values and gradients, for every mask, dtype and layout in memory;
-so does a kernel compiled for a mask, whose batch and length may change without a kernel for each; the choice
-is a rule that no stopwatch and no processor changes, and that exports with a symbolic batch; the future is
-invisible under a causal mask; a key bias changes nothing; a query that may attend to nothing gets zeros;
-packed clips are what they would be alone; the last block may answer for some tokens only; a new field of
-Context reaches every block; sinusoids know distances; DropPath keeps the mean.
+Every form gives the reference attention, values and gradients, for every mask, dtype and layout
+in memory. So does a kernel compiled for a mask, and its batch and length may change without a
+kernel for each. The choice is a rule that no stopwatch and no processor changes, and a block
+exports with a symbolic batch. The future is invisible under a causal mask. A key bias changes
+nothing. A query that may attend to nothing gets zeros. Packed clips are what they would be alone.
+The last block may answer for some tokens only. A new field of Context reaches every block.
+Sinusoids know distances. DropPath keeps the mean.
 """
 
 from dataclasses import dataclass
@@ -17,23 +18,24 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import attention as attention_file
-from attention import (Attention, Block, Context, DropPath, Mask, attention, attention_weights, choose,
-                       gelu, quick_gelu, reference_attention, run_blocks, sinusoid_table)
+from attention import (Attention, Block, Context, DropPath, Mask, attention, attention_weights,
+                       choose, gelu, quick_gelu, reference_attention, run_blocks, sinusoid_table)
 
 
 def masks(keys):
     """Every kind of mask, alone and together; some queries may attend to nothing."""
     is_token = torch.rand(2, keys) > 0.3
     clips, frames = torch.randint(0, 3, (2, keys)), torch.arange(keys)[None] // 3
-    return {"none": None, "empty": Mask(), "causal": Mask(causal=True), "padding": Mask(is_token=is_token),
-            "frames": Mask(frames=frames), "window": Mask(frames=frames, window=1),
-            "packed": Mask(frames=clips),
+    return {"none": None, "empty": Mask(), "causal": Mask(causal=True),
+            "padding": Mask(is_token=is_token), "frames": Mask(frames=frames),
+            "window": Mask(frames=frames, window=1), "packed": Mask(frames=clips),
             "all": Mask(causal=True, is_token=is_token, frames=clips, window=1),
             "nothing": Mask(is_token=torch.zeros(2, keys, dtype=torch.bool))}
 
 
 @pytest.mark.parametrize("kind", masks(1))
-@pytest.mark.parametrize("queries, keys, heads", [(7, 7, 3), (1, 1, 3), (1, 9, 3), (4, 9, 3), (5, 5, 1)])
+@pytest.mark.parametrize("queries, keys, heads",
+                         [(7, 7, 3), (1, 1, 3), (1, 9, 3), (4, 9, 3), (5, 5, 1)])
 def test_every_form_is_attention_from_first_principles(kind, queries, keys, heads):
     """The choice may pick what is fast only because the numbers are the same."""
     torch.manual_seed(queries * 10 + keys)
@@ -47,7 +49,7 @@ def test_every_form_is_attention_from_first_principles(kind, queries, keys, head
             for j in range(keys):
                 if mask is None:
                     continue
-                own = i + keys - queries                                     # the query's own key
+                own = i + keys - queries  # the query's own key
                 if mask.causal and j > own:
                     allowed[b, i, j] = False
                 if mask.is_token is not None and not mask.is_token[b, j]:
@@ -74,8 +76,8 @@ def test_every_form_is_attention_from_first_principles(kind, queries, keys, head
 
 @pytest.fixture
 def traced(monkeypatch):
-    """FlexAttention traced and run by torch's own operators: what is compiled, without the minute of compiling.
-    Returns a function that says how many graphs were made so far."""
+    """FlexAttention traced and run by torch's own operators, without the minute of compiling.
+    Returns a function that returns how many graphs were made so far."""
     monkeypatch.setattr(attention_file, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
@@ -89,12 +91,14 @@ LAYOUTS = {  # one tensor, strided in all ways that projections, heads and cache
     "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "sliced": lambda x: F.pad(x, (3, 2, 1, 1))[..., 1:-1, 3:-2],
     "expanded": lambda x: x[:1, :1].expand_as(x)}
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5}  # bfloat16: eight times its own, 2**-8
+# bfloat16: eight times its own rounding, 2**-8
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5}
 
 
 def assert_exact(form, mask, dtype, queries, keys, layout, backward=True):
     """The form against the reference attention of the same numbers in float64."""
-    inputs = [torch.randn(2, 3, n, 16).to(dtype).requires_grad_(backward) for n in (queries, keys, keys)]
+    inputs = [torch.randn(2, 3, n, 16).to(dtype).requires_grad_(backward)
+              for n in (queries, keys, keys)]
     exact = [x.detach().double().requires_grad_(backward) for x in inputs]
     results = []
     for name, leaves in (("reference", exact), (form, inputs)):
@@ -103,9 +107,10 @@ def assert_exact(form, mask, dtype, queries, keys, layout, backward=True):
         results.append((out, *(torch.autograd.grad(out, leaves, upstream) if backward else ())))
     for expected, got in zip(*results):
         assert got.dtype == dtype
-        torch.testing.assert_close(got.double(), expected, atol=ROUNDING[dtype], rtol=ROUNDING[dtype])
+        rounding = ROUNDING[dtype]
+        torch.testing.assert_close(got.double(), expected, atol=rounding, rtol=rounding)
         if mask is not None and mask.is_token is not None and not mask.is_token.any():
-            assert not got.any() and not got.isnan().any()                   # exactly zero, the gradients too
+            assert not got.any() and not got.isnan().any()  # exactly zero, the gradients too
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -119,14 +124,17 @@ def test_every_form_takes_every_dtype_and_layout_with_gradients(form, dtype):
                 assert_exact(form, of[kind], dtype, queries, keys, layout)
 
 
-@pytest.mark.parametrize("kind, dtype", [("all", torch.float32)] + [pytest.param(*pair, marks=pytest.mark.slow) for pair in (
-    ("none", torch.float32), ("nothing", torch.float32), ("none", torch.bfloat16), ("all", torch.bfloat16))])
+@pytest.mark.parametrize("kind, dtype", [("all", torch.float32)] + [
+    pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+        ("none", torch.float32), ("nothing", torch.float32), ("none", torch.bfloat16),
+        ("all", torch.bfloat16))])
 def test_so_does_flex_without_them(kind, dtype, traced):
     torch.manual_seed(0)
     for queries, keys in ((7, 9), (1, 1)):
         for layout in LAYOUTS:
+            mask = masks(keys)[kind]
             with torch.no_grad():
-                assert_exact("flex", masks(keys)[kind], dtype, queries, keys, layout, backward=False)
+                assert_exact("flex", mask, dtype, queries, keys, layout, backward=False)
 
 
 @torch.no_grad()
@@ -139,7 +147,7 @@ def assert_flex_is_the_reference(mask, q, k, v, atol=1e-5):
 
 @pytest.mark.parametrize("kind", ["none", "all", "nothing"])
 def test_a_kernel_made_for_the_mask_is_the_reference_attention(kind, traced):
-    """Odd sizes, one query, one key, more than one block of 128, one head of keys, not contiguous."""
+    """Odd sizes, one query, one key, several blocks of 128, one head of keys, not contiguous."""
     for queries, keys, heads in [(5, 9, 3), (1, 1, 3), (130, 261, 1)]:
         q, k, v = (torch.randn(2, n, size, 16).transpose(1, 2)
                    for n, size in ((queries, 3), (keys, heads), (keys, heads)))
@@ -157,13 +165,14 @@ def test_so_is_the_compiled_one(kind, dtype, atol):
         try:
             assert_flex_is_the_reference(masks(keys)[kind], q, k, v, atol)
         except torch._dynamo.exc.TorchDynamoException as error:
-            if kind not in ("frames", "window", "packed", "all") or "was not declared" not in str(error):
+            frames = kind in ("frames", "window", "packed", "all")
+            if not frames or "was not declared" not in str(error):
                 raise
-            pytest.skip(f"torch {torch.__version__} writes C++ for frames that does not compile on a CPU")
+            pytest.skip(f"torch {torch.__version__}: its C++ for frames does not compile on a CPU")
 
 
 def test_the_blocks_of_a_mask_hold_all_that_may_be_attended_to_and_little_else():
-    """Three packed clips of 256 tokens: of 36 blocks of 128 x 128, 12 are computed; of a window of frames, the band."""
+    """Three packed clips of 256 tokens: of 36 blocks of 128 x 128, 12 are computed."""
     mask = Mask(frames=torch.arange(768)[None] // 256)
     assert mask.blocks(4, 768, 768, "cpu").to_dense().sum() == 12
     for kind, mask in masks(400).items():
@@ -177,7 +186,8 @@ def test_the_blocks_of_a_mask_hold_all_that_may_be_attended_to_and_little_else()
 
 @pytest.mark.slow
 def test_new_batches_and_lengths_make_one_more_kernel_each_and_never_fall_back(traced):
-    """Training and evaluation differ in both. Past the limit of torch.compile, 8 versions, an exception says so."""
+    """Training and evaluation differ in both. Past the limit of torch.compile, 8 versions, an
+    exception says so."""
     def graphs_for(kind, batch, length):
         q = torch.randn(batch, 2, length, 16)
         clips = (torch.arange(length)[None] // 60).expand(batch, -1)
@@ -220,7 +230,7 @@ def shape(*size, dtype=torch.float32, device="cpu", grad=False):
 
 
 def test_the_choice_is_torchs_kernel_but_for_two_cases(monkeypatch):
-    """By device, type and mask alone: nothing is timed or tried, so a run repeats on any processor."""
+    """By device, type and mask alone: nothing is timed, so a run repeats on any processor."""
     monkeypatch.setattr(attention_file, "no_compiler", lambda device: "")
     rough = dict(dtype=torch.bfloat16, grad=True)
     for device in ("cpu", "cuda", "mps"):
@@ -230,7 +240,7 @@ def test_the_choice_is_torchs_kernel_but_for_two_cases(monkeypatch):
                     q = shape(2, 3, 160, 64, dtype=dtype, device=device, grad=grad)
                     assert choose(q, q, mask) == "sdpa"
 
-    # A bfloat16 backward pass on a CPU, up to a number of bytes; not where nothing asks for gradients.
+    # A bfloat16 backward pass on a CPU, up to a number of bytes; not without gradients.
     small, large = shape(2, 12, 160, 64, **rough), shape(8, 6, 1568, 64, **rough)
     assert choose(small, small) == "reference" and choose(large, large) == "sdpa"
     assert choose(small, shape(2, 12, 160, 64, dtype=torch.bfloat16)) == "reference"
@@ -245,12 +255,14 @@ def test_the_choice_is_torchs_kernel_but_for_two_cases(monkeypatch):
     # A mask that leaves blocks empty, on CUDA, in sizes that FlexAttention takes, with a compiler.
     mask = Mask(frames=torch.arange(600)[None] // 60, window=1)
     keys = shape(1, 2, 600, 16, device="cuda")
-    for queries, K, dtype, expected in ((600, 16, torch.float32, "flex"), (128, 16, torch.bfloat16, "flex"),
-                                        (127, 16, torch.float32, "sdpa"), (600, 8, torch.float32, "sdpa"),
-                                        (600, 16, torch.float64, "sdpa")):
+    for queries, K, dtype, expected in (
+            (600, 16, torch.float32, "flex"), (128, 16, torch.bfloat16, "flex"),
+            (127, 16, torch.float32, "sdpa"), (600, 8, torch.float32, "sdpa"),
+            (600, 16, torch.float64, "sdpa")):
         assert choose(shape(1, 2, queries, K, dtype=dtype, device="cuda"), keys, mask) == expected
     padding = Mask(is_token=torch.ones(1, 600, dtype=torch.bool))
-    assert choose(keys, keys, padding) == "flex" and choose(shape(1, 2, 600, 16), keys, padding) == "sdpa"
+    assert choose(keys, keys, padding) == "flex"
+    assert choose(shape(1, 2, 600, 16), shape(1, 2, 600, 16), padding) == "sdpa"
     monkeypatch.setattr(attention_file, "no_compiler", lambda device: "no Triton")
     assert choose(keys, keys, mask) == "sdpa"
 
@@ -261,15 +273,17 @@ def test_a_block_exports_for_any_batch_and_holds_torchs_kernel(mask):
     class Blocks(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.blocks = torch.nn.ModuleList(Block(32, 2, bias="qv", drop_path=0.1) for _ in range(2))
+            self.blocks = torch.nn.ModuleList(Block(32, 2, bias="qv", drop_path=0.1)
+                                              for _ in range(2))
 
         def forward(self, x):
             return run_blocks(self.blocks, x, Context(mask, last=3))
 
     for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 0.04)):
         model = Blocks().to(dtype).eval()
+        example = torch.randn(4, 10, 32, dtype=dtype)
         batch = torch.export.Dim("batch", min=1, max=64)
-        program = torch.export.export(model, (torch.randn(4, 10, 32, dtype=dtype),), dynamic_shapes=({0: batch},))
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
         assert "scaled_dot_product_attention" in program.graph_module.code
         for size in (1, 4, 7):
             x = torch.randn(size, 10, 32, dtype=dtype)
@@ -282,7 +296,8 @@ def test_the_flag_of_train_py_rules_all_attentions_that_name_no_form():
     try:
         attention_file.use("reference")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention_file, "reference_attention", lambda q, *rest: calls.append(1) or q)
+            patch.setattr(attention_file, "reference_attention",
+                          lambda q, *rest: calls.append(1) or q)
             attention(q, q, q)
             attention(q, q, q, form="sdpa")
     finally:
@@ -298,7 +313,7 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros_and_gives_no_gradient_in_
     for form in ("reference", "sdpa"):
         out = attention(q, q, q, nothing, form=form)
         assert out.eq(0).all() and torch.autograd.grad(out.sum(), q)[0].eq(0).all(), form
-        out = attention(q, q, q, elsewhere, form=form)                       # query 1 sees only key 1, padding
+        out = attention(q, q, q, elsewhere, form=form)  # query 1 may see only key 1, padding
         assert out[:, :, 1].eq(0).all() and out[:, :, [0, 2]].ne(0).all(), form
 
 
@@ -318,7 +333,8 @@ def test_torchs_kernel_keeps_no_scores_for_the_backward_pass():
 
     def largest_kept(form):
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.append(x.numel()) or x, lambda x: x):
             out = attention(q, k, v, form=form)
         return max(sizes), torch.autograd.grad(out.square().sum(), (q, k, v))
 
@@ -329,7 +345,8 @@ def test_torchs_kernel_keeps_no_scores_for_the_backward_pass():
 
 
 def test_an_unknown_form_is_named_with_the_choices():
-    for call in (lambda: attention(*torch.zeros(3, 1, 1, 1, 1), form="flash"), lambda: attention_file.use("flash")):
+    for call in (lambda: attention(*torch.zeros(3, 1, 1, 1, 1), form="flash"),
+                 lambda: attention_file.use("flash")):
         with pytest.raises(ValueError, match="'flash': choose auto, reference, sdpa or flex"):
             call()
 
@@ -347,7 +364,8 @@ def test_packed_clips_are_what_they_would_be_alone():
     """Two clips of different length in one row, told apart by `frames`, equal two single runs."""
     block = Block(16, 2).double()
     a, b = torch.randn(1, 3, 16, dtype=torch.float64), torch.randn(1, 5, 16, dtype=torch.float64)
-    packed = block(torch.cat([a, b], dim=1), Context(Mask(frames=torch.tensor([[0] * 3 + [1] * 5]))))
+    clips = Mask(frames=torch.tensor([[0] * 3 + [1] * 5]))
+    packed = block(torch.cat([a, b], dim=1), Context(clips))
     torch.testing.assert_close(packed, torch.cat([block(a), block(b)], dim=1), atol=1e-12, rtol=0)
 
 
@@ -372,7 +390,7 @@ def test_cross_attention_to_oneself_is_self_attention():
 
 
 def test_a_key_bias_never_changes_the_output():
-    """It adds q . bias to every score of a query alike; softmax cannot see that. So VideoMAE has none."""
+    """It adds q . bias to every score of a query, which softmax ignores. So VideoMAE has none."""
     layer = Attention(16, 4, bias="qkv").double()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     before = layer(x)
@@ -388,15 +406,16 @@ def test_asking_for_the_last_tokens_only_gives_the_same_numbers(bias, cosine):
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     torch.testing.assert_close(block(x, Context(last=3)), block(x)[:, -3:], atol=1e-12, rtol=0)
     blocks = torch.nn.ModuleList([block, Block(16, 2).double()])
-    torch.testing.assert_close(run_blocks(blocks, x, Context(last=3)), run_blocks(blocks, x)[:, -3:], atol=1e-12, rtol=0)
+    few, all_tokens = run_blocks(blocks, x, Context(last=3)), run_blocks(blocks, x)
+    torch.testing.assert_close(few, all_tokens[:, -3:], atol=1e-12, rtol=0)
     assert torch.equal(run_blocks([], x, Context(last=3)), x[:, -3:])
 
 
 def test_a_new_field_of_the_context_reaches_every_block_beside_the_old_ones():
-    """Rotary positions (RoFormer, arXiv 2104.09864) in one field and one method: scores depend on distance alone."""
+    """Rotary positions (RoFormer, arXiv 2104.09864) in one field: only distances count."""
     @dataclass(frozen=True, eq=False)
     class Rotary(Context):
-        angles: torch.Tensor | None = None                                   # (N, K/2)
+        angles: torch.Tensor | None = None  # (N, K/2)
 
     class RotaryAttention(Attention):
         def forward(self, x, context=None, *, keys_from=None):
@@ -409,7 +428,8 @@ def test_a_new_field_of_the_context_reaches_every_block_beside_the_old_ones():
             for y in (q, k):
                 first, second = y.chunk(2, dim=-1)
                 cos, sin = (f(self.angles[-y.shape[2]:]) for f in (torch.cos, torch.sin))
-                turned.append(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+                turned.append(torch.cat([first * cos - second * sin,
+                                         second * cos + first * sin], dim=-1))
             return *turned, v
 
     blocks = [Block(16, 2).double() for _ in range(3)]
@@ -422,7 +442,8 @@ def test_a_new_field_of_the_context_reaches_every_block_beside_the_old_ones():
     out = run_blocks(blocks, x, Rotary(Mask(causal=True), angles=angles))
     turned = run_blocks(blocks, x, Rotary(Mask(causal=True), angles=angles + 3.0))
     torch.testing.assert_close(out, turned, atol=1e-12, rtol=0)
-    assert (out - run_blocks(blocks, x, Rotary(Mask(causal=True), angles=angles * 2))).abs().max() > 1e-4
+    stretched = run_blocks(blocks, x, Rotary(Mask(causal=True), angles=angles * 2))
+    assert (out - stretched).abs().max() > 1e-4
     for recompute in (False, True):
         few = run_blocks(blocks, x, Rotary(Mask(causal=True), last=2, angles=angles), recompute)
         torch.testing.assert_close(few, out[:, -2:], atol=1e-12, rtol=0)
@@ -451,11 +472,14 @@ def test_cosine_attention_ignores_the_length_of_queries_and_keys():
 def test_the_block_is_torchs_own_pre_norm_layer():
     """Equality with something that others wrote: nn.TransformerEncoderLayer, norm first."""
     theirs = torch.nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, activation="gelu",
-                                              batch_first=True, norm_first=True, layer_norm_eps=1e-6)
+                                              batch_first=True, norm_first=True,
+                                              layer_norm_eps=1e-6)
     theirs = theirs.double()
     ours = Block(16, 2).double()
-    names = {"attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias",
-             "attn.proj.weight": "self_attn.out_proj.weight", "attn.proj.bias": "self_attn.out_proj.bias",
+    names = {"attn.qkv.weight": "self_attn.in_proj_weight",
+             "attn.qkv.bias": "self_attn.in_proj_bias",
+             "attn.proj.weight": "self_attn.out_proj.weight",
+             "attn.proj.bias": "self_attn.out_proj.bias",
              "mlp.fc1.weight": "linear1.weight", "mlp.fc1.bias": "linear1.bias",
              "mlp.fc2.weight": "linear2.weight", "mlp.fc2.bias": "linear2.bias"}
     state = theirs.state_dict()
@@ -491,13 +515,13 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 def test_non_contiguous_inputs_are_fine():
     q = torch.randn(2, 5, 3, 8).transpose(1, 2)
     torch.testing.assert_close(attention(q, q, q), attention(*[q.contiguous()] * 3))
-    torch.testing.assert_close(attention(q, q, q, form="reference"), F.scaled_dot_product_attention(q, q, q),
-                               atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(q, q, q, form="reference"),
+                               F.scaled_dot_product_attention(q, q, q), atol=1e-5, rtol=1e-5)
 
 
 def test_the_file_shows_the_shapes_of_attention_and_two_masks(capsys):
     attention_file.main()
     out = capsys.readouterr().out
     assert "(2, 4, 12, 24)" in out and "sdpa differs from the reference by" in out
-    assert out.splitlines()[-12:] == ["  " + row for row in ["######......"] * 3 + ["#########..."] * 3
-                                      + ["...#########"] * 3 + ["......######"] * 3]
+    window = ("######......", "#########...", "...#########", "......######")
+    assert out.splitlines()[-12:] == ["  " + row for row in window for _ in range(3)]

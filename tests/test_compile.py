@@ -1,9 +1,9 @@
 """What is proved about compiled blocks (train.py --compile):
 
-no stage and no network has a graph break, forward or backward; losses and gradients are those of the uncompiled
-network; another batch size makes one more version in training and one in evaluation, not one per size;
-FlexAttention and its mask become part of a block's graph; where nothing can be compiled a run says so and goes
-on; oneDNN multiplies float32 matrices by a rule.
+No stage and no network has a graph break, forward or backward. Losses and gradients are those of
+the uncompiled network. Another batch size makes one more version in training and one in
+evaluation, not one per size. FlexAttention and its mask become part of a block's graph. Where
+nothing can be compiled a run says so and goes on. oneDNN multiplies float32 matrices by a rule.
 """
 
 import pytest
@@ -50,7 +50,8 @@ def step(stage, model, batch):
     torch.manual_seed(0)
     loss, _ = stage.loss(model, batch, train.generator(0, "test"))
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()
+                           if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", ["mae", pytest.param("clip", marks=pytest.mark.slow),
@@ -81,7 +82,8 @@ def test_the_bridge_between_two_encoders_has_no_graph_break_either(tmp_path):
         torch.manual_seed(0)
         model = train.Classify(encoder=name, **FAST, num_frames=4, input_size=size).build()
         train.weights.save(tmp_path / name, model, model.config)
-    stage = train.Fuse(**FAST, masked=str(tmp_path / "masked"), multimodal=str(tmp_path / "multimodal"), batch_size=4)
+    stage = train.Fuse(**FAST, masked=str(tmp_path / "masked"),
+                       multimodal=str(tmp_path / "multimodal"), batch_size=4)
     model = stage.build().train()
     batch = next(iter(data.batches(stage.datasets()[0], 4, 0, 1)))
     for module in model.modules():
@@ -97,14 +99,16 @@ def test_the_bridge_between_two_encoders_has_no_graph_break_either(tmp_path):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that torch.compile has made so far; they run as they are, so a version costs tracing alone."""
+    """The graphs that torch.compile has made so far. They run as they are: only tracing costs."""
     made = []
-    monkeypatch.setattr(attention, "BACKEND", lambda graph, inputs: made.append(graph) or graph.forward)
+    monkeypatch.setattr(attention, "BACKEND",
+                        lambda graph, inputs: made.append(graph) or graph.forward)
     return made
 
 
 def classifier(**options):
-    return mae.VideoClassifier("tiny", classes=3, frames=4, image_size=32, head_scale=1.0, **options)
+    return mae.VideoClassifier("tiny", classes=3, frames=4, image_size=32, head_scale=1.0,
+                               **options)
 
 
 def masked(**options):
@@ -126,15 +130,18 @@ def network(name):
         model, hidden = masked(space_time="divided")
         return model, lambda: model(video, hidden)
     if name == "local units":
-        model = uniformerv2.UniFormerV2(uniformerv2.Size(32, 2, 2, 64, 16, 32), classes=3, local_units=2)
+        size = uniformerv2.Size(32, 2, 2, 64, 16, 32)
+        model = uniformerv2.UniFormerV2(size, classes=3, local_units=2)
         return model, lambda: model(video)
     if name == "windows of frames":
-        model, x = torch.nn.ModuleList([attention.Block(32, 2), attention.Block(32, 2)]), torch.randn(2, 40, 32)
+        model = torch.nn.ModuleList([attention.Block(32, 2), attention.Block(32, 2)])
+        x = torch.randn(2, 40, 32)
         mask = attention.Mask(frames=torch.arange(40)[None] // 10, window=1)
         context = attention.Context(mask, last=10)
         return model, lambda: attention.run_blocks(model, x, context)
     if name == "caption decoder":
-        model = caption_decoder.CaptionDecoder(32, heads=2, depth=2, visual_width=48, vocabulary=50, queries=4)
+        model = caption_decoder.CaptionDecoder(32, heads=2, depth=2, visual_width=48,
+                                               vocabulary=50, queries=4)
         visual, text = torch.randn(2, 9, 48), torch.randn(2, 6, 32)
         return model, lambda: model(visual, text)
     model = fusion.InternVideo(classifier(), uniformerv2.UniFormerV2("tiny", classes=3, frames=4))
@@ -142,15 +149,18 @@ def network(name):
     return model, lambda: model(clip)
 
 
-@pytest.mark.parametrize("name", ["classifier", "local units", "windows of frames", "caption decoder"] + [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("dual mask", "divided attention", "fusion")])
+@pytest.mark.parametrize("name", [
+    "classifier", "local units", "windows of frames", "caption decoder",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("dual mask", "divided attention", "fusion"))])
 def test_no_network_has_a_graph_break_in_its_blocks_forward_or_backward(name, graphs):
     torch.manual_seed(0)
     model, call = network(name)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    expected = call()                                                        # fullgraph: a break is an exception
+    expected = call()
+    # fullgraph: a break is an exception
     train.compile_blocks(model)
     out = call()
     out.square().sum().backward()
@@ -161,12 +171,12 @@ def test_no_network_has_a_graph_break_in_its_blocks_forward_or_backward(name, gr
 
 
 def test_training_and_evaluation_taking_turns_make_one_more_version_each(graphs):
-    """Full batches, a smaller last one, other sizes later: two versions for each of the two ways at most."""
+    """Full batches, a smaller last one, other sizes later: two versions at most of each of both."""
     model = classifier(drop_path=0.1)
     train.compile_blocks(model)
     new = []
-    for training, batch in ((False, 6), (False, 6), (False, 3), (True, 4), (True, 4), (True, 4), (False, 6), (True, 5),
-                            (False, 7), (True, 2), (False, 4)):
+    for training, batch in ((False, 6), (False, 6), (False, 3), (True, 4), (True, 4), (True, 4),
+                            (False, 6), (True, 5), (False, 7), (True, 2), (False, 4)):
         before = len(graphs)
         model.train(training)
         with torch.set_grad_enabled(training):
@@ -174,7 +184,7 @@ def test_training_and_evaluation_taking_turns_make_one_more_version_each(graphs)
         if training:
             out.sum().backward()
         new.append(len(graphs) - before)
-    assert new[0] and not new[1] and new[2] <= new[0]                        # evaluation: 6, again, then another size
+    assert new[0] and not new[1] and new[2] <= new[0]  # evaluation: 6, again, another size
     assert not any(new[i] for i in (4, 5, 6, 8, 10)) and new[7] <= new[3] and not new[9], new
 
 
@@ -236,16 +246,18 @@ def test_a_compiled_block_takes_its_masked_attention_in_one_graph():
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-def test_where_nothing_can_be_compiled_a_run_says_so_once_and_goes_on(tmp_path, capsys, monkeypatch):
+def test_where_nothing_can_be_compiled_a_run_says_so_once_and_goes_on(tmp_path, capsys,
+                                                                      monkeypatch):
     monkeypatch.setattr(attention, "no_compiler", lambda device: "g++: not found")
-    flags = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 --workers 0 --precision fp32 "
-             "--device cpu --compile on --steps 1").split()
+    flags = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 "
+             "--workers 0 --precision fp32 --device cpu --compile on --steps 1").split()
     assert train.main(["mae", *flags, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("nothing can be compiled here: g++: not found") == 1
 
 
 @pytest.mark.parametrize("rounds", [False, True])
-def test_float32_products_change_library_by_a_rule_and_only_where_that_is_exact(rounds, monkeypatch):
+def test_float32_products_change_library_by_a_rule_and_only_where_that_is_exact(rounds,
+                                                                                monkeypatch):
     """A stopwatch might say something else the next time, and two equal runs would differ in their
     last bits. Maker and rounding are simulated, so the test is the same on every processor."""
     setting = torch.backends.mkldnn.matmul
