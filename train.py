@@ -2716,8 +2716,12 @@ def leave(stage, name, model, tensors, batch, report):
 
 def dry_run(stage, model):
     """Print size, FLOPs and memory of a step without taking one, counted on one or two clips."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+    def of_cpu_kernel(q, k, v, *_, **__):  # torch counts the attention kernels of GPUs alone
+        return sdpa_flop_count(q, k, v)
+
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_cpu_kernel}
     train_set, _ = stage.datasets()
     batch = to_device(next(iter(data.batches(train_set, 1, stage.seed, 1))), stage.device)
     kept = {}
@@ -2727,7 +2731,7 @@ def dry_run(stage, model):
         return tensor
 
     model.train()
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, \
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=mapping) as counter, \
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = stage.loss(model, batch, generator(stage.seed, "dry run"))
     forward = counter.get_total_flops()
