@@ -98,6 +98,7 @@ class Mask:
         causal, window = self.causal, self.window
         is_token = None if self.is_token is None else self.is_token.expand(batch, -1)
         frames = None if self.frames is None else self.frames.expand(batch, -1)
+        query_frames = None if frames is None else frames[:, keys - queries:]
 
         def may_attend(row, head, query, key):
             allowed = key >= 0
@@ -106,7 +107,7 @@ class Mask:
             if is_token is not None:
                 allowed = allowed & is_token[row, key]
             if frames is not None:
-                distance = (frames[row, query + offset] - frames[row, key]).abs()
+                distance = (query_frames[row, query] - frames[row, key]).abs()
                 allowed = allowed & (distance <= window)
             return allowed
         return may_attend
