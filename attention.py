@@ -1,164 +1,119 @@
-"""Attention, and the block that the encoders are made of: what differs is who may look at whom.
+"""Attention and the transformer block that every network here is made of.
 
-Why: a masked autoencoder, a frame-wise CLIP, a caption decoder and the bridge between two encoders
-are told apart by what each token may look at, hardly by anything else. (The caption decoder arranges
-its layers otherwise than `Block`, but its attention is this one too.) So attention is written once,
-here, and the rest of the repository is about what to look at ("Attention Is All You Need", arXiv
-1706.03762, Sec. 3.2, Attention; "An Image Is Worth 16x16 Words", arXiv 2010.11929, Sec. 3.1, Vision
-Transformer).
+The networks differ mainly in what a token may attend to, so attention is written once ("Attention
+Is All You Need", arXiv 1706.03762, Sec. 3.2; Vision Transformer, arXiv 2010.11929, Sec. 3.1).
 
     x (B, N, D) -+- norm1 -> attention -> (+) -+- norm2 -> mlp -> (+) -> x (B, N, D)
                  |_________________________|   |____________________|
 
-The letters, used in every file. Small t, h, w are the three axes of the token grid; all other counts
-are capitals.
-
     letter     meaning                                                        ViT-B value
-    B          clips in the batch                                             -
-    C          colour channels                                                3
+    B C        clips in the batch, colour channels                            -, 3
     T H W      frames, pixel rows, pixel columns                              16, 224, 224
     t h w      token grid: tubelets in time, patch rows, patch columns        8, 14, 14
-    S          tokens per frame, h*w                                          196
-    N          tokens per clip, t*S                                           1568
-    Nv Nm      visible and masked tokens, Nv + Nm = N                         160, 1408
-    P          numbers inside one tubelet, 2*16*16*3                          1536
+    S N        tokens per frame, h*w; tokens per clip, t*S                    196, 1568
     D          model width                                                    768
     heads, K   attention heads, width of one head, D = heads*K                12, 64
-    L V        text tokens, vocabulary size                                   77, 49408
-    M          video tokens that a text or another encoder looks at           -
-    W          width of the text encoder, where H and W are not pixels        512
-    E          width of the joint video-text space                            512
-    Q          learned queries                                                256
-    Y          classes                                                        400
 
-A video is (B, C, T, H, W), its tokens are (B, N, D), and token n = tau*S + y*w + x: time is slowest.
-Queries, keys and values are always (B, heads, N, K).
+A video is (B, C, T, H, W) and its tokens are (B, N, D). Token n = tau*S + y*w + x: time is the
+slowest axis. Queries, keys and values are (B, heads, N, K). Other files define their own letters.
 
-The idea, in steps:
-1. `Mask` says in words what a query may look at: the past, real tokens, its own segment, nearby
-   frames. `Mask.rule` says the same as a function of two numbers, a query's and a key's.
-2. `written_out`: a soft dictionary. Each token asks with its query and answers with its key and its
-   value: a query is compared with every key, the similarities become weights that sum to one, and the
-   weights mix the values. With unit-variance entries a dot
-   product of K numbers has variance K; dividing by sqrt(K) keeps the softmax away from saturation.
-3. `piecewise`, `fused`, `flex` and `apart` give the same numbers with less: piece by piece, computed again
-   for the backward pass in place of being kept; by a ready-made kernel that never stores the scores;
-   by one that torch.compile writes for the mask's rule; clip by clip.
-4. `attention` is what the networks call; `choose` picks one of the five and says why.
-5. `Attention` adds the projections, `Mlp` the other half, `Block` the pre-norm residuals.
-   `DropPath` and `sinusoid_table` complete the kit.
+1. `Mask` says which keys a query may attend to. `Mask.rule` is the one place that defines it.
+2. `reference_attention` is the definition. Each query is compared with every key, softmax turns
+   the similarities into weights that sum to one, and the weights mix the values. A dot product of K
+   numbers of unit variance has variance K. Division by sqrt(K) keeps the softmax from saturating.
+3. `sdpa` and `flex_attention` compute the same numbers with less memory: torch's own kernel, and a
+   kernel that torch.compile generates for the mask. `choose` names one of the three, by a rule.
+4. `Attention` adds the projections, `Mlp` is the other half, `Block` the pre-norm residual block.
+   `run_blocks` hands a `Context` to each block: all that a block needs besides its tokens.
 
-Biases are what each projection adds to all queries, keys or values. One on the keys adds the same number to
-all scores of a query, and softmax cannot see it, which is why VideoMAE has them on queries and values
-only (bias="qv").
-
-Where we differ from common code: DropPath drops samples, also where the official sequence-first code drops
-token positions.
-
-Numbers: one block of ViT-B holds 7.1 M parameters, 2.4 M of them in the attention.
+A bias on the keys adds the same number to all scores of a query, and softmax ignores it. VideoMAE
+therefore has biases on queries and values only (bias="qv"). Where we differ: DropPath drops
+samples, also where official sequence-first code drops token positions.
 
 >>> block = Block(width=32, heads=4)
->>> block(torch.zeros(2, 10, 32)).shape             # (B, N, D) -> (B, N, D)
+>>> block(torch.zeros(2, 10, 32)).shape                    # (B, N, D) -> (B, N, D)
 torch.Size([2, 10, 32])
->>> block(torch.zeros(2, 10, 32), last=3).shape     # only the last three tokens ask
+>>> block(torch.zeros(2, 10, 32), Context(last=3)).shape   # only the last three tokens are queries
 torch.Size([2, 3, 32])
 """
 
 import functools
-import itertools
-import time
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention import flex_attention as torch_flex
 
 from engine.processes import joined
 
-KERNELS = ("auto", "written_out", "piecewise", "fused", "flex", "apart")
+FORMS = ("auto", "reference", "sdpa", "flex")
+BACKEND = "inductor"  # of torch.compile
 
-# On a CPU the written-out form keeps all weights for the backward pass, up to KEPT bytes of them. Above, they
-# are computed in pieces of at most PIECE bytes, twice: the attention alone takes a quarter to two thirds more
-# time, and no more memory than fused kernels (LOG.md).
-KEPT, PIECE = 8 * 2**20, 4 * 2**20
+# `choose` takes the reference form up to this many bytes of scores, B*heads*Nq*Nk*2. It keeps them
+# in each block for the backward pass, 0.4 GiB in 12 blocks. From about 50 MiB on it is not faster.
+SMALL = 32 * 2**20
 
 
 # ------------------------------------------------------------------------------------------------
-# What may be looked at
+# What a query may attend to
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which keys a query may look at; each field given narrows the choice further.
+    """Which keys a query may attend to. Each field that is given narrows the choice further.
 
-    causal          True = a query sees keys up to its own position. With fewer queries than keys,
-                    the queries are the last ones (as in step-by-step decoding).
-    is_token        (B, Nk) bool, True = a real token, False = padding, never looked at
-    segments        (B, Nk) int, the clip or sentence each key belongs to, when several are packed
-                    in one row; a query sees its own segment only
-    query_segments  (B, Nq) int, the same for queries; default: the last Nq of `segments`
-    frames          (B, Nk) int, the frame each key belongs to; a query sees keys of frames at most
-                    `window` away. 0 = its own frame only
-    query_frames    (B, Nq) int, the same for queries; default: the last Nq of `frames`
-    ready           its `blocks`, made before compiled code begins: see `made_ready`
+    causal    True = keys up to the query's own position. With fewer queries than keys, the queries
+              are the last ones, as in step-by-step decoding
+    is_token  (B, Nk) bool, False = padding, which no query attends to
+    frames    (B, Nk) int, the frame of each key: only keys at most `window` frames away. With
+              window 0 any group number will do, such as the clip of each token in a packed row
+    window    int, see frames
 
-    Tensors may have one row for all clips, (1, N). A query that may look at nothing gets zeros.
+    Tensors may have one row for all clips, (1, Nk). For `causal` and `frames` the queries are the
+    last Nq of the keys. A query that may attend to nothing gets zeros.
     """
 
     causal: bool = False
     is_token: torch.Tensor | None = None
-    segments: torch.Tensor | None = None
-    query_segments: torch.Tensor | None = None
     frames: torch.Tensor | None = None
-    query_frames: torch.Tensor | None = None
     window: int = 0
-    ready: BlockMask | None = None
 
     @property
     def kind(self):
-        """Which of the four narrow: a tuple of names, () = every query sees every key."""
-        return ("causal",) * self.causal + tuple(
-            name for name in ("is_token", "segments", "frames") if getattr(self, name) is not None)
+        """Names of the fields that narrow the choice; () = every query attends to every key."""
+        tensors = tuple(name for name in ("is_token", "frames") if getattr(self, name) is not None)
+        return ("causal",) * self.causal + tensors
 
     @property
     def rows(self):
         """B, or 1 where the mask is the same for all clips."""
-        tensors = (self.is_token, self.segments, self.query_segments, self.frames, self.query_frames)
-        return max([1] + [len(x) for x in tensors if x is not None])
+        return max([1] + [len(x) for x in (self.is_token, self.frames) if x is not None])
 
-    def rule(self, rows, queries, keys, device):
-        """The mask as a function: (row, head, query, key), all numbers, -> may it look? This is the
-        one place that says so: broadcast, it fills a table; compiled, it becomes part of a kernel."""
-        def both(of_keys, of_queries):
-            if of_keys is None:
-                return None, None
-            of_queries = of_keys[:, keys - queries:] if of_queries is None else of_queries
-            return of_queries.expand(rows, -1), of_keys.expand(rows, -1)
-
-        ahead = torch.tensor(keys - queries, device=device)  # a tensor: as a number it would be compiled in
+    def rule(self, batch, queries, keys, device):
+        """The mask as a function of (row, head, query, key), integers -> bool, may it attend?
+        `allowed` broadcasts it to a table; `flex_attention` compiles it into a kernel."""
+        # A tensor, because torch.compile would specialise the kernel for a Python number.
+        offset = torch.tensor(keys - queries, device=device)
         causal, window = self.causal, self.window
-        is_token = None if self.is_token is None else self.is_token.expand(rows, -1)
-        (query_segments, segments), (query_frames, frames) = (
-            both(self.segments, self.query_segments), both(self.frames, self.query_frames))
+        is_token = None if self.is_token is None else self.is_token.expand(batch, -1)
+        frames = None if self.frames is None else self.frames.expand(batch, -1)
+        query_frames = None if frames is None else frames[:, keys - queries:]
 
-        def may_look(row, head, query, key):
-            seen = key >= 0
+        def may_attend(row, head, query, key):
+            allowed = key >= 0
             if causal:
-                seen = seen & (key <= query + ahead)
+                allowed = allowed & (key <= query + offset)
             if is_token is not None:
-                seen = seen & is_token[row, key]
-            if segments is not None:
-                seen = seen & (query_segments[row, query] == segments[row, key])
+                allowed = allowed & is_token[row, key]
             if frames is not None:
-                seen = seen & ((query_frames[row, query] - frames[row, key]).abs() <= window)
-            return seen
-        return may_look
+                distance = (query_frames[row, query] - frames[row, key]).abs()
+                allowed = allowed & (distance <= window)
+            return allowed
+        return may_attend
 
     def allowed(self, queries, keys, device):
-        """The mask as a table: (B or 1, 1, Nq, Nk) bool, True = may be looked at; None = all."""
+        """The mask as a table: (B or 1, 1, Nq, Nk) bool, True = may attend; None = everything."""
         if not self.kind:
             return None
         rule = self.rule(self.rows, queries, keys, device)
@@ -167,389 +122,160 @@ class Mask:
         return allowed.expand(self.rows, 1, queries, keys)
 
     def blocks(self, batch, queries, keys, device):
-        """The mask as FlexAttention wants it: its rule, and which blocks of 128 x 128 pairs hold
-        anything. Kept for the next layer, which asks for the same."""
-        if self.ready is not None:
-            return self.ready
-
+        """The mask for FlexAttention: its rule, and which blocks of 128 x 128 pairs are not empty.
+        Kept in this object, because all layers of a network ask for the same."""
         def made():
-            return create_block_mask(self.rule(batch, queries, keys, device), None if self.rows == 1 else batch,
-                                     None, queries, keys, device=device)
+            rows = None if self.rows == 1 else batch
+            return torch_flex.create_block_mask(self.rule(batch, queries, keys, device), rows, None,
+                                                queries, keys, device=device)
         if torch.compiler.is_compiling():
             return made()
-        kept = self.__dict__.setdefault("_blocks", {})
-        wanted = batch, queries, keys, str(device)
-        return kept.get(wanted) or kept.setdefault(wanted, made())
+        kept, size = self.__dict__.setdefault("_blocks", {}), (batch, queries, keys, str(device))
+        return kept.get(size) or kept.setdefault(size, made())
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention, once in plain words and four times with less memory or time
+# Attention: the definition, and two forms with the same numbers
 
 
-def written_out(q, k, v, allowed=None, scale=None):
-    """softmax(q k^T / sqrt(K)) v, in a few lines (arXiv 1706.03762, Sec. 3.2.1, Scaled Dot-Product).
+def attention_weights(q, k, allowed=None, scale=None):
+    """How much of each value a query takes: softmax(q k^T / sqrt(K)).
 
-    q (B, heads, Nq, K), k and v (B, heads or 1, Nk, K); allowed as `Mask.allowed`; returns as q.
+    q (B, heads, Nq, K), k (B, heads or 1, Nk, K), allowed as `Mask.allowed` returns it.
+    Returns (B, heads, Nq, Nk); rows sum to one, or to zero where nothing is allowed.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return weights_of(q * scale, k, allowed).to(v.dtype) @ v
-
-
-def weights_of(q, k, allowed=None):
-    """How much of each value a query takes: (B, heads, Nq, Nk), rows sum to one, or to zero where nothing is allowed."""
-    scores = q @ k.transpose(-2, -1)
+    scores = (q * scale) @ k.transpose(-2, -1)
     if allowed is None:
         return scores.softmax(dim=-1)
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return weights.masked_fill(~allowed, 0)  # a row with nothing allowed: zeros, not a mean
 
 
-def piecewise(q, k, v, mask=None, scale=None):
-    """The same numbers, for a part of clips, heads or queries at a time; the backward pass computes the weights of
-    each part again. All the weights are never there at once."""
-    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))                # one key head, shared
+def reference_attention(q, k, v, mask=None, scale=None):
+    """softmax(q k^T / sqrt(K)) v: the definition (arXiv 1706.03762, Sec. 3.2.1). Arguments as those
+    of `attention`. The backward pass keeps all Nq x Nk weights."""
     allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
-    if torch.is_autocast_enabled(q.device.type):  # as it would do to every product
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
-        return Piecewise.apply(q, k, v, allowed, scale)
+    return attention_weights(q, k, allowed, scale).to(v.dtype) @ v
 
 
-class Piecewise(torch.autograd.Function):
-    """See `piecewise`; there is a head of keys for each of queries, allowed is a table or None."""
-
-    @staticmethod
-    def pieces(q, k, allowed):
-        """(place in q, place in k and v, that part of the table), piece by piece: some clips, or some heads of one, or
-        some queries of one head."""
-        (B, heads, Nq, _), row = q.shape, max(1, k.shape[2]) * q.element_size()
-        most = [max(1, PIECE // (row * max(1, size))) for size in (Nq * heads, Nq, 1)]
-        for starts in itertools.product(*(range(0, count, step) for count, step in zip((B, heads, Nq), most))):
-            clips, some, queries = (slice(start, start + step) for start, step in zip(starts, most))
-            part = None if allowed is None else allowed[clips if len(allowed) > 1 else slice(None), :, queries]
-            yield (clips, some, queries), (clips, some), part
-
-    @staticmethod
-    def forward(ctx, q, k, v, allowed, scale):
-        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # as the projection reads it
-        for of_q, of_k, part in Piecewise.pieces(q, k, allowed):
-            out[of_q] = weights_of(q[of_q] * scale, k[of_k], part).to(v.dtype) @ v[of_k]
-        ctx.save_for_backward(q, k, v, allowed)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        q, k, v, allowed = ctx.saved_tensors
-        exact = torch.promote_types(q.dtype, torch.float32)                  # sums over pieces are not rounded piece by piece
-        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape, dtype=exact), v.new_zeros(v.shape, dtype=exact)
-        # (a^T b)^T in place of b^T a: the large matrix as it lies is read twice as fast.
-        for of_q, of_k, part in Piecewise.pieces(q, k, allowed):
-            scaled, upstream = q[of_q] * ctx.scale, grad[of_q]
-            weights = weights_of(scaled, k[of_k], part)
-            grad_v[of_k] += (upstream.transpose(-2, -1) @ weights.to(v.dtype)).transpose(-2, -1)
-            # A softmax sends back w * (g - sum of w * g over keys). Taken of these same g, so that in bfloat16 what must
-            # cancel does: the output times its gradient is that sum too, rounded otherwise.
-            scores = torch.ops.aten._softmax_backward_data(upstream @ v[of_k].transpose(-2, -1), weights, -1, weights.dtype)
-            grad_q[of_q] = (scores @ k[of_k]).mul_(ctx.scale)
-            grad_k[of_k] += (scaled.transpose(-2, -1) @ scores).transpose(-2, -1)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
-
-
-def fused(q, k, v, mask=None, scale=None):
-    """The same numbers from torch's fused kernels, which never hold all scores in memory: a block of
-    queries meets a block of keys at a time, and a running maximum and sum finish the softmax
-    (FlashAttention, arXiv 2205.14135, Sec. 3.1). They know "all" and "the past"; any other mask is a
-    table that they read, and what it hides is computed all the same."""
-    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))                # one key head, shared
+def sdpa(q, k, v, mask=None, scale=None):
+    """The same numbers from torch's scaled_dot_product_attention. Where it can, it never stores all
+    scores: a block of queries meets one block of keys at a time (FlashAttention, arXiv 2205.14135,
+    Sec. 3.1). No mask and the causal mask are built in. Any other mask becomes a table."""
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))  # one head may serve all queries
     kind = () if mask is None else mask.kind
     if not kind or (kind == ("causal",) and q.shape[2] == k.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=bool(kind), scale=scale)
     allowed = mask.allowed(q.shape[2], k.shape[2], q.device)
-    # Kernels disagree about a query that may look at nothing (zeros or NaN), so let it look
-    # everywhere and throw the answer away.
-    nothing = ~allowed.any(dim=-1, keepdim=True)                             # (B, 1, Nq, 1)
+    # Kernels disagree about a query that may attend to nothing (zeros or NaN). It attends to
+    # everything here, and its result is replaced by zeros.
+    nothing = ~allowed.any(dim=-1, keepdim=True)  # (B or 1, 1, Nq, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | nothing, scale=scale)
     return out.masked_fill(nothing, 0)
 
 
-def flex(q, k, v, mask=None, scale=None):
-    """The same numbers from a kernel made for the mask: torch.compile writes the mask's rule into a
-    fused kernel, forward and backward, that leaves out blocks of 128 x 128 pairs in which nothing may
-    be looked at (FlexAttention, arXiv 2412.05496). No backward on a CPU, none in float64."""
+def flex_attention(q, k, v, mask=None, scale=None):
+    """The same numbers from a kernel that torch.compile generates for the mask's rule. It skips
+    blocks of 128 x 128 pairs in which nothing is allowed (FlexAttention, arXiv 2412.05496). Raises
+    ValueError for gradients on a CPU, where it has no backward pass. It takes no float64."""
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if grad and q.device.type == "cpu":
-        raise ValueError("FlexAttention has no backward pass on a CPU: choose another kernel, or torch.no_grad()")
-    if not grad:  # what could have gradients is refused on a CPU, even where none are asked for
+        raise ValueError("FlexAttention has no backward pass on a CPU: choose sdpa or reference, "
+                         "or use torch.no_grad()")
+    if not grad:  # on a CPU torch refuses tensors that require gradients even under no_grad
         q, k, v = q.detach(), k.detach(), v.detach()
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     mask = mask if mask is not None and mask.kind else None
     blocks = None if mask is None else mask.blocks(len(q), q.shape[2], k.shape[2], q.device)
-    if torch.compiler.is_compiling():  # it becomes part of the graph around it
-        return flex_attention(q, k, v, block_mask=blocks, scale=scale)
+    if torch.compiler.is_compiling():  # it becomes part of the surrounding graph
+        return torch_flex.flex_attention(q, k, v, block_mask=blocks, scale=scale)
     variant = mask and (mask.kind, mask.rows == 1, mask.window)
-    return _kernel(variant, q.shape[1], q.shape[3], q.dtype, q.device, grad, scale)(q, k, v, blocks)
-
-
-BACKEND = "inductor"  # of torch.compile
-
-
-@functools.lru_cache(maxsize=None)
-def _kernel(kind, heads, width, dtype, device, grad, scale):
-    """A FlexAttention of its own for all that a kernel is written for. Only batch and lengths vary within
-    one, and torch.compile makes a kernel for any size when it meets the second, once per size.
-
-    It counts versions by code object and past the eighth falls back to the slow form, silently unless the
-    whole function must become one graph. So: one code object each, and fullgraph, which raises instead."""
-    def run(q, k, v, blocks):
-        return flex_attention(q, k, v, block_mask=blocks, scale=scale)
-    run.__code__ = run.__code__.replace(co_name="flex")  # a copy
-    return torch.compile(run, fullgraph=True, backend=BACKEND)
+    kernel = _compiled_flex(variant, q.shape[1], q.shape[3], q.dtype, q.device, grad, scale)
+    return kernel(q, k, v, blocks)
 
 
 @functools.lru_cache(maxsize=None)
-def _flex_works(kind, width, dtype, device):
-    """Does FlexAttention give the written-out numbers for such masks there, forward and backward? Tried once, on 256
-    tokens: inside a compiled block its failure could not be caught. A failing kind is never chosen again, and a
-    warning says why."""
-    place = torch.arange(256, device=device)[None]
-    fields = {"is_token": place < 200, "segments": place // 100, "frames": place // 50}
-    mask = Mask(causal="causal" in kind, window=1, **{name: fields[name] for name in kind if name != "causal"})
-    rng = torch.Generator(device).manual_seed(0)  # a generator of its own: the network's draws stay
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            upstream, *inputs = torch.randn(4, 1, 1, 256, width, generator=rng, device=device).to(dtype).unbind()
-            inputs = [x.requires_grad_() for x in inputs]
-            found = [(out, *torch.autograd.grad(out, inputs, upstream)) for out in (
-                flex(*inputs, mask), attention(*inputs, mask, kernel="written_out"))]
-            errors = [float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in zip(*found)]
-        wrong = [error for error in errors if not error < 0.05]  # NaN is less than nothing
-        reason = f"numbers that are wrong by {wrong[0]:.1e} of the largest" if wrong else ""
-    except Exception as failure:  # of the compiler, of the kernel, of the driver
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-    if reason:
-        _give_up(kind, reason)
-    return not reason
-
-
-def _give_up(kind, reason):
-    _failed.add(kind)
-    warnings.warn(f"attention: no compiled kernel for {' and '.join(kind)} here, a slower one from now on ({reason})")
-
-
-def made_ready(mask, q, k):
-    """The mask for layers whose attention is of such queries and keys (only their shape, device and dtype count): where
-    FlexAttention will be chosen, with its blocks, so that no compiled layer makes them again. Otherwise as it was."""
-    if mask is None or not mask.kind or mask.ready is not None or torch.compiler.is_compiling():
-        return mask
-    if (choose(q, k, mask) if _always == "auto" else _always) != "flex":
-        return mask
-    return replace(mask, ready=mask.blocks(len(q), q.shape[2], k.shape[2], q.device))
-
-
-def apart(q, k, v, mask, scale=None):
-    """The same numbers for packed clips, one clip at a time: no pair of different clips is computed. For a
-    CPU, where `segments` can be read without waiting for a device. Raises ValueError for a mask of anything but
-    segments."""
-    if mask is None or mask.kind != ("segments",):
-        raise ValueError("apart is for packed clips: a mask of segments alone")
-    asking = mask.segments[:, k.shape[2] - q.shape[2]:] if mask.query_segments is None else mask.query_segments
-    rows = []
-    for b in range(len(q)):
-        of_queries, of_keys = (x[b if len(x) > 1 else 0] for x in (asking, mask.segments))
-        clips = torch.cat([of_queries, of_keys]).unique()
-        nq, nk = ((x[:, None] == clips).sum(dim=0).tolist() for x in (of_queries, of_keys))
-        order, places = of_queries.argsort(stable=True), of_keys.argsort(stable=True)
-        parts = zip(q[b:b + 1].index_select(2, order).split(nq, dim=2),
-                    *(x[b:b + 1].index_select(2, places).split(nk, dim=2) for x in (k, v)))
-        out = torch.cat([attention(*part, scale=scale, kernel="auto") for part in parts], dim=2)
-        rows.append(out.index_select(2, order.argsort()))
-    return torch.cat(rows)
+def _compiled_flex(variant, heads, width, dtype, device, grad, scale):
+    """A compiled function of its own for all that must be constant in a kernel. Batch and lengths
+    may vary: torch.compile makes them variables when it meets the second size. fullgraph raises
+    where torch.compile would silently fall back to a slow form, as after 8 versions."""
+    def flex(q, k, v, blocks):
+        return torch_flex.flex_attention(q, k, v, block_mask=blocks, scale=scale)
+    flex.__code__ = flex.__code__.replace()  # a copy: torch.compile counts versions by code object
+    return torch.compile(flex, fullgraph=True, backend=BACKEND)
 
 
 @functools.lru_cache(maxsize=None)
 def no_compiler(device):
-    """Why torch.compile does not work for "cpu" or "cuda" here, in one line, or "": found by trying."""
+    """Why torch.compile does not work on "cpu" or "cuda" here, in one line, or "". Tried once."""
     try:
-        torch.compile(lambda x: x.cos() + 1, fullgraph=True, backend=BACKEND)(torch.zeros(8, device=device))
+        compiled = torch.compile(lambda x: x.cos() + 1, fullgraph=True, backend=BACKEND)
+        compiled(torch.zeros(8, device=device))
     except Exception as error:  # a missing compiler shows in many ways
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     return ""
 
 
-FUSED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-         "efficient": SDPBackend.EFFICIENT_ATTENTION}
-
-
-@functools.lru_cache(maxsize=None)
-def fastest_fused(device):
-    """Which of torch's fused kernels is fastest depends on the GPU, so on CUDA each takes one attention of ViT-B
-    there and back, and the quickest goes first for the rest of the process. FlashAttention 3 and 4, packages of their
-    own that put themselves in place of torch's flash kernel, take part where they are installed and give the same
-    numbers. By reading alone: neither was seen to run.
-
-    Returns {name: milliseconds}, quickest first; {} where there is no choice."""
-    if torch.device(device).type != "cuda":
-        return {}
-    found = {}
-    for name in (*FUSED, *newer_flash()):
-        try:
-            _activate(name)
-            if name in FUSED or _flash_is_right(device):
-                found[name] = _there_and_back(FUSED.get(name, SDPBackend.FLASH_ATTENTION), device)
-        except Exception:  # this GPU or this build has no such kernel; those of packages fail in ways of their own
-            continue
-    _activate("flash")
-    return dict(sorted(found.items(), key=lambda pair: pair[1]))
-
-
-def newer_flash():
-    """Names of the flash kernels that torch knows beside its own, () where it knows none; installed or not."""
-    return tuple(getattr(torch.nn.attention, "list_flash_attention_impls", tuple)())
-
-
-def _activate(name):
-    """Let torch's flash kernel be the one of that name; any other name: torch's own."""
-    if name in newer_flash():
-        torch.nn.attention.activate_flash_attention_impl(name)
-    elif newer_flash() and torch.nn.attention.current_flash_attention_impl():
-        torch.nn.attention.restore_flash_attention_impl()
-
-
-def _flash_is_right(device):
-    """Does flash give the written-out numbers in bfloat16, forward and backward: widths of ViT-B, -H and -g, the past,
-    one query? Two roundings' worth of the largest number are allowed."""
-    rng = torch.Generator(device).manual_seed(0)
-    for width, queries, keys, causal in ((64, 257, 257, False), (64, 257, 257, True), (80, 130, 65, False),
-                                         (88, 1, 65, False)):
-        q, k, v = (torch.randn(2, n, 3, width, generator=rng, device=device).bfloat16().transpose(1, 2).requires_grad_()
-                   for n in (queries, keys, keys))
-        exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-            got = out, *torch.autograd.grad(out, (q, k, v), out.detach())
-        expected = attention(*exact, Mask(causal=causal), kernel="written_out")
-        wanted = expected, *torch.autograd.grad(expected, exact, out.detach().float())
-        if not all((a - b).abs().max() <= 2**-6 * b.abs().max().clamp(min=1) for a, b in zip(got, wanted)):
-            return False  # so is NaN
-    return True
-
-
-def _there_and_back(backend, device):
-    """Milliseconds of one attention of ViT-B in bfloat16, forward and backward."""
-    x = torch.randn(4, 12, 1568, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    with sdpa_kernel(backend):
-        for i in range(13):
-            if i == 3:  # warm by now
-                torch.cuda.synchronize(device)
-                started = time.perf_counter()
-            F.scaled_dot_product_attention(x, x, x).backward(x.detach())
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / 10 * 1e3
-
-
-def prefer(names):
-    """For the rest of the process, torch's fused attention tries these kernels in this order, see `fastest_fused`; the
-    last resort, which takes any shape, stays. Of flash kernels the first counts."""
-    global _order
-    flash = [name for name in names if FUSED.get(name, SDPBackend.FLASH_ATTENTION) is SDPBackend.FLASH_ATTENTION]
-    _activate(flash[0] if flash else "flash")
-    if _order is not None:
-        _order.__exit__(None, None, None)
-        _order = None
-    if names:
-        order = dict.fromkeys(FUSED.get(name, SDPBackend.FLASH_ATTENTION) for name in names)
-        _order = sdpa_kernel([*order, SDPBackend.MATH], set_priority=True)
-        _order.__enter__()
-
-
-_order = None
-_always = "auto"
-_failed = set()  # kinds of masks that torch.compile could not make a kernel for
-
-
-def use(kernel, device="cpu"):
-    """Which kernel every attention takes that names none; "auto" = `choose`. Returns the choice in words."""
-    global _always
-    _always = _known(kernel)
-    cpu = torch.device(device).type == "cpu"
-    measured = fastest_fused(device) if kernel in ("auto", "fused") else {}
-    if measured:
-        prefer(list(measured))
-    quickest = ", ".join(f"{name} {ms:.2f} ms" for name, ms in measured.items())
-    if kernel != "auto":
-        return f"{kernel} for all" + f" (measured: {quickest})" * bool(quickest)
-    if cpu:
-        return (f"written out up to {KEPT >> 20} MiB of scores, in pieces above; packed clips one by one; windows of "
-                "frames, without gradients, by FlexAttention where that can be compiled")
-    reason = no_compiler("cuda")
-    return (f"fused where nothing or only the future is hidden (measured: {quickest}), other masks by "
-            + (f"a table, for nothing can be compiled: {reason}" if reason else "FlexAttention"))
+# ------------------------------------------------------------------------------------------------
+# The choice
 
 
 def choose(q, k, mask=None):
-    """The kernel for these queries, keys and mask -> its name.
+    """The form for these queries, keys and mask: "sdpa", "flex" or "reference".
 
-    CUDA  No mask, or the past: `fused` (flash or cuDNN, see `fastest_fused`). Other masks: `flex`, from 128
-          queries on; below that, or without a compiler, a table for `fused` is cheap; a kind that was tried and
-          failed (`_flex_works`) has a table, too.
-    CPU   `written_out`, and where its scores would take much memory, `piecewise`: matrix products use the fast
-          bfloat16 units, which the fused CPU kernel does not (2 to 4 times, forward and backward).
-          `fused` for the past of more than 512 float32 tokens, half of which it leaves out. Packed clips:
-          `apart`. Windows of frames, without gradients: `flex`, for most blocks are empty. (Torch up to 2.14 writes
-          C++ for one size of them; another does not compile, which a warning says before it goes on in pieces.)
+    1. "sdpa", torch's maintained kernel, except in the next two cases. Nothing is timed.
+    2. CUDA, a mask of padding or frames, and 128 queries or more: "flex" skips empty blocks.
+    3. CPU, bfloat16 with gradients, at most SMALL bytes of scores: "reference". torch's bfloat16
+       backward pass on CPUs takes 1.5 to 6 times as long as plain matrix products (LOG.md).
+
+    While compiling, a batch size may be a symbol, so rule 3 does not apply. Exports hold "sdpa".
     """
-    kind, Nq, Nk = () if mask is None else mask.kind, q.shape[2], k.shape[2]
-    compiling, cpu = torch.compiler.is_compiling(), q.device.type == "cpu"
-    plain = not kind or (kind == ("causal",) and Nq == Nk)
-    if not plain and Nq >= 128 and q.shape[3] >= 16 and q.dtype != torch.float64 and kind not in _failed and \
-            (not cpu or ("frames" in kind and Nq >= 512 and not torch.is_grad_enabled() and not compiling)) and \
-            (compiling or not no_compiler(q.device.type)) and \
-            (compiling or cpu or _flex_works(kind, q.shape[3], q.dtype, q.device)):
-        return "flex"
-    if not cpu:
-        return "fused"
-    if kind == ("segments",) and not compiling:
-        return "apart"
-    if kind == ("causal",) and Nq == Nk > 512 and q.dtype == torch.float32:
-        return "fused"
-    scores = q.shape[0] * q.shape[1] * Nq * Nk * q.element_size()
-    return "written_out" if scores <= KEPT or compiling else "piecewise"
+    compiling = torch.compiler.is_compiling()
+    if q.device.type == "cuda":
+        skips = mask is not None and (mask.is_token is not None or mask.frames is not None)
+        takes = q.shape[3] >= 16 and q.dtype != torch.float64  # what FlexAttention can do
+        if skips and takes and not torch.compiler.is_exporting() and q.shape[2] >= 128 and (
+                compiling or not no_compiler("cuda")):
+            return "flex"
+    elif q.dtype == torch.bfloat16 and torch.is_grad_enabled() and not compiling:
+        scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+        if (q.requires_grad or k.requires_grad) and scores <= SMALL:
+            return "reference"
+    return "sdpa"
 
 
-def _known(kernel):
-    if kernel not in KERNELS:
-        raise ValueError(f"no attention kernel {kernel!r}: choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
-    return kernel
+def _known(form):
+    if form not in FORMS:
+        known = f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
+        raise ValueError(f"no attention form {form!r}: choose {known}")
+    return form
 
 
-def attention(q, k, v, mask=None, *, scale=None, kernel=None):
-    """What every network here calls: attention by the best kernel for the device and the mask.
+_form = "auto"
+
+
+def use(form):
+    """The form of every attention that names none; "auto" = `choose` decides, call by call."""
+    global _form
+    _form = _known(form)
+
+
+def attention(q, k, v, mask=None, *, scale=None, form=None):
+    """Attention as the networks call it.
 
     q       (B, heads, Nq, K) float
     k, v    (B, heads, Nk, K) float, or (B, 1, Nk, K): one head of keys and values for all queries
-    mask    Mask or None (every query sees every key)
+    mask    Mask or None (every query attends to every key)
     scale   factor on q k^T; default 1/sqrt(K)
-    kernel  "auto", "written_out", "piecewise", "fused", "flex" or "apart"; default: what `use` was told, "auto"
+    form    "auto", "reference", "sdpa" or "flex"; default: what `use` set, "auto" at first
     returns (B, heads, Nq, K)
     """
-    kernel = chosen = _known(kernel or _always)
-    if chosen == "auto":
-        kernel = choose(q, k, mask)
-    if kernel == "flex":
-        try:
-            return flex(q, k, v, mask, scale)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if chosen == "flex" or torch.compiler.is_compiling():
-                raise
-            _give_up(mask.kind, str(error).strip().splitlines()[0])
-            kernel = choose(q, k, mask)
-    if kernel == "written_out":
-        allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
-        return written_out(q, k, v, allowed, scale)
-    return {"piecewise": piecewise, "fused": fused, "apart": apart}[kernel](q, k, v, mask, scale)
+    form = _known(form or _form)
+    if form == "auto":
+        form = choose(q, k, mask)
+    forms = {"reference": reference_attention, "sdpa": sdpa, "flex": flex_attention}
+    return forms[form](q, k, v, mask, scale)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -557,13 +283,13 @@ def attention(q, k, v, mask=None, *, scale=None, kernel=None):
 
 
 def gelu(x):
-    """x * Phi(x), the exact form with the error function: VideoMAE, the bridge, the heads."""
+    """x * Phi(x), exact, with the error function: VideoMAE, cross-model attention, heads."""
     return F.gelu(x)
 
 
 def quick_gelu(x):
-    """x * sigmoid(1.702 x): CLIP's cheaper cousin. It differs from `gelu` by up to 0.02, so
-    weights trained with one give wrong features with the other."""
+    """x * sigmoid(1.702 x): CLIP's approximation. It differs from `gelu` by up to 0.02, so weights
+    trained with one give wrong features with the other."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -594,7 +320,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        rows, mine = joined(x.shape[0])  # several processes: of one draw, each takes its rows
+        rows, mine = joined(x.shape[0])  # several processes: one draw for all, each takes its rows
         keep = x.new_empty((rows,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)[mine]
         return x * keep / (1 - self.rate)
 
@@ -603,7 +329,7 @@ class DropPath(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose draw is that of the joined batch of all processes: see processes.py. x (B, ...)."""
+    """Dropout that draws for the joined batch of all processes, see engine/processes.py."""
 
     def forward(self, x):
         if not self.training or self.p == 0:
@@ -613,6 +339,22 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         keep = x.new_ones((rows,) + x.shape[1:])
         return x * F.dropout(keep, self.p)[mine]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What `run_blocks` hands to every block besides the tokens.
+
+    mask  Mask or None (every token attends to every token)
+    last  only the last `last` tokens are queries, and only their results are returned; None = all.
+          `run_blocks` passes it to the final block alone
+
+    To hand down something else, such as rotary angles, add a field here and read it in
+    `Attention.forward`. Nothing between the two needs to know.
+    """
+
+    mask: Mask | None = None
+    last: int | None = None
 
 
 class Attention(nn.Module):
@@ -644,30 +386,35 @@ class Attention(nn.Module):
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), 10.0).log()) if cosine else None
         self.proj = nn.Linear(width, width)
 
-    def project(self, x, context, last):
-        """Queries, keys and values side by side: (B, Nq, D), (B, Nk, D), (B, Nk, D)."""
-        if context is not None:
-            return self.q(x if last is None else x[:, -last:]), *self.kv(context).chunk(2, dim=-1)
-        weight, bias = self.qkv.weight, self.qkv.bias
-        if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        if last is None:
-            return F.linear(x, weight, bias).chunk(3, dim=-1)
-        D = x.shape[-1]
-        q = F.linear(x[:, -last:], weight[:D], None if bias is None else bias[:D])
-        return q, *F.linear(x, weight[D:], None if bias is None else bias[D:]).chunk(2, dim=-1)
+    def queries_keys_values(self, x, keys_from=None, last=None):
+        """x (B, Nx, D), keys_from (B, Nk, context_width) or None (x itself) -> queries of the last
+        `last` tokens of x (None = all), keys and values, each (B, heads, N, K)."""
+        asking = x if last is None else x[:, -last:]
+        if keys_from is not None:
+            projected = self.q(asking), *self.kv(keys_from).chunk(2, dim=-1)
+        else:
+            D, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
+            if self.q_bias is not None:
+                bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            if last is None:
+                projected = F.linear(x, weight, bias).chunk(3, dim=-1)
+            else:
+                of_q, of_kv = (None, None) if bias is None else (bias[:D], bias[D:])
+                projected = (F.linear(asking, weight[:D], of_q),
+                             *F.linear(x, weight[D:], of_kv).chunk(2, dim=-1))
+        return tuple(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
 
-    def forward(self, x, context=None, mask=None, last=None):
-        """x (B, Nq, D) -> (B, Nq, D). context (B, Nk, context_width): where keys and values come
-        from. last: only the last `last` tokens of x ask, the result is (B, last, D)."""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (B, heads, N, K)
-                   for y in self.project(x, context, last))
+    def forward(self, x, context=None, *, keys_from=None):
+        """x (B, Nx, D), context a Context -> (B, Nx, D), or (B, context.last, D).
+        keys_from (B, Nk, context_width): tokens that give keys and values in place of x."""
+        context = context or Context()
+        q, k, v = self.queries_keys_values(x, keys_from, context.last)
         scale = None
         if self.temperature is not None:
-            q = F.normalize(q, dim=-1) * self.temperature.clamp(max=4.6052).exp()
+            q = F.normalize(q, dim=-1) * self.temperature.clamp(max=4.6052).exp()  # log(100)
             k, scale = F.normalize(k, dim=-1), 1.0
             q, k = q.to(v.dtype), k.to(v.dtype)
-        out = attention(q, k, v, mask, scale=scale)
+        out = attention(q, k, v, context.mask, scale=scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -692,6 +439,8 @@ class Block(nn.Module):
     drop_path    see DropPath
     layer_scale  start value of a learned factor per channel on each branch; None = no factor
     eps          of both LayerNorms: 1e-6 in VideoMAE, 1e-5 in CLIP
+
+    One block of ViT-B has 7.1 M parameters, 2.4 M of them in the attention.
     """
 
     def __init__(self, width, heads, *, mlp_width=None, bias="qkv", cosine=False, eps=1e-6,
@@ -707,39 +456,36 @@ class Block(nn.Module):
             self.gamma1 = nn.Parameter(torch.full((width,), float(layer_scale)))
             self.gamma2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
-    def look(self, x, mask, last):
-        """What the tokens see in each other; mae.DividedBlock looks otherwise."""
-        return self.attn(x, mask=mask, last=last)
+    def self_attention(self, x, context):
+        """The attention branch after its norm; a subclass may restrict or replace it."""
+        return self.attn(x, context)
 
-    def forward(self, x, mask=None, last=None):
-        """x (B, N, D) -> (B, N, D), or (B, last, D): the output for the last `last` tokens alone,
-        which still look at all N. It is the full result cut short, without the wasted work."""
-        kept = x if last is None else x[:, -last:]
-        seen = self.look(self.norm1(x), mask, last)
-        x = kept + self.drop_path(seen if self.gamma1 is None else self.gamma1 * seen)
-        digested = self.mlp(self.norm2(x))
-        return x + self.drop_path(digested if self.gamma2 is None else self.gamma2 * digested)
+    def forward(self, x, context=None):
+        """x (B, N, D), context a Context -> (B, N, D), or (B, context.last, D): the end of the full
+        result. The queries of other tokens and their MLP are not computed."""
+        context = context or Context()
+        kept = x if context.last is None else x[:, -context.last:]
+        branch = self.self_attention(self.norm1(x), context)
+        x = kept + self.drop_path(branch if self.gamma1 is None else self.gamma1 * branch)
+        branch = self.mlp(self.norm2(x))
+        return x + self.drop_path(branch if self.gamma2 is None else self.gamma2 * branch)
 
 
-def run_blocks(blocks, x, mask=None, last=None, recompute=False):
-    """x through all blocks; the final one answers for the last `last` tokens only (None = all).
+def run_blocks(blocks, x, context=None, recompute=False):
+    """x (B, N, D) through all blocks, each with the same Context but for `last`: see there.
 
     recompute  True = keep no activations inside a block and compute them again in the backward
                pass: about a third more time for a fraction of the memory (arXiv 1604.06174).
     """
-    made = {None: mask, last: mask}
-    if mask is not None and len(blocks):
-        kind, heads = x.device.type, blocks[0].attn.heads
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        q = x.new_empty((), dtype=dtype).expand(len(x), heads, x.shape[1], x.shape[2] // heads)  # of no memory: its shape
-        made = {n: made_ready(mask, q if n is None else q[:, :, -n:], q) for n in made}
+    context = context or Context()
+    for_all_tokens = replace(context, last=None)
     for i, block in enumerate(blocks):
-        final = last if i == len(blocks) - 1 else None
+        given = context if i == len(blocks) - 1 else for_all_tokens
         if recompute and torch.is_grad_enabled():
-            x = torch.utils.checkpoint.checkpoint(block, x, made[final], final, use_reentrant=False)
+            x = torch.utils.checkpoint.checkpoint(block, x, given, use_reentrant=False)
         else:
-            x = block(x, made[final], final)
-    return x if last is None else x[:, -last:]
+            x = block(x, given)
+    return x if context.last is None else x[:, -context.last:]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -747,44 +493,27 @@ def run_blocks(blocks, x, mask=None, last=None, recompute=False):
 
 
 @torch.no_grad()
-def main(argv=None):
-    """`python attention.py`: attention step by step, and a picture of what each mask lets a token see."""
-    import argparse
-    from pathlib import Path
-
-    from engine import pictures
-
-    parser = argparse.ArgumentParser(description="Attention, shape by shape, and its masks in a picture.")
-    parser.add_argument("--out", default="runs/masks.png", help="where the picture goes (.png)")
-    args = parser.parse_args(argv)
+def main():
+    """`python attention.py`: the shapes of one attention, step by step, and two masks."""
     torch.manual_seed(0)
-    layer, x = Attention(96, 4).eval(), torch.randn(2, 12, 96)
-    q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in layer.project(x, None, None))
-    scores = q @ k.mT * q.shape[-1]**-0.5
-    share = scores.softmax(dim=-1)
-    difference = (layer(x) - layer.proj((share @ v).transpose(1, 2).flatten(2))).abs().max()
+    layer, x = Attention(96, 4), torch.randn(2, 12, 96)
+    q, k, v = layer.queries_keys_values(x)
+    weights = attention_weights(q, k)
+    mixed = reference_attention(q, k, v)
     for name, letters, value in (
-            ("tokens", "(B, N, D)", x), ("queries, and so keys and values", "(B, heads, N, K)", q),
-            ("scores: each query with each key, over sqrt K", "(B, heads, N, N)", scores),
-            ("shares: their softmax; each row sums to 1", "(B, heads, N, N)", share),
-            ("mixed values, heads side by side, projected", "(B, N, D)", layer(x))):
-        print(f"{name:50s} {letters:18s} {tuple(value.shape)}")
-    print(f"as written here and as Attention computes it ({choose(q, k)}): {difference:.0e} apart")
-    clips = torch.arange(12)[None] // torch.tensor([5])                     # 5, 5 and 2 tokens
-    masks = {"none": Mask(), "causal": Mask(causal=True), "padding: the last 3 are none": Mask(is_token=torch.arange(12)[None] < 9),
-             "three clips packed in a row": Mask(segments=clips), "frames of 3, window 1": Mask(frames=torch.arange(12)[None] // 3, window=1),
-             "the last 4 ask, causal": Mask(causal=True)}
-    tables = {}
-    for name, mask in masks.items():
-        queries = 4 if name.startswith("the last") else 12
-        allowed = mask.allowed(queries, 12, "cpu")
-        tables[name] = torch.ones(queries, 12, dtype=torch.bool) if allowed is None else allowed[0, 0]
-    path = Path(args.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures.masks(tables, path)
-    print(f"drawn: {path}")
-    return 0
+            ("tokens", "(B, N, D)", x), ("queries, keys, values", "(B, heads, N, K)", q),
+            ("weights of all keys for each query", "(B, heads, N, N)", weights),
+            ("weighted means of values", "(B, heads, N, K)", mixed),
+            ("heads side by side, projected", "(B, N, D)", layer(x))):
+        print(f"{name:36s} {letters:18s} {tuple(value.shape)}")
+    print(f"each row of weights sums to {weights.sum(-1).mean():.6f}")
+    print(f"{choose(q, k)} differs from the reference by {(sdpa(q, k, v) - mixed).abs().max():.0e}")
+    window = Mask(frames=torch.arange(12)[None] // 3, window=1)
+    for name, mask in (("causal", Mask(causal=True)), ("4 frames, window 1", window)):
+        print(f"{name}: one row per query, # = a key that it may attend to")
+        for row in mask.allowed(12, 12, "cpu")[0, 0].tolist():
+            print("  " + "".join("#" if allowed else "." for allowed in row))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

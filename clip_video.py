@@ -198,8 +198,7 @@ class TextEncoder(nn.Module):
         x, new_cache = self.embed(ids) + self.positions[first:last], []
         mask = Mask(causal=True) if ids.shape[1] > 1 else None  # one token: everything is its past
         for block, past in zip(self.blocks, cache):
-            q, *new = (y.unflatten(-1, (block.attn.heads, -1)).transpose(1, 2)
-                       for y in block.attn.project(block.norm1(x), None, None))
+            q, *new = block.attn.queries_keys_values(block.norm1(x))
             k, v = (torch.cat([old.to(y.dtype), y], dim=2) for old, y in zip(past, new))
             x = x + block.attn.proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
             x = x + block.mlp(block.norm2(x))

@@ -79,7 +79,7 @@ class CrossModelAttention(nn.Module):
 
     def forward(self, x, context):
         """x (B, N, D), context (B, M, context_width) -> (B, N, D)"""
-        x = x + self.gated(self.gate_attn, self.attn(self.norm(x), self.norm_context(context)))
+        x = x + self.gated(self.gate_attn, self.attn(self.norm(x), keys_from=self.norm_context(context)))
         return x + self.gated(self.gate_mlp, self.mlp(self.norm_mlp(x)))
 
     @staticmethod

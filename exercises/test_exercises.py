@@ -56,7 +56,8 @@ def test_ex02_attention():
 def test_ex03_cost():
     cost = load("ex03_cost")
     for tokens, width in ((20, 32), (64, 96)):
-        block, x = attention.Block(width, 4), torch.randn(1, tokens, width)
+        with torch.device("meta"):  # torch does not count the attention kernel of CPUs
+            block, x = attention.Block(width, 4), torch.randn(1, tokens, width)
         with FlopCounterMode(display=False) as counter:
             block(x)
         assert cost.block_flops(tokens, width) == counter.get_total_flops(), \

@@ -53,7 +53,7 @@ class ToyTower(nn.Module):
         x = self.embed(ids) + self.places[place:place + n]
         for block, past in zip(self.blocks, cache):
             grown.append(torch.cat([past, x], dim=1))
-            x = block(grown[-1], Mask(causal=True), last=n)
+            x = block(grown[-1], Context(Mask(causal=True), last=n))
         return self.norm(x), grown
 
     def forward(self, ids):
@@ -170,7 +170,7 @@ def test_a_layer_is_plain_attention_with_the_single_key_head_repeated():
     cross, pooled = decoder.cross_blocks[0], decoder.pool(visual)
     normed, (k, v) = norm(cross.norm, x), (pooled @ cross.attn.kv.weight.T).chunk(2, dim=-1)
     q = (normed @ cross.attn.q.weight.T).unflatten(-1, (4, 8)).transpose(1, 2)
-    out = written_out(q, k[:, None].expand(-1, 4, -1, -1), v[:, None].expand(-1, 4, -1, -1))
+    out = reference_attention(q, k[:, None].expand(-1, 4, -1, -1), v[:, None].expand(-1, 4, -1, -1))
     out = out.transpose(1, 2).flatten(2) @ cross.attn.proj.weight.T
     torch.testing.assert_close(cross(x, *cross.attn.keys(pooled)),
                                x + out + cross.fc2(F.silu((cross.fc1(normed))[..., 128:])

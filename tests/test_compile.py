@@ -1,8 +1,9 @@
 """What is proved about compiled blocks (train.py --compile):
 
-no stage and no network has a graph break, forward or backward; losses and gradients are those of the uncompiled
-network; another batch size makes one more version in training and one in evaluation, not one per size; the blocks
-of a mask are made outside of compiled code; where nothing can be compiled a run says so and goes on.
+No stage and no network has a graph break, forward or backward. Losses and gradients are those of
+the uncompiled network. Another batch size makes one more version in training and one in
+evaluation, not one per size. FlexAttention and its mask become part of a block's graph. Where
+nothing can be compiled a run says so and goes on. oneDNN multiplies float32 matrices by a rule.
 """
 
 import pytest
@@ -18,6 +19,8 @@ import train
 import uniformerv2
 from variants import divided_attention, dual_masking
 
+machine = train  # where choose_products and processor_maker are
+
 FAST = dict(device="cpu", precision="fp32", workers=0)
 STAGES = {
     "mae": (train.MaskedModelling, dict(num_frames=4, input_size=32, mask_ratio=0.5)),
@@ -32,13 +35,13 @@ def traced(monkeypatch):
     monkeypatch.setattr(attention, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
-    found = attention.no_compiler
+    no_compiler = attention.no_compiler
     train.compiled.cache_clear()
-    found.cache_clear()
+    no_compiler.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=8):
         yield
     train.compiled.cache_clear()
-    found.cache_clear()
+    no_compiler.cache_clear()
     torch._dynamo.reset()
 
 
@@ -48,7 +51,8 @@ def step(stage, model, batch):
     torch.manual_seed(0)
     loss, _ = stage.loss(model, batch, train.generator(0, "test"))
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()
+                           if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", ["mae", pytest.param("clip", marks=pytest.mark.slow),
@@ -95,14 +99,16 @@ def test_the_bridge_between_two_encoders_has_no_graph_break_either(tmp_path):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that torch.compile has made so far; they run as they are, so a version costs tracing alone."""
+    """The graphs that torch.compile has made so far. They run as they are: only tracing costs."""
     made = []
-    monkeypatch.setattr(attention, "BACKEND", lambda graph, inputs: made.append(graph) or graph.forward)
+    monkeypatch.setattr(attention, "BACKEND",
+                        lambda graph, inputs: made.append(graph) or graph.forward)
     return made
 
 
 def classifier(**options):
-    return mae.VideoClassifier("tiny", classes=3, frames=4, image_size=32, head_scale=1.0, **options)
+    return mae.VideoClassifier("tiny", classes=3, frames=4, image_size=32, head_scale=1.0,
+                               **options)
 
 
 def masked(network):
@@ -124,14 +130,18 @@ def network(name):
         model, hidden = masked(divided_attention.DividedVideoMAE)
         return model, lambda: model(video, hidden)
     if name == "local units":
-        model = uniformerv2.UniFormerV2(uniformerv2.Size(32, 2, 2, 64, 16, 32), classes=3, local_units=2)
+        size = uniformerv2.Size(32, 2, 2, 64, 16, 32)
+        model = uniformerv2.UniFormerV2(size, classes=3, local_units=2)
         return model, lambda: model(video)
     if name == "windows of frames":
-        model, x = torch.nn.ModuleList([attention.Block(32, 2), attention.Block(32, 2)]), torch.randn(2, 40, 32)
+        model = torch.nn.ModuleList([attention.Block(32, 2), attention.Block(32, 2)])
+        x = torch.randn(2, 40, 32)
         mask = attention.Mask(frames=torch.arange(40)[None] // 10, window=1)
-        return model, lambda: attention.run_blocks(model, x, mask, last=10)
+        context = attention.Context(mask, last=10)
+        return model, lambda: attention.run_blocks(model, x, context)
     if name == "caption decoder":
-        model = caption_decoder.CaptionDecoder(32, heads=2, depth=2, visual_width=48, vocabulary=50, queries=4)
+        model = caption_decoder.CaptionDecoder(32, heads=2, depth=2, visual_width=48,
+                                               vocabulary=50, queries=4)
         visual, text = torch.randn(2, 9, 48), torch.randn(2, 6, 32)
         return model, lambda: model(visual, text)
     model = fusion.InternVideo(classifier(), uniformerv2.UniFormerV2("tiny", classes=3, frames=4))
@@ -139,15 +149,18 @@ def network(name):
     return model, lambda: model(clip)
 
 
-@pytest.mark.parametrize("name", ["classifier", "local units", "windows of frames", "caption decoder"] + [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("dual mask", "divided attention", "fusion")])
+@pytest.mark.parametrize("name", [
+    "classifier", "local units", "windows of frames", "caption decoder",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("dual mask", "divided attention", "fusion"))])
 def test_no_network_has_a_graph_break_in_its_blocks_forward_or_backward(name, graphs):
     torch.manual_seed(0)
     model, call = network(name)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    expected = call()                                                        # fullgraph: a break is an exception
+    expected = call()
+    # fullgraph: a break is an exception
     train.compile_blocks(model)
     out = call()
     out.square().sum().backward()
@@ -158,12 +171,12 @@ def test_no_network_has_a_graph_break_in_its_blocks_forward_or_backward(name, gr
 
 
 def test_training_and_evaluation_taking_turns_make_one_more_version_each(graphs):
-    """Full batches, a smaller last one, other sizes later: two versions for each of the two ways at most."""
+    """Full batches, a smaller last one, other sizes later: two versions at most of each of both."""
     model = classifier(drop_path=0.1)
     train.compile_blocks(model)
     new = []
-    for training, batch in ((False, 6), (False, 6), (False, 3), (True, 4), (True, 4), (True, 4), (False, 6), (True, 5),
-                            (False, 7), (True, 2), (False, 4)):
+    for training, batch in ((False, 6), (False, 6), (False, 3), (True, 4), (True, 4), (True, 4),
+                            (False, 6), (True, 5), (False, 7), (True, 2), (False, 4)):
         before = len(graphs)
         model.train(training)
         with torch.set_grad_enabled(training):
@@ -171,32 +184,33 @@ def test_training_and_evaluation_taking_turns_make_one_more_version_each(graphs)
         if training:
             out.sum().backward()
         new.append(len(graphs) - before)
-    assert new[0] and not new[1] and new[2] <= new[0]                        # evaluation: 6, again, then another size
+    assert new[0] and not new[1] and new[2] <= new[0]  # evaluation: 6, again, another size
     assert not any(new[i] for i in (4, 5, 6, 8, 10)) and new[7] <= new[3] and not new[9], new
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_the_blocks_of_a_mask_are_made_once_for_all_layers_and_outside_of_their_graphs(graphs, monkeypatch):
-    """What CUDA does with packed clips, by FlexAttention that is only traced here."""
-    made, make = [], attention.create_block_mask
-    monkeypatch.setattr(attention, "create_block_mask",
-                        lambda *args, **options: made.append(torch.compiler.is_compiling()) or make(*args, **options))
+def test_layers_share_their_versions_with_flex_attention_inside(graphs):
+    """What CUDA does with a window of frames, by FlexAttention that is only traced here."""
     blocks = torch.nn.ModuleList([attention.Block(32, 2) for _ in range(3)])
-    cases = [(torch.randn(2, length, 32), torch.arange(length)[None] // 70) for length in (200, 333, 260)]
-    expected = [attention.run_blocks(blocks, x, attention.Mask(segments=clips), last=50) for x, clips in cases]
+    cases = []
+    for length in (200, 333, 260):
+        mask = attention.Mask(frames=torch.arange(length)[None] // 70, window=1)
+        cases.append((torch.randn(2, length, 32), attention.Context(mask, last=50)))
+    expected = [attention.run_blocks(blocks, *case) for case in cases]
     for block in blocks:
         block.compile(fullgraph=True, backend=attention.BACKEND)
     counts = []
     try:
         attention.use("flex")
-        for (x, clips), wanted in zip(cases, expected):
+        for case, wanted in zip(cases, expected):
             before = len(graphs)
-            out = attention.run_blocks(blocks, x, attention.Mask(segments=clips), last=50)
+            out = attention.run_blocks(blocks, *case)
             torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
             counts.append(len(graphs) - before)
     finally:
         attention.use("auto")
-    assert made == [False, False] * 3                                        # all tokens ask, the last 50 ask
+    # Two versions, for all tokens and for the last 50; two more when the length first changes.
     assert counts == [2, 2, 0] and not counters["graph_break"]
 
 
@@ -218,38 +232,50 @@ def test_other_batches_and_lengths_make_one_more_version_each():
 
 @torch.no_grad()
 def test_a_compiled_block_takes_its_masked_attention_in_one_graph():
-    """What CUDA does with packed clips: mask and FlexAttention become part of the block's graph."""
+    """What CUDA does with frames: mask and FlexAttention become part of the block's graph."""
     block = attention.Block(32, 2)
     x = torch.randn(1, 200, 32)
-    mask = attention.Mask(segments=torch.arange(200)[None] // 70)
-    expected = block(x, mask, last=50)
+    context = attention.Context(attention.Mask(frames=torch.arange(200)[None] // 70), last=50)
+    expected = block(x, context)
     block.compile(fullgraph=True, backend="aot_eager")
     try:
         attention.use("flex")
-        torch.testing.assert_close(block(x, mask, last=50), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(block(x, context), expected, atol=1e-5, rtol=1e-5)
     finally:
         attention.use("auto")
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-def test_where_nothing_can_be_compiled_a_run_says_so_once_and_goes_on(tmp_path, capsys, monkeypatch):
+def test_where_nothing_can_be_compiled_a_run_says_so_once_and_goes_on(tmp_path, capsys,
+                                                                      monkeypatch):
     monkeypatch.setattr(attention, "no_compiler", lambda device: "g++: not found")
-    flags = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 --workers 0 --precision fp32 "
-             "--device cpu --compile on --steps 1").split()
+    flags = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 "
+             "--workers 0 --precision fp32 --device cpu --compile on --steps 1").split()
     assert train.main(["mae", *flags, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("nothing can be compiled here: g++: not found") == 1
 
 
-def test_float32_products_change_library_by_a_rule_and_only_where_that_is_exact(monkeypatch):
-    """A stopwatch might say something else the next time, and two equal runs would differ in their last bits."""
+@pytest.mark.parametrize("rounds", [False, True])
+def test_float32_products_change_library_by_a_rule_and_only_where_that_is_exact(rounds,
+                                                                                monkeypatch):
+    """A stopwatch might say something else the next time, and two equal runs would differ in their
+    last bits. Maker and rounding are simulated, so the test is the same on every processor."""
     setting = torch.backends.mkldnn.matmul
+    product = torch.Tensor.__matmul__
+
+    def simulated(a, b):
+        """Exact; bfloat16 where the switch permits it and the processor has units for it."""
+        out = product(a.double(), b.double()).to(a.dtype)
+        rounded = rounds and a.dtype == torch.float32 and setting.fp32_precision == "bf16"
+        return out.bfloat16().float() if rounded else out
+    monkeypatch.setattr(torch.Tensor, "__matmul__", simulated)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for maker, expected in (("GenuineIntel", "off"), ("", "off"), ("AuthenticAMD", "on")):
-        monkeypatch.setattr(train, "processor_maker", lambda: maker)
-        taken, why = train.choose_products("auto")
-        assert taken == expected and (setting.fp32_precision == "bf16") == (taken == "on") and "error " in why
-    assert train.choose_products("off")[0] == "off" and setting.fp32_precision == "none"
-    rounded = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: rounded(a, b) if setting.fp32_precision == "none"
-                        else rounded(a, b).bfloat16().float())             # as AMX units would
-    assert train.choose_products("auto")[0] == "off" and setting.fp32_precision == "none"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for maker, faster in (("GenuineIntel", False), ("", False), ("AuthenticAMD", True)):
+        monkeypatch.setattr(machine, "processor_maker", lambda: maker)
+        for choice, on in (("auto", faster and not rounds), ("on", True), ("off", False)):
+            taken, why = machine.choose_products(choice)
+            assert taken == ("on" if on else "off") and (choice == "off" or "error " in why)
+            assert setting.fp32_precision == ("bf16" if on else "none")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)  # oneDNN is all there is
+    assert machine.choose_products("auto")[0] == "off"

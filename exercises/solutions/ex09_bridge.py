@@ -16,7 +16,7 @@ class Bridge(nn.Module):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, context):
-        return x + self.gate.tanh() * self.attn(self.norm(x), context)
+        return x + self.gate.tanh() * self.attn(self.norm(x), keys_from=context)
 
 
 def silent_at_step_one():
