@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import uniformerv2
-from attention import Block, Mask, attention, quick_gelu, run_blocks
+from attention import Block, Context, Mask, attention, quick_gelu, run_blocks
 from engine.processes import gather_with_gradient
 from uniformerv2 import UniFormerV2
 
@@ -163,7 +163,8 @@ class TextEncoder(nn.Module):
             raise ValueError(f"text of shape {tuple(ids.shape)}: expected (B, L) with at most "
                              f"{len(self.positions)} tokens")
         x = self.embed(ids) + self.positions[:ids.shape[1]]
-        return self.norm(run_blocks(self.blocks, x, Mask(causal=True), recompute=self._recompute))
+        return self.norm(run_blocks(self.blocks, x, Context(Mask(causal=True)),
+                                    recompute=self._recompute))
 
     def forward(self, ids):
         """ids (B, L) -> embedding (B, E), not normalised, and tokens (B, L, W)."""

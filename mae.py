@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Block, Dropout, run_blocks, sinusoid_table
+from attention import Block, Context, Dropout, run_blocks, sinusoid_table
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -386,7 +386,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, n):
         """tokens (B, Nv + n, Dd) -> predictions for the last n, (B, n, P)."""
-        tokens = run_blocks(self.blocks, tokens, last=n, recompute=self.recompute)
+        tokens = run_blocks(self.blocks, tokens, Context(last=n), recompute=self.recompute)
         return self.head(self.norm(tokens))
 
 
@@ -489,13 +489,6 @@ class VideoMAE(nn.Module):
         axes, which that code does not have."""
         from weights import videomae
         return videomae.export_pretrained(self)
-
-
-@dataclass(frozen=True)
-class State:
-    """A clip between two blocks."""
-
-    tokens: torch.Tensor  # (B, N, D)
 
 
 class VideoClassifier(nn.Module):

@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Block, Dropout, quick_gelu, sinusoid_table
+from attention import Block, Dropout, attention, quick_gelu, sinusoid_table
 from engine.processes import gather_with_gradient, world
 
 # For pixels in [0, 1]. All published UniFormerV2 models normalise clips with these; a video-text

@@ -13,8 +13,12 @@ def dry_run(stage, model, train_set):
 
     Returns {"parameters", "forward_flops", "expected_bytes"}.
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+    def of_cpu_kernel(q, k, v, *_, **__):  # torch counts only the attention kernels of GPUs
+        return sdpa_flop_count(q, k, v)
+
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_cpu_kernel}
     model.to(stage.device).train()
     batch = to_device(next(iter(data.batches(train_set, 1, stage.seed, 1))), stage.device)
     kept = {}
@@ -23,7 +27,8 @@ def dry_run(stage, model, train_set):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, \
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.compiler.set_stance("force_eager"), counter, \
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = stage.loss(model, batch, generator(stage.seed, "dry run"))
     forward = counter.get_total_flops()

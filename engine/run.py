@@ -80,13 +80,13 @@ class Run:
         stage.device = processes.start(machine.choose_device(stage.device))
         stage.precision = machine.choose_precision(stage.precision, stage.device)
         stage.compile, self.why_compile = machine.choose_compile(stage)
-        self.kernels = attention.use(stage.attention, stage.device)
+        attention.use(stage.attention)
         self.onednn = self.why_onednn = ""
         if stage.device == "cpu":
             self.onednn, self.why_onednn = machine.choose_products()
         if stage.device == "cpu" and stage.attention == "flex" and stage.steps:
             raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose "
-                            "auto, written_out, piecewise or fused")
+                            "auto, reference or sdpa")
         self.step, self.seconds_before, self.initial, self.bad = 0, 0.0, {}, {}
         self.results, self.metrics, self.latest = {}, {}, {}
         self.signals, self.stopping, self.batches, self.warned = [], False, None, False
@@ -173,7 +173,7 @@ class Run:
         print(f"{stage.name}: {self.parameters / 1e6:.2f} M parameters, {stage.steps} steps of "
               f"{clips} clips{epochs}, peak lr {optimisers.peak_rate(stage):.2e}, {stage.device}, "
               f"{stage.precision}{several}, {torch.get_num_threads()} threads -> {self.out}")
-        print(f"attention: {self.kernels}; blocks "
+        print(f"attention: {stage.attention}; blocks "
               f"{'compiled' if stage.compile == 'on' else 'not compiled'}"
               + f" ({self.why_compile})" * bool(self.why_compile)
               + f"; oneDNN for float32 {self.onednn} ({self.why_onednn})" * bool(self.onednn))

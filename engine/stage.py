@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import data
+from attention import FORMS
 from engine import evaluation, machine, processes
 from engine.errors import UserError
 from video.sampling import SAMPLINGS
@@ -110,9 +111,9 @@ class Stage:
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", group="machine")
     precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has "
                           "it", choices=("auto", "bf16", "fp32"), group="machine")
-    attention: str = flag("auto", "kernel of all attentions: auto = the fastest for device and "
-                          "mask, see attention.choose", group="machine",
-                          choices=("auto", "written_out", "piecewise", "fused", "flex"))
+    attention: str = flag("auto", "form of all attentions; auto = by device and mask, see "
+                          "attention.choose", group="machine",
+                          choices=FORMS)
     compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half "
                         "a minute and gains at most 4 percent", choices=("auto", "on", "off"),
                         group="machine")

@@ -203,7 +203,7 @@ class AttentiveProbe(torch.nn.Module):
     def classify(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
         query = self.query.expand(len(tokens), -1, -1)
-        return self.head(self.attn(query, self.norm(tokens))[:, 0])
+        return self.head(self.attn(query, keys_from=self.norm(tokens))[:, 0])
 
     def forward(self, video):
         """video (B, C, T, H, W) float, normalised with self.mean and self.std -> logits (B, Y)"""

@@ -49,7 +49,7 @@ sys.path.insert(0, str(ROOT))
 import mae  # noqa: E402, for what hiding costs; all else goes through train.py
 import train  # noqa: E402
 from engine.stage import STAGES  # noqa: E402
-from variants import divided_attention  # noqa: E402
+import variants.cards  # noqa: E402,F401: the stage mae-divided
 from video import moving_shapes  # noqa: E402
 
 # Student's t, two-sided 95 %, by number of seeds
@@ -114,12 +114,6 @@ RUNS = {  # name -> flags of train.py; {name} is the folder of that run
     "thawed": f"{FUSE} --thaw",
     "weak": FUSE.replace("{masked}", "{scratch}"),
 }
-
-
-class DividedMaskedModelling(STAGES["mae"], name="mae-divided"):
-    """Stage one with attention over time, then over space, in the encoder (claim 2)."""
-
-    network = divided_attention.DividedVideoMAE
 
 
 MEAN = ("test_motion", "test_shape")  # their mean is the measure: colour is always known

@@ -4,6 +4,8 @@ Importing this file registers both, as tools/claims.py does. Flags and results a
 `python train.py mae`.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 import mae
@@ -15,25 +17,27 @@ from variants.dual_masking import (
     DualMaskedVideoMAE, dual_masking_loss, hidden_among_decoded, running_cell_mask)
 
 
-class DividedAttention(train.MaskedModelling):
+@dataclass
+class DividedAttention(train.MaskedModelling, name="mae-divided"):
     """Stage 1 with attention over time, then over space."""
 
     network = DividedVideoMAE
 
-    def build(self):
+    def build(self, train_set):
         if self.mask_type != "tube":
             raise UserError("--mask-type: divided attention needs the same places in every frame, "
                             "so a tube")
-        return super().build()
+        return super().build(train_set)
 
 
-class DualMasking(train.MaskedModelling):
+@dataclass
+class DualMasking(train.MaskedModelling, name="mae-dual"):
     """Stage 1 whose decoder reconstructs half of the tokens (VideoMAE V2)."""
 
     network = DualMaskedVideoMAE
 
-    def build(self):
-        model = super().build()
+    def build(self, train_set):
+        model = super().build(train_set)
         h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)[1:]
         if h % 2 or w % 2:
             raise UserError(f"--input-size {self.input_size}: dual masking needs an even token "
@@ -42,7 +46,7 @@ class DualMasking(train.MaskedModelling):
 
     def loss(self, model, batch, rng):
         video = batch["video"].permute(0, 4, 1, 2, 3)  # (B, 3, T, H, W), uint8
-        hidden = self.hidden(model, video, rng)
+        hidden = self.draw_mask(len(video), model, rng)
         rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
         grid = model.encoder.grid_of(*video.shape[2:])
         skipped = running_cell_mask(rows, grid, rng)[mine]
@@ -58,8 +62,6 @@ class DualMasking(train.MaskedModelling):
             metrics["trivial_loss"] = dual_masking_loss(torch.zeros_like(target), target, weight)
         return loss, metrics
 
-
-train.STAGES |= {"mae-divided": DividedAttention, "mae-dual": DualMasking}
 
 if __name__ == "__main__":
     raise SystemExit(train.main())

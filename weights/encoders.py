@@ -62,7 +62,8 @@ def video_text(cls, source, classes, rows, *, frames, image_size, drop, drop_pat
 
 # "model" of a configuration, or that of an official file's family -> who makes an encoder of it
 ENCODERS = {"VideoMAE": masked, "VideoClassifier": masked, "UniFormerV2": multimodal,
-            "VideoCLIP": video_text, "VideoText": video_text}
+            "VideoCLIP": video_text, "VideoText": video_text,
+            "DividedVideoMAE": masked, "DividedVideoClassifier": masked}
 
 
 def uses_rows(source, old, classes, rows):

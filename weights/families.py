@@ -16,6 +16,8 @@ MODELS = {
     "VideoCLIP": ("clip_video", None),
     "CaptionDecoder": ("caption_decoder", None),
     "VideoText": ("caption_decoder", "state_dict"),
+    "DividedVideoMAE": ("variants.divided_attention", None),
+    "DividedVideoClassifier": ("variants.divided_attention", None),
 }
 
 # (family, regular expressions of which each must fit some name, models that load it): the first row
