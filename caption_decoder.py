@@ -1,9 +1,9 @@
 """Write a sentence about a video, one token at a time, with the video in view for each.
 
-Why: a contrastive loss asks which caption belongs to a clip. Two coarse summaries answer that. A
+A contrastive loss asks which caption belongs to a clip; two coarse summaries answer that. A
 captioning loss asks for every word, so the video tokens have to keep what a summary drops: who,
-what, how many, in which order. One forward pass of both encoders serves both losses, and
-InternVideo adds them (CoCa, arXiv 2205.01917, Sec. 3.2; InternVideo, arXiv 2212.03191, Sec. 3.2).
+what, how many, in which order. InternVideo adds both losses, from one forward pass of both encoders
+(CoCa, arXiv 2205.01917, Sec. 3.2; InternVideo, arXiv 2212.03191, Sec. 3.2).
 
     video tokens (B, M, D) -- Q learned queries attend --> pooled (B, Q, W) ---+ once per video
                                                                                | keys and values
@@ -23,9 +23,6 @@ InternVideo adds them (CoCa, arXiv 2205.01917, Sec. 3.2; InternVideo, arXiv 2212
 5. `generate`: the model's own tokens are the input, one by one. `step` caches keys and values.
 6. `VideoText` is the whole model of stage 2: `VideoCLIP` and this decoder.
 
-Padding comes last, so causal attention needs no mask for it; the loss ignores it. The end token is
-a target like any word: a decoder that never predicts it never stops.
-
 Where we differ from the official code (CoTrain clip_decoders.py, coca.py), with equal numbers:
 cross attention runs as ONE head with L*heads queries, which saves transposes. Not equal: fresh
 weights have a standard deviation of 0.02 * sqrt(768 / W). With 0.02, a narrow decoder attends
@@ -44,11 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import clip_video
 from attention import Mask, attention
-
-# ------------------------------------------------------------------------------------------------
-# Layers
+from clip_video import VideoCLIP
 
 
 class Norm(nn.Module):
@@ -65,7 +59,7 @@ class Norm(nn.Module):
 
 
 def swiglu(x):
-    """(..., 2*n) -> (..., n): the first half times silu of the second (arXiv 2002.05202, Sec. 2)."""
+    """(..., 2*n) -> (..., n): the first half, gated by the second (arXiv 2002.05202, Sec. 2)."""
     value, gate = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
@@ -76,10 +70,8 @@ def rotary_frequencies(head_width):
 
 
 def rotate(x, angles):
-    """Rotate the pairs of channels (j, j + K/2) of x (B, L, heads, K) by angles (L, K/2).
-
-    The dot product of q rotated by a and k rotated by b depends only on the distance a - b.
-    """
+    """Rotate the pairs of channels (j, j + K/2) of x (B, L, heads, K) by angles (L, K/2). The dot
+    product of q rotated by a and k rotated by b depends on the distance a - b, not on a or b."""
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]                  # (L, 1, K/2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -176,10 +168,6 @@ class CrossBlock(nn.Module):
         return x + self.attn(normed, k, v) + self.fc2(swiglu(self.fc1(normed)))
 
 
-# ------------------------------------------------------------------------------------------------
-# The decoder and its loss
-
-
 @dataclass(frozen=True)
 class Options:
     """The options of `CaptionDecoder`."""
@@ -227,23 +215,21 @@ class CaptionDecoder(nn.Module):
 
         text     (B, L, W), features of the new tokens
         pooled   (B, Q, W) from `pool`, read at the first step only
-        cache    None at the first step, then what the last step returned: for each layer the
-                 (keys, values) (B, 1, n, K) of the text and (B, 1, Q, K) of the pooled video
+        cache    None at the first step, then what the last step returned: for each layer the keys
+                 and values (B, 1, n, K) of the text and those (B, 1, Q, K) of the pooled video
         returns  hidden (B, L, W) and the new cache
         """
         if cache is None:
             cache = [(None, block.attn.keys(pooled)) for block in self.cross_blocks]
         x, new_cache = self.text_norm(text), []
-        for attend_text, attend_video, (past, video) in zip(
-                self.self_blocks, self.cross_blocks, cache):
-            x, past = attend_text(x, past)
-            x = attend_video(x, *video)
+        for block, cross, (past, video) in zip(self.self_blocks, self.cross_blocks, cache):
+            x, past = block(x, past)
+            x = cross(x, *video)
             new_cache.append((past, video))
         return x, new_cache
 
     def hidden(self, visual, text):
-        """(B, M, D), (B, L, W) -> (B, L, W) before the predictor. The head that answers questions
-        reads it, too."""
+        """(B, M, D), (B, L, W) -> (B, L, W), what the predictor and answers to questions read."""
         return self.step(text, self.pool(visual), None)[0]
 
     def logits(self, hidden):
@@ -280,10 +266,11 @@ def caption_loss(logits, ids, is_text, *, count=None):
     `engine.large_batches.chunked_caption_loss` has the same value for a large vocabulary.
 
     logits   (B, L-1, V): the decoder's output for text features 0..L-2
-    ids      (B, L) int: start, words, end, padding; tokens 1..L-1 are the targets
-    is_text  (B, L) bool, True = start, word or end; False = padding, which is ignored
-    count    divides the sum; default: the targets of this batch. Several processes that share a
-             batch pass the mean of their counts
+    ids      (B, L) int: start, words, end, padding; tokens 1..L-1 are the targets, the end, too:
+             a decoder that never predicts it never stops
+    is_text  (B, L) bool, False = padding, which is ignored. It comes last, so that causal attention
+             needs no mask for it
+    count    divides the sum; default: the targets in this batch. Several processes pass their mean
     """
     if logits.shape[:2] != (ids.shape[0], ids.shape[1] - 1):
         raise ValueError(f"{tuple(ids.shape)} token ids need {ids.shape[0]} x {ids.shape[1] - 1} "
@@ -312,14 +299,13 @@ class VideoText(nn.Module):
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
-        return cls(clip_video.VideoCLIP.from_config(config["clip"]),
+        return cls(VideoCLIP.from_config(config["clip"]),
                    CaptionDecoder.from_config(config["caption_decoder"]))
 
     @classmethod
     def from_run(cls, folder):
         """Load a run of `train.py clip`, in eval mode."""
-        return cls(clip_video.VideoCLIP.from_official(folder),
-                   CaptionDecoder.from_official(folder)).eval()
+        return cls(VideoCLIP.from_official(folder), CaptionDecoder.from_official(folder)).eval()
 
     def to_official(self):
         """{official name: tensor}, laid out like InternVideo's own file."""
@@ -349,62 +335,40 @@ class VideoText(nn.Module):
             end=tokenizer.end, maximum=maximum, **options))
 
 
-# ------------------------------------------------------------------------------------------------
-# Decoding
-
-
 @torch.no_grad()
 def generate(decoder, text_encoder, visual, *, start, end, maximum, minimum=0, search=None):
     """Captions for a batch of videos, by greedy decoding: always the most probable next token.
 
-    text_encoder  has `start_cache(batch)` and `step(ids, cache)`, as clip_video.TextEncoder
-    visual        (B, M, D) video tokens
-    start, end    ids of the tokens that open and close a sentence
-    maximum       most tokens, at least 1; the text encoder needs room for as many, start included
-    minimum       fewest tokens: the end is forbidden until there are that many
-    search        another way to choose tokens, see tasks/caption_search.py: a function of logits
-                  (n, V), words (n, place) and ended (n,) -> rows to continue, next tokens
-    returns       B lists of token ids, without start and end, of various lengths
+    text_encoder       has `start_cache` and `step`, as clip_video.TextEncoder
+    visual             (B, M, D) video tokens
+    start, end         ids of the tokens that open and close a sentence
+    minimum, maximum   number of tokens, at least 0 and 1; the text encoder needs room for `maximum`
+    search             chooses the tokens in place of argmax: see tasks/caption_search.py
+    returns            B lists of token ids, without start and end, of various lengths
     """
     if not 0 <= minimum <= maximum or maximum < 1:
-        raise ValueError(f"between {minimum} and {maximum} words: need 0 <= minimum <= maximum, "
-                         "maximum at least 1")
-    clips = len(visual)
-    pooled, cache, text_cache = decoder.pool(visual), None, text_encoder.start_cache(clips)
-    ids = torch.full((clips,), start, device=visual.device)      # the newest token of each sentence
-    words = ids[:, None][:, :0]                                  # (n, tokens so far)
+        raise ValueError(f"{minimum} to {maximum} tokens: need 0 <= minimum <= maximum >= 1")
+    pooled, cache, text_cache = decoder.pool(visual), None, text_encoder.start_cache(len(visual))
+    ids = torch.full((len(visual),), start, device=visual.device)  # newest token of each sentence
+    words = ids[:, None][:, :0]                                    # (n, tokens so far)
     ended = torch.zeros_like(ids, dtype=torch.bool)
     for place in range(maximum):
         features, text_cache = text_encoder.step(ids[:, None], text_cache)
         hidden, cache = decoder.step(features, pooled, cache)
-        logits = decoder.logits(hidden[:, -1])                   # (n, V)
+        logits = decoder.logits(hidden[:, -1])                     # (n, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if place < minimum:
             logits[:, end] = -math.inf
         if search is None:
             ids = logits.argmax(dim=-1)
         else:
-            rows, ids = search(logits, words, ended)
-            words, ended, cache, text_cache = reorder((words, ended, cache, text_cache), rows)
+            ids, words, ended, cache, text_cache = search(logits, words, ended, cache, text_cache)
         words = torch.cat([words, ids[:, None]], dim=1)
         ended = ended | (ids == end)
         if ended.all():
             break
-    best = words.unflatten(0, (clips, -1))[:, 0].tolist()        # a search keeps the best first
+    best = words.unflatten(0, (len(visual), -1))[:, 0].tolist()    # a search keeps the best first
     return [row[:row.index(end)] if end in row else row for row in best]
-
-
-def reorder(cache, rows):
-    """Rows `rows` of every tensor in nested lists and tuples; anything else stays as it is."""
-    if isinstance(cache, torch.Tensor):
-        return cache.index_select(0, rows)
-    if isinstance(cache, (list, tuple)):
-        return type(cache)(reorder(part, rows) for part in cache)
-    return cache
-
-
-# ------------------------------------------------------------------------------------------------
-# Try it
 
 
 @torch.no_grad()
@@ -416,22 +380,19 @@ def main():
 
     world = MovingShapes("train", 4, 64)
     tokenizer = train_tokenizer([world[i]["caption"] for i in range(100)], 800)
-    clip = clip_video.VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary,
-                                context=32, end=tokenizer.end)
-    decoder = CaptionDecoder(128, heads=2, depth=2, visual_width=192, queries=8,
-                             vocabulary=tokenizer.vocabulary)
+    ids, is_text = tokenizer.encode(world[0]["caption"], 32, trim=True)
+    V = tokenizer.vocabulary
+    clip = VideoCLIP("tiny", frames=4, image_size=64, vocabulary=V, context=32, end=tokenizer.end)
+    decoder = CaptionDecoder(128, heads=2, depth=2, visual_width=192, queries=8, vocabulary=V)
     model = VideoText(clip, decoder).eval()
     video = normalise(torch.as_tensor(world[0]["video"])[None], clip.mean, clip.std)
-    ids, is_text = tokenizer.encode(world[0]["caption"], 32, trim=True)
     tokens = clip.encode_video_tokens(video)[1].flatten(1, 2)
-    hidden = model(video, ids)[2]
-    logits = decoder.logits(hidden)
+    logits = decoder.logits(model(video, ids)[2])
     for name, value in (("video tokens (B, M, D)", tokens), ("caption (B, L)", ids),
-                        ("pooled (B, Q, W)", decoder.pool(tokens)),
-                        ("hidden (B, L-1, W)", hidden), ("logits (B, L-1, V)", logits)):
+                        ("pooled (B, Q, W)", decoder.pool(tokens)), ("logits (B, L-1, V)", logits)):
         print(f"{name:28s} {tuple(value.shape)}")
     print(f"loss of {world[0]['caption']!r}, untrained: {caption_loss(logits, ids, is_text):.2f}; "
-          f"ln V = {math.log(logits.shape[-1]):.2f} at chance")
+          f"ln V = {math.log(V):.2f} at chance")
     print("what it writes, untrained:", *model.caption(video, tokenizer, maximum=10))
 
 

@@ -3,9 +3,10 @@
 `caption_decoder.generate(..., search=Beams(end))` keeps the best sentences instead of the best next
 token. `search=Nucleus()` draws tokens at random. In every step the loop of `generate` calls
 
-    search(logits (n, V), words (n, tokens so far), ended (n,) bool)  ->  rows (m,), tokens (m,)
+    search(logits (n, V), words (n, tokens so far), ended (n,) bool, cache, text_cache)
+        -> next tokens (m,), and the same four for the m sentences that these tokens continue
 
-and continues sentence rows[i] with tokens[i]. Sentences of one clip are neighbours, the best first.
+Sentences of one clip are neighbours, the best first.
 """
 
 import math
@@ -28,7 +29,7 @@ class Beams:
             raise ValueError(f"need beams >= 1; got {beams}")
         self.end, self.beams, self.length_penalty, self.score = end, beams, length_penalty, None
 
-    def __call__(self, logits, words, ended):
+    def __call__(self, logits, words, ended, *caches):
         """See the module docstring."""
         if self.score is None:  # the first step: one sentence per clip
             self.clips, self.score = len(logits), torch.zeros(len(logits), device=logits.device)
@@ -45,7 +46,17 @@ class Beams:
         first = rank.shape[1] * torch.arange(self.clips, device=rank.device)
         best = (best + first[:, None]).flatten()
         self.score = total.flatten()[best]
-        return best // gain.shape[1], token.flatten()[best]
+        rows = best // gain.shape[1]
+        return token.flatten()[best], *reorder((words, ended, *caches), rows)
+
+
+def reorder(cache, rows):
+    """Rows `rows` of every tensor in nested lists and tuples; anything else stays as it is."""
+    if isinstance(cache, torch.Tensor):
+        return cache.index_select(0, rows)
+    if isinstance(cache, (list, tuple)):
+        return type(cache)(reorder(part, rows) for part in cache)
+    return cache
 
 
 class Nucleus:
@@ -62,12 +73,12 @@ class Nucleus:
             raise ValueError(f"need 0 < top_p <= 1, temperature > 0; got {top_p}, {temperature}")
         self.top_p, self.temperature, self.generator = top_p, temperature, generator
 
-    def __call__(self, logits, words, ended):
-        """See the module docstring. Each sentence continues with its own token."""
+    def __call__(self, logits, *state):
+        """See the module docstring. Each sentence continues."""
         chance, token = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         before = chance.cumsum(dim=-1) - chance          # exactly 0 for the most probable token
         mass = chance.masked_fill(before >= self.top_p, 0).cumsum(dim=-1)
         device = "cpu" if self.generator is None else self.generator.device
         draw = torch.rand(len(logits), 1, generator=self.generator, device=device).to(mass)
         chosen = (mass < draw * mass[:, -1:]).sum(dim=-1, keepdim=True)
-        return torch.arange(len(logits), device=logits.device), token.gather(1, chosen)[:, 0]
+        return token.gather(1, chosen)[:, 0], *state
