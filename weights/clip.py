@@ -81,7 +81,8 @@ UNUSED = (r"^(input_resolution|context_length|vocab_size)$",
           r"^(clip\.)?text_mask_embedding$", r"^caption_decoder\.")
 
 
-def load(cls, source, *, heads, global_heads, global_layers, text_heads, frames, grow):
+def load(cls, source, *, heads=None, global_heads=None, global_layers=None, text_heads=None,
+         frames=None, grow=False):
     """A VideoCLIP in eval mode from InternVideo-MM, ViCLIP, OpenAI's or transformers' CLIP weights,
     or from a run of ours. Its `unused` names what was left in the file on purpose.
 
