@@ -24,14 +24,12 @@ both scores; `train.py fuse` does.
 3. Both heads give scores. Their weights are a softmax of learned numbers that start equal, so the
    first result is the mean of both models' logits.
 4. `InternVideo.freeze`: only the cross-model attention, the weights of the scores, the heads with
-   their norms, and the global token's start are trained. The encoders stay in eval mode. Autograd
-   keeps nothing where no weight and no input needs a gradient, which saves time and memory.
+   their norms, and the global token's start are trained. The encoders stay in eval mode.
 
 None of this was released. The paper leaves open, and we chose: before which blocks (four, evenly),
 which multimodal blocks are read (at the same relative depth), which tokens give keys (all), heads
-(the masked encoder's), gates (one number each), how scores combine (convex, of logits).
-
-With VideoMAE-H and UniFormerV2-L, 90.2 M parameters train beside 985 M frozen ones.
+(the masked encoder's), gates (one number each), how scores combine (convex, of logits). With
+VideoMAE-H and UniFormerV2-L, 90.2 M parameters train beside 985 M frozen ones.
 
 >>> from mae import VideoClassifier
 >>> from uniformerv2 import UniFormerV2
@@ -99,8 +97,7 @@ class CrossModelAttention(nn.Module):
 class Options:
     """Options of an InternVideo. `fitted` checks them and replaces None."""
 
-    # Masked blocks with cross-model attention before them, rising; None: as `evenly` says.
-    before: list | None = None
+    before: list | None = None  # masked blocks with attention before them, rising; None: `evenly`
     # For each, the multimodal block after which it reads; None: at the same relative depth. Two
     # multimodal encoders: a list for each.
     layers: list | None = None
@@ -294,10 +291,9 @@ class InternVideo(nn.Module):
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
         from weights.encoders import from_config
-        options = dict(config)
-        masked, multimodal = options.pop("masked"), options.pop("multimodal")
-        options.pop("model", None)
-        return cls(from_config(masked), [from_config(part) for part in multimodal], **options)
+        masked, multimodal = from_config(config["masked"]), map(from_config, config["multimodal"])
+        return cls(masked, list(multimodal), **{key: value for key, value in config.items() if key
+                                                not in ("model", "masked", "multimodal")})
 
     @classmethod
     def from_run(cls, folder):
@@ -338,15 +334,12 @@ def view(clip, encoder):
 
 
 @torch.no_grad()
-def main(argv=None):
+def main():
     """`python fusion.py`: the shapes of a generated clip on its way through two tiny encoders."""
-    import argparse
-
     from mae import VideoClassifier
     from uniformerv2 import UniFormerV2
     from video.moving_shapes import MovingShapes
 
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     model = InternVideo(VideoClassifier("tiny", classes=16, frames=8, image_size=64),
                         UniFormerV2("tiny", classes=16, frames=8)).eval()
     clip = torch.as_tensor(MovingShapes("test", 8, (64, 64), 0)[0]["video"])[None]
@@ -361,8 +354,7 @@ def main(argv=None):
              ("logits", "(B, Y)", model(clip))]
     for name, letters, x in rows:
         print(f"{name:45s} {letters:16s} {tuple(x.shape)}")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
