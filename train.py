@@ -28,7 +28,7 @@ The idea, in steps:
    fail, 130 where the run was interrupted.
 
 A run leaves in --out: log.jsonl (a line for every tenth step), metrics.json (the last evaluation
-and all settings), model.safetensors with config.json, last.pt and last.1.pt (for --resume), pictures.
+and all settings), model.safetensors with config.json, last.pt, last.1.pt (for --resume), pictures.
 """
 
 import functools
@@ -48,7 +48,6 @@ import fusion
 import mae
 import tasks
 import uniformerv2
-import weights
 from attention import Block
 from caption_decoder import CaptionDecoder, VideoText, caption_loss
 from engine import large_batches, machine, pictures, processes
