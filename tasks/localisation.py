@@ -128,7 +128,8 @@ class Head(nn.Module):
     @property
     def margin(self):
         """Steps to either side that an answer depends on."""
-        return 2 ** len(self.blocks)  # 1 + 2 + 4 + ... of the blocks, and 1 of the last convolutions
+        # 1 + 2 + 4 + ... of the blocks, and 1 of the last convolutions
+        return 2 ** len(self.blocks)
 
     def measure(self, features):
         """Set centre and spread to those of features (steps, F)."""
@@ -138,7 +139,8 @@ class Head(nn.Module):
     def forward(self, features, inside=None):
         """features (B, T', F), inside (B, T') bool, True = no padding; None: all ->
         logits (B, T', Y), distances to start and end (B, T', 2), in steps, positive"""
-        inside = torch.ones(features.shape[:2], device=features.device) if inside is None else inside.float()
+        inside = torch.ones(features.shape[:2],
+                            device=features.device) if inside is None else inside.float()
         inside = inside[..., None]
         x = self.embed((features - self.centre) / self.spread)               # (B, T', D)
         for block in self.blocks:
@@ -234,7 +236,8 @@ def decode(scores, distances, first=0, least=0.01, most=500):
     """
     scores, distances = scores.double().cpu().numpy(), distances.double().cpu().numpy()
     step, label = np.nonzero(scores > least)
-    found = np.stack([first + step - distances[step, 0], first + step + distances[step, 1], scores[step, label], label], 1)
+    found = np.stack([first + step - distances[step, 0], first + step + distances[step, 1],
+                      scores[step, label], label], 1)
     return found[np.argsort(-found[:, 2], kind="stable")[:most]]
 
 
@@ -310,8 +313,10 @@ def mean_average_precision(truth, found, thresholds=THRESHOLDS):
     """
     values = {threshold: [] for threshold in thresholds}
     for label in sorted({segment[2] for segments in truth for segment in segments}):
-        true = [np.array([s[:2] for s in segments if s[2] == label], float).reshape(-1, 2) for segments in truth]
-        said = [(row[2], video, row[:2]) for video, rows in enumerate(found) for row in rows[rows[:, 3] == label]]
+        true = [np.array([s[:2] for s in segments if s[2] == label], float).reshape(-1, 2)
+                for segments in truth]
+        said = [(row[2], video, row[:2]) for video,
+                rows in enumerate(found) for row in rows[rows[:, 3] == label]]
         said.sort(key=lambda row: -row[0])
         right = {threshold: np.zeros(len(said)) for threshold in thresholds}
         taken = {threshold: [set() for _ in true] for threshold in thresholds}
@@ -356,7 +361,8 @@ class MeanSegments:
             for rank, (start, end, _) in zip(ranked, sorted(segments)):
                 rank.append((start / duration, end / duration))
         labels = collections.Counter(label for segments in truth for *_, label in segments)
-        self.said = np.array([(*np.mean(rank, axis=0), number / labels.total(), label) for rank in ranked if rank
+        self.said = np.array([(*np.mean(rank, axis=0), number / labels.total(), label)
+                              for rank in ranked if rank
                               for label, number in labels.most_common()]).reshape(-1, 4)
 
     def __call__(self, duration):
@@ -403,12 +409,15 @@ def in_batches(items, size):
 def slide(encoder, frames, stride, batch_size=16):
     """Yield features (b, F) of frames as they come, by an encoder in eval mode, on its device; see `windows`."""
     device = next(encoder.parameters()).device
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1) for x in (encoder.mean, encoder.std))
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1)
+                 for x in (encoder.mean, encoder.std))
     for clips in in_batches(windows(frames, encoder.config["frames"], stride), batch_size):
-        clips = torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3)  # (B, C, T, H, W)
+        # (B, C, T, H, W)
+        clips = torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3)
         clips = (clips / 255 - mean) / std
         # Of the multimodal encoder before the head's norm, as runs made before have it.
-        yield (encoder.encode(clips)[0] if encoder.family == "multimodal" else encoder.feature(clips)).float()
+        yield (encoder.encode(clips)[0]
+               if encoder.family == "multimodal" else encoder.feature(clips)).float()
 
 
 @torch.no_grad()
@@ -418,7 +427,8 @@ def stream(head, features, chunk=256):
 
     At most chunk + 2 head.margin rows, and a piece, are kept.
     """
-    margin, kept, begin, done = head.margin, None, 0, 0  # kept[0] is step `begin`; steps before `done` are answered
+    # kept[0] is step `begin`; steps before `done` are answered
+    margin, kept, begin, done = head.margin, None, 0, 0
     for piece in itertools.chain(features, [None]):
         if piece is not None:
             kept = piece if kept is None else torch.cat([kept, piece])
@@ -428,7 +438,8 @@ def stream(head, features, chunk=256):
             if last <= done or piece is not None and there < done + chunk + margin:
                 break
             scores, distances = head(kept[None, :last + margin - begin])
-            yield done, scores[0, done - begin:last - begin].sigmoid(), distances[0, done - begin:last - begin]
+            yield done, scores[0, done - begin:last - begin].sigmoid(), distances[0,
+                                                                                  done - begin:last - begin]
             done = last
             kept, begin = kept[max(done - margin - begin, 0):], max(done - margin, begin)
 
@@ -447,7 +458,8 @@ class Localiser(nn.Module):
         self.encoder, self.head, self.names, self.stride = encoder, head, list(names), stride
         if encoder is not None:
             encoder.requires_grad_(False)
-        self.config = {"model": "Localiser", "encoder": encoder and encoder.config, "head": head.config,
+        self.config = {"model": "Localiser", "encoder": encoder and encoder.config,
+                       "head": head.config,
                        "names": self.names, "stride": stride}
 
     def train(self, mode=True):
@@ -472,7 +484,8 @@ class Localiser(nn.Module):
     def find_in(self, frames, timestamps, duration, batch_size=16):
         """The same of frames, uint8 (H, W, 3), as they come: timestamps (T,) and duration in seconds."""
         features = slide(self.encoder, frames, self.stride, batch_size)
-        found = [decode(scores, distances, first) for first, scores, distances in stream(self.head, features)]
+        found = [decode(scores, distances, first) for first, scores,
+                 distances in stream(self.head, features)]
         times = step_times(timestamps, self.encoder.config["frames"], self.stride)
         return soft_nms(in_seconds(np.concatenate(found), times, duration), most=None)
 
@@ -485,7 +498,8 @@ class Localiser(nn.Module):
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
         part = config["encoder"]
-        return cls(part and encoders.from_config(part), Head(**config["head"]), config["names"], config["stride"])
+        return cls(part and encoders.from_config(part), Head(**config["head"]), config["names"],
+                   config["stride"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -535,12 +549,15 @@ class Localisation(Stage, name="localise"):
     paper of the flags. On long generated videos, whose features are computed once; or on real ones,
     whose features tools/extract.py has computed. Then: python tools/predict.py VIDEO --weights RUN"""
 
-    data: str = flag("", "folder of .npz features by tools/extract.py, with --annotations; default: "
+    data: str = flag("",
+                     "folder of .npz features by tools/extract.py, with --annotations; default: "
                      "long generated videos")
     val_data: str = flag("", "the same for evaluation; default: also in --data")
-    weights: str = flag("", "the encoder: a run of mae, clip or classify, or an official file; or a "
+    weights: str = flag("",
+                        "the encoder: a run of mae, clip or classify, or an official file; or a "
                         "run of this stage. With --data not needed, but kept in the run for videos")
-    annotations: str = flag("", "JSON in the form of ActivityNet: what happens when in the videos of "
+    annotations: str = flag("",
+                            "JSON in the form of ActivityNet: what happens when in the videos of "
                             "--data", group="clips")
     train_subset: str = flag("training", "subset of --annotations to train on",
                              paper="validation on THUMOS14", group="clips")
@@ -590,7 +607,8 @@ class Localisation(Stage, name="localise"):
     def open_files(self):
         """Features of files. UserError where they do not fit together, or to --weights."""
         if not self.annotations:
-            raise UserError("--annotations: --data is a folder of features; name the JSON that says "
+            raise UserError(
+                "--annotations: --data is a folder of features; name the JSON that says "
                             "what happens when")
         encoder, model = self.parts
         rows, names = read_segments(self.annotations), model and model.names
@@ -598,7 +616,8 @@ class Localisation(Stage, name="localise"):
         for folder, subset in ((self.data, self.train_subset),
                                (self.val_data or self.data, self.val_subset)):
             items, names, missing = read_features(folder, rows, subset, names)
-            print(f"--data {folder}: {len(items)} videos of the subset {subset}, {len(names)} classes"
+            print(
+                f"--data {folder}: {len(items)} videos of the subset {subset}, {len(names)} classes"
                   + (f"; the features of {len(missing)} are MISSING, e.g. "
                      f"{printable(str(missing[0]))}" if missing else ""))
             sets.append(Videos(items, names, folder))
@@ -606,7 +625,8 @@ class Localisation(Stage, name="localise"):
         for item in itertools.chain(*(part.items for part in sets)):
             if any(item[key] != first[key] for key in ("model", "window", "stride")) or \
                     item["features"].shape[1] != first["features"].shape[1]:
-                raise UserError(f"--data: {item['path']} was extracted with another model, window or "
+                raise UserError(
+                    f"--data: {item['path']} was extracted with another model, window or "
                                 f"stride than {first['path']}")
         if encoder is not None and model is None and \
                 weights.fingerprint(self.weights) != first["model"]:
@@ -624,7 +644,8 @@ class Localisation(Stage, name="localise"):
             head = Head(width, len(names), self.width, self.depth, self.drop)
             model = Localiser(encoder, head, names, self.stride)
         if model.names != names or model.stride != self.stride:
-            raise UserError(f"--weights {self.weights}: was trained with other classes, or a stride "
+            raise UserError(
+                f"--weights {self.weights}: was trained with other classes, or a stride "
                             f"of {model.stride}")
         return model
 
@@ -676,7 +697,8 @@ class Localisation(Stage, name="localise"):
         frames = video.pop("video")
         with self.autocast():
             features = torch.cat(list(slide(encoder, frames, self.stride, 64))).cpu()
-        times = step_times(np.arange(len(frames)) / world.FPS, encoder.config["frames"], self.stride)
+        times = step_times(np.arange(len(frames)) / world.FPS, encoder.config["frames"],
+                           self.stride)
         return video | {"features": features, "times": times.tolist()}
 
     def gather(self, items, rng=None):
@@ -757,7 +779,8 @@ class Localisation(Stage, name="localise"):
         for i in batch["video"].tolist()[:4]:
             item, frames = results["val"]["items"][i], None
             if not self.data:
-                world = moving_shapes.LongShapes("val", model.encoder.config["image_size"], self.seed)
+                world = moving_shapes.LongShapes("val", model.encoder.config["image_size"],
+                                                 self.seed)
                 frames = pictures.strip(world[i]["video"], 24)
             rows.append((item["path"], frames, item["duration"], item["segments"],
                          clearest(predict(model.head, item))))
