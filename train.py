@@ -61,7 +61,7 @@ from engine.dry_run import dry_run
 from engine.errors import UserError
 from engine.optimisers import build_optimizer, clip_gradients, learning_rate
 from engine.run import Run, add_means, one_line_errors
-from engine.stage import STAGES, TEST_CLIPS, ClipStage, flag, generator
+from engine.stage import STAGES, TEST_CLIPS, ClipStage, build_model, flag, generator
 from tasks import captioning, recognition, retrieval
 from tasks.recognition import LabelledStage
 from video.transforms import normalise
@@ -890,7 +890,7 @@ def train(stage, again="--resume"):
     run = Run(stage, again)                         # folder, device, precision, kernels
     torch.manual_seed(stage.seed)
     train_set, held_out = stage.datasets()          # held_out: {"val": ..., "unseen": ...}
-    model = stage.build(train_set)
+    model = build_model(stage, train_set)           # stage.build(train_set)
     if stage.dry_run:
         return dry_run(stage, model, train_set)
     training_loss = run.prepare(model, BLOCKS)      # to the device; compiled; DDP or FSDP2

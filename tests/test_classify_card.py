@@ -221,10 +221,8 @@ def test_several_views_are_averaged_as_probabilities_and_stand_beside_one_clip(t
         for i in range(3):
             write_video(tmp_path / "videos" / name / f"{i}.mp4", frames=20)
     assert run("--data", str(tmp_path / "videos"), "--val-data", str(tmp_path / "videos"),
-               "--test-clips", "2",
-               "--test-crops", "3", "--rand-augment", "2", "--erasing", "0.5", "--repeats", "2",
-               "--area", "0.3",
-               "--flip", out=tmp_path / "run") == 0
+               *"--test-clips 2 --test-crops 3 --rand-augment 2 --erasing 0.5 --repeats 2".split(),
+               *"--area 0.3 --flip".split(), out=tmp_path / "run") == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val_top1 (1 clip)"] == pytest.approx(metrics["val_top1"])
     model = load_encoder(tmp_path / "run").eval()
@@ -234,7 +232,8 @@ def test_several_views_are_averaged_as_probabilities_and_stand_beside_one_clip(t
     with torch.no_grad():
         for item in (views[i] for i in range(6)):
             video = normalise(torch.as_tensor(item["video"][1:]), model.mean, model.std)
-            right.append(int(model(video).softmax(dim=1).mean(dim=0).argmax()) == item["labels"]["label"])
+            predicted = int(model(video).softmax(dim=1).mean(dim=0).argmax())
+            right.append(predicted == item["labels"]["label"])
     assert metrics["val_top1 (2 x 3 views)"] == pytest.approx(100 * sum(right) / 6)
 
 

@@ -1,8 +1,8 @@
-"""What is proved about localise.py, and the long videos of moving_shapes.py:
+"""What is proved about tasks/localisation.py, and the long videos of video/moving_shapes.py:
 
-precision, soft-NMS, targets and both losses by numbers derived here; the head gives in pieces what it gives for
-the whole, and is not disturbed by padding; streamed features are those of tools/extract.py; it learns; long
-videos rest before and after each motion.
+precision, soft-NMS, targets and both losses by numbers derived here; the head gives in pieces what
+it gives for the whole, and is not disturbed by padding; streamed features are those of
+tools/extract.py; it learns; long videos rest before and after each motion.
 """
 
 import dataclasses
@@ -16,53 +16,59 @@ import pytest
 import torch
 import torchvision
 
-from video.decoding import Video
-from video import moving_shapes
+import mae
+import uniformerv2
 from tasks import localisation
 from tasks.localisation import Head, mean_average_precision, soft_nms
 from test_train import write_video
+from video import moving_shapes
+from video.decoding import Video
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 
-def said(*rows):
+def segments(*rows):
+    """Segments (n, 4)."""
     return np.array(rows, float).reshape(-1, 4)
 
 
 def test_average_precision_by_hand():
     truth = [[(0, 10, 0), (20, 30, 0)], [(0, 10, 0)]]
-    found = [said((0, 10, 0.9, 0), (1, 10, 0.8, 0), (20, 26, 0.6, 0)),
-             said((5, 15, 0.7, 0), (0, 10, 0.5, 0))]
-    # By falling score: IoU 1; 0.9 with a segment that is taken; 5 / 15; 0.6; 1 with one that is taken at 0.3 only.
-    # At 0.3 right are 1 0 1 1 0: precision 1, 1/2, 2/3, 3/4, 3/5, at or beyond each hit at best 1, 3/4, 3/4.
+    found = [segments((0, 10, 0.9, 0), (1, 10, 0.8, 0), (20, 26, 0.6, 0)),
+             segments((5, 15, 0.7, 0), (0, 10, 0.5, 0))]
+    # In descending order of score: IoU 1; 0.9 with a segment that is matched already; 5 / 15; 0.6;
+    # 1 with one that is matched at 0.3 only.
+    # At 0.3 right are 1 0 1 1 0: precision 1, 1/2, 2/3, 3/4, 3/5, at or beyond each hit at best 1,
+    # 3/4, 3/4.
     # At 0.5 right are 1 0 0 1 1: at best 1, 3/5, 3/5. At 0.7 right are 1 0 0 0 1: at best 1, 2/5.
     values = mean_average_precision(truth, found, (0.3, 0.5, 0.7))
     assert values == pytest.approx({0.3: 2.5 / 3, 0.5: 2.2 / 3, 0.7: 1.4 / 3})
     # A class that is never found halves the mean; one that never occurs does not count.
     truth[0].append((3, 4, 1))
-    found[1] = np.concatenate([found[1], said((3, 4, 1, 2))])
+    found[1] = np.concatenate([found[1], segments((3, 4, 1, 2))])
     assert mean_average_precision(truth, found, (0.5,)) == pytest.approx({0.5: 1.1 / 3})
 
 
 def test_a_segment_whose_best_match_is_taken_may_find_the_next_best():
     truth = [[(0, 10, 0), (2, 12, 0)]]
     # the second overlaps the first by 0.9 and the other by 8 / 11
-    found = [said((0, 10, 0.9, 0), (1, 10, 0.8, 0))]
+    found = [segments((0, 10, 0.9, 0), (1, 10, 0.8, 0))]
     assert mean_average_precision(truth, found, (0.7, 0.75)) == pytest.approx({0.7: 1.0, 0.75: 0.5})
-    assert mean_average_precision([[(0, 1, 0)]], [said()], (0.5,)) == {0.5: 0.0}
+    assert mean_average_precision([[(0, 1, 0)]], [segments()], (0.5,)) == {0.5: 0.0}
 
 
 def test_soft_nms_by_hand():
-    found = soft_nms(said((0, 4, 0.9, 0), (0, 2, 0.8, 0), (0, 2, 0.7, 1), (4, 8, 0.3, 0)),
+    found = soft_nms(segments((0, 4, 0.9, 0), (0, 2, 0.8, 0), (0, 2, 0.7, 1), (4, 8, 0.3, 0)),
                      sigma=0.5)
-    # IoU 1/2 with the best of its class: exp(-(1/4) / 0.5). Another class, or mere touching, costs nothing.
+    # IoU 1/2 with the best of its class: exp(-(1/4) / 0.5). Another class, or mere touching, costs
+    # nothing.
     assert found.tolist() == [[0, 4, 0.9, 0], [0, 2, 0.7, 1],
                               [0, 2, pytest.approx(0.8 * math.exp(-0.5)), 0], [4, 8, 0.3, 0]]
 
 
 def test_the_clearest_segments_overlap_no_better_one_by_half():
     # IoU 3/5, 1/8; too low a score
-    found = said((0, 4, 0.9, 0), (1, 5, 0.8, 1), (3, 8, 0.5, 0), (10, 11, 0.1, 0))
+    found = segments((0, 4, 0.9, 0), (1, 5, 0.8, 1), (3, 8, 0.5, 0), (10, 11, 0.1, 0))
     assert localisation.clearest(found).tolist() == [[0, 4, 0.9, 0], [3, 8, 0.5, 0]]
 
 
@@ -92,8 +98,8 @@ def test_the_middle_of_a_segment_answers_for_it_and_the_shortest_wins():
 def test_the_distance_iou_loss_by_hand():
     found, wanted = torch.tensor([[1.0, 1], [2, 3]]), torch.tensor([[2.0, 0], [2, 3]])
     # [-1, 1] and [-2, 0]: 1 of 3 shared, centres 1 apart in a hull of 3. The others are the same.
-    assert localisation.distance_iou_loss(found,
-                                          wanted).tolist() == pytest.approx([1 - 1 / 3 + 1 / 9, 0])
+    losses = localisation.distance_iou_loss(found, wanted).tolist()
+    assert losses == pytest.approx([1 - 1 / 3 + 1 / 9, 0])
     # [2, 3] against [-1, 1]: nothing shared, yet a slope
     apart = torch.tensor([[-2.0, 3.0]], requires_grad=True)
     localisation.distance_iou_loss(apart, torch.tensor([[1.0, 1]])).sum().backward()
@@ -153,25 +159,28 @@ def test_an_answer_depends_on_margin_steps_and_padding_looks_like_the_end(head):
 
 def test_windows_slide_and_a_short_video_repeats_its_last_frame():
     frames = [np.full((1, 1, 3), i, np.uint8) for i in range(10)]
-    assert [w[:, 0, 0, 0].tolist() for w in localisation.windows(frames, 4, 3)] == [[0, 1, 2, 3],
-                                                                                    [3, 4, 5, 6],
-                                                                                    [6, 7, 8, 9]]
-    assert [w[:, 0, 0, 0].tolist()
-            for w in localisation.windows(frames[:2], 4, 3)] == [[0, 1, 1, 1]]
+
+    def numbers(frames):
+        return [window[:, 0, 0, 0].tolist() for window in localisation.windows(frames, 4, 3)]
+
+    assert numbers(frames) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert numbers(frames[:2]) == [[0, 1, 1, 1]]
     assert localisation.step_times(np.arange(10) / 2, 4, 3).tolist() == [0.75, 2.25, 3.75]
     assert localisation.step_times([0.0, 0.5], 4, 3).tolist() == [0.25]
 
 
 @pytest.mark.parametrize("frames, stride", [(23, 3), (23, 6), (2, 4)])
-def test_streamed_features_and_times_are_those_of_extract(tmp_path, frames, stride):
+@pytest.mark.parametrize("make", [
+    lambda: mae.VideoClassifier("tiny", classes=2, frames=4, image_size=32),
+    lambda: uniformerv2.UniFormerV2(uniformerv2.Size(24, 2, 2, 48, 8, 32), classes=2, frames=4)])
+def test_streamed_features_and_times_are_those_of_extract(tmp_path, make, frames, stride):
     import extract
     write_video(tmp_path / "a.mp4", frames=frames)
-    encoder = localisation.VideoClassifier("tiny", classes=2, frames=4, image_size=32).eval()
+    encoder = make().eval()
     with Video(tmp_path / "a.mp4") as video:
         feats, times = extract.extract(encoder, video, stride, "all", 4, "cpu")
-        streamed = torch.cat(list(localisation.look(encoder,
-                                                    video.play(encoder.config["image_size"]),
-                                                    stride, 3)))
+        played = video.play(encoder.config["image_size"])
+        streamed = torch.cat(list(localisation.slide(encoder, played, stride, 3)))
         assert np.allclose(streamed.numpy(), feats, atol=1e-5)
         assert np.allclose(localisation.step_times(video.info.timestamps, 4, stride), times)
 
@@ -184,23 +193,22 @@ def test_every_frame_is_played_once_and_equals_the_one_that_is_read(tmp_path):
 
 def test_steps_and_seconds_translate_into_each_other():
     times = np.array([1.0, 2.0, 4.0])
-    assert np.interp([0.5, 1.5, 3, -1], *localisation.clock(times)).tolist() == pytest.approx([1.5,
-                                                                                               3,
-                                                                                               5.5,
-                                                                                               -0.5], abs=1e-6)
-    steps = np.interp([0.2, 3.3, 7], *localisation.clock(times)[::-1])
-    assert np.interp(steps, *localisation.clock(times)).tolist() == pytest.approx([0.2, 3.3, 7],
-                                                                                  abs=1e-6)
-    found = localisation.in_seconds(said((-4, 1, 0.5, 0), (5, 9, 0.5, 0)), times, 5.0)
+    knots = localisation.clock(times)
+    seconds = np.interp([0.5, 1.5, 3, -1], *knots)
+    assert seconds.tolist() == pytest.approx([1.5, 3, 5.5, -0.5], abs=1e-6)
+    steps = np.interp([0.2, 3.3, 7], *knots[::-1])
+    assert np.interp(steps, *knots).tolist() == pytest.approx([0.2, 3.3, 7], abs=1e-6)
+    found = localisation.in_seconds(segments((-4, 1, 0.5, 0), (5, 9, 0.5, 0)), times, 5.0)
     assert found.tolist() == [[0, 2, 0.5, 0]]  # the second lies beyond the end
 
 
 def test_mean_segments_by_hand():
     truth = [[(0, 2, 1), (5, 6, 1)], [(8, 12, 0), (2, 4, 1)]]
     mean = localisation.MeanSegments(truth, [10, 20])
-    # First segments at 0 to 0.2 and 0.1 to 0.2 of the duration, second ones at 0.5 to 0.6 and 0.4 to 0.6.
-    assert mean(100) == pytest.approx(said((5, 20, 0.75, 1), (5, 20, 0.25, 0), (45, 60, 0.75, 1),
-                                           (45, 60, 0.25, 0)))
+    # First segments at 0 to 0.2 and 0.1 to 0.2 of the duration, second ones at 0.5 to 0.6 and 0.4
+    # to 0.6.
+    expected = segments((5, 20, 0.75, 1), (5, 20, 0.25, 0), (45, 60, 0.75, 1), (45, 60, 0.25, 0))
+    assert mean(100) == pytest.approx(expected)
 
 
 def test_the_head_learns_to_find_what_the_features_tell():
@@ -230,8 +238,8 @@ def test_the_head_learns_to_find_what_the_features_tell():
     head.eval()
     with torch.no_grad():
         answers = [head(features[None]) for features, _ in held_out]
-    found = [soft_nms(localisation.decode(scores[0].sigmoid(), distances[0])) for scores,
-             distances in answers]
+    found = [soft_nms(localisation.decode(scores[0].sigmoid(), distances[0]))
+             for scores, distances in answers]
     truth = [[segment] for _, segment in held_out]
     mean = localisation.MeanSegments([[segment] for _, segment in videos], [50] * 48)
     assert mean_average_precision(truth, found, (0.7,))[0.7] > 0.8
@@ -254,7 +262,7 @@ def test_a_long_video_is_a_function_of_its_number_and_its_motions_lie_within_sti
         assert scene.motion == world.motions[label] and scene.motion not in ("appear", "vanish")
         before, after = scene.rest
         assert len(scene.noise) - before - after == round((end - start) * world.FPS)
-        # Without the camera's trembling, drift and noise, the picture changes in the motion and nowhere else.
+        # Without the camera's trembling, drift and noise, the picture changes in the motion alone.
         calm = dataclasses.replace(scene, drift=0 * scene.drift, shake=0 * scene.shake,
                                    noise=0 * scene.noise)
         changes = (np.diff(moving_shapes.render(calm).astype(int), axis=0) != 0).any(axis=(1, 2, 3))
@@ -266,9 +274,8 @@ def test_a_long_video_is_a_function_of_its_number_and_its_motions_lie_within_sti
 def test_a_world_shows_only_the_motions_it_is_told_to():
     world = moving_shapes.MovingShapes("val", 2, 16)
     usual = [world.scene(i).motion for i in range(40)]
-    few = moving_shapes.MovingShapes("val", 2, 16).only(("grow", "left"))
+    few = moving_shapes.MovingShapes("val", 2, 16).only("motion", ("grow", "left"))
     assert {few.scene(i).motion for i in range(40)} == {"grow", "left"} < set(usual)
-    assert [i for i, motion in enumerate(usual) if motion in ("grow", "left")] == [
-        i for i,
-        motion in enumerate(usual) if motion in ("grow", "left") and motion == few.scene(i).motion]
-    assert few[0]["label"] == moving_shapes.MOTIONS.index(few.scene(0).motion)
+    shown = [i for i, motion in enumerate(usual) if motion in ("grow", "left")]
+    assert all(few.scene(i).motion == usual[i] for i in shown)
+    assert few[0]["labels"]["motion"] == ("grow", "left").index(few.scene(0).motion)
