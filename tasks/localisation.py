@@ -605,7 +605,8 @@ class Localisation(Stage, name="localise"):
     width: int = flag(128, "of the head", paper="512", low=1)
     depth: int = flag(4, "blocks of the head; each doubles how far it sees", low=1, high=10)
     drop: float = flag(0.1, "dropout in the head", low=0, high=1)
-    middle: float = flag(0.6, "share of a segment, around its centre, whose steps predict it", low=0, high=1)
+    middle: float = flag(0.6, "share of a segment, around its centre, whose steps predict it",
+                         low=0, high=1)
     length: int = flag(1024, "most steps of a video in training; of a longer one a random part",
                        paper="2304", low=8)
 

@@ -46,7 +46,8 @@ class DividedBlock(Block):
 
     def forward(self, x, context=None):
         """x (B, N, D) -> (B, N, D). ValueError for any mask, or for a clip of other length."""
-        if context not in (None, Context()) or x.shape[1] % self.times:
+        context = context or Context()
+        if any(part is not None for part in vars(context).values()) or x.shape[1] % self.times:
             raise ValueError(f"divided attention is for whole clips of {self.times} time steps, "
                              "the same places in each")
         return super().forward(x + self.drop_path(self.over_time(self.norm_time(x))))
