@@ -1014,5 +1014,5 @@ TASKS = {module.name: importlib.import_module(f"tasks.{module.name}")
          for module in pkgutil.iter_modules(tasks.__path__)}
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]  # tools/table.py imports it: once, not twice
+    sys.modules["train"] = sys.modules["__main__"]  # for `import train` in a file of a stage
     raise SystemExit(main())

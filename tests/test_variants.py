@@ -155,8 +155,8 @@ def test_a_variant_trains_and_its_encoder_is_fine_tuned(name, tmp_path):
     (["mae-divided", *FLAGS, "--mask-type", "random"], "--mask-type: divided attention needs")])
 def test_clips_and_masks_that_a_variant_cannot_take_are_refused_in_one_line(flags, message, capsys):
     assert train.main(flags) == 2
-    said = capsys.readouterr().err.strip()
-    assert message in said and "\n" not in said
+    err = capsys.readouterr().err.strip()
+    assert message in err and "\n" not in err
 
 
 def test_both_variants_are_registered_as_stages():
