@@ -267,13 +267,18 @@ class ClipStage(Stage):
             held_out.pop("test", None)
         return train_set, held_out
 
+    def evaluated(self, dataset):
+        """Numbers of the items of a held-out set that an evaluation measures, in order."""
+        return data.spread(len(dataset), self.eval_clips) if hasattr(dataset, "__len__") else \
+            range(self.eval_clips)
+
     def clips_protocol(self, held_out):
         """What of which clips is measured."""
         val = held_out["val"]
-        count = min(self.eval_clips, len(val)) if hasattr(val, "__len__") else self.eval_clips
         of_files = {"sampling": self.sampling, "transform": self.transform} if self.data else {}
-        return {"clips": f"{count} held-out clips of {val.source}", "frames": self.num_frames,
-                "pixels": self.input_size} | of_files
+        others = {name: one.source for name, one in held_out.items() if one.source != val.source}
+        return {"clips": f"{len(self.evaluated(val))} held-out clips of {val.source}",
+                "frames": self.num_frames, "pixels": self.input_size} | of_files | others
 
 
 def check_stage(stage):
