@@ -78,7 +78,8 @@ class Stage:
     """
 
     name = ""           # what users type; set by `class X(Stage, name=...)`
-    typed = frozenset()  # names of the flags that the user typed
+    typed = frozenset()  # names of the flags that the user typed, or set in code to another value
+    fixed = frozenset()  # names of the flags that --weights fixed
     began = False       # True once the files in --out are this run's
     test = 0            # clips of the set "test"; a stage with such a set has a flag for it
 
@@ -145,6 +146,10 @@ class Stage:
         cls.name = name or cls.__name__.lower()
         if name:
             STAGES[name] = cls
+
+    def __post_init__(self):
+        self.typed = frozenset(field.name for field in dataclasses.fields(self)
+                               if getattr(self, field.name) != field.default)
 
     # What a stage may redefine
 
@@ -216,6 +221,7 @@ class Stage:
                 raise UserError(f"--{name.replace('_', '-')} {wanted}: {self.weights} keeps its "
                                 f"own, {value}; leave it out")
             setattr(self, name, value)
+        self.fixed |= values.keys()
 
     def autocast(self):
         """Run networks, not losses, in bfloat16 where --precision says so."""
