@@ -290,6 +290,8 @@ class ClipStage(Stage):
 def check_stage(stage):
     """UserError with one line for each fault of a stage that somebody wrote."""
     kind, faults = type(stage), []
+    if any(isinstance(value, dataclasses.Field) for value in vars(kind).values()):
+        faults.append("has flags that are no fields yet: write @dataclass above the class")
     for method in ("datasets", "build", "loss"):
         if not callable(getattr(kind, method, None)):
             faults.append(f"has no method {method}(); see engine.stage.Stage")

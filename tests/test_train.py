@@ -28,6 +28,7 @@ import train
 from engine import dry_run, optimisers
 from engine import run as running
 from engine import stage as stages
+from engine.checkpoints import without_caption_decoder
 from engine.command_line import exit_code, numbers, parse
 from engine.errors import UserError
 from engine.stage import STAGES, Stage, flag
@@ -379,7 +380,8 @@ def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(tmp_path, caps
 
 @pytest.mark.parametrize("flag, value, code", [
     ("spike", 0.0, 0), ("spike", 5.0, 2), ("decoder", "pyav", 0), ("decoder", "torchcodec", 2),
-    ("keep", 7, 0), ("onednn", "off", 0), ("max_bad", 0.9, 0)])
+    ("keep", 7, 0), ("onednn", "off", 0), ("max_bad", 0.9, 0), ("space_time", "joint", 0),
+    ("space_time", "divided", 2), ("dual_mask", True, 2), ("pack_frames", "2,4", 2)])
 def test_a_checkpoint_of_older_code_goes_on_where_its_removed_flags_had_their_defaults(
         tmp_path, capsys, flag, value, code):
     assert run(out=tmp_path, steps=2) == 0
@@ -387,6 +389,27 @@ def test_a_checkpoint_of_older_code_goes_on_where_its_removed_flags_had_their_de
     assert run("--resume", out=tmp_path) == code
     error = capsys.readouterr().err
     assert code == 0 or f"--{flag} {value}, which this version does not have" in error
+
+
+def test_flags_that_weights_fix_may_stand_as_they_were_typed_in_checkpoints_of_older_code(
+        tmp_path, capsys):
+    assert run("--positions", "sinusoid", out=tmp_path / "first", steps=1) == 0
+    flags = ("--weights", str(tmp_path / "first"))
+    assert run(*flags, out=tmp_path / "run", steps=2) == 0
+    edited(tmp_path / "run", lambda settings: settings.update(positions="axes"))
+    assert run(*flags, "--resume", out=tmp_path / "run") == 2
+    assert "was made with --positions axes: resume with the same" in capsys.readouterr().err
+    edited(tmp_path / "run", lambda settings: settings.update(onednn="off"))  # as older code did
+    assert run(*flags, "--resume", out=tmp_path / "run") == 0
+
+
+def test_an_older_run_of_retrieve_goes_on_without_the_caption_decoder_around_it():
+    older = {"model": {"clip.visual.w": 1, "clip.scale": 2, "caption_decoder.w": 3}, "average": {},
+             "optimiser": {"clip.visual.w.exp_avg": 4}}
+    own = {"model": {"visual.w": 0, "scale": 0}}
+    assert without_caption_decoder(older, own) == {
+        "model": {"visual.w": 1, "scale": 2}, "average": {}, "optimiser": {"visual.w.exp_avg": 4}}
+    assert without_caption_decoder(older, older) is older
 
 
 def test_the_command_line_knows_what_was_typed_and_the_legal_world_of_a_flag():
@@ -439,6 +462,14 @@ def test_a_faulty_stage_is_told_each_of_its_faults_before_anything_starts(tmp_pa
     assert [line.split(":", 2)[2].split(";")[0].strip() for line in error] == [
         "has no method datasets()", "has no method loss()",
         "the field evaluate has the name of a method"]
+
+
+def test_a_stage_without_its_decorator_is_told_so(tmp_path):
+    class Bare(train.MaskedModelling):
+        steps: int = flag(3)
+
+    with pytest.raises(UserError, match="stage bare: .* write @dataclass above the class"):
+        train.train(Bare(out=str(tmp_path / "run")))
 
 
 def tiny_stage(config={"model": "Linear"}, metrics=("loss",)):  # noqa: B006
