@@ -131,7 +131,7 @@ def model():
 
 
 def test_an_answer_is_read_from_decoder_video_and_text_at_the_questions_end(model):
-    """Written out for one question, whose end is its last token: the official order of the three."""
+    """Written out for a question whose end is its last token: the official order of the three."""
     video, ids = torch.randn(1, 3, 2, 40, 40), torch.tensor([[58, 3, 4, 59]])
     seen, tokens = model.clip.visual.encode(video)
     words = model.clip.text.tokens(ids)
@@ -276,7 +276,7 @@ def test_a_video_with_several_captions_is_looked_at_once_and_found_by_any(finish
 
 
 class Parrot:
-    """In place of a VideoCLIP: a video is its embedding, a sentence of one token a row of a table."""
+    """In place of a VideoCLIP: a video is its embedding, a sentence (one token) a row of a table."""
 
     def encode_video(self, video):
         return video
