@@ -276,7 +276,7 @@ def test_a_video_with_several_captions_is_looked_at_once_and_found_by_any(finish
 
 
 class Parrot:
-    """In place of a VideoCLIP: a video is its embedding, a sentence (one token) a row of a table."""
+    """A VideoCLIP whose video is its embedding, and whose sentence (one token) is a row of a table."""
 
     def encode_video(self, video):
         return video
