@@ -276,7 +276,7 @@ def test_a_video_with_several_captions_is_looked_at_once_and_found_by_any(finish
 
 
 class Parrot:
-    """A VideoCLIP whose video is its embedding, and whose sentence (one token) is a row of a table."""
+    """In place of a VideoCLIP: videos are embeddings, sentences (one token) rows of a table."""
 
     def encode_video(self, video):
         return video
