@@ -152,6 +152,10 @@ class VideoFiles(Clips, ClipSet):
         self.all_captions = {path: tuple(texts) for path, texts in captions.items()}
         return self.keep(list(first.values()))
 
+    def captions_of(self, places):
+        """How many captions the items with these numbers have together."""
+        return sum(len((self.all_captions or {}).get(self.items[i][0], ("",))) for i in places)
+
     def with_views(self, clips, crops):
         """A copy for evaluation of which each item has several views: see `views`."""
         views = copy.copy(self)

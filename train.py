@@ -690,16 +690,21 @@ DEFAULT_RUN = {
 }
 
 
+def names():
+    """Names of all stages, those of this file first."""
+    return sorted(STAGES, key=lambda name: STAGES[name].__module__.startswith("tasks."))
+
+
 def command(argv):
     """["mae", "--steps", "10"] -> that stage; [] or only --out and --seed -> the default run."""
     if not argv or argv[0].split("=")[0] in ("--out", "--seed"):
         default_run(DEFAULT_RUN, train, argv)
     elif argv[0] in ("-h", "--help"):
         print(__doc__)
-        print("stages: " + ", ".join(f"{name} ({stage.__doc__.splitlines()[0]})"
-                                     for name, stage in STAGES.items()))
+        print("stages: " + ", ".join(f"{name} ({STAGES[name].__doc__.splitlines()[0]})"
+                                     for name in names()))
     elif argv[0] not in STAGES:
-        raise UserError(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the "
+        raise UserError(f"no stage {argv[0]!r}: choose {', '.join(names())}, or nothing for the "
                         "default run")
     else:
         train(parse(STAGES[argv[0]], argv[1:]))

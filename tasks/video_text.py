@@ -131,14 +131,22 @@ class VideoTextStage(ClipStage):
     def protocol(self, held_out):
         """How the numbers are measured."""
         val = held_out["val"]
-        return self.clips_protocol(held_out) | {
-            "gallery": f"the first {self.gallery} held-out videos at most",
-            "ranks": "raw and dual softmax (dsl); ties count against us; v2t among videos by their "
-                     "best caption",
-            "weight merge": f"{self.merge_share:g} of CLIP merged" if self.merge else "none",
-            "zero-shot": f"the mean over {len(self.sentences())} prompts of the softmax over "
-                         "classes" if val.prompts_combine_by == "probabilities" else
-                         "one softmax over classes of their mean sentence"}
+        words = self.clips_protocol(held_out)
+        words["weight merge"] = f"{self.merge_share:g} of CLIP merged" if self.merge else "none"
+        if val.has_captions:
+            words |= retrieval.gallery_protocol(val, self.evaluated(val)[:self.gallery])
+            words["multiple choice"] = "among the sentences that each clip offers, where it does"
+        if val.has_captions and self.caption_weight:
+            words["captions"] = "greedy; scored against all true sentences of each clip"
+        if val.classes:
+            words["zero-shot"] = ", ".join(
+                f"{len(names)} classes of {question} (chance {100 / len(names):.1f} %)"
+                for question, names in val.classes.items())
+            words["prompts"] = (
+                f"the mean over {len(self.sentences())} prompts of the softmax over classes"
+                if val.prompts_combine_by == "probabilities" else
+                "one softmax over classes of their mean sentence")
+        return words
 
     @torch.no_grad()
     def pictures(self, model, batch, folder, results):
