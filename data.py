@@ -130,6 +130,10 @@ class VideoFiles(Clips, ClipSet):
         self.all_captions = {path: tuple(texts) for path, texts in captions.items()}
         return self.keep(list(first.values()))
 
+    def captions_of(self, places):
+        """How many captions the items with these numbers have together."""
+        return sum(len((self.all_captions or {}).get(self.items[i][0], ("",))) for i in places)
+
     def with_views(self, clips, crops):
         """A copy for evaluation whose items have several views: see video.clips.Clips.prepare."""
         views = copy.copy(self)
@@ -186,7 +190,7 @@ class VideoFiles(Clips, ClipSet):
             except DataError as error:
                 bad.append((path, str(error)))
         if self.train:
-            raise DataError(f"{self.source}: none of its {len(self)} files can be read; {bad[0][1]}")
+            raise DataError(f"{self.source}: none of {len(self)} files can be read; {bad[0][1]}")
         return item
 
 

@@ -27,19 +27,15 @@ The idea, in steps:
 6. An error ends in one line: exit code 2 for a user's error, 1 where the machine or the numbers
    fail, 130 where the run was interrupted.
 
-A run leaves in --out: log.jsonl (a line for every tenth step), metrics.json (the last evaluation and
-all settings), model.safetensors with config.json, last.pt and last.1.pt (for --resume), pictures.
+A run leaves in --out: log.jsonl (a line for every tenth step), metrics.json (the last evaluation
+and all settings), model.safetensors with config.json, last.pt, last.1.pt (for --resume), pictures.
 """
 
-import copy
 import functools
 import importlib
 import json
-import os
 import pkgutil
-import shlex
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,21 +48,22 @@ import fusion
 import mae
 import tasks
 import uniformerv2
-import weights
 from attention import Block
 from caption_decoder import CaptionDecoder, VideoText, caption_loss
 from engine import large_batches, machine, pictures, processes
-from engine.command_line import Parser, exit_code, numbers, parse, text_of
+from engine.command_line import exit_code, numbers, parse
+from engine.default_run import default_run
 from engine.dry_run import dry_run
 from engine.errors import UserError
 from engine.optimisers import build_optimizer, clip_gradients, learning_rate
 from engine.run import Run, add_means, one_line_errors
-from engine.stage import STAGES, TEST_CLIPS, ClipStage, flag, generator
+from engine.stage import STAGES, TEST_CLIPS, ClipStage, build_model, flag, generator
 from tasks import captioning, recognition, retrieval
-from tasks.recognition import LabelledStage
+from tasks.recognition import ClassifierStage, LabelledStage
+from tasks.video_text import VideoTextStage
 from video.transforms import normalise
-from weights import encoders, merging
-from weights.tokenizer import load_tokenizer, tokenizer_of, train_tokenizer
+from weights import encoders
+from weights.tokenizer import load_tokenizer, train_tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # The four stages
@@ -76,7 +73,7 @@ from weights.tokenizer import load_tokenizer, tokenizer_of, train_tokenizer
 class MaskedModelling(ClipStage, name="mae"):
     """Stage 1: hide most of each clip, reconstruct it, keep the encoder.
 
-    VideoMAE (arXiv 2203.12602), Sec. 3; InternVideo, Sec. 3.2, Self-Supervised Video Pretraining."""
+    VideoMAE (arXiv 2203.12602), Sec. 3; InternVideo (arXiv 2212.03191), Sec. 3.2."""
 
     steps: int = flag(1500, paper="800 to 1600 epochs of Kinetics-400")
     blr: float = flag(8e-2, "learning rate at 256 clips a step; --lr overrides it", low=0,
@@ -86,8 +83,8 @@ class MaskedModelling(ClipStage, name="mae"):
     batch_size: int = flag(16, paper="1024 in all")
     beta2: float = flag(0.95, paper="0.95")
     model: str = flag("tiny", "network size", paper="base, large, huge", choices=tuple(mae.SIZES))
-    mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places at 40 "
-                             "px", paper="0.9, leaves 20 of 196 at 224 px", low=0, high=1)
+    mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places here",
+                             paper="0.9, leaves 20 of 196", low=0, high=1)
     mask_type: str = flag("tube", "tube = same places in every frame", paper="tube",
                           choices=tuple(mae.MASKS))
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel",
@@ -148,8 +145,8 @@ class MaskedModelling(ClipStage, name="mae"):
         t, h, w = grid
         places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
         if not 0 < int(self.mask_ratio * places) < places:
-            raise UserError(f"--mask-ratio {self.mask_ratio}: must hide at least one of the {places} "
-                            f"{unit} and leave at least one")
+            raise UserError(f"--mask-ratio {self.mask_ratio}: must hide at least one of the "
+                            f"{places} {unit} and leave at least one")
 
     def loss(self, model, batch, rng):
         """Reconstruct the hidden tubelets (VideoMAE, Sec. 3.3)."""
@@ -192,12 +189,11 @@ class MaskedModelling(ClipStage, name="mae"):
 
 
 # Both encoders of the default run of stage 2, made for four minutes on a laptop.
-SMALL = uniformerv2.Size(96, 3, 4, 384, 8, 40)
-SMALL_TEXT = clip_video.TextSize(96, 2, 2)
+SMALL, SMALL_TEXT = uniformerv2.Size(96, 3, 4, 384, 8, 40), clip_video.TextSize(96, 2, 2)
 
 
 @dataclass
-class VideoLanguage(ClipStage, name="clip"):
+class VideoLanguage(VideoTextStage, name="clip"):
     """Stage 2: align videos with sentences, and write sentences (InternVideo, Sec. 3.2).
 
     Contrastive and captioning loss from one forward pass; batches of videos and of single pictures
@@ -229,17 +225,9 @@ class VideoLanguage(ClipStage, name="clip"):
     context: int = flag(32, "most tokens of a caption, start and end included", paper="77", low=3)
     vocabulary: int = flag(800, "most tokens of the vocabulary, learned from the captions",
                            paper="49,408", low=515)
-    tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
-                          "one beside --weights, or learned from the captions")
     caption_depth: int = flag(2, "layers of the caption decoder", paper="6", low=1)
     queries: int = flag(8, "learned queries of the caption decoder", paper="256", low=1)
     caption_weight: float = flag(1.0, "weight of the captioning loss", paper="1", low=0)
-    freeze_text: bool = flag(False, "do not train the text encoder")
-    freeze_visual: bool = flag(False, "do not train the visual encoder")
-    merge: str = flag("", "with --steps 0: official weights of the CLIP that --weights grew from, "
-                      "to average those with (WiSE-FT)")
-    merge_share: float = flag(0.5, "share of --merge in the average", paper="0.5, zero-shot", low=0,
-                              high=1)
     num_frames: int = flag(8, paper="8")
     sampling: str = flag("segment", paper="internvideo")
     transform: str = flag("plain", paper="internvideo; clip for images")
@@ -247,8 +235,6 @@ class VideoLanguage(ClipStage, name="clip"):
                             paper="2, they alternate")
     image_batch: int = flag(64, "pairs in a batch of images, per process", low=1, group="clips",
                             paper="86,016 in all, 6 times the videos")
-    image_data: str = flag("", "pictures and sentences, a list like that of --data; default: "
-                           "frames of the videos", group="clips")
     motion_words: float = flag(1.0, "share of captions that name the motion; the others say what "
                                "one frame shows, as most captions of the web do", low=0, high=1,
                                only="generated", group="clips")
@@ -256,9 +242,8 @@ class VideoLanguage(ClipStage, name="clip"):
     eval_every: int = flag(1000)
     gallery: int = flag(100, "the first so many held-out clips are for retrieval, which is harder "
                         "the more there are", low=2, group="clips")
-    prompts: str = flag("", "a text file of sentences with {} for the class name; default: the "
-                        "paper's 16", only="files", group="clips")
     test: int = TEST_CLIPS
+    small = SMALL  # the size with this name
 
     def datasets(self):
         """Videos with sentences; of held-out ones each once, with all its captions."""
@@ -268,53 +253,14 @@ class VideoLanguage(ClipStage, name="clip"):
         self.images = self.open_images() if self.image_every else None
         return train_set, held_out
 
-    def check_flags(self):
-        """UserError where flags exclude each other."""
-        if self.accum > 1:
-            raise UserError(
-                f"--accum {self.accum}: accumulation gives a contrastive loss no more negatives, each "
-                f"micro-batch is compared with itself alone; use --batch-size "
-                f"{self.batch_size * self.accum} --cache-size {self.batch_size} --local-units 0, "
-                "which takes the same memory")
-        if self.image_data and not self.image_every:
-            raise UserError("--image-data: --image-every 0 asks for no images; leave out one of the "
-                            "two")
-        if self.merge and (self.steps or not self.weights):
-            raise UserError("--merge: averages the weights of --weights for evaluation; give both, "
-                            "and --steps 0")
-        if self.kind != "video" and self.global_layers:
-            raise UserError(f"--global-layers: belongs to --kind video, not {self.kind}")
-        if self.kind != "video" and not self.weights:  # these two belong to UniFormerV2 alone
-            self.local_units, self.temporal_downsample = 0, False
-
-    def open_images(self):
-        """Single pictures and their sentences, as clips of one frame."""
-        images, _ = data.open_sets(
-            self.image_data or self.data, self.image_data or self.val_data, world="StillShapes",
-            frames=1 if self.image_data or self.data else self.num_frames, size=self.input_size,
-            seed=self.seed, sampling="segment", flip=False, transform=self.transform)
-        return images
-
     def build(self, train_set):
         """Both encoders and the caption decoder, from --weights or from scratch."""
-        captions = []
-        if self.steps or not train_set.classes or train_set.has_captions:
-            captions = train_set.training_captions()
-        if self.image_data:
-            captions = captions + self.images.training_captions()
+        captions = self.captions(train_set)
         model = self.load() if self.weights else self.fresh(captions)
-        if self.cache_size and self.local_units:
-            raise UserError("--cache-size: the BatchNorm of --local-units looks at the whole batch "
-                            "at once, which pieces cannot give it; use --local-units 0")
-        longer = [text for text in captions
-                  if self.bpe.encode(text, 10**4, trim=True)[0].shape[1] > self.context]
-        if longer:
-            print(f"{len(longer)} of {len(captions)} captions are longer than --context "
-                  f"{self.context} tokens and are cut, as {longer[0][:60]!r}")
-        for part, frozen in ((model.clip.text, self.freeze_text),
-                             (model.clip.visual, self.freeze_visual),
-                             (model.caption_decoder, self.caption_weight == 0)):
-            part.requires_grad_(not frozen)
+        self.check_captions(captions)
+        model.caption_decoder.requires_grad_(self.caption_weight > 0)
+        model.clip.text.requires_grad_(not self.freeze_text)
+        model.clip.visual.requires_grad_(not self.freeze_visual)
         model.clip.recompute(self.recompute)
         return model
 
@@ -325,18 +271,13 @@ class VideoLanguage(ClipStage, name="clip"):
         size, text, layers = self.model, self.model, None
         if size == "small":  # one global block, after the last layer: two more brought nothing
             size, text, layers = SMALL, SMALL_TEXT, (SMALL.depth - 1,)
-        if self.global_layers:
-            layers = self.layers()
         clip = clip_video.VideoCLIP(
-            size, text_size=text, kind=self.kind, global_layers=layers, frames=self.num_frames,
+            size, text_size=text, kind=self.kind, frames=self.num_frames,
+            global_layers=self.layers() if self.global_layers else layers,
             image_size=self.input_size, vocabulary=self.bpe.vocabulary, context=self.context,
             end=self.bpe.end, local_units=self.local_units,
             temporal_downsample=self.temporal_downsample)
         return VideoText(clip, self.fresh_decoder(clip))
-
-    def layers(self):
-        """--global-layers as numbers; None = not given."""
-        return () if self.global_layers == "none" else numbers(self.global_layers, "global-layers")
 
     def fresh_decoder(self, clip):
         """A caption decoder for these encoders."""
@@ -344,36 +285,6 @@ class VideoLanguage(ClipStage, name="clip"):
         return CaptionDecoder(
             text["width"], heads=text["heads"], depth=self.caption_depth, queries=self.queries,
             visual_width=clip.config["size"]["width"], vocabulary=clip.config["vocabulary"])
-
-    def load(self):
-        """From a run of ours, InternVideo-MM, ViCLIP or CLIP; an image model grows into a video
-        model."""
-        clip = encoders.load_clip(
-            self.weights, frames=self.num_frames, image_size=self.input_size,
-            usual_size=type(self).input_size,
-            # Without steps a frame-wise run of ours is measured as it is.
-            grow=self.kind == "video", grow_runs=bool(self.steps), layers=self.layers())
-        if self.merge:
-            merging.merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share)
-        if self.context > clip.config["context"]:
-            raise UserError(f"--context {self.context}: the weights read at most "
-                            f"{clip.config['context']} tokens")
-        self.bpe = tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
-        self.check_against_weights(
-            kind=clip.kind, local_units=clip.config["local_units"],
-            temporal_downsample=clip.config["temporal_downsample"],
-            vocabulary=clip.config["vocabulary"], model=encoders.size_name(
-                clip.config["size"], uniformerv2.SIZES | {"small": SMALL}))
-        if any(key.startswith("caption_decoder.") for key in weights.read(self.weights)[0]):
-            decoder = CaptionDecoder.from_official(self.weights)
-            self.check_against_weights(caption_depth=decoder.config["depth"],
-                                       queries=decoder.config["queries"])
-            return VideoText(clip, decoder)
-        if not self.steps:
-            self.caption_weight = 0.0
-        print(f"{self.weights} holds no caption decoder: "
-              + ("that starts from scratch" if self.steps else "no captions are scored"))
-        return VideoText(clip, self.fresh_decoder(clip))
 
     def loss(self, model, batch, rng):
         """loss = contrastive + caption_weight * captioning (InternVideo, Sec. 3.2)."""
@@ -438,7 +349,8 @@ class VideoLanguage(ClipStage, name="clip"):
         results = {}
         if dataset.has_captions:
             results |= super().evaluate(model, batches, dataset)
-            ranks = retrieval.evaluate(model.clip, batches, self.bpe, gallery=self.gallery, **options)
+            ranks = retrieval.evaluate(model.clip, batches, self.bpe, gallery=self.gallery,
+                                       **options)
             results |= {key: value for key, value in ranks.items() if key.endswith("R@1")}
         if dataset.classes:
             results |= recognition.evaluate_zero_shot(
@@ -448,16 +360,6 @@ class VideoLanguage(ClipStage, name="clip"):
             results |= captioning.evaluate_facts(model, batches, self.bpe, dataset,
                                                  maximum=self.context - 1, autocast=self.autocast)
         return results
-
-    def sentences(self):
-        """What class names are put into: the lines of --prompts, or InternVideo's 16."""
-        if not self.prompts:
-            return retrieval.PROMPTS
-        lines = [line.strip() for line in text_of(self.prompts, "prompts").split("\n") if line.strip()]
-        if not lines or not all("{}" in line for line in lines):
-            raise UserError(f"--prompts {self.prompts}: needs a sentence on each line, with {{}} "
-                            "where the class name goes")
-        return lines
 
     def finish(self, model, held_out, results):
         """Multiple choice, and captions scored against all that is true of each clip."""
@@ -475,64 +377,15 @@ class VideoLanguage(ClipStage, name="clip"):
                                            maximum=self.context - 1, autocast=self.autocast)
         return numbers
 
-    def protocol(self, held_out):
-        """How the numbers are measured."""
-        val = held_out["val"]
-        return self.clips_protocol(held_out) | {
-            "gallery": f"the first {self.gallery} held-out videos at most",
-            "ranks": "raw and dual softmax (dsl); ties count against us; v2t among videos by their "
-                     "best caption",
-            "weight merge": f"{self.merge_share:g} of CLIP merged" if self.merge else "none",
-            "zero-shot": f"the mean over {len(self.sentences())} prompts of the softmax over classes"
-                         if val.prompts_combine_by == "probabilities" else
-                         "one softmax over classes of their mean sentence"}
-
-    @torch.no_grad()
-    def pictures(self, model, batch, folder, results):
-        """The similarity matrix, the best clips for some sentences, captions under frames, and where
-        the decoder attends while it writes each word."""
-        if "caption" not in batch:
-            return []
-        shown = min(16, len(batch["video"]))
-        raw, captions = batch["video"][:shown], batch["caption"][:shown]
-        video = normalise(raw, model.clip.mean, model.clip.std)
-        ids, _ = self.bpe.encode(captions, self.context, trim=True)
-        with self.autocast():
-            video_features, text_features, _ = model.clip(video, ids.to(video.device))
-            written = model.caption(video, self.bpe, self.context - 1)
-        video_features, text_features = (torch.nn.functional.normalize(x.float(), dim=-1)
-                                         for x in (video_features, text_features))
-        cosines, raw = (text_features @ video_features.T).cpu(), raw.cpu().numpy()
-        paths = [folder / f"{name}.png" for name in ("similarity", "retrieval", "captions",
-                                                     "attention")]
-        pictures.similarity(cosines, captions, paths[0])
-        pictures.retrieval(cosines, raw, captions, paths[1])
-        if not self.caption_weight:
-            return paths[:2]
-        pictures.captions(raw, captions, written, paths[2])
-        ids, _ = self.bpe.encode(written[:1], self.context, trim=True)
-        maps = captioning.attention_maps(model, video[:1], ids.to(video.device))[0].cpu()
-        words = [self.bpe.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
-        pictures.attention_maps(raw[0], maps, words,
-                                f'where the decoder attends as it writes "{written[0]}"', paths[3])
-        return paths
-
-    def extras(self, folder):
-        """tokenizer.json"""
-        self.bpe.save(folder)
-
 
 @dataclass
-class PostPretraining(LabelledStage, name="classify"):
+class PostPretraining(ClassifierStage, name="classify"):
     """Stage 3: supervised post-pretraining of either encoder (InternVideo, Sec. 3.2).
 
     Fine-tune all of it, or freeze it and train a probe on its features, which are computed once."""
 
     steps: int = flag(500, paper="VideoMAE, UniFormerV2: 35 to 100 epochs of Kinetics-400")
     lr: float = flag(6e-3, paper="5e-4 to 2e-3 per 256 clips for VideoMAE, 1e-5 for UniFormerV2")
-    mode: str = flag("finetune", "finetune = train everything; probe = a linear layer, attentive = "
-                     "a query that attends to the tokens, and a linear layer, on frozen features",
-                     choices=("finetune", "probe", "attentive"))
     encoder: str = flag("masked", "which one starts from scratch where there are no --weights: "
                         "masked = VideoMAE's, multimodal = UniFormerV2",
                         choices=("masked", "multimodal"))
@@ -547,65 +400,21 @@ class PostPretraining(LabelledStage, name="classify"):
     mixup: float = flag(0.0, "alpha of mixup, 0 = none", paper="0.8", low=0)
     cutmix: float = flag(0.0, "alpha of cutmix, 0 = none; with both, a coin chooses", paper="1.0",
                          low=0)
-    head_rows: str = flag("", "a JSON list: which row of the head of --weights each class is, as "
-                          "VideoMAE V2's label_710to400.json; default: the first 400 of 710, the "
-                          "same where there are as many, else a fresh head")
-    positions: str = flag("sinusoid", "position codes of official VideoMAE weights on another grid: "
-                          "sinusoid = computed for it, resized = stretched (InternVideo's ViT-H at "
-                          "384 px)", choices=("sinusoid", "resized"))
-    probe_clips: int = flag(2000, "with a probe: training clips whose features are computed; 0 = "
-                            "all files of --data", low=0)
-    unknown: str = flag("", "open-set recognition: classes (or motions) to leave out of training, "
-                        "names with commas, or how many of the last; evaluation measures how well "
-                        "they are told from the known", paper="UCF101 against HMDB51")
-
-    def datasets(self):
-        """As all stages with labels; with --unknown some classes are set aside."""
-        for name in ("mixup", "cutmix"):
-            if 0 < getattr(self, name) < 1e-3:  # a beta distribution that float32 cannot hold
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for "
-                                "none")
-        train_set, held_out = super().datasets()
-        if self.unknown:
-            self.set_aside(train_set, held_out)
-        return train_set, held_out
-
-    def set_aside(self, train_set, held_out):
-        """Leave the classes of --unknown out; held_out["val"].unknown has their held-out clips."""
-        if self.test_clips * self.test_crops > 1:
-            raise UserError("--unknown: is evaluated on one view of listed files; leave out "
-                            "--test-clips, --test-crops, shards")
-        question, names = next(iter(self.classes.items()))
-        unknown = names[max(len(names) - int(self.unknown), 0):] if self.unknown.isdecimal() else \
-            tuple(dict.fromkeys(self.unknown.split(",")))
-        known = tuple(name for name in names if name not in unknown)
-        if set(unknown) - set(names) or not unknown or len(known) < 2:
-            raise UserError(f"--unknown {self.unknown}: give some of {', '.join(names)}, or how many "
-                            "of the last; two or more must remain")
-        others = copy.copy(held_out["val"]).only(question, unknown)
-        for part in (train_set, *held_out.values()):
-            part.only(question, known)
-        held_out["val"].unknown = others
-        self.classes = train_set.classes
+    positions: str = flag("sinusoid", "position codes of official VideoMAE weights on another "
+                          "grid: sinusoid = computed for it, resized = stretched (InternVideo's "
+                          "ViT-H at 384 px)", choices=("sinusoid", "resized"))
 
     def build(self, train_set):
         """The encoder with a head, or a probe on it; frozen but for the probe."""
         classes = recognition.size(self.classes)
-        probed = bool(self.weights) and weights.read(self.weights)[1].get("model") == "AttentiveProbe"
-        if probed and self.mode != "attentive":
-            raise UserError(f"--weights {self.weights}: is an attentive probe; add --mode attentive")
-        model = recognition.AttentiveProbe.from_run(self.weights) if probed else \
-            self.encoder_for(classes)
-        if probed and model.config["classes"] != classes:
-            raise UserError(f"--weights {self.weights}: names {model.config['classes']} classes, the "
-                            f"data has {classes}")
-        encoder = model.encoder if probed else model
+        model = self.probe_in_weights(classes) or self.encoder_for(classes)
+        encoder = getattr(model, "encoder", model) if self.mode == "attentive" else model
         encoder.grid_of(self.num_frames, self.input_size, self.input_size)  # takes such clips?
-        if self.mode == "attentive" and not probed:
-            model = recognition.AttentiveProbe(model.with_head(0), classes, model.heads)
         if self.mode == "finetune":
             model.recompute(self.recompute)
             return model
+        if self.mode == "attentive" and not isinstance(model, recognition.AttentiveProbe):
+            model = recognition.AttentiveProbe(model.with_head(0), classes, model.heads)
         return recognition.freeze_all_but_the_probe(model)
 
     def encoder_for(self, classes):
@@ -639,39 +448,11 @@ class PostPretraining(LabelledStage, name="classify"):
         return uniformerv2.UniFormerV2(SMALL if small else self.model, head_dropout=self.drop,
                                        **options)
 
-    def rows_of_head(self):
-        """The numbers in --head-rows, or None."""
-        if not self.head_rows:
-            return None
-        try:
-            rows = json.loads(text_of(self.head_rows, "head-rows"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--head-rows {self.head_rows}: {error}") from None
-        if not isinstance(rows, list) or not rows or not all(type(row) is int for row in rows):
-            raise UserError(f"--head-rows {self.head_rows}: must hold a list of numbers, as [0, 2, 5]")
-        return rows
-
     def scale_of(self, model, name):
         """Layer-wise decay: the embedding is layer 0, blocks are 1 to L, all behind them L + 1."""
         if self.mode != "finetune":
             return 1.0
         return self.layer_decay ** (model.depth + 1 - model.layer_of(name))
-
-    def training_mode(self, model):
-        """A probe's encoder stays in eval mode: no dropout, no batch statistics."""
-        model.train(self.mode == "finetune")
-
-    def prepare(self, model, train_set, held_out):
-        """For a probe: the features of the training clips, computed once."""
-        if self.mode == "finetune" or not self.steps:
-            return train_set
-        return recognition.stored_features(self, model, train_set)
-
-    def batches(self, train_set, first):
-        """Clips; or, for a probe, stored features, drawn at random."""
-        if self.mode == "finetune":
-            return super().batches(train_set, first)
-        return recognition.feature_batches(self, train_set, first)
 
     def logits(self, model, batch):
         """Logits (B, Y) of a batch of clips or of stored features."""
@@ -688,8 +469,8 @@ class PostPretraining(LabelledStage, name="classify"):
         """Cross entropy, with label smoothing and mixed clips in training."""
         target = self.target(batch)
         if model.training and self.mixup + self.cutmix > 0 and "video" in batch:
-            video, target = recognition.mix(normalise(batch["video"], model.mean, model.std), target,
-                                            self.mixup, self.cutmix)
+            video = normalise(batch["video"], model.mean, model.std)
+            video, target = recognition.mix(video, target, self.mixup, self.cutmix)
             logits = self.run(model, video)
         else:
             logits = self.logits(model, batch)
@@ -697,33 +478,10 @@ class PostPretraining(LabelledStage, name="classify"):
                                          self.smoothing if model.training else 0.0)
         return loss, {"loss": loss.detach()}
 
-    def evaluate(self, model, batches, dataset):
-        """As all stages with labels. With --unknown also the AUROC, in percent, of telling known
-        from unknown classes by the largest probability (arXiv 1610.02136, Sec. 3). InternVideo
-        (Sec. 4.3, open-set action recognition) learns evidence instead (DEAR, arXiv 2107.10161)."""
-        results = super().evaluate(model, batches, dataset)
-        others = getattr(dataset, "unknown", None)
-        if others is None:
-            return results
-        question = next(iter(self.classes))
-        confidence = torch.cat([
-            recognition.split(self.logits(model, batch), self.classes)[question].softmax(dim=1)
-            .amax(dim=1) for batch in self.held_out(others, self.eval_clips, self.eval_batch,
-                                                    shared=False)])
-        return results | {
-            "unknown_auroc": 100 * recognition.auroc(results["confidence"], confidence),
-            "unknown_clips": len(confidence)}
-
-    def protocol(self, held_out):
-        """How the accuracies are measured."""
-        open_set = {"open set": f"trained without {self.unknown}; the AUROC compares the largest "
-                                "probability of known and unknown clips; chance is 50"}
-        return super().protocol(held_out) | (open_set if self.unknown else {})
-
 
 @dataclass
 class CrossModel(LabelledStage, name="fuse"):
-    """Stage 4: cross-model attention between two frozen encoders, and a learned sum of their scores.
+    """Stage 4: cross-model attention between two frozen encoders, and a learned sum of scores.
 
     InternVideo, Sec. 3.2, Cross-Model Interaction. Only cross-model attention, gates, shares, heads
     with their norms and query tokens train."""
@@ -743,13 +501,13 @@ class CrossModel(LabelledStage, name="fuse"):
     weight_decay: float = flag(0.001, paper="0.001")
     ema: float = flag(0.0, paper="0.9999")
     drop: float = flag(0.0, "dropout before both heads", paper="0.9", low=0, high=1)
-    before: str = flag("", "blocks of the masked encoder with cross-model attention before them, as "
-                       "7,15,23,31; default: four, evenly", paper="names none")
-    layers: str = flag("", "layer of the multimodal encoder that each of them reads, as 5,11,17,23; "
-                       "default: as far up")
+    before: str = flag("", "blocks of the masked encoder with cross-model attention before them, "
+                       "as 7,15,23,31; default: four, evenly", paper="names none")
+    layers: str = flag("", "layer of the multimodal encoder that each of them reads, as "
+                       "5,11,17,23; default: as far up")
     gates: bool = flag(True, "tanh gates that start at 0", paper="yes")
-    way: str = flag("both", "whose tokens are queries: both, only the masked encoder's, or only the "
-                    "multimodal encoder's global token", paper="both",
+    way: str = flag("both", "whose tokens are queries: both, only the masked encoder's, or only "
+                    "the multimodal encoder's global token", paper="both",
                     choices=("both", "masked", "multimodal"))
     thaw: bool = flag(False, "train everything, both encoders too", paper="no")
     bridges: bool = flag(True, "cross-model attention; --no-bridges: only heads and the sum of "
@@ -769,18 +527,8 @@ class CrossModel(LabelledStage, name="fuse"):
 
     def load_encoders(self):
         """As `parts`, from --masked, --multimodal and --second."""
-        for name in ("masked", "multimodal"):
-            if not getattr(self, name):
-                raise UserError(f"--{name}: fuse needs both encoders; give a run of `classify` or an "
-                                "official file")
-        named = {name: encoders.load_encoder(getattr(self, name))
-                 for name in ("masked", "multimodal", "second") if getattr(self, name)}
-        for name, encoder in named.items():
-            if (encoder.family == "masked") != (name == "masked"):
-                kind = "VideoMAE; that is for --masked" if name != "masked" else \
-                    "UniFormerV2; that is for --multimodal"
-                raise UserError(f"--{name} {getattr(self, name)}: is a {kind}")
-        return list(named.values())
+        return encoders.load_several(masked=self.masked, multimodal=self.multimodal,
+                                     second=self.second)
 
     def datasets(self):
         """Clips as large and as long as the encoders need."""
@@ -813,8 +561,8 @@ class CrossModel(LabelledStage, name="fuse"):
     def fresh(self, parts):
         """New cross-model attention between these encoders."""
         if self.way == "multimodal" and (self.before or self.layers):
-            raise UserError("--way multimodal: has no bridges before blocks; leave out --before and "
-                            "--layers")
+            raise UserError("--way multimodal: has no bridges before blocks; leave out --before "
+                            "and --layers")
         layers = numbers(self.layers, "layers")
         return fusion.InternVideo(
             parts[0], parts[1:], layers=layers and [layers] * (len(parts) - 1),
@@ -832,11 +580,15 @@ class CrossModel(LabelledStage, name="fuse"):
 
     def loss(self, model, batch, rng):
         """Cross entropy of the summed scores; shares and gates are logged."""
-        loss = recognition.cross_entropy(self.logits(model, batch), self.target(batch), self.classes)
-        shares = zip(("masked", "multimodal", "second"), model.shares().detach())
-        return loss, {"loss": loss.detach()} | {f"share_{name}": share for name, share in shares} | {
-            f"gate_{name.replace('.gate_', '.')}": parameter.detach().tanh()
-            for name, parameter in model.named_parameters() if "gate_" in name}
+        logits, target = self.logits(model, batch), self.target(batch)
+        loss = recognition.cross_entropy(logits, target, self.classes)
+        metrics = {"loss": loss.detach()}
+        for name, share in zip(("masked", "multimodal", "second"), model.shares().detach()):
+            metrics[f"share_{name}"] = share
+        for name, parameter in model.named_parameters():
+            if "gate_" in name:
+                metrics[f"gate_{name.replace('.gate_', '.')}"] = parameter.detach().tanh()
+        return loss, metrics
 
     def protocol(self, held_out):
         """How the accuracies are measured."""
@@ -890,7 +642,7 @@ def train(stage, again="--resume"):
     run = Run(stage, again)                         # folder, device, precision, kernels
     torch.manual_seed(stage.seed)
     train_set, held_out = stage.datasets()          # held_out: {"val": ..., "unseen": ...}
-    model = stage.build(train_set)
+    model = build_model(stage, train_set)           # stage.build(train_set)
     if stage.dry_run:
         return dry_run(stage, model, train_set)
     training_loss = run.prepare(model, BLOCKS)      # to the device; compiled; DDP or FSDP2
@@ -938,65 +690,21 @@ DEFAULT_RUN = {
 }
 
 
-def default_run(argv):
-    """The commands of DEFAULT_RUN in turn, then tools/table.py. What is done is not done again."""
-    parser = Parser(prog="train.py", allow_abbrev=False,
-                    description="The default run: every stage on generated clips.")
-    parser.add_argument("--out", default="runs/default", help="folder; in it one for each stage")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    args = parser.parse_args(argv)
-    if not 0 <= args.seed <= 10**9:
-        raise UserError(f"--seed {args.seed}: must be at least 0 and at most {10**9}")
-    began = time.monotonic()
-    again = "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default") \
-        + f" --seed {args.seed}" * (args.seed > 0)
-    stages = []
-    for command, seconds in DEFAULT_RUN.items():
-        name, *flags = shlex.split(command.format(out=shlex.quote(args.out)))
-        flags += ["--seed", str(args.seed), "--resume"]
-        stages.append((parse(STAGES[name], flags), seconds))
-    waiting = [(stage, seconds) for stage, seconds in stages if not is_done(stage)]
-    minutes = sum(seconds for _, seconds in waiting) / 60
-    print(f"the default run, about {minutes:.0f} minutes on two cores: "
-          + ", ".join(f"{Path(stage.out).name} {seconds} s" for stage, seconds in waiting))
-    for stage, _ in stages:
-        if is_done(stage):
-            print(f"{Path(stage.out).name}: done already, see {stage.out}/metrics.json")
-        else:
-            train(stage, again)
-    if processes.rank() == 0:
-        from tools import table
-        table.write_table(args.out, args.seed)
-    print(f"the default run took {time.monotonic() - began:.0f} s; pictures, table and weights are "
-          f"in {args.out}")
-
-
-def is_done(stage):
-    """True where the folder of a stage has its metrics.json. UserError where that is another's."""
-    path = Path(stage.out) / "metrics.json"
-    if not os.path.exists(path):
-        return False
-    try:
-        seed = json.loads(path.read_text())["settings"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not what a run wrote; remove it to have the stage done "
-                        "anew") from None
-    if seed != stage.seed:
-        raise UserError(f"--seed {stage.seed}: {stage.out} was made with seed {seed}; use another "
-                        "--out")
-    return True
+def names():
+    """Names of all stages, those of this file first."""
+    return sorted(STAGES, key=lambda name: STAGES[name].__module__.startswith("tasks."))
 
 
 def command(argv):
     """["mae", "--steps", "10"] -> that stage; [] or only --out and --seed -> the default run."""
     if not argv or argv[0].split("=")[0] in ("--out", "--seed"):
-        default_run(argv)
+        default_run(DEFAULT_RUN, train, argv)
     elif argv[0] in ("-h", "--help"):
         print(__doc__)
-        print("stages: " + ", ".join(f"{name} ({stage.__doc__.splitlines()[0]})"
-                                     for name, stage in STAGES.items()))
+        print("stages: " + ", ".join(f"{name} ({STAGES[name].__doc__.splitlines()[0]})"
+                                     for name in names()))
     elif argv[0] not in STAGES:
-        raise UserError(f"no stage {argv[0]!r}: choose {', '.join(STAGES)}, or nothing for the "
+        raise UserError(f"no stage {argv[0]!r}: choose {', '.join(names())}, or nothing for the "
                         "default run")
     else:
         train(parse(STAGES[argv[0]], argv[1:]))
@@ -1014,5 +722,5 @@ TASKS = {module.name: importlib.import_module(f"tasks.{module.name}")
          for module in pkgutil.iter_modules(tasks.__path__)}
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]  # tools/table.py imports it: once, not twice
+    sys.modules["train"] = sys.modules["__main__"]  # for `import train` in a file of a stage
     raise SystemExit(main())

@@ -1,1 +1,4 @@
-"""What runs a stage: cards and flags, checkpoints, processes, optimisers, log, errors, pictures; no model is known here."""
+"""What runs a stage: flags, checkpoints, processes, optimisers, log, errors, pictures.
+
+No model is known here.
+"""

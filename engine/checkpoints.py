@@ -28,9 +28,15 @@ FREE_TO_CHANGE = {
     "recompute", "figures"}
 
 # Flags of older versions that a checkpoint may name: {flag: its default}, where that is not 0, ""
-# or False. FREE: any value may go on.
+# or False. FREE: any value may go on, because it changed nothing or --weights decided it.
 FREE = object()
-REMOVED = {"keep": FREE, "max_bad": FREE, "onednn": FREE, "decoder": "pyav", "blr": 1.5e-4}
+REMOVED = {
+    "keep": FREE, "max_bad": FREE, "onednn": FREE, "decoder": "pyav", "blr": 1.5e-4,
+    "space_time": "joint", "source": "all",                           # of mae, of fuse
+    "motion_words": 1.0,                                              # of retrieve, as all below
+    "gallery": FREE, "merge_share": FREE, "model": FREE, "kind": FREE, "local_units": FREE,
+    "temporal_downsample": FREE, "vocabulary": FREE, "caption_depth": FREE, "queries": FREE,
+    "image_batch": FREE}
 
 # What a checkpoint says of its run. "onednn" ("on", "off", "") was among the settings before.
 FACTS = {"step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict,
@@ -200,6 +206,7 @@ def resume_from(out, stage, like):
         print(f"nothing to resume in {out}: starting at step 0")
         return None
     check_recipe(path, saved, stage)
+    tensors = without_caption_decoder(tensors, like)
     for bad, error in damaged:
         names = (Path(f"{bad}.damaged" + f".{n}" * (n > 0)) for n in itertools.count())
         aside = next(name for name in names if not name.exists())
@@ -211,19 +218,31 @@ def resume_from(out, stage, like):
     return saved, tensors
 
 
+def without_caption_decoder(tensors, like):
+    """Tensors of an older run of `retrieve`, which kept its encoders in a model with a decoder."""
+    inner = [name.removeprefix("clip.") for name in tensors["model"] if name.startswith("clip.")]
+    if inner != list(like["model"]):
+        return tensors
+    return {group: {name.removeprefix("clip."): value for name, value in values.items()
+                    if name.startswith("clip.")} for group, values in tensors.items()}
+
+
 def check_recipe(path, saved, stage):
     """UserError where a checkpoint was made with another recipe.
 
-    Compares both ways: a flag that the checkpoint does not know had its default in it; a flag of
-    the checkpoint that was removed since must have had its default.
+    Compares both ways: a flag that the checkpoint does not know had its default in it and must not
+    be typed otherwise; a flag of the checkpoint that was removed since must have had its default.
     """
     was, now = saved["settings"], recipe_of(stage)
     defaults = {field.name: field.default for field in dataclasses.fields(stage)}
     before = saved["processes"] * was["batch_size"] * was["accum"]
+    # Older code wrote down flags that --weights fix as they were typed, not as they are.
+    skipped = stage.fixed if "onednn" in was else set()
     # As many clips a step as before may be shared out in another way.
     same = {"batch_size", "accum"} if before == clips_per_step(stage) else set()
     other = {key: was.get(key, defaults[key]) for key, value in now.items()
-             if was.get(key, defaults[key]) != value and key not in same}
+             if was.get(key, defaults[key]) != value and key not in same
+             and (key in was or key in stage.typed) and key not in skipped}
     gone = {key: value for key, value in was.items() if key not in defaults
             and value and REMOVED.get(key) not in (FREE, value)}
 

@@ -127,9 +127,9 @@ def exit_code(command):
 
 
 def text_of(path, flag):
-    """The text of a UTF-8 file that a flag names. UserError where it is none; a pipe would block."""
+    """The text of a UTF-8 file that a flag names. UserError where it is none."""
     try:
-        if not os.path.isfile(path):
+        if not os.path.isfile(path):  # a pipe would block
             raise OSError("no such file")
         with open(path, encoding="utf-8") as file:
             return file.read()

@@ -1,30 +1,30 @@
-"""Several processes, one run: what every file needs to know about the others.
+r"""Several processes, one run: what every file needs to know about the others.
 
     torchrun --nproc-per-node 8 train.py mae --data DIR         all GPUs of one machine
-    torchrun --nproc-per-node 8 --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py mae ...
-    python train.py mae ...                                     one process: nothing here does anything
+    torchrun --nproc-per-node 8 --nnodes 4 --rdzv-backend c10d \
+        --rdzv-endpoint HOST:29500 train.py mae ...             several machines
+    python train.py mae ...                                     one process: this file does nothing
 
-Why a file of its own: dropout (attention.py), batch statistics (uniformerv2.py) and the contrastive
-loss (clip_video.py) stand below train.py and look at the whole batch of all processes; they cannot
-import the loop. Everything else about processes is in train.py.
+Dropout (attention.py), batch statistics (uniformerv2.py) and the contrastive loss (clip_video.py)
+depend on the joined batch of all processes. They import this file and not the training loop.
 
-The promise: W processes with B clips each take the same step as one process with W * B clips, loss
-and gradients equal within rounding. DDP alone does not give that. What it takes, in steps:
-1. Step k's clips: process r has rows r*B to r*B + B - 1 of the joined batch (data.batches).
-2. Random numbers: each process draws those of the joined batch from the same generator and keeps its
-   own rows (`joined`). They are then a function of (seed, step, row) and of nothing else.
-3. Whatever compares rows (contrastive loss, batch statistics) gathers them first, with gradient
-   (`gather_with_gradient`); whatever divides its sum by a count of its own (words, say) divides by the
-   mean count of all processes (`mean`), so that the mean of the quotients is the quotient of the sums.
+The promise: W processes with B clips each take the same step as one process with W * B clips. Loss
+and gradients are equal within rounding. DDP alone does not give that. It takes five things:
+1. Clips: at step k, process r has rows r*B to r*B + B - 1 of the joined batch (data.batches).
+2. Random numbers: each process draws those of the joined batch from the same generator and keeps
+   its own rows (`joined`). They are a function of (seed, step, row) alone.
+3. Losses: what compares rows (contrastive loss, batch statistics) gathers them first, with gradient
+   (`gather_with_gradient`). What divides a sum by its own count (of words, say) divides by the mean
+   count of all processes (`mean`); the mean of these quotients is the quotient of the sums.
 4. Gradients: the mean over processes, by DDP, or by FSDP2, which also cuts weights, gradients and
    optimiser states into W parts (`parallel`).
-5. Evaluation deals whole batches out and puts results together in their old order (`collect`), so that
-   it is the same sum whatever W is, and every clip counts once.
+5. Evaluation: whole batches are dealt out and results put together in their order (`collect`). The
+   sum is the same for any W, and every clip counts once.
 
-Differences from common code: one process draws the same random numbers as before, so its results do not
-depend on any of this. Official loaders pad the last batch of an evaluation, so some clips count twice (VideoMAE engine_for_finetuning.py); not here.
+Where we differ: official loaders pad the last batch of an evaluation, so some clips count twice
+(VideoMAE engine_for_finetuning.py).
 
-Numbers: two or four gloo processes agree with one to 1e-6 in every stage (tests/test_processes.py).
+Two or four gloo processes agree with one to 1e-6 in every stage (tests/test_processes.py).
 
 >>> rank(), world(), joined(4), mean(torch.tensor(3.0)).item()
 (0, 1, (4, slice(0, 4, None)), 3.0)
@@ -57,7 +57,7 @@ def rank():
 
 
 def several():
-    """True where torchrun has started more processes than this one, whether or not they have met."""
+    """True where torchrun has started more processes than this one, even before they have met."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
@@ -90,11 +90,12 @@ def end():
 
 
 def first_to_say(text):
-    """Several processes stop for one reason: True for the first of them that wants to print this text."""
+    """True for the first process that wants to print this text: several may stop for one reason."""
     if not several():
         return True
     try:  # torchrun keeps a small table of numbers for its processes
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              is_master=False)
         return store.add(f"said {zlib.crc32(text.encode())}", 1) == 1
     except (RuntimeError, ValueError):
         return True
@@ -105,8 +106,10 @@ def first_to_say(text):
 
 
 def joined(count):
-    """(W * B, our rows): rows of the joined batch, and the slice of them that this process computes now: `count`
-    = B of them, or those of a `piece`."""
+    """(W * B, slice): rows of the joined batch, and which of them this process computes now.
+
+    count  B, or fewer inside of a `piece`
+    """
     total, first = _piece or (count, 0)
     first += rank() * total
     return world() * total, slice(first, first + count)
@@ -117,7 +120,10 @@ _piece = None
 
 @contextlib.contextmanager
 def piece(total, first):
-    """Inside, B = `total`, and computed are rows from `first` on: draws are those of all rows nevertheless."""
+    """Context in which only some of our `total` rows are computed, from `first` on.
+
+    Random numbers are still drawn for all rows.
+    """
     global _piece
     _piece, before = (total, first), _piece
     try:
@@ -136,11 +142,11 @@ def mean(x):
 
 
 def means(numbers, device="cpu"):
-    """{name: number} -> the same, each the mean over all processes, which must know the same names."""
+    """{name: number} -> the means over all processes, which must have the same names."""
     if world() == 1:
         return dict(numbers)
-    found = mean(torch.tensor([float(number) for number in numbers.values()], dtype=torch.float64, device=device))
-    return dict(zip(numbers, found.tolist()))
+    values = torch.tensor(list(map(float, numbers.values())), dtype=torch.float64, device=device)
+    return dict(zip(numbers, mean(values).tolist()))
 
 
 class Gather(torch.autograd.Function):
@@ -162,29 +168,31 @@ class Gather(torch.autograd.Function):
 def gather_with_gradient(x):
     """x (B, ...) of every process, joined in order of rank: (world*B, ...). Alone: x itself.
 
-    Backward, what any process's loss says about our part is added up. Each process then has `world`
-    times the gradient of one process with the joined batch, and the mean over processes that data
-    parallel training takes afterwards is exactly that gradient. B must be equal everywhere.
+    Backward, the gradients of all processes for our part are added up. Each process then has
+    `world` times the gradient of one process with the joined batch. Data-parallel training takes
+    the mean over processes afterwards, which is that gradient. B must be equal everywhere.
     """
     return Gather.apply(x) if world() > 1 else x
 
 
 def row_before(x):
-    """x (B, ...) -> (1, ...): the row before our first one in the joined batch; before row 0 stands the last."""
+    """x (B, ...) -> (1, ...): the row before our first one in the joined batch; before row 0, the
+    last."""
     return gather_with_gradient(x[-1:])[rank() - 1][None]
 
 
 def collect(rows, device="cpu"):
-    """Put together what was dealt out: [(number, ...), ...] of every process -> those of all, by number.
+    """Put together what was dealt out: [(number, ...), ...] of each process -> of all, by number.
 
-    Tensors in the rows, also in dicts and lists, come back on `device`. Alone: the rows themselves."""
+    Tensors in the rows, also in dicts and lists, come back on `device`. Alone: the rows themselves.
+    """
     if world() == 1:
         return list(rows)
     carry = torch.utils._pytree.tree_map_only
     parts = [None] * world()
     dist.all_gather_object(parts, carry(torch.Tensor, lambda x: x.cpu(), list(rows)))
-    return sorted(carry(torch.Tensor, lambda x: x.to(device), [row for part in parts for row in part]),
-                  key=lambda row: row[0])
+    rows = carry(torch.Tensor, lambda x: x.to(device), [row for part in parts for row in part])
+    return sorted(rows, key=lambda row: row[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,7 +200,7 @@ def collect(rows, device="cpu"):
 
 
 class Step(torch.nn.Module):
-    """A model with its loss: what DDP and FSDP2 wrap, so that a loss may call the model as it likes."""
+    """A model with its loss. DDP and FSDP2 wrap this, so a loss may call any part of the model."""
 
     def __init__(self, model, loss):
         super().__init__()
@@ -203,11 +211,11 @@ class Step(torch.nn.Module):
 
 
 def parallel(model, loss, shard=False, parts=()):
-    """(model, ...) -> loss as a function of the other inputs, whose gradients are the mean over processes.
+    """loss(model, ...) -> a function of the other inputs whose gradients are means over processes.
 
-    shard  True = FSDP2: every process keeps a part of all weights, gradients and optimiser states, and
-           borrows the rest of a block while it computes with it. Optimisers must be made afterwards.
-    parts  classes of modules that are borrowed one at a time
+    shard  True = FSDP2: every process keeps a part of all weights, gradients and optimiser states
+           and gathers a block while it computes with it. Optimisers must be made afterwards.
+    parts  classes of modules that are gathered one at a time
     """
     step = Step(model, loss)
     if world() == 1:
@@ -228,13 +236,14 @@ def parallel(model, loss, shard=False, parts=()):
 
 
 def scalars(model):
-    """Single numbers cannot be cut: every process keeps them, and `clip` averages their gradients."""
+    """Parameters of one number. They cannot be cut; `clip` averages their gradients."""
     return {parameter for parameter in model.parameters() if parameter.ndim == 0}
 
 
 @contextlib.contextmanager
 def exchange(step, on):
-    """While a micro-batch is computed: on=False keeps its gradients here, to be exchanged with the last one's."""
+    """Context of a micro-batch: on=False keeps its gradients here, to be exchanged with the last
+    one's."""
     if hasattr(step, "set_requires_gradient_sync"):
         step.set_requires_gradient_sync(on)
         yield
@@ -246,7 +255,10 @@ def exchange(step, on):
 
 
 def clip(model, limit):
-    """Average what is left to average, scale all gradients to a norm of at most `limit`; returns the norm before."""
+    """Scale all gradients to a norm of at most `limit`; returns the norm before.
+
+    Averages first what FSDP2 has not averaged: the gradients of `scalars`.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
@@ -280,8 +292,10 @@ def place(x, parameter):
 
 @contextlib.contextmanager
 def unsharded(step):
-    """For a while every process has all weights, for work outside of the step. FSDP2's hooks are off: processes
-    may now compute different things, or nothing, and must not wait for each other."""
+    """Context in which every process has all weights, for work outside of the step.
+
+    FSDP2's hooks are off: processes may compute different things, and must not wait for each other.
+    """
     from torch.distributed.fsdp import FSDPModule
     cut = [(module, module._forward_pre_hooks, module._forward_hooks) for module in step.modules()
            if isinstance(module, FSDPModule)]
@@ -301,14 +315,18 @@ def unsharded(step):
 
 
 def contents(folder):
-    """torch's reader for a folder of parts, after its table of contents was read in safety: unpickling may name
-    the classes of such a table and nothing else, and only tensors may be in it. ValueError where not."""
+    """torch's reader for a folder of parts, after a safe look at its table of contents.
+
+    Unpickling may name the classes of such a table alone, and only tensors may be in it. Else
+    ValueError.
+    """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     class Careful(pickle.Unpickler):
         def find_class(self, module, name):
-            if (module, name) in ALLOWED or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+            if (module, name) in ALLOWED or dtype:
                 return super().find_class(module, name)
             raise ValueError(f"its table of contents names {module}.{name}")
 
@@ -325,10 +343,11 @@ def contents(folder):
 
 
 ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in (
-    "TensorStorageMetadata", "Metadata", "TensorProperties", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata",
-    "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib._local", "PosixPath")}
+    "TensorStorageMetadata", "Metadata", "TensorProperties", "MetadataIndex", "StorageMeta",
+    "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
+    ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath")}
 
 
 def crc(path):
@@ -341,12 +360,16 @@ def crc(path):
 
 
 def save_parts(folder, tensors, facts):
-    """Every process writes its part of {name: tensor} into a folder; facts.json has `facts` and a CRC-32 of each file."""
+    """Every process writes its part of {name: tensor} into a folder.
+
+    facts.json has `facts` and a CRC-32 of each file.
+    """
     import torch.distributed.checkpoint as checkpoint
     folder = Path(folder)
     try:
-        checkpoint.save(dict(tensors), storage_writer=checkpoint.FileSystemWriter(folder, sync_files=True))
-    except checkpoint.CheckpointException as error:  # every process hears it; none is writing any more
+        checkpoint.save(dict(tensors), storage_writer=checkpoint.FileSystemWriter(
+            folder, sync_files=True))
+    except checkpoint.CheckpointException as error:  # every process gets it; all stopped writing
         if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise first_cause(error, folder) from None
@@ -357,15 +380,19 @@ def save_parts(folder, tensors, facts):
     if rank() == 0:
         with open(folder / "facts.json", "w") as file:
             text = json.dumps(facts)
-            json.dump({"facts": text, "crc": zlib.crc32(text.encode()), "files": files}, file, indent=1)
+            json.dump({"facts": text, "crc": zlib.crc32(text.encode()), "files": files}, file,
+                      indent=1)
             file.flush()
             os.fsync(file.fileno())
     wait()
 
 
 def first_cause(error, folder):
-    """What went wrong in one of the processes, as an OSError: torch's own is no Exception, so nobody would catch it. It
-    swallows whoever asks us to stop, too, and a lack of memory; these stay what they are."""
+    """What went wrong in one of the processes, as an OSError.
+
+    torch's own error is no Exception, so nobody would catch it. It also hides an interruption and a
+    lack of memory; these are returned as they are.
+    """
     for found, _ in (error.failures or {}).values():
         if isinstance(found, (KeyboardInterrupt, MemoryError)):
             return found
@@ -374,12 +401,16 @@ def first_cause(error, folder):
         cause = cause.__context__  # torch's writer of archives complains of what followed
     if cause is not None:
         return OSError(cause.errno, cause.strerror, cause.filename or str(folder))
-    said = str(first).strip().splitlines() or [type(first).__name__]
-    return OSError(errno.EIO, f"{said[0]}{'; the disk may be full' * ('inline_container' in said[0])}", str(folder))
+    line = (str(first).strip().splitlines() or [type(first).__name__])[0]
+    return OSError(errno.EIO, line + "; the disk may be full" * ("inline_container" in line),
+                   str(folder))
 
 
 def read_facts(folder):
-    """The facts of `save_parts`, once every file was found to be as it was written; ValueError where one is not."""
+    """The facts of `save_parts`, after a check that every file is as it was written.
+
+    ValueError where one is not.
+    """
     found = json.loads((Path(folder) / "facts.json").read_text())
     if zlib.crc32(found["facts"].encode()) != found["crc"]:
         raise ValueError("the checksum of facts.json is wrong")
@@ -393,8 +424,10 @@ def read_facts(folder):
 
 
 def read_parts(folder, make):
-    """Tensors that several processes wrote, however many read: {name: tensor}. make(name, shape, dtype) says where
-    to put each, a tensor whole or cut."""
+    """{name: tensor} that several processes wrote, however many read.
+
+    make  function (name, shape, dtype) -> the tensor to fill, whole or cut
+    """
     import torch.distributed.checkpoint as checkpoint
     source = contents(folder)
     tensors = {name: make(name, kind.size, kind.properties.dtype)

@@ -25,6 +25,7 @@ import weights
 from engine import checkpoints, evaluation, machine, optimisers, pictures, processes
 from engine.errors import Interrupted, RunError, UserError
 from engine.stage import check_model, check_stage
+from video.loading import dead_worker
 
 MOST_BAD = 0.5  # share of unreadable clips above which a run stops, once there are ten
 
@@ -440,7 +441,7 @@ def describe_error(error, stage):
                "--dry-run estimates what a step needs"
     chain = error  # a worker's death is heard at any time, also while a checkpoint is written
     while chain is not None:
-        if dead := data.dead_worker(chain):
+        if dead := dead_worker(chain):
             return dead
         chain = chain.__context__
     if not getattr(error, "filename", None) and re.search(  # torch hands clips over there

@@ -78,7 +78,8 @@ class Stage:
     """
 
     name = ""           # what users type; set by `class X(Stage, name=...)`
-    typed = frozenset()  # names of the flags that the user typed
+    typed = frozenset()  # names of the flags that the user typed, or set in code to another value
+    fixed = frozenset()  # names of the flags that --weights fixed
     began = False       # True once the files in --out are this run's
     test = 0            # clips of the set "test"; a stage with such a set has a flag for it
 
@@ -145,6 +146,10 @@ class Stage:
         cls.name = name or cls.__name__.lower()
         if name:
             STAGES[name] = cls
+
+    def __post_init__(self):
+        self.typed = frozenset(field.name for field in dataclasses.fields(self)
+                               if getattr(self, field.name) != field.default)
 
     # What a stage may redefine
 
@@ -216,6 +221,7 @@ class Stage:
                 raise UserError(f"--{name.replace('_', '-')} {wanted}: {self.weights} keeps its "
                                 f"own, {value}; leave it out")
             setattr(self, name, value)
+        self.fixed |= values.keys()
 
     def autocast(self):
         """Run networks, not losses, in bfloat16 where --precision says so."""
@@ -267,18 +273,25 @@ class ClipStage(Stage):
             held_out.pop("test", None)
         return train_set, held_out
 
+    def evaluated(self, dataset):
+        """Numbers of the items of a held-out set that an evaluation measures, in order."""
+        return data.spread(len(dataset), self.eval_clips) if hasattr(dataset, "__len__") else \
+            range(self.eval_clips)
+
     def clips_protocol(self, held_out):
         """What of which clips is measured."""
         val = held_out["val"]
-        count = min(self.eval_clips, len(val)) if hasattr(val, "__len__") else self.eval_clips
         of_files = {"sampling": self.sampling, "transform": self.transform} if self.data else {}
-        return {"clips": f"{count} held-out clips of {val.source}", "frames": self.num_frames,
-                "pixels": self.input_size} | of_files
+        others = {name: one.source for name, one in held_out.items() if one.source != val.source}
+        return {"clips": f"{len(self.evaluated(val))} held-out clips of {val.source}",
+                "frames": self.num_frames, "pixels": self.input_size} | of_files | others
 
 
 def check_stage(stage):
     """UserError with one line for each fault of a stage that somebody wrote."""
     kind, faults = type(stage), []
+    if any(isinstance(value, dataclasses.Field) for value in vars(kind).values()):
+        faults.append("has flags that are no fields yet: write @dataclass above the class")
     for method in ("datasets", "build", "loss"):
         if not callable(getattr(kind, method, None)):
             faults.append(f"has no method {method}(); see engine.stage.Stage")
@@ -289,6 +302,16 @@ def check_stage(stage):
             faults.append(f"the field {field.name} has the name of a method")
     if faults:
         raise UserError(*(f"stage {stage.name or kind.__name__}: {fault}" for fault in faults))
+
+
+def build_model(stage, train_set):
+    """stage.build(train_set). UserError where the network refuses what the flags or weights say."""
+    try:
+        return stage.build(train_set)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_model(stage, model):

@@ -2,7 +2,7 @@
 
 ("Learning and Using the Arrow of Time", CVPR 2018.)
 
-A stage of train.py is a class: its fields become flags, its methods say what is learned. The loop
+A stage of train.py is a dataclass: its fields become flags, its methods say what is learned. The loop
 does the rest, checkpoints and resuming included. Write a stage that plays clips backwards, each
 with probability one half, and learns to tell which. Take random numbers from `rng` only; then a
 resumed run repeats the whole run. Evaluation gives "val_accuracy" in percent.
@@ -14,9 +14,12 @@ and see that without `only` it stays at 50 %.
 Look at the stage `mae` of train.py and at `Stage` in engine/stage.py. The test runs `train.train`.
 """
 
+from dataclasses import dataclass
+
 from engine.stage import Stage, flag
 
 
+@dataclass
 class Arrow(Stage, name="arrow"):
     """Which way does time run?"""
 

@@ -162,8 +162,8 @@ def write(model, batches, bpe, *, maximum, autocast=contextlib.nullcontext):
 def evaluate_facts(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullcontext):
     """Share of clips whose caption states each fact rightly -> {name: percent}.
 
-    dataset  tells with `facts_in` what a sentence states, and with `classes` what there is to state;
-             {} where it cannot tell
+    dataset  tells with `facts_in` what a sentence states, and with `classes` what there is to
+             state; {} where it cannot tell
     """
     classes = dataset.classes
     if not classes or not dataset.states_facts:
@@ -173,8 +173,8 @@ def evaluate_facts(model, batches, bpe, dataset, *, maximum, autocast=contextlib
         stated = [dataset.facts_in(caption) for caption in captions]
         labels = {question: batch["labels"][question].tolist() for question in classes}
         rows.append((batch["number"], [
-            [facts.get(question) == names[labels[question][i]] for question, names in classes.items()]
-            for i, facts in enumerate(stated)]))
+            [facts.get(question) == names[labels[question][i]]
+             for question, names in classes.items()] for i, facts in enumerate(stated)]))
     right = np.array([row for _, part in processes.collect(rows) for row in part])
     return {f"captions_{question}": 100 * float(share) for question, share in
             zip(classes, right.mean(axis=0))} | {

@@ -1,37 +1,35 @@
-"""Answer a question about a video: which of a fixed list of answers fits what was seen and what was asked?
+"""Answer questions about videos: choose one of a fixed list of answers.
 
-Why: of all the tasks of the paper this one needs both of its halves at once. Contrast has taught two
-encoders to agree, and the caption decoder has learned to look for what a sentence needs. Give that decoder
-a question in place of a caption, and at the question's end it holds what the video says about it. The
-answers of the benchmarks are mostly one word, so a classifier over the commonest of them does, as in all the work
-that the paper compares with (InternVideo, arXiv 2212.03191, Sec. 4.4, video question answering; its code).
+A question needs both halves of the video-text model at once. The caption decoder reads the
+question in place of a caption; at the question's end, its output is what the video says about it.
+Most answers of the benchmarks are one word, so a classifier over the most frequent answers is
+enough (InternVideo, arXiv 2212.03191, Sec. 4.4, video question answering).
 
-    video -> visual tower --+------------------------------- norm -- what is seen (B, D) ---------+
-                            | tokens                                                              |
-                            +--> caption decoder -- at the question's end (B, W) -------------- concat -> head -> (B, Y)
-                            | tokens                                                              |
-    question -> text tower -+------------------------------- at its end (B, W) -- what is asked --+
+    video -> visual encoder --+------------------------ norm -- video feature (B, D) ----+
+                              | tokens                                                   |
+                              +--> caption decoder -- at the question's end (B, W) -- concat
+                              | tokens                                                   |
+    question -> text encoder -+------------------------ at its end (B, W) ---------------+
+                                                  head (B, D + 2*W) -> scores (B, answers)
 
 The idea, in steps:
-1. `answer_table` makes the list: the commonest answers of the training questions. Rarer ones are lost, and
-   in evaluation count as wrong, always.
-2. `VideoQA` is the video-text model and, on top, `AnswerHead`. Left out is what only contrast and captioning
-   need: the two projections, the scale, the layers from the decoder to words.
-3. `QuestionOnly` is the baseline to beat: it never sees a video, and says the answer that this very question
-   mostly has. On real benchmarks that alone is right surprisingly often ("Making the V in VQA Matter", arXiv
-   1612.00837), so a number without it says little.
+1. `answer_table` lists the most frequent answers of the training questions. Other answers cannot be
+   given; in evaluation they always count as wrong.
+2. `VideoQA` is the video-text model with `AnswerHead` on top. It does not use what only contrast
+   and captioning need: both projections, the scale, the layers from the decoder to words.
+3. `QuestionOnly` is a baseline that never sees a video. It gives the answer that this question
+   mostly has. On real benchmarks that is often right ("Making the V in VQA Matter", arXiv
+   1612.00837), so accuracy is reported beside it.
 
-Where we differ: the paper speaks of a head of three layers, its code has two, and so have we. The code
-overflows where a question fills all 77 tokens; ours does not.
+Where we differ: the paper describes a head of three layers, its code has two, as here (11.8 M
+parameters on a ViT-B for 1,500 answers). The code fails where a question fills all 77 tokens.
 
-    python train.py answer --weights RUN                      # moving shapes; --data FILE for yours
-    python question_answering.py VIDEO "which way does the red square go?" --weights RUN
-
-Numbers: on a ViT-B, D = 768 and W = 512, the head has 11.8 M parameters for 1,500 answers.
+    python train.py answer --weights RUN              # generated questions; --data FILE for yours
+    python tools/predict.py VIDEO --question "which way does the red square go?" --weights RUN
 
 >>> answer_table(["Yes", "no", "yes.", "a dog"], most=2)
 ['yes', 'a dog']
->>> AnswerHead(96, 32, 10)(torch.zeros(4, 96 + 2 * 32)).shape       # (B, D + 2*W) -> (B, Y)
+>>> AnswerHead(96, 32, 10)(torch.zeros(4, 96 + 2 * 32)).shape       # (B, D + 2*W) -> (B, answers)
 torch.Size([4, 10])
 """
 
@@ -61,49 +59,53 @@ def normalise_answer(answer):
 
 
 def answer_table(answers, most=1500):
-    """The `most` commonest of these answers, normalised; equally common ones in the order of the alphabet."""
+    """The `most` frequent answers, normalised; equally frequent ones in alphabetical order."""
     count = Counter(map(normalise_answer, answers))
     return sorted(count, key=lambda answer: (-count[answer], answer))[:most]
 
 
 class QuestionOnly:
-    """The baseline that sees no video: the answer that a question mostly had in training.
+    """The baseline that sees no video: the most frequent answer to a question in training.
 
-    questions, answers   of training, str each
+    questions, answers  of training, str each
 
-    self(question) -> the commonest answer to that very question, or of all questions where it is new.
+    self(question) -> that answer; for a question that training does not have, the most frequent
+    answer of all.
     """
 
     def __init__(self, questions, answers):
-        heard, self.most = defaultdict(Counter), answer_table(answers, 1)[0]
+        counts, self.most = defaultdict(Counter), answer_table(answers, 1)[0]
         for question, answer in zip(questions, answers, strict=True):
-            heard[normalise_answer(question)][normalise_answer(answer)] += 1
+            counts[normalise_answer(question)][normalise_answer(answer)] += 1
         self.answers = {question: min(count, key=lambda answer: (-count[answer], answer))
-                        for question, count in heard.items()}
+                        for question, count in counts.items()}
 
     def __call__(self, question):
         return self.answers.get(normalise_answer(question), self.most)
 
 
 class AnswerHead(nn.Sequential):
-    """(B, D + 2*W) -> scores (B, answers): drop, Linear to twice the width, norm, GELU, drop, Linear."""
+    """Scores of answers: dropout, Linear to twice the width, LayerNorm, GELU, dropout, Linear.
+
+    (B, D + 2*W) -> (B, answers)
+    """
 
     def __init__(self, visual_width, text_width, answers, drop=0.5):
         width = visual_width + 2 * text_width
-        super().__init__(Dropout(drop), nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(),
-                         Dropout(drop), nn.Linear(2 * width, answers))
+        super().__init__(Dropout(drop), nn.Linear(width, 2 * width), nn.LayerNorm(2 * width),
+                         nn.GELU(), Dropout(drop), nn.Linear(2 * width, answers))
 
 
 class VideoQA(nn.Module):
     """A video-text model that answers.
 
-    clip      clip_video.VideoCLIP
-    decoder   caption_decoder.CaptionDecoder of the same widths
-    answers   list of str, what may be answered
-    drop      dropout in the head, a probability
+    clip     clip_video.VideoCLIP
+    decoder  caption_decoder.CaptionDecoder of the same widths
+    answers  list of str: the answers that can be given
+    drop     probability of dropout in the head
 
-    What only contrast and captions need (both projections, the scale, the layers from the decoder to
-    words) stays in the model, frozen, so that its weights can be saved and loaded whole.
+    What only contrast and captions need (both projections, the scale, the layers from the decoder
+    to words) stays in the model, frozen, so that its weights can be saved and loaded whole.
     """
 
     def __init__(self, clip, decoder, answers, drop=0.5):
@@ -117,21 +119,26 @@ class VideoQA(nn.Module):
 
     @property
     def config(self):
-        return {"model": "VideoQA", "clip": self.clip.config, "caption_decoder": self.caption_decoder.config,
-                "answers": self.answers}
+        """What it was made with, for config.json."""
+        return {"model": "VideoQA", "clip": self.clip.config,
+                "caption_decoder": self.caption_decoder.config, "answers": self.answers}
 
     def forward(self, video, ids):
-        """video (B, C, T, H, W) float, normalised with clip.mean and clip.std; ids (B, L) int64, the questions
-        -> scores (B, answers)."""
-        seen, tokens = self.clip.visual.encode(video)
-        words = self.clip.text.tokens(ids)                                   # (B, L, W)
-        found = self.caption_decoder.hidden(tokens.flatten(1, 2), words)     # (B, L, W), one pass for all places
-        at_end = self.clip.text.at_end
-        return self.head(torch.cat([at_end(found, ids), self.clip.visual_norm(seen), at_end(words, ids)], dim=-1))
+        """Score every answer.
+
+        video    (B, C, T, H, W) float, normalised with clip.mean and clip.std
+        ids      (B, L) int64, token numbers of the questions
+        returns  (B, answers)
+        """
+        feature, tokens = self.clip.visual.encode(video)                 # (B, D), (B, t, 1+S, D)
+        words, at_end = self.clip.text.tokens(ids), self.clip.text.at_end               # (B, L, W)
+        hidden = self.caption_decoder.hidden(tokens.flatten(1, 2), words)               # (B, L, W)
+        return self.head(torch.cat([at_end(hidden, ids), self.clip.visual_norm(feature),
+                                    at_end(words, ids)], dim=-1))
 
     @classmethod
     def from_run(cls, folder, drop=0.0):
-        """Load a run of the answer card, in eval mode; drop: as above, to train on. Raises WeightsError."""
+        """Load a run of `answer`, in eval mode; drop: to train on. Raises WeightsError."""
         def make(config):
             return cls(clip_video.VideoCLIP.from_config(config["clip"]),
                        caption_decoder.CaptionDecoder.from_config(config["caption_decoder"]),
@@ -146,7 +153,7 @@ class VideoQA(nn.Module):
 
 @torch.no_grad()
 def evaluate(scores_of, batches, answers):
-    """What the model answers: [(question, right answer, answer of the model), ...] in their order.
+    """What the model answers: [(question, right answer, answer of the model), ...], in order.
 
     scores_of  function of a batch -> (B, answers)
     batches    dicts with the lists "question" and "answer", and "number"
@@ -165,11 +172,12 @@ def evaluate(scores_of, batches, answers):
 class Answering(ClipStage, name="answer"):
     """Questions about videos: a head on the caption decoder and both encoders, all of them trained.
 
-    InternVideo, Sec. 4.4, video question answering. On generated questions about moving shapes, or on
-    a file of `video, question, answer`. Then: python tools/predict.py VIDEO --question Q --weights RUN"""
+    InternVideo, Sec. 4.4, video question answering. On generated questions about moving shapes, or
+    on a file of `video, question, answer`. Then, for one video:
+    python tools/predict.py VIDEO --question QUESTION --weights RUN"""
 
-    weights: str = flag("", "the video-text model: a run of clip, InternVideo-MM weights, or a run of "
-                        "this stage")
+    weights: str = flag("", "the video-text model: a run of clip, InternVideo-MM weights, or a run "
+                        "of this stage")
     steps: int = flag(600, paper="20 epochs")
     batch_size: int = flag(32, "questions per process and step", paper="512 in all")
     lr: float = flag(1e-3, paper="1e-5")
@@ -181,8 +189,8 @@ class Answering(ClipStage, name="answer"):
     drop: float = flag(0.1, "dropout in the head", paper="0.5", low=0, high=1)
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
                           "one beside --weights")
-    data: str = flag("", "a file with questions: JSON, JSONL or CSV with video, question and answer; "
-                     "default: questions about moving shapes")
+    data: str = flag("", "a file with questions: JSON, JSONL or CSV with video, question and "
+                     "answer; default: questions about moving shapes")
     num_frames: int = flag(0, "frames per clip; 0 = as --weights", low=0, paper="8")
     input_size: int = flag(0, "height and width in pixels; 0 = as --weights", low=0)
     sampling: str = flag("segment", paper="internvideo")
@@ -225,6 +233,7 @@ class Answering(ClipStage, name="answer"):
         self.baseline = QuestionOnly(*zip(*pairs))
         table = answer_table((answer for _, answer in pairs), self.answers)
         model = model or VideoQA(clip, decoder, table, self.drop)
+        self.table_size = len(model.answers)
         model.clip.recompute(self.recompute)
         return model
 
@@ -240,11 +249,11 @@ class Answering(ClipStage, name="answer"):
             return model(video, ids.to(video.device)).float()
 
     def loss(self, model, batch, rng):
-        """Cross entropy over the answers; a question whose answer is not among them has no target."""
+        """Cross entropy over the answers; a question whose answer cannot be given has no target."""
         scores = self.scores(model, batch)
         place = {answer: i for i, answer in enumerate(model.answers)}
-        right = torch.tensor([place.get(normalise_answer(answer), -1) for answer in batch["answer"]],
-                             device=scores.device)
+        answers = map(normalise_answer, batch["answer"])
+        right = torch.tensor([place.get(answer, -1) for answer in answers], device=scores.device)
         count = (right >= 0).sum()
         count = processes.mean(count) if model.training else count
         loss = torch.nn.functional.cross_entropy(scores, right, ignore_index=-1, reduction="sum")
@@ -254,19 +263,20 @@ class Answering(ClipStage, name="answer"):
     def evaluate(self, model, batches, held_out_set):
         """Accuracy in percent; "rows" has all answers."""
         rows = evaluate(functools.partial(self.scores, model), batches, model.answers)
-        right = [said == answer for _, answer, said in rows]
+        right = [given == answer for _, answer, given in rows]
         return {"accuracy": 100 * sum(right) / len(right), "rows": rows}
 
     def finish(self, model, held_out, results):
-        """A table by kind of question, with two baselines: the question alone, the likeliest answer."""
+        """A table by kind of question, with two baselines: the question alone, one answer."""
         kinds, numbers = {}, {}
-        for question, answer, said in results["val"]["rows"]:
+        for question, answer, given in results["val"]["rows"]:
             words = question.lower().split()
-            right = (said == answer, self.baseline(question) == answer, self.baseline.most == answer)
+            right = (given == answer, self.baseline(question) == answer,
+                     self.baseline.most == answer)
             for kind in ("all questions", words[0] if self.data else " ".join(words[:2])):
                 kinds.setdefault(kind, []).append(right)
-        print(f"{'accuracy in percent':24s}{'questions':>10s}{'answered':>10s}{'question only':>15s}"
-              f"{'commonest answer':>18s}")
+        print(f"{'accuracy in percent':24s}{'questions':>10s}{'answered':>10s}"
+              f"{'question only':>15s}{'commonest answer':>18s}")
         for kind, right in sorted(kinds.items(), key=lambda item: -len(item[1])):
             answered, alone, commonest = (100 * np.mean(right, axis=0)).tolist()
             print(f"{kind:24s}{len(right):10d}{answered:10.1f}{alone:15.1f}{commonest:18.1f}")
@@ -278,16 +288,16 @@ class Answering(ClipStage, name="answer"):
     def protocol(self, held_out):
         """How the accuracy is measured."""
         return self.clips_protocol(held_out) | {
-            "answers": "open-ended: one of the most frequent answers of training, compared in lower "
-                       "case without punctuation; others count as wrong"}
+            "answers": f"open-ended: one of the {self.table_size} most frequent answers of "
+                       "training, compared in lower case without punctuation; others count as "
+                       "wrong"}
 
     @torch.no_grad()
     def pictures(self, model, batch, folder, results):
         """answers.png: clips with question, right answer, and answer of the model."""
         answers = [model.answers[i] for i in self.scores(model, batch).argmax(dim=1).tolist()]
-        told = [f"{question} {answer}" for question, answer in zip(batch["question"],
-                                                                   batch["answer"])]
-        pictures.captions(batch["video"].cpu().numpy(), told, answers, folder / "answers.png")
+        pairs = [" ".join(pair) for pair in zip(batch["question"], batch["answer"])]
+        pictures.captions(batch["video"].cpu().numpy(), pairs, answers, folder / "answers.png")
         return [folder / "answers.png"]
 
     def extras(self, folder):

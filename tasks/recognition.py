@@ -15,6 +15,7 @@ by side, Y in all. `classes` is always {question: tuple of class names}, in that
 """
 
 import contextlib
+import copy
 import functools
 import json
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import weights
 from attention import Attention
 from engine import pictures, processes
 from engine.checkpoints import recipe_of
+from engine.command_line import text_of
 from engine.errors import UserError
 from engine.stage import TEST_CLIPS, ClipStage, flag, generator
 from video import transforms
@@ -51,9 +53,7 @@ def split(x, classes):
 
 
 def one_hot(labels, classes):
-    """{question: int64 (B,)} -> (B, Y) float: a one at the right answer to each question.
-
-    """
+    """{question: int64 (B,)} -> (B, Y) float: a one at the right answer to each question."""
     return torch.cat([F.one_hot(labels[question], len(names)).float()
                       for question, names in classes.items()], dim=1)
 
@@ -137,9 +137,9 @@ def evaluate(predict, batches, classes, device="cpu"):
 
     predict  function of a batch -> logits (B, Y)
     batches  dicts with "labels" {question: int64 (B,)} and "number", the place among all batches
-    returns  {"loss": nats, accuracies in percent}, and two tensors about the first question for
-             pictures and for open sets: "confusion", int64 counts (true class, predicted class), and
-             "confidence" (clips,), the largest probability of each clip
+    returns  {"loss": nats, accuracies in percent}, and two tensors about the first question:
+             "confusion", int64 counts (true class, predicted class), and "confidence" (clips,), the
+             largest probability of each clip
     """
     rows = []
     for batch in batches:
@@ -156,7 +156,6 @@ def evaluate(predict, batches, classes, device="cpu"):
     return {"loss": sum(losses) / len(answers[first])} | accuracies(logits, answers) | {
         "confusion": confusion.index_put_(pairs, torch.tensor(1), accumulate=True),
         "confidence": logits[first].softmax(dim=1).amax(dim=1)}
-
 
 
 @torch.no_grad()
@@ -182,7 +181,8 @@ def evaluate_zero_shot(model, batches, bpe, sentences, *, combine="probabilities
     rows = []
     for batch in batches:
         with autocast():
-            features = model.encode_video(transforms.normalise(batch["video"], model.mean, model.std))
+            video = transforms.normalise(batch["video"], model.mean, model.std)
+            features = model.encode_video(video)
         rows.append((batch["number"], features.float(), batch["labels"]))
     _, features, labels = zip(*processes.collect(rows, device))
     probabilities = {question: clip_video.zero_shot(
@@ -254,7 +254,7 @@ def freeze_all_but_the_probe(model):
 
 
 def features_of(model, video, autocast):
-    """What the probe reads: video (B, T, H, W, 3) uint8 -> (B, D), or (B, N, D) of an attentive one."""
+    """Input of the probe: video (B, T, H, W, 3) uint8 -> (B, D), of an attentive one (B, N, D)."""
     video = transforms.normalise(video, model.mean, model.std)
     with autocast(), torch.no_grad():
         read = model.encoder.tokens if isinstance(model, AttentiveProbe) else model.feature
@@ -329,8 +329,9 @@ class LabelledStage(ClipStage):
     transform: str = flag("plain", paper="videomae, uniformerv2")
     flip: bool = flag(False, "mirror half of the training clips: not where labels know left from "
                       "right", only="files", group="clips")
-    area: float = flag(0.0, "smallest share of a frame that a random crop keeps; 0 = as --transform "
-                       "has it", only="files", paper="0.08", low=0, high=1, group="clips")
+    area: float = flag(0.0, "smallest share of a frame that a random crop keeps; 0 = as "
+                       "--transform has it", only="files", paper="0.08", low=0, high=1,
+                       group="clips")
     rand_augment: int = flag(0, "RandAugment operations per clip; 0 = none", only="files", low=0,
                              paper="4", group="clips")
     magnitude: int = flag(7, "strength of RandAugment, of 30", only="files", paper="7", low=0,
@@ -361,9 +362,9 @@ class LabelledStage(ClipStage):
         if self.train_clips:
             train_set.first(self.train_clips)
         if size(train_set.classes) < 2:
-            raise UserError(f"--data {self.data}: {size(train_set.classes)} classes; needs a folder "
-                            "of class folders, or a list of `path label` lines, with two or more "
-                            "(shards serve mae and clip)")
+            raise UserError(f"--data {self.data}: {size(train_set.classes)} classes; needs a "
+                            "folder of class folders, or a list of `path label` lines, with two or "
+                            "more (shards serve mae and clip)")
         self.classes = train_set.classes
         return train_set, held_out
 
@@ -430,3 +431,115 @@ class LabelledStage(ClipStage):
     def confusions(self, results):
         """{title: (Y, Y) counts} out of the results of the evaluations."""
         return {"held-out clips": results["val"]["confusion"]}
+
+
+@dataclass
+class ClassifierStage(LabelledStage):
+    """What `classify` has besides fine-tuning: probes of a frozen encoder, and open sets."""
+
+    mode: str = flag("finetune", "finetune = train everything; probe = a linear layer, attentive = "
+                     "a query that attends to the tokens, and a linear layer, on frozen features",
+                     choices=("finetune", "probe", "attentive"))
+    head_rows: str = flag("", "a JSON list: which row of the head of --weights each class is, as "
+                          "VideoMAE V2's label_710to400.json; default: the first 400 of 710, the "
+                          "same where there are as many, else a fresh head")
+    probe_clips: int = flag(2000, "with a probe: training clips whose features are computed; 0 = "
+                            "all files of --data", low=0)
+    unknown: str = flag("", "open-set recognition: classes (or motions) to leave out of training, "
+                        "names with commas, or how many of the last; evaluation measures how well "
+                        "they are told from the known", paper="UCF101 against HMDB51")
+
+    def datasets(self):
+        """As all stages with labels; with --unknown some classes are set aside."""
+        for name in ("mixup", "cutmix"):
+            if 0 < getattr(self, name) < 1e-3:  # a beta distribution that float32 cannot hold
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for "
+                                "none")
+        train_set, held_out = super().datasets()
+        if self.unknown:
+            self.set_aside(train_set, held_out)
+        return train_set, held_out
+
+    def set_aside(self, train_set, held_out):
+        """Leave the classes of --unknown out; held_out["val"].unknown has their held-out clips."""
+        if self.test_clips * self.test_crops > 1:
+            raise UserError("--unknown: is evaluated on one view of listed files; leave out "
+                            "--test-clips, --test-crops, shards")
+        question, names = next(iter(self.classes.items()))
+        unknown = names[max(len(names) - int(self.unknown), 0):] if self.unknown.isdecimal() else \
+            tuple(dict.fromkeys(self.unknown.split(",")))
+        known = tuple(name for name in names if name not in unknown)
+        if set(unknown) - set(names) or not unknown or len(known) < 2:
+            raise UserError(
+                f"--unknown {self.unknown}: give some of {', '.join(names)}, or how many "
+                            "of the last; two or more must remain")
+        others = copy.copy(held_out["val"]).only(question, unknown)
+        for part in (train_set, *held_out.values()):
+            part.only(question, known)
+        held_out["val"].unknown = others
+        self.classes = train_set.classes
+
+    def rows_of_head(self):
+        """The numbers in --head-rows, or None."""
+        if not self.head_rows:
+            return None
+        try:
+            rows = json.loads(text_of(self.head_rows, "head-rows"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--head-rows {self.head_rows}: {error}") from None
+        if not isinstance(rows, list) or not rows or not all(type(row) is int for row in rows):
+            raise UserError(
+                f"--head-rows {self.head_rows}: must hold a list of numbers, as [0, 2, 5]")
+        return rows
+
+    def probe_in_weights(self, classes):
+        """The AttentiveProbe that --weights hold, or None. UserError where it does not fit."""
+        if not self.weights or weights.read(self.weights)[1].get("model") != "AttentiveProbe":
+            return None
+        if self.mode != "attentive":
+            raise UserError(f"--weights {self.weights}: is an attentive probe; add --mode "
+                            "attentive")
+        model = AttentiveProbe.from_run(self.weights)
+        if model.config["classes"] != classes:
+            raise UserError(f"--weights {self.weights}: names {model.config['classes']} classes, "
+                            f"the data has {classes}")
+        return model
+
+    def training_mode(self, model):
+        """A probe's encoder stays in eval mode: no dropout, no batch statistics."""
+        model.train(self.mode == "finetune")
+
+    def prepare(self, model, train_set, held_out):
+        """For a probe: the features of the training clips, computed once."""
+        if self.mode == "finetune" or not self.steps:
+            return train_set
+        return stored_features(self, model, train_set)
+
+    def batches(self, train_set, first):
+        """Clips; or, for a probe, stored features, drawn at random."""
+        if self.mode == "finetune":
+            return super().batches(train_set, first)
+        return feature_batches(self, train_set, first)
+
+    def evaluate(self, model, batches, dataset):
+        """As all stages with labels. With --unknown also the AUROC, in percent, of telling known
+        from unknown classes by the largest probability (arXiv 1610.02136, Sec. 3). InternVideo
+        (Sec. 4.3, open-set action recognition) learns evidence instead (DEAR, arXiv 2107.10161)."""
+        results = super().evaluate(model, batches, dataset)
+        others = getattr(dataset, "unknown", None)
+        if others is None:
+            return results
+        question = next(iter(self.classes))
+        confidence = torch.cat([
+            split(self.logits(model, batch), self.classes)[question].softmax(dim=1)
+            .amax(dim=1) for batch in self.held_out(others, self.eval_clips, self.eval_batch,
+                                                    shared=False)])
+        return results | {
+            "unknown_auroc": 100 * auroc(results["confidence"], confidence),
+            "unknown_clips": len(confidence)}
+
+    def protocol(self, held_out):
+        """How the accuracies are measured."""
+        open_set = {"open set": f"trained without {self.unknown}; the AUROC compares the largest "
+                                "probability of known and unknown clips; chance is 50"}
+        return super().protocol(held_out) | (open_set if self.unknown else {})

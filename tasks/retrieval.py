@@ -6,8 +6,8 @@
    model: official code lets ties win, so that a model which gives everything the same score gets
    100 %.
 2. `choose`: which of a few sentences fits a video (InternVideo, Sec. 4.4, multiple choice).
-3. `embed_classes`: class names as sentences, for `clip_video.zero_shot`.
-4. `protocol`: how it was measured, in one line.
+3. `evaluate` and `multiple_choice`: both of a model on held-out batches.
+4. `Retrieval`: the stage that fine-tunes for it.
 
 >>> metrics = retrieval_metrics(torch.eye(3))
 >>> metrics["t2v_R@1"], metrics["v2t_MdR"]
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import clip_video
 from engine import processes
 from engine.errors import UserError
-from engine.stage import ClipStage, flag
+from engine.stage import TEST_CLIPS, ClipStage, flag
 from video import transforms
 from weights import encoders
 from weights.tokenizer import tokenizer_of
@@ -91,19 +91,13 @@ def text_ranks(similarity, owner, grouped):
     return 1 + (others >= best).sum(dim=0)
 
 
-def protocol(dataset, *, videos, captions, frames, sampling, crop, size, merge=None, grouped=False):
-    """One line that says how retrieval was measured; numbers without it cannot be compared.
-
-    dataset    name and split, "MSR-VTT 1k-A"
-    sampling   how frames were chosen; crop, size: which part of them was used, pixels
-    merge      share of CLIP's weights mixed into the model's, None = none
-    """
-    several = "" if captions == videos else (
-        ", v2t " + ("among videos by their best caption" if grouped else "by the best own caption"))
-    merged = "no weight merge" if merge is None else f"{merge:g} of CLIP merged"
-    return (f"{dataset}: {videos} videos, {captions} captions{several}; {frames} frames, "
-            f"{sampling}; {crop} {size} px; {merged}; raw and dual softmax (dsl); ties count "
-            "against us")
+def gallery_protocol(dataset, places):
+    """What ranks among these items of a data set mean: {word: value} for a stage's `protocol`."""
+    videos, captions = len(places), dataset.captions_of(places)
+    return {"gallery": f"{videos} videos, {captions} captions; chance of R@1 is "
+                       f"{100 / videos:.1f} %",
+            "ranks": "raw and dual softmax (dsl); ties count against us; v2t among videos by their "
+                     "best caption"}
 
 
 @torch.no_grad()
@@ -121,25 +115,13 @@ def choose(model, video, options):
         for embedding, ids in zip(video_embeddings, options)])
 
 
-@torch.no_grad()
-def embed_classes(model, tokenizer, classes, prompts=PROMPTS):
-    """Every class name in every prompt: (prompts, Y, E), normalised."""
-    device, context = model.scale.device, model.config["context"]
-    embeddings = []
-    for prompt in prompts:
-        sentences = [prompt.replace("{}", name) for name in classes]
-        ids, _ = tokenizer.encode(sentences, context, trim=True)
-        embeddings.append(F.normalize(model.encode_text(ids.to(device)), dim=-1))
-    return torch.stack(embeddings)
-
-
 def caption_numbers(captions, device="cpu"):
     """A number for each caption, int64 (B,): the same for the same sentence, in every process.
 
     For `clip_video.contrastive_loss`: clips with the same sentence are not each other's negatives.
     """
-    return torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-                         for text in captions], device=device)
+    hashes = [hashlib.blake2b(text.encode(), digest_size=7).digest() for text in captions]
+    return torch.tensor([int.from_bytes(part, "big") for part in hashes], device=device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,6 +207,7 @@ class Retrieval(ClipStage, name="retrieve"):
     eval_clips: int = flag(500, "held-out videos, all of them in the gallery", low=2,
                            paper="1,000 of MSR-VTT")
     eval_every: int = flag(0, "steps between evaluations; 0 = at the end")
+    test: int = TEST_CLIPS
 
     world = "ActShapes"  # the class of video.moving_shapes that generates its clips
 
@@ -268,24 +251,24 @@ class Retrieval(ClipStage, name="retrieve"):
             device=self.device)
 
     def finish(self, model, held_out, results):
-        """All ranks as a table are printed; multiple choice is measured, where there is one."""
-        ranks, columns = results["val"], ("R@1", "R@5", "R@10", "MdR", "MnR")
+        """All ranks, also printed as a table; multiple choice, where the data has one."""
+        columns, numbers = ("R@1", "R@5", "R@10", "MdR", "MnR"), {}
         print(f"{'':28s}" + "".join(f"{column:>8s}" for column in columns))
         for way, name in (("t2v", "text to video"), ("v2t", "video to text")):
-            for kind in ("", "dsl_"):
-                print(f"{name + ', dual softmax' * bool(kind):28s}" + "".join(
-                    f"{ranks[f'{kind}{way}_{column}']:8.1f}" for column in columns))
+            for kind, words in (("", ""), ("dsl_", ", dual softmax")):
+                row = {f"{kind}{way}_{column}": results["val"][f"{kind}{way}_{column}"]
+                       for column in columns}
+                print(f"{name + words:28s}" + "".join(f"{value:8.1f}" for value in row.values()))
+                numbers |= row
         batches = self.held_out(held_out["val"], self.eval_clips, self.eval_batch)
-        return {name: value for name, value in ranks.items() if "R@" in name or "R" in name[-3:]} | \
-            multiple_choice(model, batches, self.bpe, held_out["val"].choices,
-                               context=self.context, autocast=self.autocast)
+        return numbers | multiple_choice(model, batches, self.bpe, held_out["val"].choices,
+                                         context=self.context, autocast=self.autocast)
 
     def protocol(self, held_out):
         """How the ranks are measured."""
-        return self.clips_protocol(held_out) | {
-            "gallery": "all held-out videos", "ranks": "raw and dual softmax; ties count against us",
-            "captions": "all of each video; v2t among videos by their best caption",
-            "limit": held_out["val"].chance}
+        val = held_out["val"]
+        return self.clips_protocol(held_out) | gallery_protocol(val, self.evaluated(val)) | (
+            {"limit": val.limit} if val.limit else {})
 
     def extras(self, folder):
         """tokenizer.json"""

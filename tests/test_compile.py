@@ -17,15 +17,17 @@ import fusion
 import mae
 import train
 import uniformerv2
+import weights
+from engine import machine
+from engine.stage import generator
 from variants import divided_attention, dual_masking
-
-machine = train  # where choose_products and processor_maker are
 
 FAST = dict(device="cpu", precision="fp32", workers=0)
 STAGES = {
     "mae": (train.MaskedModelling, dict(num_frames=4, input_size=32, mask_ratio=0.5)),
     "clip": (train.VideoLanguage, dict(num_frames=4, input_size=40, image_every=0)),
-    "clip joint": (train.VideoLanguage, dict(kind="joint", num_frames=4, input_size=40, image_every=0)),
+    "clip joint": (train.VideoLanguage, dict(kind="joint", num_frames=4, input_size=40,
+                                             image_every=0)),
 }
 
 
@@ -36,11 +38,11 @@ def traced(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     no_compiler = attention.no_compiler
-    train.compiled.cache_clear()
+    machine.compiled.cache_clear()
     no_compiler.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=8):
         yield
-    train.compiled.cache_clear()
+    machine.compiled.cache_clear()
     no_compiler.cache_clear()
     torch._dynamo.reset()
 
@@ -49,7 +51,7 @@ def step(stage, model, batch):
     """Loss and gradients with a fixed draw of everything random."""
     model.zero_grad()
     torch.manual_seed(0)
-    loss, _ = stage.loss(model, batch, train.generator(0, "test"))
+    loss, _ = stage.loss(model, batch, generator(0, "test"))
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()
                            if p.grad is not None}
@@ -61,13 +63,14 @@ def test_no_stage_has_a_graph_break_and_the_numbers_stay(name):
     card, options = STAGES[name]
     stage = card(**FAST, **options)
     torch.manual_seed(0)
-    model = stage.build().train()
-    batch = next(iter(data.batches(stage.datasets()[0], 4, 0, 1)))
+    train_set, _ = stage.datasets()
+    model = stage.build(train_set).train()
+    batch = next(iter(data.batches(train_set, 4, 0, 1)))
     for module in model.modules():  # drawn in another order by compiled code
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     plain, expected = step(stage, model, batch)
-    train.compile_blocks(model)
+    machine.compile_blocks(model, train.BLOCKS)
     stage.compile = "on"
     loss, gradients = step(stage, model, batch)
     assert counters["stats"]["unique_graphs"] > 0
@@ -81,16 +84,20 @@ def test_no_stage_has_a_graph_break_and_the_numbers_stay(name):
 def test_the_bridge_between_two_encoders_has_no_graph_break_either(tmp_path):
     for name, size in (("masked", 32), ("multimodal", 40)):
         torch.manual_seed(0)
-        model = train.PostPretraining(encoder=name, **FAST, num_frames=4, input_size=size).build()
-        train.weights.save(tmp_path / name, model, model.config)
-    stage = train.CrossModel(**FAST, masked=str(tmp_path / "masked"), multimodal=str(tmp_path / "multimodal"), batch_size=4)
-    model = stage.build().train()
-    batch = next(iter(data.batches(stage.datasets()[0], 4, 0, 1)))
+        stage = train.PostPretraining(encoder=name, **FAST, num_frames=4, input_size=size)
+        train_set, _ = stage.datasets()
+        model = stage.build(train_set)
+        weights.save(tmp_path / name, model, model.config)
+    stage = train.CrossModel(**FAST, masked=str(tmp_path / "masked"),
+                             multimodal=str(tmp_path / "multimodal"), batch_size=4)
+    train_set, _ = stage.datasets()
+    model = stage.build(train_set).train()
+    batch = next(iter(data.batches(train_set, 4, 0, 1)))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     plain, expected = step(stage, model, batch)
-    train.compile_blocks(model)
+    machine.compile_blocks(model, train.BLOCKS)
     loss, gradients = step(stage, model, batch)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     torch.testing.assert_close(loss, plain)
@@ -161,19 +168,19 @@ def test_no_network_has_a_graph_break_in_its_blocks_forward_or_backward(name, gr
             module.p = 0.0
     expected = call()
     # fullgraph: a break is an exception
-    train.compile_blocks(model)
+    machine.compile_blocks(model, train.BLOCKS)
     out = call()
     out.square().sum().backward()
     assert graphs and not counters["graph_break"]
     torch.testing.assert_close(out, expected)
     # A version for the last tokens alone or for the first layer is fine, one for each layer is not.
-    assert len(graphs) <= sum(isinstance(module, train.COMPILED) for module in model.modules())
+    assert len(graphs) <= sum(isinstance(module, train.BLOCKS) for module in model.modules())
 
 
 def test_training_and_evaluation_taking_turns_make_one_more_version_each(graphs):
     """Full batches, a smaller last one, other sizes later: two versions at most of each of both."""
     model = classifier(drop_path=0.1)
-    train.compile_blocks(model)
+    machine.compile_blocks(model, train.BLOCKS)
     new = []
     for training, batch in ((False, 6), (False, 6), (False, 3), (True, 4), (True, 4), (True, 4),
                             (False, 6), (True, 5), (False, 7), (True, 2), (False, 4)):

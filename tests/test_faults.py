@@ -1,7 +1,7 @@
 """What is proved about accidents: each is made to happen, each ends in one line that says what
 happened and how to go on, and none loses what was saved.
 
-The lines are those of README.md, "When something goes wrong".
+The lines are those of docs/failures.md, "When something goes wrong".
 """
 
 import json
@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-import data as clips
 import weights
 from engine import checkpoints, pictures, processes
 from engine.run import describe_error
 from test_train import ROOT, SMALL, run, write_video
+from video import decoding, loading
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +43,9 @@ def one_line(capsys):
 
 
 def in_docs(said):
-    """True where docs/failures.md has this line, up to numbers, files and folders; ... stands for
-    anything."""
+    """True where docs/failures.md has this line, up to numbers, files and folders.
+
+    There, ... stands for anything."""
     def plain(line):
         for what, form in ((r"[^\s(]+\.mp4(, \S+\.mp4)*", "FILES"), (r"\S+/last", "last"),
                            (r"--out [^\s:]+", "--out RUN"),
@@ -116,8 +117,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it
     assert run(*FILLING, out=disk / "run") == 1
     said = one_line(capsys)
     assert "No space left on device; the last good checkpoint is" in said and in_docs(said)
-    assert weights.load(disk / "run" / "last.pt")["step"] == 2 and not list((disk / "run").glob(
-        "*.part"))
+    assert weights.load(disk / "run" / "last.pt")["step"] == 2
+    assert not list((disk / "run").glob("*.part"))
     remount("size=64m")
     assert run(*FILLING, "--resume", out=disk / "run") == 0
     a, b = tensors(tmp_path / "whole"), tensors(disk / "run")
@@ -135,8 +136,8 @@ def test_a_limit_on_the_size_of_files_is_no_traceback_either(tmp_path, capsys):
                                                                 (half, half)))
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr and len(said) == 1
-    assert "File too large; no checkpoint was written yet" in said[0] and not list((
-        tmp_path / "run").glob("last*"))
+    assert "File too large; no checkpoint was written yet" in said[0]
+    assert not list((tmp_path / "run").glob("last*"))
 
 
 def test_a_folder_that_cannot_be_written_is_a_mistake_and_nothing_starts(small_disk, tmp_path,
@@ -183,7 +184,7 @@ def test_memory_that_runs_out_says_what_to_lower(tmp_path, capsys, monkeypatch):
                     reason="what is put in place of a function reaches forks only")
 def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, monkeypatch):
     """As one file in twelve does to it that crashes the decoder, in the third step or later."""
-    ours, read, reads = os.getpid(), clips.Video.read, []
+    ours, read, reads = os.getpid(), decoding.Video.read, []
 
     def crash(self, *rest):
         reads.append(self.path)
@@ -191,7 +192,7 @@ def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, 
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, *rest)
 
-    monkeypatch.setattr(clips.Video, "read", crash)
+    monkeypatch.setattr(decoding.Video, "read", crash)
     data = videos(tmp_path / "videos")
     flags = ("--data", data, "--val-data", str(tmp_path / "videos" / "00.mp4"), "--workers", "1",
              "--save-every", "1")
@@ -223,14 +224,14 @@ def test_a_pipe_that_broke_because_a_worker_died_is_reported_as_that(monkeypatch
     """Where the worker dies while it hands over a clip, all that is heard is the pipe, and a moment
     before it has ended."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"])
-    desk = torch.zeros(1, 512, dtype=torch.uint8)
+    notes = torch.zeros(1, 512, dtype=torch.uint8)
     note = torch.tensor(list(f"{child.pid} a/b.mp4".encode()), dtype=torch.uint8)
-    desk[0, :len(note)] = note
-    monkeypatch.setattr(clips, "_desks", [desk])
+    notes[0, :len(note)] = note
+    monkeypatch.setattr(loading, "_notes", [notes])
     said = describe_error(error, train.MaskedModelling())
     assert said.startswith(f"a process that prepares clips (pid {child.pid}) has ended, with "
                            f"a/b.mp4 in hand")
-    monkeypatch.setattr(clips, "_desks", [])
+    monkeypatch.setattr(loading, "_notes", [])
     assert "clips" not in (describe_error(error, train.MaskedModelling(out="runs/x")) or "")
 
 
@@ -266,8 +267,7 @@ def test_who_is_asked_to_stop_finishes_the_step_saves_and_says_how_to_go_on(tmp_
 
 @pytest.mark.parametrize("number, where",
                          [(signal.SIGTERM, "datasets"), (signal.SIGTERM, "finish"),
-                          (signal.SIGINT, "prepare"),
-                                           (signal.SIGINT, "finish")])
+                          (signal.SIGINT, "prepare"), (signal.SIGINT, "finish")])
 def test_who_is_asked_to_stop_before_or_after_training_says_where_the_last_checkpoint_is(
         tmp_path, capsys, monkeypatch, number, where):
     own = getattr(train.MaskedModelling, where)
@@ -292,7 +292,8 @@ def test_who_is_asked_to_stop_before_or_after_training_says_where_the_last_check
 def test_a_run_that_never_began_does_not_name_the_checkpoint_of_another(tmp_path, capsys,
                                                                         monkeypatch):
     assert run(out=tmp_path / "run", steps=1) == 0
-    monkeypatch.setattr(train.MaskedModelling, "datasets", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train.MaskedModelling, "datasets",
+                        lambda self: os.kill(os.getpid(), signal.SIGTERM))
     capsys.readouterr()
     assert run(out=tmp_path / "run") == 130
     assert one_line(capsys) == "train.py: interrupted; no checkpoint was written yet"
@@ -313,11 +314,11 @@ def test_who_is_asked_to_stop_after_the_last_step_has_the_rest_left_to_do(tmp_pa
         first.setattr(train.MaskedModelling, "evaluate", lambda self, *rest: calls.append(0)
                       or (asked if len(calls) == 2 else own)(self, *rest))
         assert run("--eval-every", "9", out=tmp_path / "cut", steps=2) == 130
-    assert "stopped at step 2 of 2, saved in" in one_line(capsys) and not (
-        tmp_path / "cut" / "metrics.json").exists()
+    assert "stopped at step 2 of 2, saved in" in one_line(capsys)
+    assert not (tmp_path / "cut" / "metrics.json").exists()
     monkeypatch.undo()
-    assert run("--resume", out=tmp_path / "cut",
-               steps=2) == 0 and (tmp_path / "cut" / "metrics.json").exists()
+    assert run("--resume", out=tmp_path / "cut", steps=2) == 0
+    assert (tmp_path / "cut" / "metrics.json").exists()
     whole, cut = tensors(tmp_path / "run"), tensors(tmp_path / "cut")
     assert all(torch.equal(cut[key], whole[key]) for key in whole)
 
@@ -382,9 +383,8 @@ def test_a_folder_takes_the_place_of_a_file_among_the_checkpoints_and_back(tmp_p
                 patch.setattr(os, name, watched)
             save(step, shard)
         assert [path.is_dir() for path in checkpoints.checkpoints(tmp_path)][0] == shard
-        assert sorted(path.name
-                      for path in tmp_path.iterdir()) == sorted(["last.1.pt",
-                                                                 "last.pt"][2 - min(2, step + 1):])
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == (["last.1.pt", "last.pt"] if step else ["last.pt"])
 
 
 def test_a_mistake_leaves_the_earlier_run_where_it_is(tmp_path, capsys):
@@ -397,21 +397,21 @@ def test_a_mistake_leaves_the_earlier_run_where_it_is(tmp_path, capsys):
 @pytest.mark.parametrize("size, accum, advice",
                          [(6, 1, "--batch-size 3 --accum 2, which is the same step"),
                           (9, 2, "--batch-size 3 --accum 6, "),
-                                                 (7, 1, "--batch-size 1 --accum 7, "),
-                                                 (1, 4, "try --eval-batch 16")])
+                          (7, 1, "--batch-size 1 --accum 7, "),
+                          (1, 4, "try --eval-batch 16")])
 def test_what_is_advised_for_lack_of_memory_is_the_same_step_and_may_be_changed_in_a_resumed_run(
     size, accum, advice):
     card = train.MaskedModelling(batch_size=size, accum=accum)
     said = describe_error(torch.OutOfMemoryError("80 GiB"), card)
-    assert advice in said and {"recompute", "precision", "eval_batch",
-                               "workers"} <= checkpoints.FREE_TO_CHANGE
+    assert advice in said
+    assert {"recompute", "precision", "eval_batch", "workers"} <= checkpoints.FREE_TO_CHANGE
 
 
 @pytest.mark.parametrize("text",
                          ["unable to open shared memory object </torch_12_3> in read-write mode: "
                           "Too many open files (24)",
-                                  "unable to allocate shared memory(shm) for file </torch_2_1>: No "
-                                  "space left on device (28)"])
+                          "unable to allocate shared memory(shm) for file </torch_2_1>: No "
+                          "space left on device (28)"])
 def test_no_room_between_processes_says_what_to_lower(text):
     assert "fewer --workers" in describe_error(RuntimeError(text), train.MaskedModelling())
     full = OSError(28, "No space left on device", "/scratch/torch_2/run/last.pt.whole")
@@ -430,6 +430,5 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_with_a_line(tmp_path, 
     assert run("--save-every", "1", "--resume", out=tmp_path) == 0
     said = capsys.readouterr().out
     assert any("last.pt: damaged (" in line and in_docs(line) for line in said.splitlines()), said
-    assert Path(tmp_path / "last.pt.damaged").exists() and all(torch.equal(tensors(tmp_path)[key],
-                                                                           expected[key])
-                                                               for key in expected)
+    assert Path(tmp_path / "last.pt.damaged").exists()
+    assert all(torch.equal(tensors(tmp_path)[key], expected[key]) for key in expected)

@@ -1,11 +1,9 @@
 """What is proved by trying at random: no line of flags, no list of videos and no file of weights,
-however mangled, ends
-in a traceback or loads as something that it is not.
+however mangled, ends in a traceback or loads as something that it is not.
 
 What a mistake costs is one line and exit code 2 (1 where the machine gives up). The quick suite
-draws some cases, the slow
-one, `pytest -m slow tests/test_fuzz.py`, 300 others of each kind; each case is a function of its
-number.
+draws some cases, the slow one, `pytest -m slow tests/test_fuzz.py`, 300 others of each kind; each
+case is a function of its number.
 """
 
 import contextlib
@@ -22,8 +20,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from video import annotations
-from video.annotations import DataError
 import data
 import mae
 import train
@@ -33,10 +29,10 @@ from engine.stage import details
 from test_annotations import CASES, clip, lay  # noqa: F401
 from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
+from video import annotations
+from video.annotations import DataError
 
 QUICK, SLOW = range(8), range(8, 308)
-
-
 NUMBERS = [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
 
 
@@ -44,9 +40,8 @@ def outcome(argv):
     """(exit code, lines on stderr) of train.py; whatever else escapes fails the test, with its
     traceback."""
     err = io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO(
-        )), warnings.catch_warnings(), \
-            pytest.MonkeyPatch.context() as patch:
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), \
+            warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.setattr(drawing, "curve", lambda *_: [])
         for kind in train.STAGES.values():
@@ -59,8 +54,8 @@ def outcome(argv):
             pytest.fail(f"python train.py {' '.join(map(repr, argv))}\n{traceback.format_exc()}")
     lines = [line for line in err.getvalue().splitlines() if line.startswith("train.py: ")]
     assert code in (0, 1, 2), (argv, code)
-    assert "Traceback" not in err.getvalue() and len(lines) == bool(code), (argv, code,
-                                                                            err.getvalue())
+    assert "Traceback" not in err.getvalue(), (argv, code, err.getvalue())
+    assert len(lines) == bool(code), (argv, code, err.getvalue())
     return code, lines
 
 
@@ -68,18 +63,16 @@ def outcome(argv):
 # Flags
 
 ANYTHING = ("0", "1", "2", "3", "-1", "-7", "0.5", "1e-9", "-0.1", "1.5", "2.5", "nan", "inf",
-            "-inf", "99999999999999999999",
-            "1e400", "", " ", "x", "--", "0x10", "１", "2,5", "5,2", "1,,2", "\u00e9\u0000\u202e",
-            "true", "auto", "/", ".", "/dev/null",
+            "-inf", "99999999999999999999", "1e400", "", " ", "x", "--", "0x10", "１", "2,5",
+            "5,2", "1,,2", "\u00e9\u0000\u202e", "true", "auto", "/", ".", "/dev/null",
             "/no/such/place", "~", "{", "*")
 SIZED = {"num_frames", "input_size", "batch_size", "image_batch", "context", "vocabulary",
-         "queries", "width", "depth", "caption_depth",
-         "videos", "length", "probe_clips", "eval_clips", "repeats", "test_clips", "test_crops",
-         "accum", "decoder_depth", "heads",
+         "queries", "width", "depth", "caption_depth", "videos", "length", "probe_clips",
+         "eval_clips", "repeats", "test_clips", "test_crops", "accum", "decoder_depth",
          "eval_batch", "gallery", "answers"}
 SMALL = dict(num_frames="4", input_size="16", batch_size="3", eval_clips="3", eval_batch="3",
-             workers="0", device="cpu",
-             precision="fp32", probe_clips="6", videos="3", image_batch="3", width="8", depth="1")
+             workers="0", device="cpu", precision="fp32", probe_clips="6", videos="3",
+             image_batch="3", width="8", depth="1")
 
 
 @pytest.mark.parametrize("n", NUMBERS)
@@ -116,11 +109,9 @@ def test_any_line_of_flags_ends_well(n, encoders, finished, tmp_path, monkeypatc
     if "steps" not in chosen:
         argv += ["--steps", draw.choice(("0", "1"))]
     (tmp_path / "a file").write_text("")
-    outcome(argv
-            + ["--out",
-               draw.choice(("", " ", "x", ".", "/dev/null", "\u00e9\u0000", "*", "x" * 300, "a\nb",
-                            "a file", "a file/x", "--",
-                                          *[str(tmp_path / "run")] * 6))])
+    places = ("", " ", "x", ".", "/dev/null", "\u00e9\u0000", "*", "x" * 300, "a\nb", "a file",
+              "a file/x", "--", *[str(tmp_path / "run")] * 6)
+    outcome([*argv, "--out", draw.choice(places)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -159,8 +150,8 @@ def mangled(content, draw):
 
 
 @pytest.mark.parametrize("n", NUMBERS)
-# noqa: F811
-def test_any_list_is_read_as_rows_that_make_sense_or_refused_in_one_line(n, clip, tmp_path):
+def test_any_list_is_read_as_rows_that_make_sense_or_refused_in_one_line(
+        n, clip, tmp_path):  # noqa: F811
     draw = random.Random(n)
     kind = draw.choice([kind for kind, (texts, *_) in CASES.items() if texts])
     texts, videos, source, *_ = CASES[kind]
@@ -180,10 +171,11 @@ def test_any_list_is_read_as_rows_that_make_sense_or_refused_in_one_line(n, clip
         assert isinstance(row.path, str) and row.path
         for value in (row.label, row.caption, row.question, row.answer):
             assert value is None or isinstance(value, str), row
-        assert row.split in (None, "train", "val") and (row.candidates is None
-                                                        or row.answer in row.candidates)
+        assert row.split in (None, "train", "val")
+        assert row.candidates is None or row.answer in row.candidates
     assert item["video"] is None and item["bad"] or item["video"].shape == (2, 16, 16, 3)
-    assert item["label"] == -1 or 0 <= item["label"] < len(files.classes)
+    for question, label in item["labels"].items():
+        assert 0 <= label < len(files.classes[question])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -196,8 +188,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     flags = ["mae",
              *("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 2 --eval-clips 2 "
-               "--workers 0 --precision fp32 "
-                      "--device cpu --ema 0.5 --save-every 2").split(), "--out"]
+               "--workers 0 --precision fp32 --device cpu --ema 0.5 --save-every 2").split(),
+             "--out"]
     assert outcome([*flags, str(folder / "whole"), "--steps", "4"])[0] == 0
     loss = train.MaskedModelling.loss
 

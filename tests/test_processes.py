@@ -1,12 +1,10 @@
 """What is proved about several processes (gloo, on a CPU):
 
 two and four processes have the loss and the gradients of one process with their joined batch, in
-every
-stage, with everything that is random or looks across the batch turned on; so do weights cut into
-parts;
-evaluation gives the same numbers and counts every clip once; a run whose weights are cut into parts
-goes
-on at any number of processes; one process that is asked to stop, or fails, ends all.
+every stage, with everything that is random or looks across the batch turned on; so do weights cut
+into parts; evaluation gives the same numbers and counts every clip once; a run whose weights are
+cut into parts goes on at any number of processes; one process that is asked to stop, or fails, ends
+all.
 
 The processes are forks of one program, this file, which imports and builds once:
 
@@ -38,16 +36,19 @@ def encoders(folder):
     import weights
     for name in ("masked", "multimodal"):
         torch.manual_seed(1)
-        card = train.PostPretraining(encoder=name, **TINY, num_frames=4, input_size=40, batch_size=JOINED)
+        card = train.PostPretraining(encoder=name, **TINY, num_frames=4, input_size=40,
+                                     batch_size=JOINED)
         model = card.build(card.datasets()[0])
         weights.save(folder / name, model, model.config)
 
 
 def cards(folder):
-    """{name: card}, one for each stage and more, all that is random turned on; batch_size is the
-    joined one."""
+    """{name: stage}, one for each and more, all that is random turned on; batch_size is the joined
+    one."""
     import train
     import weights
+    from tasks import localisation, question_answering, retrieval
+    from variants.cards import DualMasking
     size = dict(num_frames=4, input_size=32)
     labels = dict(**TINY, **size, batch_size=JOINED)
     encoders(folder)
@@ -56,31 +57,32 @@ def cards(folder):
     model = pretrained.build(pretrained.datasets()[0])
     weights.save(folder / "clip", model, model.config)
     pretrained.extras(folder / "clip")
+    masked = dict(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3)
+    fused = dict(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
+                 multimodal=str(folder / "multimodal"), drop=0.3)
+    answering, localising = question_answering.Answering, localisation.Localisation
     return {
-        "mae": train.MaskedModelling(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, dual_mask=True,
-                         drop_path=0.3),
-        "mae cut": train.MaskedModelling(**TINY, **size, batch_size=JOINED, mask_ratio=0.5, drop_path=0.3,
-                             shard=True),
+        "mae": DualMasking(**masked),
+        "mae cut": train.MaskedModelling(**masked, shard=True),
         "clip": train.VideoLanguage(**clip, batch_size=JOINED, image_batch=JOINED),
         "clip cut": train.VideoLanguage(**clip, batch_size=JOINED, image_every=0, shard=True),
-        "clip in pieces": train.VideoLanguage(**clip, batch_size=JOINED, image_every=0, cache_size=2,
-                                     local_units=0),
-        "classify masked": train.PostPretraining(**labels, mixup=0.8, cutmix=1.0, drop=0.3, drop_path=0.3),
-        "classify multimodal": train.PostPretraining(**labels | dict(input_size=40), encoder="multimodal",
-                                              drop=0.3,
-                                              drop_path=0.3, layer_decay=0.75),
+        "clip in pieces": train.VideoLanguage(**clip, batch_size=JOINED, image_every=0,
+                                              cache_size=2, local_units=0),
+        "classify masked": train.PostPretraining(**labels, mixup=0.8, cutmix=1.0, drop=0.3,
+                                                 drop_path=0.3),
+        "classify multimodal": train.PostPretraining(
+            **labels | dict(input_size=40), encoder="multimodal", drop=0.3, drop_path=0.3,
+            layer_decay=0.75),
         "classify probe": train.PostPretraining(**labels, mode="probe", probe_clips=CLIPS,
-                                         out=str(folder / "probe")),
-        "answer": question_answering.Answering(**TINY, batch_size=JOINED, weights=str(folder / "clip"), drop=0.3),
-        "retrieve": retrieval.Retrieval(**clip | dict(num_frames=6), batch_size=JOINED,
-                                   weights=str(folder / "clip")),
-        "localise": localisation.Localisation(**TINY, batch_size=JOINED, weights=str(folder / "masked"),
-                                   videos=9, eval_clips=CLIPS,
-                                   width=16, depth=2, drop=0.3, out=str(folder / "localise")),
-        "fuse": train.CrossModel(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
-                           multimodal=str(folder / "multimodal"), drop=0.3),
-        "fuse cut": train.CrossModel(**TINY, batch_size=JOINED, masked=str(folder / "masked"),
-                               multimodal=str(folder / "multimodal"), drop=0.3, shard=True),
+                                                out=str(folder / "probe")),
+        "answer": answering(**TINY, batch_size=JOINED, weights=str(folder / "clip"), drop=0.3),
+        "retrieve": retrieval.Retrieval(**TINY, num_frames=6, batch_size=JOINED,
+                                        weights=str(folder / "clip")),
+        "localise": localising(**TINY, batch_size=JOINED, weights=str(folder / "masked"), videos=9,
+                               eval_clips=CLIPS, width=16, depth=2, drop=0.3,
+                               out=str(folder / "localise")),
+        "fuse": train.CrossModel(**fused),
+        "fuse cut": train.CrossModel(**fused, shard=True),
     }
 
 
@@ -96,7 +98,7 @@ def learn(card, train_set, held_out, model):
         card.image_batch = JOINED // processes.world()
     training_loss = processes.parallel(model, card.loss, card.shard, parts=(attention.Block,))
     with processes.unsharded(training_loss):
-        card.prepare(model, train_set)
+        train_set = card.prepare(model, train_set, held_out)
     model.train()
     learned = []
     for step, batch in zip(range(1 + bool(getattr(card, "image_every", 0))),
@@ -122,12 +124,11 @@ def learn(card, train_set, held_out, model):
 
 def fork(count, work):
     """work(rank) in so many forks of this process, treated as torchrun treats its own: it keeps
-    their meeting
-    place, and where one fails the others get SIGTERM, and after a while SIGKILL. Returns the exit
-    codes."""
+    their meeting place, and where one fails the others get SIGTERM, and after a while SIGKILL.
+
+    Returns the exit codes."""
     # The place opens before the forks and its thread starts after them: a fork that falls into what
-    # a thread
-    # has locked never gets it back. Who comes early waits at the door.
+    # a thread has locked never gets it back. Who comes early waits at the door.
     door = socket.create_server(("127.0.0.1", 0), backlog=count)
     sys.stdout.flush()
     children = {}
@@ -191,9 +192,8 @@ def equal(folder):
 
 
 FLAGS = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --workers 0 --precision fp32 --device "
-         "cpu --eval-clips 5 "
-         "--save-every 2 --log-every 1 --ema 0.9 --drop-path 0.2 --optimizer adamw "
-         "--steps 4").split()
+         "cpu --eval-clips 5 --save-every 2 --log-every 1 --ema 0.9 --drop-path 0.2 "
+         "--optimizer adamw --steps 4").split()
 
 
 def runs(folder, cut=True):
@@ -263,9 +263,8 @@ def runs(folder, cut=True):
 
 def program(what, folder):
     done = subprocess.run([sys.executable, __file__, what, str(folder)], cwd=ROOT,
-                          capture_output=True, text=True,
-                          timeout=600, env=os.environ
-                          | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, done.stderr
 
@@ -279,27 +278,25 @@ def learned(tmp_path_factory):
 
 
 CARDS = ("mae", "mae cut", "clip", "clip cut", "clip in pieces", "classify masked",
-         "classify multimodal",
-         "classify probe", "fuse", "fuse cut", "answer", "retrieve", "localise")
+         "classify multimodal", "classify probe", "fuse", "fuse cut", "answer", "retrieve",
+         "localise")
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_several_processes_have_the_loss_and_gradients_of_one_with_their_joined_batch(learned,
                                                                                       name):
     """To 1e-6, where the norm of all gradients is about 1: in the clip stage it is about 20."""
+    alone = learned[1, 0][name][0]
     for key, found in learned.items():
-        for (loss, norm, gradients), (expected, its_norm, its_gradients) in zip(found[name][0],
-                                                                                learned[1,
-                                                                                        0][name][0],
-                                                                                strict=True):
+        for (loss, norm, gradients), (its_loss, its_norm, its_gradients) in zip(
+                found[name][0], alone, strict=True):
             scale = max(1.0, its_norm)
-            assert abs(loss - expected) < 1e-6 * max(1,
-                                                     expected) and abs(
-                                                         norm - its_norm) < 1e-6 * scale, key
+            assert abs(loss - its_loss) < 1e-6 * max(1, its_loss), key
+            assert abs(norm - its_norm) < 1e-6 * scale, key
             assert gradients.keys() == its_gradients.keys() and len(gradients) > 1
             for part in gradients:
-                assert (gradients[part] - its_gradients[part]).abs().max() < 1e-6 * scale, (key,
-                                                                                            part)
+                difference = (gradients[part] - its_gradients[part]).abs().max()
+                assert difference < 1e-6 * scale, (key, part)
 
 
 @pytest.mark.parametrize("name",
@@ -318,8 +315,8 @@ def test_one_process_that_is_asked_to_stop_or_fails_ends_all(tmp_path):
     assert torch.load(tmp_path / "asked" / "last.pt", weights_only=True)["step"] == 1
     assert codes["failing"][1] == 2 and codes["failing"][0] != 0
     assert codes["fused"] == [0, 0]  # a stage that measures once more at its end, for a picture
-    assert (tmp_path / "fused" / "metrics.json").exists() and (
-        tmp_path / "fused" / "confusion.png").exists()
+    assert (tmp_path / "fused" / "metrics.json").exists()
+    assert (tmp_path / "fused" / "confusion.png").exists()
     assert error.count("train.py: process 1: the disk of process 1 is gone\n") == 1
     assert "Traceback" not in error
 
@@ -333,8 +330,8 @@ def weights_of(folder):
 def test_a_run_cut_into_two_parts_goes_on_with_one_two_or_four_processes(tmp_path):
     out, _ = program("runs", tmp_path)
     codes = json.loads((tmp_path / "codes.json").read_text())
-    assert codes["cut"] == [7, 7] and not any(codes["on1"] + codes["on2"] + codes["on4"]
-                                              + codes["whole"])
+    assert codes["cut"] == [7, 7]
+    assert not any(codes["on1"] + codes["on2"] + codes["on4"] + codes["whole"])
     assert "was made by 2 processes, 4 go on with it: 8 clips a step as before" in out
     alone, whole = weights_of(tmp_path / "alone"), weights_of(tmp_path / "whole")
     for count in (1, 2, 4):
@@ -349,16 +346,16 @@ def test_a_run_cut_into_two_parts_goes_on_with_one_two_or_four_processes(tmp_pat
     one, other = weights_of(tmp_path / "accum"), weights_of(tmp_path / "accum cut off")
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert codes["joins"] == [0] and "8 steps of 8 clips" in out
-    assert sorted(path.name for path in (tmp_path / "joins").glob("last*")) == ["last.1.pt",
-                                                                                "last.pt"]
+    names = sorted(path.name for path in (tmp_path / "joins").glob("last*"))
+    assert names == ["last.1.pt", "last.pt"]
 
 
 @pytest.mark.slow
 def test_torchrun_trains_and_a_failing_process_ends_all_with_its_reason(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                 "2", "train.py", "mae"]
-    options = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ
-                   | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=300,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
     done = subprocess.run([*torchrun, *FLAGS, "--batch-size", "4", "--out", str(tmp_path / "run")],
                           **options)
     assert done.returncode == 0, done.stderr
@@ -372,8 +369,8 @@ def test_torchrun_trains_and_a_failing_process_ends_all_with_its_reason(tmp_path
 @pytest.mark.slow
 def test_a_scheduler_that_asks_torchrun_to_end_finds_the_step_saved_and_how_to_go_on(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                "2", "train.py", "mae", *FLAGS,
-                "--batch-size", "4", "--workers", "1", "--out", str(tmp_path)]
+                "2", "train.py", "mae", *FLAGS, "--batch-size", "4", "--workers", "1", "--out",
+                str(tmp_path)]
     running = subprocess.Popen([*torchrun, "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})

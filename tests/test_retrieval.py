@@ -7,8 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_video import VideoCLIP
-from tasks.retrieval import PROMPTS, embed_classes, protocol, retrieval_metrics
+import clip_video
+import train
+from tasks.recognition import evaluate_zero_shot
+from tasks.retrieval import PROMPTS, retrieval_metrics
+from video.clip_set import ClipSet
+from video.transforms import normalise
 from weights.tokenizer import train_tokenizer
 
 
@@ -73,23 +77,51 @@ def test_retrieval_of_nonsense_is_refused(S, owner, words):
         retrieval_metrics(S, owner)
 
 
+class Named(ClipSet):
+    """670 videos with 27,763 captions, of three classes."""
+
+    source, captions, classes = "MSVD test", [], {"label": ("orbiting", "a {set}", "red_ring")}
+
+    def __len__(self):
+        return 670
+
+    def captions_of(self, places):
+        return 27763 if list(places) == list(range(670)) else -1
+
+
 def test_class_names_go_into_every_prompt():
+    sentences = Named().sentences(PROMPTS)["label"]
+    assert len(sentences) == 16 and all(len(row) == 3 for row in sentences)
+    assert sentences[14] == ["The man is orbiting", "The man is a {set}", "The man is red ring"]
+
+
+def test_zero_shot_recognition_is_that_of_each_sentence_encoded_alone():
     tokenizer = train_tokenizer(["a red ring orbits clockwise"] * 3, 600)
-    model = VideoCLIP("tiny", kind="frames", frames=1, image_size=16, context=20,
-                      vocabulary=tokenizer.vocabulary).eval()
-    found = embed_classes(model, tokenizer, ["orbiting", "a {set}"])
-    assert found.shape == (16, 2, 128)
-    ids, _ = tokenizer.encode(["The man is orbiting"], 20)
-    torch.testing.assert_close(found[14, 0],
-                               F.normalize(model.encode_text(ids), dim=-1)[0].detach())
+    model = clip_video.VideoCLIP("tiny", kind="frames", frames=1, image_size=16, context=20,
+                                 vocabulary=tokenizer.vocabulary).eval()
+    video, sentences = torch.randint(256, (6, 1, 16, 16, 3)).byte(), Named().sentences(PROMPTS)
+    with torch.no_grad():
+        table = torch.stack([torch.cat([F.normalize(
+            model.encode_text(tokenizer.encode([text], 20)[0]), dim=-1) for text in row])
+                             for row in sentences["label"]])
+        features = model.encode_video(normalise(video, model.mean, model.std))
+        chosen = clip_video.zero_shot(features, table, model.logit_scale).argmax(dim=1)
+    labels = torch.where(torch.arange(6) < 2, (chosen + 1) % 3, chosen)      # two of six are wrong
+    batches = [{"video": video[i:i + 3], "labels": {"label": labels[i:i + 3]}, "number": i // 3}
+               for i in (0, 3)]
+    numbers = evaluate_zero_shot(model, batches, tokenizer, sentences)
+    assert numbers == {"zero_shot_top1": pytest.approx(100 * 4 / 6), "zero_shot_top5": 100}
 
 
-def test_a_protocol_is_one_line_with_everything_in_it():
-    line = protocol("MSVD test", videos=670, captions=27763, frames=12, sampling="uniform",
-                    crop="centre crop", size=224, merge=0.25)
-    for word in ("MSVD test", "670 videos", "27763 captions", "12 frames", "uniform",
-                 "centre crop 224",
-                 "0.25", "dual softmax", "best own caption"):
+def test_a_protocol_names_all_that_ranks_depend_on():
+    stage = train.VideoLanguage(data="list.csv", num_frames=12, sampling="uniform", input_size=224,
+                                transform="clip", weights="a", merge="b", merge_share=0.25,
+                                steps=0, eval_clips=1000, gallery=1000)
+    line = "; ".join(f"{word}: {value}" for word, value in
+                     stage.protocol({"val": Named()}).items())
+    for word in ("MSVD test", "670 videos", "27763 captions", "frames: 12", "uniform", "clip",
+                 "pixels: 224", "0.25", "dual softmax", "best caption", "chance of R@1 is 0.1 %",
+                 "3 classes of label (chance 33.3 %)", "16 prompts"):
         assert word in line
     assert "\n" not in line
 

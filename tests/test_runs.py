@@ -1,8 +1,8 @@
 """What is proved about the runs of every stage:
 
 one that is cut off and resumed ends with the same weights bit for bit, with workers, accumulation
-and averaged weights;
-what is evaluated depends neither on the batches of training nor on the number of workers.
+and averaged weights; what is evaluated depends neither on the batches of training nor on the number
+of workers.
 """
 
 import json
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+import variants.cards  # noqa: F401 (registers mae-dual)
 from engine import pictures
 from test_classify_card import encoders  # noqa: F401
 from test_clip_card import finished  # noqa: F401
@@ -22,9 +23,8 @@ SHARED = ("--batch-size 4 --eval-clips 10 --eval-every 5 --workers 0 --precision
 SMALL = "--num-frames 4 --input-size 16".split()
 RUNS = {  # name -> stage and flags; {masked}, {clip}, {finished}: weights to start from
     "mae": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5",
-    "mae with everything on": "mae --num-frames 4 --input-size 32 --mask-ratio 0.5 --dual-mask "
-                              "--accum 2 --ema 0.9 "
-                              "--drop-path 0.2 --workers 2",
+    "mae with everything on": "mae-dual --num-frames 4 --input-size 32 --mask-ratio 0.5 "
+                              "--accum 2 --ema 0.9 --drop-path 0.2 --workers 2",
     "clip with everything on": "clip --num-frames 2 --input-size 16 --temporal-downsample --ema "
                                "0.9 --workers 1",
     "retrieve": "retrieve --weights {finished} --num-frames 4 --input-size 16 --ema 0.9",
@@ -32,8 +32,8 @@ RUNS = {  # name -> stage and flags; {masked}, {clip}, {finished}: weights to st
     "classify, a probe": "classify --weights {clip} --num-frames 4 --input-size 16 --mode probe "
                          "--probe-clips 20",
     "classify with everything on": "classify --weights {masked} --num-frames 4 --input-size 16 "
-                                   "--mixup 0.8 --cutmix 1 "
-                                   "--drop 0.3 --drop-path 0.2 --ema 0.9 --accum 2 --workers 1",
+                                   "--mixup 0.8 --cutmix 1 --drop 0.3 --drop-path 0.2 "
+                                   "--ema 0.9 --accum 2 --workers 1",
     "fuse": "fuse --masked {first} --multimodal {second} --drop 0.5 --ema 0.9",
     "localise": "localise --weights {clip} --videos 6 --width 16 --depth 2 --ema 0.9",
     "answer": "answer --weights {finished} --drop 0.3 --ema 0.9 --accum 2",

@@ -2,9 +2,8 @@
 
 the schedule at its landmarks; what is decayed; the loop names no stage; a killed run resumes bit
 for bit; evaluation repeats itself; nothing is overwritten; errors of a user are one line and exit
-2;
-flags that contradict a checkpoint or the weights are refused; a faulty stage is refused at the
-start; real files train too, and broken ones are named, skipped and counted.
+code 2; flags that contradict a checkpoint or the weights are refused; a faulty stage is refused at
+the start; real files train too, and broken ones are named, skipped and counted.
 """
 
 import dataclasses
@@ -29,17 +28,25 @@ import train
 from engine import dry_run, optimisers
 from engine import run as running
 from engine import stage as stages
+from engine.checkpoints import without_caption_decoder
+from engine.command_line import exit_code, numbers, parse
 from engine.errors import UserError
+from engine.stage import STAGES, Stage, flag
 from video import moving_shapes
 
 ROOT = Path(train.__file__).parent
-SMALL = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 --workers "
-         "0 "
-         "--precision fp32 --device cpu").split()
+SMALL = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 "
+         "--workers 0 --precision fp32 --device cpu").split()
 
 
 def run(*flags, out, steps=4):
     return train.main(["mae", *SMALL, "--out", str(out), "--steps", str(steps), *flags])
+
+
+def built(stage):
+    """The stage's model on its own data sets."""
+    train_set, _ = stage.datasets()
+    return stage.build(train_set)
 
 
 def lines(out):
@@ -61,23 +68,22 @@ def test_the_base_rate_is_scaled_by_all_clips_of_a_step():
 
 def test_norms_biases_and_tokens_are_not_decayed():
     card = train.MaskedModelling(num_frames=4, input_size=32, mask_ratio=0.5)
-    model = card.build()
+    model = built(card)
     muon, adamw = optimisers.build_optimizer(model, card).parts
     (hidden,), (decay, keep) = muon.param_groups, adamw.param_groups
     assert hidden["weight_decay"] == 0.05
     assert decay["weight_decay"] == 0.05 and keep["weight_decay"] == 0
     kept = {name for name, p in model.named_parameters() if any(p is q for q in keep["params"])}
     assert {"mask_token", "encoder.blocks.0.attn.q_bias", "encoder.norm.weight"} <= kept
-    assert all(name.endswith((".bias", "_bias", "norm.weight", "norm1.weight", "norm2.weight",
-                              "mask_token"))
-               for name in kept)
-    assert sum(len(group["params"])
-               for group in (hidden, decay, keep)) == len(list(model.parameters()))
+    ends = (".bias", "_bias", "norm.weight", "norm1.weight", "norm2.weight", "mask_token")
+    assert all(name.endswith(ends) for name in kept)
+    groups = [len(group["params"]) for group in (hidden, decay, keep)]
+    assert sum(groups) == len(list(model.parameters()))
 
 
 def test_muon_moves_the_matrices_of_blocks_and_adamw_everything_with_the_papers_optimiser():
     card = train.MaskedModelling(num_frames=4, input_size=32, mask_ratio=0.5)
-    model = card.build()
+    model = built(card)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     muon, adamw = optimisers.build_optimizer(model, card).parts
     moved = {names[id(p)] for p in muon.param_groups[0]["params"]}
@@ -93,9 +99,8 @@ def test_stacked_muon_is_the_librarys_muon():
     shapes = (8, 12), (12, 8), (8, 8), (8, 12), (8, 8), (3, 5)
     ours, theirs = ([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
     pair = [make([{"params": found[:4], "weight_decay": 0.1}, {"params": found[4:], "lr": 0.5}],
-                 lr=0.1,
-                       adjust_lr_fn="match_rms_adamw")
-                  for make, found in ((optimisers.Muon, ours), (torch.optim.Muon, theirs))]
+                 lr=0.1, adjust_lr_fn="match_rms_adamw")
+            for make, found in ((optimisers.Muon, ours), (torch.optim.Muon, theirs))]
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn(a.shape)
@@ -109,23 +114,21 @@ def test_stacked_muon_is_the_librarys_muon():
 
 def test_the_loop_names_no_stage():
     source = "".join(map(inspect.getsource, (train.train, running, dry_run, stages)))
-    for name, card in train.STAGES.items():
+    for name, card in STAGES.items():
         assert f'"{name}"' not in source and card.__name__ not in source
 
 
 def test_randomness_is_a_function_of_seed_and_step():
     draw = lambda *key: torch.rand(3, generator=stages.generator(*key)).tolist()  # noqa: E731
     assert draw(0, "loss", 5) == draw(0, "loss", 5)
-    assert len({tuple(draw(*key))
-                for key in ((0, "loss", 5), (0, "loss", 6), (1, "loss", 5), (0, "picture", 5),
-                                              (0, "loss", 5, 1))}) == 5
+    assert len({tuple(draw(*key)) for key in ((0, "loss", 5), (0, "loss", 6), (1, "loss", 5),
+                                              (0, "picture", 5), (0, "loss", 5, 1))}) == 5
 
 
 def test_a_run_leaves_all_its_files_and_they_are_plain(tmp_path):
     assert run(out=tmp_path) == 0
     for name in ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "last.pt",
-                 "loss.png",
-                 "reconstruction_0.png", "reconstruction_0.gif"):
+                 "loss.png", "reconstruction_0.png", "reconstruction_0.gif"):
         assert (tmp_path / name).stat().st_size > 0
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert saved["step"] == 4 and saved["settings"]["mask_ratio"] == 0.5
@@ -176,16 +179,17 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, capsys):
 
 def test_the_dry_runs_flops_are_the_ones_counted_by_hand(tmp_path):
     """Products of the tiny encoder and decoder on 2 x 4 x 4 tokens, 16 of them visible."""
-    stage = train.parse(train.MaskedModelling, [*SMALL, "--dry-run"])
+    stage = parse(train.MaskedModelling, [*SMALL, "--dry-run"])
     train_set, _ = stage.datasets()
     flops = dry_run.dry_run(stage, stage.build(train_set), train_set)["forward_flops"]
     D, d, P, Nv, Nm, N = 96, 96, 384, 16, 16, 32
-    # noqa: E731
-    block = lambda n, q, k: 2 * (n * k * 2 * k + q * k * 2 * k + 2 * q * n * k + q * 8 * k * k)
-    expected = 2 * Nv * P * D + 3 * block(Nv, Nv, D) + 2 * Nv * D * d + 3 * block(N, N,
-                                                                                  d) + block(N, Nm,
-                                                                                             d) \
-        + 2 * Nm * d * P
+
+    def block(n, q, k):
+        return 2 * (n * k * 2 * k + q * k * 2 * k + 2 * q * n * k + q * 8 * k * k)
+
+    encoder = 2 * Nv * P * D + 3 * block(Nv, Nv, D)
+    decoder = 2 * Nv * D * d + 3 * block(N, N, d) + block(N, Nm, d) + 2 * Nm * d * P
+    expected = encoder + decoder
     assert flops == expected
 
 
@@ -207,10 +211,9 @@ def test_the_average_of_the_weights_follows_its_formula():
     assert model.weight.item() == 2.0
 
 
-@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--dual-mask",), ("--no-normalise",),
+@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--no-normalise",),
                                    ("--mask-type", "random"), ("--mask-type", "frame"),
                                    ("--decoder_depth=1",), ("--clip-grad", "0"),
-                                   ("--pack-frames", "2,4", "--pack-ratios", "0.5,.75"),
                                    ("--optimizer", "adamw", "--positions", "sinusoid")])
 def test_every_option_of_the_recipe_runs(tmp_path, flags):
     assert run(*flags, out=tmp_path, steps=2) == 0
@@ -233,12 +236,6 @@ def test_an_earlier_run_is_moved_aside_never_overwritten(tmp_path, capsys):
     (["mae", "--mask-ratio", "1.5"], "--mask-ratio 1.5"),
     (["mae", *SMALL, "--mask-ratio", "0.01"], "--mask-ratio 0.01: must hide at least one"),
     (["mae", *SMALL, "--mask-ratio", "1"], "leave at least one"),
-    (["mae", *SMALL, "--pack-ratios", "0.5,half"],
-     "--pack-ratios 0.5,half: give numbers with commas"),
-    (["mae", *SMALL, "--pack-ratios", "0.5,1"], "--pack-ratios 1.0: must hide"),
-    (["mae", *SMALL, "--pack-frames", "2,3"], "3 is not a multiple of 2"),
-    (["mae", *SMALL, "--pack-frames", "2,4", "--drop-path", "0.1"],
-     "--pack-frames, --pack-ratios: not with"),
     (["mae", "--input-size", "60"], "does not divide"),
     (["mae", "--num-frames", "3"], "does not divide"),
     (["mae", "--model", "enormous"], "enormous"),
@@ -272,23 +269,30 @@ def test_a_torn_checkpoint_is_named(tmp_path, capsys):
 
 
 def test_the_decoders_width_and_depth_are_flags():
-    card = train.MaskedModelling(num_frames=4, input_size=32, mask_ratio=0.5, decoder_width=48, decoder_depth=1)
-    assert card.build().config["size"]["decoder_width"] == 48 and card.build().config["size"][
-        "decoder_depth"] == 1
+    size = built(train.MaskedModelling(num_frames=4, input_size=32, mask_ratio=0.5,
+                                       decoder_width=48, decoder_depth=1)).config["size"]
+    assert size["decoder_width"] == 48 and size["decoder_depth"] == 1
     with pytest.raises(UserError, match="multiple of the 4 heads"):
-        train.MaskedModelling(decoder_width=50).build()
+        built(train.MaskedModelling(decoder_width=50))
+
+
+def test_lists_of_numbers_have_commas_and_nothing_else():
+    assert numbers("2,5,8", "before") == [2, 5, 8] and numbers("", "before") is None
+    for text in ("0,half", "1,,2", "0.5", "-1"):
+        with pytest.raises(UserError, match=f"--before {text}: give numbers with commas"):
+            numbers(text, "before")
 
 
 def test_dashes_and_underscores_are_the_same():
     for text in ("--mask-ratio", "--mask_ratio"):
-        assert train.parse(train.MaskedModelling, [text, "0.7"]).mask_ratio == 0.7
-        assert train.parse(train.MaskedModelling, [text + "=0.7"]).mask_ratio == 0.7
-    assert train.parse(train.MaskedModelling, ["--data", "my_videos"]).data == "my_videos"
+        assert parse(train.MaskedModelling, [text, "0.7"]).mask_ratio == 0.7
+        assert parse(train.MaskedModelling, [text + "=0.7"]).mask_ratio == 0.7
+    assert parse(train.MaskedModelling, ["--data", "my_videos"]).data == "my_videos"
 
 
-@pytest.mark.parametrize("name", train.STAGES)
+@pytest.mark.parametrize("name", STAGES)
 def test_every_flag_explains_itself(name, capsys):
-    for field in dataclasses.fields(train.STAGES[name]):
+    for field in dataclasses.fields(STAGES[name]):
         assert len(stages.details(field)["help"]) > 10, field.name
     with pytest.raises(SystemExit):
         train.main([name, "--help"])
@@ -340,8 +344,7 @@ def test_held_out_clips_do_not_depend_on_the_training_length(tmp_path):
 
 def test_what_weights_have_decided_no_flag_can_ask_otherwise(tmp_path, capsys):
     assert run(out=tmp_path / "run", steps=1) == 0
-    for flags in (("--space-time", "divided"), ("--decoder-depth", "1"),
-                  ("--positions", "sinusoid"), ("--model", "base")):
+    for flags in (("--decoder-depth", "1"), ("--positions", "sinusoid"), ("--model", "base")):
         assert run("--weights", str(tmp_path / "run"), *flags, out=tmp_path / "again", steps=1) == 2
         assert f"{flags[0]} {flags[1]}: {tmp_path / 'run'} keeps its own" in capsys.readouterr().err
 
@@ -369,15 +372,16 @@ def edited(folder, change):
 
 def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(tmp_path, capsys):
     assert run(out=tmp_path, steps=2) == 0
-    edited(tmp_path, lambda settings: settings.pop("dual_mask"))
-    assert run("--resume", "--dual-mask", out=tmp_path) == 2
-    assert "was made with --dual-mask False: resume with the same" in capsys.readouterr().err
+    edited(tmp_path, lambda settings: settings.pop("normalise"))
+    assert run("--resume", "--no-normalise", out=tmp_path) == 2
+    assert "was made with --normalise True: resume with the same" in capsys.readouterr().err
     assert run("--resume", out=tmp_path) == 0 and lines(tmp_path)[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("flag, value, code", [
     ("spike", 0.0, 0), ("spike", 5.0, 2), ("decoder", "pyav", 0), ("decoder", "torchcodec", 2),
-    ("keep", 7, 0), ("onednn", "off", 0), ("max_bad", 0.9, 0)])
+    ("keep", 7, 0), ("onednn", "off", 0), ("max_bad", 0.9, 0), ("space_time", "joint", 0),
+    ("space_time", "divided", 2), ("dual_mask", True, 2), ("pack_frames", "2,4", 2)])
 def test_a_checkpoint_of_older_code_goes_on_where_its_removed_flags_had_their_defaults(
         tmp_path, capsys, flag, value, code):
     assert run(out=tmp_path, steps=2) == 0
@@ -387,50 +391,72 @@ def test_a_checkpoint_of_older_code_goes_on_where_its_removed_flags_had_their_de
     assert code == 0 or f"--{flag} {value}, which this version does not have" in error
 
 
+def test_flags_that_weights_fix_may_stand_as_they_were_typed_in_checkpoints_of_older_code(
+        tmp_path, capsys):
+    assert run("--positions", "sinusoid", out=tmp_path / "first", steps=1) == 0
+    flags = ("--weights", str(tmp_path / "first"))
+    assert run(*flags, out=tmp_path / "run", steps=2) == 0
+    edited(tmp_path / "run", lambda settings: settings.update(positions="axes"))
+    assert run(*flags, "--resume", out=tmp_path / "run") == 2
+    assert "was made with --positions axes: resume with the same" in capsys.readouterr().err
+    edited(tmp_path / "run", lambda settings: settings.update(onednn="off"))  # as older code did
+    assert run(*flags, "--resume", out=tmp_path / "run") == 0
+
+
+def test_an_older_run_of_retrieve_goes_on_without_the_caption_decoder_around_it():
+    older = {"model": {"clip.visual.w": 1, "clip.scale": 2, "caption_decoder.w": 3}, "average": {},
+             "optimiser": {"clip.visual.w.exp_avg": 4}}
+    own = {"model": {"visual.w": 0, "scale": 0}}
+    assert without_caption_decoder(older, own) == {
+        "model": {"visual.w": 1, "scale": 2}, "average": {}, "optimiser": {"visual.w.exp_avg": 4}}
+    assert without_caption_decoder(older, older) is older
+
+
 def test_the_command_line_knows_what_was_typed_and_the_legal_world_of_a_flag():
-    stage = train.parse(train.MaskedModelling, ["--positions", "axes", "--steps=5", "--no-normalise"])
+    stage = parse(train.MaskedModelling,
+                        ["--positions", "axes", "--steps=5", "--no-normalise"])
     assert stage.typed == {"positions", "steps", "normalise"} and not stage.normalise
-    assert train.parse(train.MaskedModelling, []).typed == frozenset()
+    assert parse(train.MaskedModelling, []).typed == frozenset()
 
     @dataclasses.dataclass
-    class Worldly(train.Stage):
-        filed: int = train.flag(1, "of a file", only="files")
-        drawn: int = train.flag(1, "of a generated clip", only="generated")
+    class Worldly(Stage):
+        filed: int = flag(1, "of a file", only="files")
+        drawn: int = flag(1, "of a generated clip", only="generated")
 
-    assert train.parse(Worldly, ["--drawn", "2", "--filed", "1"]).drawn == 2
-    assert train.parse(Worldly, ["--filed", "2", "--data", "x"]).filed == 2
+    assert parse(Worldly, ["--drawn", "2", "--filed", "1"]).drawn == 2
+    assert parse(Worldly, ["--filed", "2", "--data", "x"]).filed == 2
     for flags, reason in ((["--filed", "2"], "--filed: is for video files"),
                           (["--drawn", "2", "--data", "x"], "--drawn: is for moving shapes")):
         with pytest.raises(UserError, match=reason):
-            train.parse(Worldly, flags)
+            parse(Worldly, flags)
 
 
 def test_a_flag_takes_what_it_leaves_out_from_the_flag_of_that_name_in_its_base():
     @dataclasses.dataclass
-    class Base(train.Stage):
-        steps: int = train.flag(7, paper="800 epochs")
+    class Base(Stage):
+        steps: int = flag(7, paper="800 epochs")
 
     @dataclasses.dataclass
     class Heir(Base):
-        steps: int = train.flag(9)
+        steps: int = flag(9)
 
     info = stages.details(Heir.__dataclass_fields__["steps"])
     assert info["help"].startswith("optimiser steps") and info["low"] == 0
     assert info["paper"] == "800 epochs" and Heir().steps == 9
     with pytest.raises(UserError, match="--steps -1: must be at least 0"):
-        train.parse(Heir, ["--steps", "-1"])
+        parse(Heir, ["--steps", "-1"])
 
 
 def test_a_faulty_stage_is_told_each_of_its_faults_before_anything_starts(tmp_path, capsys):
     @dataclasses.dataclass
-    class Faulty(train.Stage):
-        data_set: str = train.flag("", "no fault")
-        evaluate: int = train.flag(3, "the name of a method")
+    class Faulty(Stage):
+        data_set: str = flag("", "no fault")
+        evaluate: int = flag(3, "the name of a method")
 
         def build(self, train_set):
             return torch.nn.Linear(1, 1)
 
-    code = train.exit_code(lambda: train.train(Faulty(out=str(tmp_path / "run"))))
+    code = exit_code(lambda: train.train(Faulty(out=str(tmp_path / "run"))))
     error = capsys.readouterr().err.splitlines()
     assert code == 2 and not (tmp_path / "run").exists()
     assert [line.split(":", 2)[2].split(";")[0].strip() for line in error] == [
@@ -438,11 +464,19 @@ def test_a_faulty_stage_is_told_each_of_its_faults_before_anything_starts(tmp_pa
         "the field evaluate has the name of a method"]
 
 
+def test_a_stage_without_its_decorator_is_told_so(tmp_path):
+    class Bare(train.MaskedModelling):
+        steps: int = flag(3)
+
+    with pytest.raises(UserError, match="stage bare: .* write @dataclass above the class"):
+        train.train(Bare(out=str(tmp_path / "run")))
+
+
 def tiny_stage(config={"model": "Linear"}, metrics=("loss",)):  # noqa: B006
     """A stage that fits a line to the brightness of clips; its held-out sets have three names."""
     @dataclasses.dataclass
-    class Brightness(train.Stage):
-        test: int = train.flag(0, "clips of the set test")
+    class Brightness(Stage):
+        test: int = flag(0, "clips of the set test")
 
         def datasets(self):
             sets = [moving_shapes.MovingShapes(split, 2, 16, self.seed)

@@ -19,7 +19,7 @@ class ClipSet:
     captions = None  # of files: parallel to the items; None = none
     states_facts = False  # True: `facts_in` can tell what a sentence states
     prompts_combine_by = "probabilities"  # how `sentences` are averaged: see clip_video.zero_shot
-    chance = ""  # what limits a number, for the protocol
+    limit = ""  # of what can be reached, for the protocol; "" = none
 
     @property
     def has_captions(self):
@@ -41,6 +41,10 @@ class ClipSet:
     def by_video(self):
         """One item for each video, with all its captions. Returns self."""
         return self
+
+    def captions_of(self, places):
+        """How many captions the items with these numbers have together."""
+        return len(places)
 
     def training_captions(self):
         """Captions to learn a vocabulary from. DataError where there are none, or one is empty."""

@@ -564,6 +564,8 @@ class MovingShapes(ClipSet):
                             f"{', '.join(SPLITS)}")
         self.split, self.frames, self.size, self.seed = split, frames, height_width(size), seed
         self.motion_words = motion_words
+        if split == "unseen":
+            self.source += ", pairs of shape and colour that training never shows"
         if frames < 1 or min(self.size) < 16 or seed < 0:
             raise DataError(f"generated clips need frames >= 1, size >= 16 and seed >= 0, "
                             f"got frames={frames}, size={size}, seed={seed}")
@@ -698,9 +700,9 @@ class ActShapes(MovingShapes):
              order is right in half of them. A clip has no one class: `classes` is empty.
     """
 
-    HELD_OUT = ("val",)
+    HELD_OUT = ("val", "test")
     states_facts = False
-    chance = "without the order, R@1 cannot pass 50 %"
+    limit = "without the order, R@1 cannot pass 50 %"
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)

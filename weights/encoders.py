@@ -82,6 +82,28 @@ def uses_rows(source, old, classes, rows):
     return True
 
 
+def load_several(**sources):
+    """[encoder, ...] with the heads that they have, out of the flags of `fuse`.
+
+    sources  masked, multimodal, second: a run of classify or an official file; second may be ""
+    raises   UserError: one is missing, or of the other family; WeightsError
+    """
+    for name in ("masked", "multimodal"):
+        if not sources[name]:
+            raise UserError(f"--{name}: fuse needs both encoders; give a run of `classify` or an "
+                            "official file")
+    found = []
+    for name, source in sources.items():
+        if not source:
+            continue
+        found.append(load_encoder(source))
+        if (found[-1].family == "masked") != (name == "masked"):
+            kind = "VideoMAE; that is for --masked" if name != "masked" else \
+                "UniFormerV2; that is for --multimodal"
+            raise UserError(f"--{name} {source}: is a {kind}")
+    return found
+
+
 def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=True, layers=None):
     """A VideoCLIP for clips of some length and size.
 

@@ -1,6 +1,8 @@
 """A classifier with two answers. `Stage.evaluate` averages what `loss` returns over held-out clips,
 so "accuracy" becomes "val_accuracy" without further code."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,7 @@ from engine.stage import Stage, flag
 from video.moving_shapes import MovingShapes
 
 
+@dataclass
 class Arrow(Stage, name="arrow"):
     """Which way does time run?"""
 

@@ -1,0 +1,183 @@
+"""What stage 2 has besides its recipe: weights to start from, single pictures, prompts, drawing."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import clip_video
+import data
+import uniformerv2
+import weights
+from caption_decoder import CaptionDecoder, VideoText
+from engine import pictures
+from engine.command_line import numbers, text_of
+from engine.errors import UserError
+from engine.stage import ClipStage, flag
+from tasks import captioning, retrieval
+from video.transforms import normalise
+from weights import encoders, merging
+from weights.tokenizer import tokenizer_of
+
+
+@dataclass
+class VideoTextStage(ClipStage):
+    """Base of `clip`, which adds its recipe, the model from scratch, and the loss."""
+
+    tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
+                          "one beside --weights, or learned from the captions")
+    freeze_text: bool = flag(False, "do not train the text encoder")
+    freeze_visual: bool = flag(False, "do not train the visual encoder")
+    merge: str = flag("", "with --steps 0: official weights of the CLIP that --weights grew from, "
+                      "to average those with (WiSE-FT)")
+    merge_share: float = flag(0.5, "share of --merge in the average", paper="0.5, zero-shot", low=0,
+                              high=1)
+    image_data: str = flag("", "pictures and sentences, a list like that of --data; default: "
+                           "frames of the videos", group="clips")
+    prompts: str = flag("", "a text file of sentences with {} for the class name; default: the "
+                        "paper's 16", only="files", group="clips")
+
+    def check_flags(self):
+        """UserError where flags exclude each other."""
+        if self.accum > 1:
+            raise UserError(
+                f"--accum {self.accum}: accumulation gives a contrastive loss no more negatives, "
+                f"each micro-batch is compared with itself alone; use --batch-size "
+                f"{self.batch_size * self.accum} --cache-size {self.batch_size} --local-units 0, "
+                "which takes the same memory")
+        if self.image_data and not self.image_every:
+            raise UserError(
+                "--image-data: --image-every 0 asks for no images; leave out one of the "
+                            "two")
+        if self.merge and (self.steps or not self.weights):
+            raise UserError("--merge: averages the weights of --weights for evaluation; give both, "
+                            "and --steps 0")
+        if self.kind != "video" and self.global_layers:
+            raise UserError(f"--global-layers: belongs to --kind video, not {self.kind}")
+        if self.kind != "video" and not self.weights:  # these two belong to UniFormerV2 alone
+            self.local_units, self.temporal_downsample = 0, False
+
+    def open_images(self):
+        """Single pictures and their sentences, as clips of one frame."""
+        images, _ = data.open_sets(
+            self.image_data or self.data, self.image_data or self.val_data, world="StillShapes",
+            frames=1 if self.image_data or self.data else self.num_frames, size=self.input_size,
+            seed=self.seed, sampling="segment", flip=False, transform=self.transform)
+        return images
+
+    def captions(self, train_set):
+        """All training captions; [] where a run without steps needs none."""
+        captions = []
+        if self.steps or not train_set.classes or train_set.has_captions:
+            captions = train_set.training_captions()
+        return captions + (self.images.training_captions() if self.image_data else [])
+
+    def check_captions(self, captions):
+        """Print how many captions are cut to --context. UserError where pieces cannot be cached."""
+        if self.cache_size and self.local_units:
+            raise UserError("--cache-size: the BatchNorm of --local-units looks at the whole batch "
+                            "at once, which pieces cannot give it; use --local-units 0")
+        longer = [text for text in captions
+                  if self.bpe.encode(text, 10**4, trim=True)[0].shape[1] > self.context]
+        if longer:
+            print(f"{len(longer)} of {len(captions)} captions are longer than --context "
+                  f"{self.context} tokens and are cut, as {longer[0][:60]!r}")
+
+    def layers(self):
+        """--global-layers as numbers; None = not given."""
+        return () if self.global_layers == "none" else numbers(self.global_layers, "global-layers")
+
+    def load(self):
+        """From a run of ours, InternVideo-MM, ViCLIP or CLIP; an image model grows into a video
+        model."""
+        clip = encoders.load_clip(
+            self.weights, frames=self.num_frames, image_size=self.input_size,
+            usual_size=type(self).input_size,
+            # Without steps a frame-wise run of ours is measured as it is.
+            grow=self.kind == "video", grow_runs=bool(self.steps), layers=self.layers())
+        if self.merge:
+            merging.merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share)
+        if self.context > clip.config["context"]:
+            raise UserError(f"--context {self.context}: the weights read at most "
+                            f"{clip.config['context']} tokens")
+        self.bpe = tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
+        self.check_against_weights(
+            kind=clip.kind, local_units=clip.config["local_units"],
+            temporal_downsample=clip.config["temporal_downsample"],
+            vocabulary=clip.config["vocabulary"], model=encoders.size_name(
+                clip.config["size"], uniformerv2.SIZES | {"small": self.small}))
+        if any(key.startswith("caption_decoder.") for key in weights.read(self.weights)[0]):
+            decoder = CaptionDecoder.from_official(self.weights)
+            self.check_against_weights(caption_depth=decoder.config["depth"],
+                                       queries=decoder.config["queries"])
+            return VideoText(clip, decoder)
+        if not self.steps:
+            self.caption_weight = 0.0
+        print(f"{self.weights} holds no caption decoder: "
+              + ("that starts from scratch" if self.steps else "no captions are scored"))
+        return VideoText(clip, self.fresh_decoder(clip))
+
+    def sentences(self):
+        """What class names are put into: the lines of --prompts, or InternVideo's 16."""
+        if not self.prompts:
+            return retrieval.PROMPTS
+        lines = text_of(self.prompts, "prompts").split("\n")
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines or not all("{}" in line for line in lines):
+            raise UserError(f"--prompts {self.prompts}: needs a sentence on each line, with {{}} "
+                            "where the class name goes")
+        return lines
+
+    def protocol(self, held_out):
+        """How the numbers are measured."""
+        val = held_out["val"]
+        words = self.clips_protocol(held_out)
+        words["weight merge"] = f"{self.merge_share:g} of CLIP merged" if self.merge else "none"
+        if val.has_captions:
+            words |= retrieval.gallery_protocol(val, self.evaluated(val)[:self.gallery])
+            words["multiple choice"] = "among the sentences that each clip offers, where it does"
+        if val.has_captions and self.caption_weight:
+            words["captions"] = "greedy; scored against all true sentences of each clip"
+        if val.classes:
+            words["zero-shot"] = ", ".join(
+                f"{len(names)} classes of {question} (chance {100 / len(names):.1f} %)"
+                for question, names in val.classes.items())
+            words["prompts"] = (
+                f"the mean over {len(self.sentences())} prompts of the softmax over classes"
+                if val.prompts_combine_by == "probabilities" else
+                "one softmax over classes of their mean sentence")
+        return words
+
+    @torch.no_grad()
+    def pictures(self, model, batch, folder, results):
+        """The similarity matrix, the best clips for some sentences, captions under frames, and
+        where the decoder attends while it writes each word."""
+        if "caption" not in batch:
+            return []
+        shown = min(16, len(batch["video"]))
+        raw, captions = batch["video"][:shown], batch["caption"][:shown]
+        video = normalise(raw, model.clip.mean, model.clip.std)
+        ids, _ = self.bpe.encode(captions, self.context, trim=True)
+        with self.autocast():
+            video_features, text_features, _ = model.clip(video, ids.to(video.device))
+            written = model.caption(video, self.bpe, self.context - 1)
+        video_features, text_features = (F.normalize(x.float(), dim=-1)
+                                         for x in (video_features, text_features))
+        cosines, raw = (text_features @ video_features.T).cpu(), raw.cpu().numpy()
+        paths = [folder / f"{name}.png" for name in ("similarity", "retrieval", "captions",
+                                                     "attention")]
+        pictures.similarity(cosines, captions, paths[0])
+        pictures.retrieval(cosines, raw, captions, paths[1])
+        if not self.caption_weight:
+            return paths[:2]
+        pictures.captions(raw, captions, written, paths[2])
+        ids, _ = self.bpe.encode(written[:1], self.context, trim=True)
+        maps = captioning.attention_maps(model, video[:1], ids.to(video.device))[0].cpu()
+        words = [self.bpe.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
+        pictures.attention_maps(raw[0], maps, words,
+                                f'where the decoder attends as it writes "{written[0]}"', paths[3])
+        return paths
+
+    def extras(self, folder):
+        """tokenizer.json"""
+        self.bpe.save(folder)
