@@ -1,10 +1,10 @@
 """What is proved about fusion.py:
 
-at the start every stream is what it was, bit for bit, also with encoders that handle positions in another
-way; the sum is then the equal average of logits; only gates have a gradient at first, and the rest later;
-frozen tensors never move and stay in eval mode; freezing changes no gradient of what trains; each encoder
-reads the other once gates open; a saved model loads alone; each option does what it says; what cannot work
-is refused in one line; late fusion by hand.
+at the start every stream is what it was, bit for bit, also with encoders that handle positions in
+another way; the sum is then the equal average of logits; only gates have a gradient at first, and
+the rest later; frozen tensors never move and stay in eval mode; freezing changes no gradient of
+what trains; each encoder reads the other once gates open; a saved model loads alone; each option
+does what it says; what cannot work is refused in one line; late fusion by hand.
 """
 
 import json
@@ -34,8 +34,8 @@ MULTIMODAL = uniformerv2.Size(32, 4, 2, 64, 8, 16)
 def encoders(classes=5, frames=4, second=False):
     torch.manual_seed(0)
     masked = VideoClassifier(MASKED, classes=classes, frames=4, image_size=16, head_scale=1.0)
-    found = [UniFormerV2(replace(MULTIMODAL, depth=4 - i), classes=classes, frames=frames, local_units=1,
-                         temporal_downsample=True) for i in range(1 + second)]
+    found = [UniFormerV2(replace(MULTIMODAL, depth=4 - i), classes=classes, frames=frames,
+                         local_units=1, temporal_downsample=True) for i in range(1 + second)]
     for encoder in found:  # as if trained: nothing is silent any more
         for p in encoder.parameters():
             p.data += 0.05 * torch.randn_like(p)
@@ -60,9 +60,11 @@ def open_gates(model, amount=0.5):
 
 
 @pytest.mark.parametrize("second", [False, True])
-@pytest.mark.parametrize("options", [{}, dict(source="patches"), dict(before=[0, 2], heads=4), dict(bridges=False),
-                                     dict(before=[]), dict(last=False)])
-def test_at_the_start_the_encoders_are_themselves_bit_for_bit_and_the_sum_is_the_equal_average_of_their_logits(second, options):
+@pytest.mark.parametrize("options", [
+    {}, dict(source="patches"), dict(before=[0, 2], heads=4), dict(bridges=False), dict(before=[]),
+    dict(last=False)])
+def test_at_the_start_the_encoders_are_themselves_bit_for_bit_and_logits_are_averaged(
+        second, options):
     masked, others = encoders(second=second)
     x = clip()
     with torch.no_grad():
@@ -91,14 +93,16 @@ class PositionsInEveryBlock(VideoClassifier):
 
 
 class TimeInEveryBlock(UniFormerV2):
-    """Rotates the first two channels of all tokens before every block, by an angle for each time step."""
+    """Rotates the first two channels of all tokens before every block, by an angle per step."""
 
     def run(self, state, start, stop):
         angle = torch.arange(1.0, 1 + state.tokens.shape[1])[:, None]
         for i in range(start, stop):
             a, b, *_ = state.tokens.unbind(dim=-1)
-            turned = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
-            state = super().run(replace(state, tokens=torch.cat([turned, state.tokens[..., 2:]], dim=-1)), i, i + 1)
+            turned = torch.stack([a * angle.cos() - b * angle.sin(),
+                                  a * angle.sin() + b * angle.cos()], dim=-1)
+            tokens = torch.cat([turned, state.tokens[..., 2:]], dim=-1)
+            state = super().run(replace(state, tokens=tokens), i, i + 1)
         return state
 
 
@@ -121,14 +125,16 @@ def test_without_gates_the_start_is_another():
     masked, others = encoders()
     x = clip()
     alone = masked(fusion.view(x, masked))
-    assert not torch.allclose(InternVideo(masked, others, gates=False).scores(x)[0], alone, atol=1e-3)
+    without = InternVideo(masked, others, gates=False)
+    assert not torch.allclose(without.scores(x)[0], alone, atol=1e-3)
 
 
 def step(model, optimiser, x, answers):
     loss = torch.nn.functional.cross_entropy(model(x), answers)
     optimiser.zero_grad()
     loss.backward()
-    found = {name: None if p.grad is None else float(p.grad.abs().sum()) for name, p in model.named_parameters()}
+    found = {name: None if p.grad is None else float(p.grad.abs().sum())
+             for name, p in model.named_parameters()}
     optimiser.step()
     return found
 
@@ -138,17 +144,21 @@ def test_gates_have_a_gradient_at_step_one_and_the_layers_behind_them_from_step_
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     first, second = (step(model, optimiser, clip(4), torch.arange(4)) for _ in range(2))
     gates = [name for name in first if "gate_" in name]
-    behind = [name for name in first if name.startswith(("bridges.", "last.")) and "gate_" not in name]
+    behind = [name for name in first
+              if name.startswith(("bridges.", "last.")) and "gate_" not in name]
     assert len(gates) == 8 and all(first[name] > 0 for name in gates)
     assert all(first[name] == 0 for name in behind)
-    assert all(second[name] > 0 for name in behind if not name.endswith(".kv.bias"))  # keys' biases cancel
-    assert first["balance"] > 0 and first["masked.head.weight"] > 0 and first["multimodal.0.global_token"] > 0
+    # The biases of keys cancel in the softmax.
+    assert all(second[name] > 0 for name in behind if not name.endswith(".kv.bias"))
+    for name in ("balance", "masked.head.weight", "multimodal.0.global_token"):
+        assert first[name] > 0
 
 
 def test_what_is_frozen_never_moves_and_nothing_else_is_frozen():
     model = whole(second=True, drop=0.5).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learned, lr=1e-2, weight_decay=0.1)
     for i in range(4):
         step(model, optimiser, clip(4, seed=i), torch.arange(4))
     after = model.state_dict()
@@ -163,7 +173,8 @@ def test_what_is_frozen_never_moves_and_nothing_else_is_frozen():
 def test_frozen_parts_stay_in_eval_mode_while_the_rest_trains():
     model = whole(drop=0.9).train()
     assert model.training and model.drop.training and model.bridges.training
-    assert not any(part.training for encoder in (model.masked, *model.multimodal) for part in encoder.modules())
+    assert not any(part.training for encoder in (model.masked, *model.multimodal)
+                   for part in encoder.modules())
     assert any(isinstance(part, torch.nn.BatchNorm3d) or "BatchNorm" in type(part).__name__
                for part in model.modules())
     torch.manual_seed(0)
@@ -190,7 +201,8 @@ def test_freezing_changes_no_gradient_of_what_trains(second):
     plain = open_gates(whole(second=second, before=[1, 2]).double()).requires_grad_(True)
     plain.load_state_dict(model.state_dict())
     everything = gradients(plain, x, answers)
-    assert "multimodal.0.blocks.0.attn.qkv.weight" in everything and "masked.encoder.embed.weight" in everything
+    assert {"multimodal.0.blocks.0.attn.qkv.weight",
+            "masked.encoder.embed.weight"} <= set(everything)
     for name, grad in found.items():
         assert torch.allclose(grad, everything[name], rtol=1e-9, atol=1e-12), name
 
@@ -225,7 +237,8 @@ def test_freezing_again_undoes_thawing():
     frozen = set(model.frozen)
     model.requires_grad_(True)
     model.freeze()
-    assert model.frozen == frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert model.frozen == frozen == {name for name, p in model.named_parameters()
+                                      if not p.requires_grad}
 
 
 def test_with_open_gates_each_encoder_reads_the_other():
@@ -241,7 +254,8 @@ def test_with_open_gates_each_encoder_reads_the_other():
     with torch.no_grad():
         for p in model.masked.encoder.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    assert not torch.allclose(before[1], model.scores(x)[1], atol=1e-4), "the multimodal encoder's answer"
+    after = model.scores(x)[1]
+    assert not torch.allclose(before[1], after, atol=1e-4), "the multimodal encoder's answer"
     shut = whole()
     alone = shut.scores(x)[1]
     with torch.no_grad():
@@ -255,7 +269,8 @@ def test_cross_model_attention_stands_evenly_and_reads_at_the_same_relative_dept
     model = whole()
     assert model.before == [0, 1, 2] and model.layers == [[0, 2, 3]]
     with torch.device("meta"):
-        big = InternVideo(VideoClassifier("huge", classes=400), UniFormerV2("l14", classes=400, frames=8))
+        big = InternVideo(VideoClassifier("huge", classes=400),
+                          UniFormerV2("l14", classes=400, frames=8))
     assert big.before == [7, 15, 23, 31] and big.layers == [[5, 11, 17, 23]]
     trained = sum(p.numel() for p in big.parameters() if p.requires_grad)
     bridge = sum(p.numel() for p in big.bridges[0][0].parameters())
@@ -290,19 +305,21 @@ def test_each_encoder_sees_the_clip_in_its_own_way():
     seen = fusion.view(x, masked)
     assert seen.shape == (2, 3, 4, 16, 16) and fusion.view(x, others[0]).shape == (2, 3, 2, 16, 16)
     same = clip()
-    by_hand = (same.permute(0, 4, 1, 2, 3) / 255 - torch.tensor(mae.IMAGENET_MEAN).view(3, 1, 1, 1)) / torch.tensor(
-        mae.IMAGENET_STD).view(3, 1, 1, 1)
+    mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (mae.IMAGENET_MEAN, mae.IMAGENET_STD))
+    by_hand = (same.permute(0, 4, 1, 2, 3) / 255 - mean) / std
     assert torch.allclose(fusion.view(same, masked), by_hand, atol=1e-6)
     frames = torch.arange(8, dtype=torch.uint8).view(1, 8, 1, 1, 1).expand(1, 8, 16, 16, 3)
-    picked = fusion.view(frames, masked)[0, 0, :, 0, 0] * mae.IMAGENET_STD[0] * 255 + mae.IMAGENET_MEAN[0] * 255
+    red = fusion.view(frames, masked)[0, 0, :, 0, 0]
+    picked = (red * mae.IMAGENET_STD[0] + mae.IMAGENET_MEAN[0]) * 255
     assert picked.round().tolist() == [1, 3, 5, 7]
     with pytest.raises(ValueError, match="sample more frames"):
         fusion.view(clip(frames=2), masked)
     assert InternVideo(masked, others)(x).shape == (2, 5)
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x.float() / 255, lambda x: x.permute(0, 4, 1, 2, 3), lambda x: x[0],
-                                   lambda x: x[..., :1]])
+@pytest.mark.parametrize("spoil", [
+    lambda x: x.float() / 255, lambda x: x.permute(0, 4, 1, 2, 3), lambda x: x[0],
+    lambda x: x[..., :1]])
 def test_what_is_no_clip_is_refused_rather_than_normalised_twice(spoil):
     with pytest.raises(ValueError, match=r"a clip is uint8 \(B, T, H, W, 3\), not"):
         whole()(spoil(clip()))
@@ -321,10 +338,11 @@ def test_attention_maps_are_weights_and_have_no_class_tokens_where_only_patches_
 
 
 def test_attention_maps_are_those_of_the_forward_pass():
-    """With two multimodal encoders, the first one's layer has changed the tokens that ask the second."""
+    """Of two multimodal encoders, the first one's layer changes the queries to the second."""
     model, seen = open_gates(whole(second=True)), {}
     hooks = [model.bridges[encoder][place].register_forward_hook(
-        lambda layer, given, _, key=(encoder, place): seen.update({key: layer.attention_maps(*given)}))
+        lambda layer, given, _, key=(encoder, place): seen.update(
+            {key: layer.attention_maps(*given)}))
         for encoder in (0, 1) for place in range(3)]
     x = clip()
     model(x)
@@ -351,7 +369,8 @@ def test_a_saved_model_loads_alone_and_gives_the_same(tmp_path, second):
     assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
     masked, _ = encoders()
     weights.save(tmp_path / "other", masked, masked.config)
-    old = {key: value for key, value in model.config.items() if key != "last"}  # runs before there was `last`
+    # A run from before there was the option `last`.
+    old = {key: value for key, value in model.config.items() if key != "last"}
     assert InternVideo.from_config(old).config == model.config
     with pytest.raises(weights.WeightsError, match="not an InternVideo"):
         InternVideo.from_run(tmp_path / "other")
@@ -369,8 +388,10 @@ def test_a_plain_image_tower_works_too():
 
 def test_the_tower_of_a_video_text_model_sees_clips_as_it_was_trained():
     """InternVideo-MM's tower takes CLIP's normalisation along; its head is new."""
-    clip_model = clip_video.VideoCLIP(MULTIMODAL, text_size=clip_video.TextSize(16, 1, 2), frames=4, vocabulary=50, context=8)
-    tower = clip_model.visual.with_head(5, norm=clip_model.visual_norm, mean=clip_model.mean, std=clip_model.std).eval()
+    clip_model = clip_video.VideoCLIP(MULTIMODAL, text_size=clip_video.TextSize(16, 1, 2), frames=4,
+                                      vocabulary=50, context=8)
+    tower = clip_model.visual.with_head(5, norm=clip_model.visual_norm, mean=clip_model.mean,
+                                        std=clip_model.std).eval()
     masked, _ = encoders()
     x = clip()
     model = InternVideo(masked, tower)
@@ -381,9 +402,11 @@ def test_the_tower_of_a_video_text_model_sees_clips_as_it_was_trained():
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (dict(before=[2, 1]), "rising"), (dict(before=[3]), "blocks 0 to 2"), (dict(layers=[0, 1]), "name 3 layers"),
+    (dict(before=[2, 1]), "rising"), (dict(before=[3]), "blocks 0 to 2"),
+    (dict(layers=[0, 1]), "name 3 layers"),
     (dict(before=[0], layers=[9]), "from 0 to 3"), (dict(source="class"), "choose all or patches"),
-    (dict(heads=5), "not a multiple of 5 heads"), (dict(before=[0], layers=[[0], [1]]), "a list for each of the 1"),
+    (dict(heads=5), "not a multiple of 5 heads"),
+    (dict(before=[0], layers=[[0], [1]]), "a list for each of the 1"),
     (dict(second=True, before=[0], layers=[[0]]), "a list for each of the 2"),
     (dict(second=True, before=[0, 1], layers=[0, 1]), "a list for each of the 2")])
 def test_impossible_places_are_refused(options, complaint):
@@ -398,7 +421,7 @@ def test_heads_for_different_classes_are_refused():
 
 def test_what_is_no_such_encoder_is_refused():
     masked, others = encoders()
-    with pytest.raises(ValueError, match="the masked encoder is a UniFormerV2: give a VideoClassifier"):
+    with pytest.raises(ValueError, match="masked encoder is a UniFormerV2: give a VideoClassifier"):
         InternVideo(others[0], masked)
     with pytest.raises(ValueError, match="the multimodal encoder is a Linear: give a UniFormerV2"):
         InternVideo(masked, torch.nn.Linear(2, 2))
@@ -428,8 +451,10 @@ def test_late_fusion_by_hand():
     # a says (1/4, 3/4); b's two views (9/10, 1/10) and (1/2, 1/2) say (7/10, 3/10) together.
     assert torch.allclose(recognition.late_fusion([a, b]), torch.tensor([[0.475, 0.525]]))
     assert torch.allclose(recognition.late_fusion([a, b], [0.2, 0.8]), torch.tensor([[0.61, 0.39]]))
-    assert recognition.best_weight(lambda w: 1.0) == 0.5 and recognition.best_weight(lambda w: w > 0.7) == 0.71
-    for scores, shares in (([a, a[:, :1]], None), ([a, b], [1.0]), ([a, b.repeat(2, 1, 1)], None), ([], None)):
+    assert recognition.best_weight(lambda w: 1.0) == 0.5
+    assert recognition.best_weight(lambda w: w > 0.7) == 0.71
+    for scores, shares in (([a, a[:, :1]], None), ([a, b], [1.0]), ([a, b.repeat(2, 1, 1)], None),
+                           ([], None)):
         with pytest.raises(ValueError, match="one for each model"):
             recognition.late_fusion(scores, shares)
 
