@@ -1,9 +1,9 @@
 """Write a sentence about a video, one token at a time, with the video in view for each.
 
-Why: a contrastive loss asks which caption belongs to a clip, and two coarse summaries answer that.
-A captioning loss asks for every word, so the video tokens have to keep what a summary drops: who,
-what, how many, in which order. One forward pass of both encoders serves both losses, and
-InternVideo adds them (CoCa, arXiv 2205.01917, Sec. 3.2; InternVideo, arXiv 2212.03191, Sec. 3.2).
+A contrastive loss asks which caption belongs to a clip; two coarse summaries answer that. A
+captioning loss asks for every word, so the video tokens have to keep what a summary drops: who,
+what, how many, in which order. InternVideo adds both losses, from one forward pass of both encoders
+(CoCa, arXiv 2205.01917, Sec. 3.2; InternVideo, arXiv 2212.03191, Sec. 3.2).
 
     video tokens (B, M, D) -- Q learned queries attend --> pooled (B, Q, W) ---+ once per video
                                                                                | keys and values
@@ -12,26 +12,21 @@ InternVideo adds them (CoCa, arXiv 2205.01917, Sec. 3.2; InternVideo, arXiv 2212
       text features:  <start>  a     dog   runs         position t has seen tokens 0..t
       must predict:   a        dog   runs  <end>        and predicts token t+1
 
-The idea, in steps:
 1. `CaptionDecoder.pool`: a clip has M = t * (1+S) tokens, 1576 for 8 frames of ViT-B. Q learned
    queries attend to them, and all later layers see Q vectors (CoCa, Sec. 3.2, Attentional Poolers).
-   No positions are added, so the order of the tokens does not matter here.
+   No positions are added, so the order of the video tokens does not matter here.
 2. There is no word embedding. The input is the output of the causal text encoder at all positions.
 3. `SelfBlock`: attention and MLP are parallel, from one norm and one product (PaLM, arXiv
    2204.02311, Sec. 2). All query heads share ONE head of keys and values (arXiv 1911.02150, Sec.
    3). Positions are rotary (arXiv 2104.09864, Sec. 3.2). `CrossBlock` attends to the pooled video.
 4. `caption_loss`, teacher forcing: the true tokens are the input; all L-1 predictions are one pass.
-5. `generate`, decoding: the model's own tokens are the input. `step` caches keys and values.
+5. `generate`: the model's own tokens are the input, one by one. `step` caches keys and values.
 6. `VideoText` is the whole model of stage 2: `VideoCLIP` and this decoder.
-
-Padding comes last, so causal attention needs no mask for it; the loss ignores it. The end token
-counts: a decoder that never predicts it never stops.
 
 Where we differ from the official code (CoTrain clip_decoders.py, coca.py), with equal numbers:
 cross attention runs as ONE head with L*heads queries, which saves transposes. Not equal: fresh
-weights have a deviation of 0.02 * sqrt(768 / W). With 0.02, a narrow decoder attends evenly to
-everything for hundreds of steps (LOG.md). The official project released neither decoding nor the
-recipe.
+weights have a standard deviation of 0.02 * sqrt(768 / W). With 0.02, a narrow decoder attends
+evenly to everything for hundreds of steps (LOG.md). Neither decoding nor the recipe was released.
 
 >>> decoder = CaptionDecoder(64, heads=4, depth=2, visual_width=48, vocabulary=100, queries=8)
 >>> video, text = torch.zeros(2, 40, 48), torch.zeros(2, 10, 64)  # 10 tokens: start, eight, end
@@ -46,16 +41,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import clip_video
 from attention import Mask, attention
-
-# ------------------------------------------------------------------------------------------------
-# Layers
+from clip_video import VideoCLIP
 
 
 class Norm(nn.Module):
-    """LayerNorm with a learned factor gamma. As in the official code the offset beta is a buffer,
-    zero unless a file says otherwise, and never trained. x (..., width) -> the same shape."""
+    """LayerNorm over the last axis. As in the official code, its offset beta is never trained: a
+    buffer, zero unless a file of weights says otherwise."""
 
     def __init__(self, width):
         super().__init__()
@@ -67,8 +59,7 @@ class Norm(nn.Module):
 
 
 def swiglu(x):
-    """(..., 2*n) -> (..., n): the first half, gated by silu of the second ("GLU Variants Improve
-    Transformer", arXiv 2002.05202, Sec. 2)."""
+    """(..., 2*n) -> (..., n): the first half, gated by the second (arXiv 2002.05202, Sec. 2)."""
     value, gate = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
@@ -79,25 +70,23 @@ def rotary_frequencies(head_width):
 
 
 def rotate(x, angles):
-    """Rotate the pairs of channels (j, j + K/2) of x (B, L, heads, K) by angles (L, K/2).
-
-    The product of q rotated by a and k rotated by b depends on a - b alone, on the distance.
-    """
+    """Rotate the pairs of channels (j, j + K/2) of x (B, L, heads, K) by angles (L, K/2). The dot
+    product of q rotated by a and k rotated by b depends on the distance a - b, not on a or b."""
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]                  # (L, 1, K/2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def multi_query(q, k, v, mask=None):
-    """Attention with one head of keys and values. q (B, L, heads, K), k, v (B, 1, N, K) ->
-    (B, L, heads*K). Without a mask the heads are just more queries, and nothing is transposed."""
+    """q (B, L, heads, K), k, v (B, 1, N, K) -> (B, L, heads*K): one head of keys and values serves
+    all heads of queries. Without a mask, the heads are treated as more queries of one head."""
     if mask is None:
         return attention(q.flatten(1, 2)[:, None], k, v).reshape(*q.shape[:2], -1)
     return attention(q.transpose(1, 2), k, v, mask).transpose(1, 2).flatten(2)
 
 
 class CrossAttention(nn.Module):
-    """Queries of width W attend to tokens of another width, with one head of keys and values."""
+    """Tokens of width W attend to tokens of another width, with one head of keys and values."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -107,7 +96,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def keys(self, context):
-        """context (B, N, context_width) -> keys, values (B, 1, N, K): the part worth caching."""
+        """context (B, N, context_width) -> keys, values (B, 1, N, K), computed once per video."""
         return self.kv(context)[:, None].chunk(2, dim=-1)
 
     def forward(self, x, k, v):
@@ -116,13 +105,12 @@ class CrossAttention(nn.Module):
 
 
 class Pooler(nn.Module):
-    """Learned queries compress any number of tokens to Q. No residual and no MLP; only here the
-    context has a norm."""
+    """Learned queries compress any number of tokens to Q vectors. There is no residual and no MLP.
+    Only here the context has a norm."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
-        self.norm = Norm(width)
-        self.context_norm = Norm(context_width)
+        self.norm, self.context_norm = Norm(width), Norm(context_width)
         self.attn = CrossAttention(width, heads, context_width)
 
     def forward(self, queries, context):
@@ -132,7 +120,7 @@ class Pooler(nn.Module):
 
 
 class SelfBlock(nn.Module):
-    """x + attention(norm x) + mlp(norm x): both read the same norm, through one matrix."""
+    """x + attention(norm x) + mlp(norm x), the first product of both in one matrix."""
 
     def __init__(self, width, heads, mlp_width):
         super().__init__()
@@ -145,15 +133,15 @@ class SelfBlock(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width, bias=False)
 
     def angles(self, first, count, device):
-        """Of positions first .. first + count - 1, in radians: (count, K/2)."""
+        """Radians of positions first .. first + count - 1: (count, K/2)."""
         frequencies = self.frequencies
         if frequencies.dtype not in (torch.float32, torch.float64):  # model.bfloat16() rounded them
             frequencies = rotary_frequencies(2 * len(frequencies)).to(device)
         return torch.arange(first, first + count, device=device)[:, None] * frequencies
 
     def forward(self, x, past=None):
-        """x (B, L, W); past: keys and values (B, 1, n, K) of earlier tokens, or None.
-        Returns (B, L, W) and the keys and values of all n + L."""
+        """x (B, L, W); past: keys and values (B, 1, n, K) of n earlier tokens, or None -> (B, L, W)
+        and the keys and values (B, 1, n+L, K) of all."""
         angles = self.angles(0 if past is None else past[0].shape[2], x.shape[1], x.device)
         q, k, v, inner = self.fused(self.norm(x)).split(self.sizes, dim=-1)
         q = rotate(q.unflatten(-1, (self.heads, -1)), angles)                # (B, L, heads, K)
@@ -165,7 +153,7 @@ class SelfBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """x + attention(norm x, pooled video) + mlp(norm x), again in parallel."""
+    """x + attention(norm x, pooled video) + mlp(norm x), also in parallel."""
 
     def __init__(self, width, heads, mlp_width):
         super().__init__()
@@ -178,10 +166,6 @@ class CrossBlock(nn.Module):
         """x (B, L, W), k, v (B, 1, Q, K) -> (B, L, W)"""
         normed = self.norm(x)
         return x + self.attn(normed, k, v) + self.fc2(swiglu(self.fc1(normed)))
-
-
-# ------------------------------------------------------------------------------------------------
-# The decoder and its loss
 
 
 @dataclass(frozen=True)
@@ -198,10 +182,7 @@ class Options:
 
 
 class CaptionDecoder(nn.Module):
-    """From video tokens and the text so far to the next token, at all positions at once.
-
-    width, options   see Options
-    """
+    """From video tokens and the text so far to the next token. Arguments: see Options."""
 
     def __init__(self, width, **options):
         super().__init__()
@@ -212,8 +193,7 @@ class CaptionDecoder(nn.Module):
             raise ValueError(f"width {width} does not divide into {o.heads} heads of an even width")
         self.queries = nn.Parameter(torch.randn(o.queries, width) * width**-0.5)
         self.pooler = Pooler(width, o.heads, o.visual_width)
-        self.pooled_norm = nn.LayerNorm(width)
-        self.text_norm = nn.LayerNorm(width)
+        self.pooled_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         sizes = width, o.heads, o.mlp_width
         self.self_blocks = nn.ModuleList(SelfBlock(*sizes) for _ in range(o.depth))
         self.cross_blocks = nn.ModuleList(CrossBlock(*sizes) for _ in range(o.depth))
@@ -227,31 +207,29 @@ class CaptionDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def pool(self, visual):
-        """visual (B, M, D), tokens in any order -> (B, Q, W). Once per video is enough."""
+        """visual (B, M, D), tokens in any order -> (B, Q, W), computed once per video."""
         return self.pooled_norm(self.pooler(self.queries, visual))
 
     def step(self, text, pooled, cache):
-        """Go on by L tokens (decoding: one; teacher forcing: all of them).
+        """Go on by L tokens: one in decoding, all of them in teacher forcing.
 
         text     (B, L, W), features of the new tokens
-        pooled   (B, Q, W) from `pool`; used at the first step only, None later
-        cache    None at the first step, then what the step before returned: for each layer a pair
-                 (keys, values) (B, 1, n, K) of the text and one (B, 1, Q, K) of the pooled video
+        pooled   (B, Q, W) from `pool`, read at the first step only
+        cache    None at the first step, then what the last step returned: for each layer the keys
+                 and values (B, 1, n, K) of the text and those (B, 1, Q, K) of the pooled video
         returns  hidden (B, L, W) and the new cache
         """
         if cache is None:
             cache = [(None, block.attn.keys(pooled)) for block in self.cross_blocks]
         x, new_cache = self.text_norm(text), []
-        for self_block, cross_block, (past, video) in zip(
-                self.self_blocks, self.cross_blocks, cache):
-            x, past = self_block(x, past)
-            x = cross_block(x, *video)
+        for block, cross, (past, video) in zip(self.self_blocks, self.cross_blocks, cache):
+            x, past = block(x, past)
+            x = cross(x, *video)
             new_cache.append((past, video))
         return x, new_cache
 
     def hidden(self, visual, text):
-        """(B, M, D), (B, L, W) -> (B, L, W): the output before the predictor, which a
-        question-answering head reads, too."""
+        """(B, M, D), (B, L, W) -> (B, L, W), what the predictor and answers to questions read."""
         return self.step(text, self.pool(visual), None)[0]
 
     def logits(self, hidden):
@@ -259,11 +237,10 @@ class CaptionDecoder(nn.Module):
         return self.vocabulary(self.predictor(hidden))
 
     def forward(self, visual, text):
-        """Teacher forcing: scores of the token after each position.
+        """Teacher forcing: logits (B, L, V) of the token after each position.
 
         visual   (B, M, D) float, tokens of the last vision layer, class tokens included, no norm
         text     (B, L, W) float, from a causal text encoder, after its last norm, not projected
-        returns  logits (B, L, V); position t has seen text 0..t
         """
         return self.logits(self.hidden(visual, text))
 
@@ -274,14 +251,7 @@ class CaptionDecoder(nn.Module):
 
     @classmethod
     def from_official(cls, source, *, heads=None):
-        """Load the caption decoder of InternVideo-MM.
-
-        source   path or {name: tensor}, see weights.read: the decoder alone, or a whole checkpoint,
-                 of which `caption_decoder.*` is read and the rest is left alone
-        heads    query heads; default: what the shapes say (published: W/64)
-        returns  the decoder in eval mode
-        raises   WeightsError: no decoder inside, or one that does not fit to the last tensor
-        """
+        """InternVideo-MM's decoder, in eval mode: see weights.caption_decoder.load."""
         from weights import caption_decoder
         return caption_decoder.load(cls, source, heads=heads)
 
@@ -296,15 +266,16 @@ def caption_loss(logits, ids, is_text, *, count=None):
     `engine.large_batches.chunked_caption_loss` has the same value for a large vocabulary.
 
     logits   (B, L-1, V): the decoder's output for text features 0..L-2
-    ids      (B, L) int: start, words, end, padding; tokens 1..L-1 are the targets
-    is_text  (B, L) bool, True = start, word or end; False = padding, which is ignored
-    count    what the sum is divided by; default: the number of targets in this batch. When several
-             processes share a batch: the mean of their numbers
+    ids      (B, L) int: start, words, end, padding; tokens 1..L-1 are the targets, the end, too:
+             a decoder that never predicts it never stops
+    is_text  (B, L) bool, False = padding, which is ignored. It comes last, so that causal attention
+             needs no mask for it
+    count    divides the sum; default: the targets in this batch. Several processes pass their mean
     """
     if logits.shape[:2] != (ids.shape[0], ids.shape[1] - 1):
         raise ValueError(f"{tuple(ids.shape)} token ids need {ids.shape[0]} x {ids.shape[1] - 1} "
-                         f"predictions, got {logits.shape[0]} x {logits.shape[1]}: the decoder's "
-                         "input are the text features without the last position")
+                         f"predictions, got {logits.shape[0]} x {logits.shape[1]}: the decoder "
+                         "takes the text features without the last position")
     targets, wanted = ids[:, 1:].long(), is_text[:, 1:]  # the shift by one
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     total = F.cross_entropy(wide, targets.masked_fill(~wanted, -100).flatten(), reduction="sum")
@@ -312,12 +283,8 @@ def caption_loss(logits, ids, is_text, *, count=None):
 
 
 class VideoText(nn.Module):
-    """The model of stage 2: both encoders and the caption decoder, with the names that they have in
-    InternVideo's own file, `clip.*` and `caption_decoder.*`.
-
-    clip              clip_video.VideoCLIP
-    caption_decoder   CaptionDecoder of the same widths and vocabulary
-    """
+    """The model of stage 2: a `clip_video.VideoCLIP`, and a decoder of the same widths and
+    vocabulary. Files name their weights `clip.*` and `caption_decoder.*`, as InternVideo's own."""
 
     def __init__(self, clip, caption_decoder):
         super().__init__()
@@ -325,21 +292,20 @@ class VideoText(nn.Module):
 
     @property
     def config(self):
-        """The configurations of both parts."""
+        """The configurations of both parts: what config.json holds."""
         return {"model": "VideoText", "clip": self.clip.config,
                 "caption_decoder": self.caption_decoder.config}
 
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
-        return cls(clip_video.VideoCLIP.from_config(config["clip"]),
+        return cls(VideoCLIP.from_config(config["clip"]),
                    CaptionDecoder.from_config(config["caption_decoder"]))
 
     @classmethod
     def from_run(cls, folder):
-        """Load a run of the clip card, in eval mode."""
-        return cls(clip_video.VideoCLIP.from_official(folder),
-                   CaptionDecoder.from_official(folder)).eval()
+        """Load a run of `train.py clip`, in eval mode."""
+        return cls(VideoCLIP.from_official(folder), CaptionDecoder.from_official(folder)).eval()
 
     def to_official(self):
         """{official name: tensor}, laid out like InternVideo's own file."""
@@ -347,7 +313,7 @@ class VideoText(nn.Module):
         return clip | self.caption_decoder.to_official()
 
     def forward(self, video, ids):
-        """What both losses take, from one pass of both encoders; each clip is treated alone.
+        """What both losses take, from one pass of both encoders.
 
         video    (B, C, T, H, W) float, normalised with clip.mean and clip.std
         ids      (B, L) int64
@@ -362,156 +328,47 @@ class VideoText(nn.Module):
         return video_embedding, text_embedding, hidden
 
     def caption(self, video, tokenizer, maximum, **options):
-        """video as `forward` -> B sentences of at most `maximum` tokens; options: `generate`."""
+        """video as `forward` -> B sentences of at most `maximum` tokens; options: of `generate`."""
         _, tokens = self.clip.encode_video_tokens(video)
         return tokenizer.decode(generate(
             self.caption_decoder, self.clip.text, tokens.flatten(1, 2), start=tokenizer.start,
             end=tokenizer.end, maximum=maximum, **options))
 
-    def attention_maps(self, video, ids):
-        """Where the decoder looks in each frame while it writes: video as `forward`, ids (B, L) ->
-        (B, L-1, t, h, w), class tokens left out. Not for kind "joint", whose tokens are not of
-        single frames."""
-        _, tokens = self.clip.encode_video_tokens(video)                     # (B, t, 1+S, D)
-        text = self.clip.encode_text_tokens(ids)[1][:, :-1]
-        maps = attention_maps(self.caption_decoder, tokens.flatten(1, 2).float(), text.float())
-        return maps.unflatten(2, tokens.shape[1:3])[..., 1:].unflatten(3, self.clip.visual.grid)
-
-
-# ------------------------------------------------------------------------------------------------
-# Decoding
-
-
-def reorder(cache, index):
-    """Rows `index` of every tensor in nested lists and tuples; anything else stays as it is."""
-    if isinstance(cache, torch.Tensor):
-        return cache.index_select(0, index)
-    if isinstance(cache, (list, tuple)):
-        return type(cache)(reorder(part, index) for part in cache)
-    return cache
-
-
-def check_decoding(method, minimum, maximum, top_p, temperature, beams):
-    """ValueError where `generate` cannot do as it is told."""
-    if method not in ("greedy", "beam", "nucleus"):
-        raise ValueError(f"method is {method!r}: choose greedy, beam or nucleus")
-    if not 0 <= minimum <= maximum or maximum < 1:
-        raise ValueError(f"between {minimum} and {maximum} words: need 0 <= minimum <= maximum, "
-                         "maximum at least 1")
-    if not 0 < top_p <= 1 or temperature <= 0 or beams < 1:
-        raise ValueError(f"need 0 < top_p <= 1, temperature > 0, beams >= 1; got {top_p}, "
-                         f"{temperature}, {beams}")
-
 
 @torch.no_grad()
-def generate(decoder, text_encoder, visual, *, start, end, maximum, minimum=0, method="greedy",
-             top_p=0.9, temperature=1.0, beams=4, length_penalty=1.0, generator=None):
-    """Captions for a batch of videos.
+def generate(decoder, text_encoder, visual, *, start, end, maximum, minimum=0, search=None):
+    """Captions for a batch of videos, by greedy decoding: always the most probable next token.
 
-    text_encoder    has `start_cache(batch)` and `step(ids, cache)`, see clip_video.TextEncoder. A
-                    cache is any nesting of lists and tuples whose tensors have the batch first
-    visual          (B, M, D) video tokens
-    start, end      ids of the tokens that open and close a sentence
-    maximum         most tokens, at least 1; the text encoder needs room for as many, start included
-    minimum         fewest tokens: before that many, the end is forbidden
-    method          "greedy": always the most probable next token.
-                    "beam": keep the `beams` best sentences so far, ranked by log-probability /
-                    tokens**length_penalty (end included; 0 favours short captions). A finished one
-                    keeps its place while it ranks. With one beam it is greedy.
-                    "nucleus": draw from the fewest tokens that hold a share top_p in (0, 1] of the
-                    probability (arXiv 1904.09751, Sec. 3.1); temperature < 1 sharpens it first
-    generator       torch.Generator of the draws; the same state gives the same captions
-    returns         B lists of token ids, without start and end, of various lengths
+    text_encoder       has `start_cache` and `step`, as clip_video.TextEncoder
+    visual             (B, M, D) video tokens
+    start, end         ids of the tokens that open and close a sentence
+    minimum, maximum   number of tokens, at least 0 and 1; the text encoder needs room for `maximum`
+    search             chooses the tokens in place of argmax: see tasks/caption_search.py
+    returns            B lists of token ids, without start and end, of various lengths
     """
-    check_decoding(method, minimum, maximum, top_p, temperature, beams)
-    beams, clips = beams if method == "beam" else 1, visual.shape[0]
-    pooled, cache, text_cache = decoder.pool(visual), None, text_encoder.start_cache(clips)
-    ids = torch.full((clips,), start, device=visual.device)      # the newest token of each sentence
-    words = ids[:, None][:, :0]                                  # (sentences, tokens so far)
-    score = torch.zeros(clips, device=visual.device)             # log-probability, nats
+    if not 0 <= minimum <= maximum or maximum < 1:
+        raise ValueError(f"{minimum} to {maximum} tokens: need 0 <= minimum <= maximum >= 1")
+    pooled, cache, text_cache = decoder.pool(visual), None, text_encoder.start_cache(len(visual))
+    ids = torch.full((len(visual),), start, device=visual.device)  # newest token of each sentence
+    words = ids[:, None][:, :0]                                    # (n, tokens so far)
     ended = torch.zeros_like(ids, dtype=torch.bool)
     for place in range(maximum):
         features, text_cache = text_encoder.step(ids[:, None], text_cache)
         hidden, cache = decoder.step(features, pooled, cache)
-        logits = decoder.logits(hidden[:, -1])
+        logits = decoder.logits(hidden[:, -1])                     # (n, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if place < minimum:
             logits[:, end] = -math.inf
-        if method == "nucleus":
-            ids = draw_from_nucleus(logits, top_p, temperature, generator)
+        if search is None:
+            ids = logits.argmax(dim=-1)
         else:
-            length = (words != end).sum(dim=1) + 1               # the end counts, once
-            source, ids, score = grow_beams(logits, score, length, ended, clips, beams,
-                                            length_penalty, end)
-            if beams > 1:
-                words, ended = words[source], ended[source]
-                cache, text_cache = reorder(cache, source), reorder(text_cache, source)
+            ids, words, ended, cache, text_cache = search(logits, words, ended, cache, text_cache)
         words = torch.cat([words, ids[:, None]], dim=1)
         ended = ended | (ids == end)
         if ended.all():
             break
-    best = words.unflatten(0, (clips, -1))[:, 0].tolist()
+    best = words.unflatten(0, (len(visual), -1))[:, 0].tolist()    # a search keeps the best first
     return [row[:row.index(end)] if end in row else row for row in best]
-
-
-def draw_from_nucleus(logits, top_p, temperature, generator):
-    """One token for each row of logits (B, V), from the smallest set that holds top_p: (B,)."""
-    chance, word = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    before = chance.cumsum(dim=-1) - chance                      # exactly 0 for the most probable
-    mass = chance.masked_fill(before >= top_p, 0).cumsum(dim=-1)
-    device = "cpu" if generator is None else generator.device
-    draw = torch.rand(len(logits), 1, generator=generator, device=device).to(mass)
-    return word.gather(1, (mass < draw * mass[:, -1:]).sum(dim=-1, keepdim=True))[:, 0]
-
-
-def grow_beams(logits, score, length, ended, clips, beams, length_penalty, end):
-    """The best continuations of each clip's sentences by one token.
-
-    logits (clips*r, V), r sentences per clip so far; score their log-probabilities; length their
-    tokens after this step; ended bool, True = it stays as it is
-    returns  source, word, score (clips*beams,): row continued, with which token, log-probability;
-             best first within a clip
-    """
-    value, word = logits.topk(min(beams, logits.shape[1]))       # no clip can need more of one row
-    gain = value - logits.logsumexp(dim=-1, keepdim=True)
-    stay = torch.full_like(gain, -math.inf)
-    stay[:, 0] = 0                                               # an ended one continues as itself
-    gain = torch.where(ended[:, None], stay, gain)
-    word = word.masked_fill(ended[:, None], end)
-    total = score[:, None] + gain                                # (clips*r, k)
-    rank = (total / length[:, None]**length_penalty).view(clips, -1)      # (clips, r*k)
-    chosen = rank.topk(min(beams, rank.shape[1])).indices
-    chosen = (chosen + rank.shape[1] * torch.arange(clips, device=total.device)[:, None]).flatten()
-    return chosen // gain.shape[1], word.flatten()[chosen], total.flatten()[chosen]
-
-
-@torch.no_grad()
-def attention_maps(decoder, visual, text):
-    """Where in the video the decoder looks at each text token: visual (B, M, D), text (B, L, W) ->
-    (B, L, M), rows sum to 1.
-
-    The last block's attention over the Q pooled vectors, times the pooler's over the M tokens, both
-    averaged over heads. The layers before have mixed the tokens, so it is no proof of a cause.
-    """
-    def share(attn, queries, keys):
-        """queries (B, n, W), keys (B, 1, N, K) -> (B, n, N)"""
-        q = attn.q(queries).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, K)
-        return (q @ keys.transpose(2, 3) * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
-
-    pooler, pooled = decoder.pooler, decoder.pool(visual)
-    keys = pooler.attn.keys(pooler.context_norm(visual))[0]
-    queries = pooler.norm(decoder.queries).expand(len(visual), -1, -1)
-    x = decoder.text_norm(text)
-    for self_block, cross_block in zip(decoder.self_blocks, decoder.cross_blocks):
-        before, _ = self_block(x)
-        x = cross_block(before, *cross_block.attn.keys(pooled))
-    last = decoder.cross_blocks[-1]
-    words = share(last.attn, last.norm(before), last.attn.keys(pooled)[0])   # (B, L, Q)
-    return words @ share(pooler.attn, queries, keys)
-
-
-# ------------------------------------------------------------------------------------------------
-# Try it
 
 
 @torch.no_grad()
@@ -523,21 +380,19 @@ def main():
 
     world = MovingShapes("train", 4, 64)
     tokenizer = train_tokenizer([world[i]["caption"] for i in range(100)], 800)
-    clip = clip_video.VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary,
-                                context=32, end=tokenizer.end)
-    model = VideoText(clip, CaptionDecoder(128, heads=2, depth=2, visual_width=192, queries=8,
-                                           vocabulary=tokenizer.vocabulary)).eval()
-    video = normalise(torch.as_tensor(world[0]["video"])[None], clip.mean, clip.std)
     ids, is_text = tokenizer.encode(world[0]["caption"], 32, trim=True)
+    V = tokenizer.vocabulary
+    clip = VideoCLIP("tiny", frames=4, image_size=64, vocabulary=V, context=32, end=tokenizer.end)
+    decoder = CaptionDecoder(128, heads=2, depth=2, visual_width=192, queries=8, vocabulary=V)
+    model = VideoText(clip, decoder).eval()
+    video = normalise(torch.as_tensor(world[0]["video"])[None], clip.mean, clip.std)
     tokens = clip.encode_video_tokens(video)[1].flatten(1, 2)
-    hidden = model(video, ids)[2]
-    logits = model.caption_decoder.logits(hidden)
+    logits = decoder.logits(model(video, ids)[2])
     for name, value in (("video tokens (B, M, D)", tokens), ("caption (B, L)", ids),
-                        ("pooled (B, Q, W)", model.caption_decoder.pool(tokens)),
-                        ("hidden (B, L-1, W)", hidden), ("logits (B, L-1, V)", logits)):
+                        ("pooled (B, Q, W)", decoder.pool(tokens)), ("logits (B, L-1, V)", logits)):
         print(f"{name:28s} {tuple(value.shape)}")
     print(f"loss of {world[0]['caption']!r}, untrained: {caption_loss(logits, ids, is_text):.2f}; "
-          f"ln V = {math.log(logits.shape[-1]):.2f} at chance")
+          f"ln V = {math.log(V):.2f} at chance")
     print("what it writes, untrained:", *model.caption(video, tokenizer, maximum=10))
 
 

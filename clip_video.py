@@ -1,11 +1,9 @@
-"""Say which sentence belongs to which video: two encoders that meet in one space.
+"""Say which sentence belongs to which video: two encoders with one embedding space.
 
-Why: a label names one fact of a clip, a caption names many, and the web is full of captions. Nobody
-has to annotate them. In a batch of B pairs, each video must find its own sentence among B
-sentences, and each sentence its video. All other pairs are negatives (CLIP, arXiv 2103.00020, Sec.
-2.3, Selecting an Efficient Pre-Training Method; InternVideo, arXiv 2212.03191, Sec. 3.2,
-Self-Supervised Video Pretraining). The trained model can then name things for which it never saw a
-label.
+A label names one fact of a clip, a caption names many, and the web is full of captions. In a batch
+of B pairs, each video must find its own sentence among B, and each sentence its video; all other
+pairs are negatives (CLIP, arXiv 2103.00020, Sec. 2.3, Selecting an Efficient Pre-Training Method;
+InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining).
 
     video (B, C, T, H, W) --visual encoder--> feature (B, D) --norm, project--> (B, E) ---+
                                               tokens (B, t, 1+S, D), for captions         | cosines
@@ -13,7 +11,6 @@ label.
     text ids (B, L) --text encoder, causal--> tokens (B, L, W) --at the end---> (B, E) ---+
     loss = cross entropy of exp(logit_scale) * cosines, over rows and columns; target: the diagonal
 
-The idea, in steps:
 1. A tokenizer turns sentences into token numbers (weights/tokenizer.py).
 2. `TextEncoder` is causal. Only the end-of-text token has seen the whole sentence, so its feature
    represents the sentence. `TextEncoder.step` reads token by token, for caption_decoder.py.
@@ -23,21 +20,17 @@ The idea, in steps:
 4. `contrastive_loss`: cosines lie between -1 and 1, so their softmax would be almost flat. The
    learned factor exp(logit_scale), the inverse temperature, sharpens it. engine/large_batches.py
    has forms with the same numbers for batches that do not fit into memory.
-5. `zero_shot` classifies with one sentence per class. tasks/retrieval.py measures the rest.
+5. `zero_shot` names things for which the model never saw a label: one sentence for each class.
 
 Where we differ from the official code (InternVideo1 clip_utils/model.py, ViCLIP viclip.py), with
-equal numbers: batch first. Captions may be cut to the longest of a batch, because a causal encoder
-is not affected by what follows the end. ViCLIP orders tokens by place, then time; ours are time
-slowest, as everywhere here. The embedding for hidden words that InternVideo-MM's files contain is
-not read: no published recipe of its video-text model uses it.
-
-Numbers: B/16 has 150 M parameters (86 M visual, 63 M text); 178 M with four global blocks.
+equal numbers: batch first. A batch of captions may be cut to its longest, because what follows the
+end does not change a causal encoder's feature. ViCLIP orders tokens by place, then time; we do the
+reverse. InternVideo-MM's embedding for hidden words is not read: no published recipe uses it.
+B/16 has 150 M parameters (86 M visual, 63 M text), with four global blocks 178 M.
 
 >>> model = VideoCLIP("tiny", frames=4, image_size=32, vocabulary=600, context=16)
 >>> video, ids = torch.randn(3, 3, 4, 32, 32), torch.randint(600, (3, 16))
->>> model.encode_video(video).shape, model.encode_text(ids).shape    # (B, E) both
-(torch.Size([3, 128]), torch.Size([3, 128]))
->>> contrastive_loss(*model(video, ids)).shape
+>>> contrastive_loss(*model(video, ids)).shape            # of two embeddings (B, E) and logit_scale
 torch.Size([])
 """
 
@@ -53,15 +46,14 @@ from attention import Block, Context, Mask, attention, quick_gelu, run_blocks
 from engine.processes import gather_with_gradient
 from uniformerv2 import UniFormerV2
 
-# Red, green, blue of pixels in [0, 1]: CLIP and InternVideo-MM were trained on clips normalised
-# with the first, ViCLIP with ImageNet's.
+# Red, green, blue of pixels in [0, 1]. ViCLIP uses ImageNet's, the others CLIP's.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class TextSize:
-    """The measures of a text encoder."""
+    """The sizes of a text encoder."""
 
     width: int
     depth: int
@@ -79,16 +71,16 @@ KINDS = {"video": "UniFormerV2", "frames": "frame-wise CLIP", "joint": "ViCLIP"}
 
 @dataclass(frozen=True)
 class Options:
-    """All options of a VideoCLIP, as its configuration holds them: names of sizes and None are
-    replaced. ValueError where options do not fit together."""
+    """All options of a VideoCLIP. Its configuration holds them with names of sizes and None
+    replaced. ValueError where they do not fit together."""
 
     size: str | uniformerv2.Size = "b16"  # of the visual encoder
-    kind: str = "video"  # visual encoder: see KINDS and step 3 of the module docstring
+    kind: str = "video"  # of visual encoder, one of KINDS
     frames: int = 8  # T; "frames" and "video" take clips of any other length, too
     image_size: int | list | None = None  # pixels, H = W or [H, W]; None: the size's own
     global_layers: list | None = None  # "video": see UniFormerV2, as the next three
     global_heads: int | None = None
-    local_units: int = 0  # for motion, no official video-text model has them; so is the next one
+    local_units: int = 0  # no official video-text model has these, nor the next
     temporal_downsample: bool = False
     tubelet: int = 1  # "joint": frames that the first convolution spans, and its stride
     text_size: str | TextSize | None = None  # None: the one with the name in `size`
@@ -119,10 +111,6 @@ class Options:
             object.__setattr__(self, name, value)  # the dataclass is frozen for all others
 
 
-# ------------------------------------------------------------------------------------------------
-# Encoders
-
-
 def clip_block(width, heads, mlp_width=None):
     """attention.Block as in CLIP: all biases, QuickGELU, norms with epsilon 1e-5."""
     return Block(width, heads, mlp_width=mlp_width, bias="qkv", eps=1e-5, activation=quick_gelu)
@@ -130,41 +118,34 @@ def clip_block(width, heads, mlp_width=None):
 
 class TextEncoder(nn.Module):
     """A causal transformer over token numbers (CLIP, Sec. 2.4, Choosing and Scaling a Model).
-
-    size                                  TextSize or its name
-    vocabulary, context, embedding, end   see Options
-    """
+    size: TextSize; the other arguments: see Options."""
 
     def __init__(self, size, *, vocabulary, context, embedding, end=None):
         super().__init__()
-        size = TEXT_SIZES[size] if isinstance(size, str) else size
-        self.end, width = end, size.width
+        self.end, self.recompute, width = end, False, size.width
         self.embed = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(context, width))
         self.blocks = nn.ModuleList(clip_block(width, size.heads) for _ in range(size.depth))
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, embedding, bias=False)
-        self._recompute = False
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
         nn.init.normal_(self.proj.weight, std=width**-0.5)
-        for block in self.blocks:  # CLIP, Sec. 2.4: residual branches start smaller when deep
-            nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
-            nn.init.normal_(block.attn.proj.weight, std=width**-0.5 * (2 * size.depth)**-0.5)
-            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width)**-0.5)
-            nn.init.normal_(block.mlp.fc2.weight, std=width**-0.5 * (2 * size.depth)**-0.5)
-            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        # CLIP, Sec. 2.4: the last layer of a residual branch starts smaller in a deeper model.
+        last = width**-0.5 * (2 * size.depth)**-0.5
+        for block in self.blocks:
+            for layer, std in ((block.attn.qkv, width**-0.5), (block.attn.proj, last),
+                               (block.mlp.fc1, (2 * width)**-0.5), (block.mlp.fc2, last)):
+                nn.init.normal_(layer.weight, std=std)
                 nn.init.zeros_(layer.bias)
 
     def tokens(self, ids):
-        """ids (B, L) int64 -> (B, L, W) after the final norm, not projected. Token i has seen
-        tokens 0..i."""
+        """ids (B, L) int64 -> (B, L, W) after the final norm. Token i has seen tokens 0..i."""
         if ids.ndim != 2 or ids.shape[1] > len(self.positions):
-            raise ValueError(f"text of shape {tuple(ids.shape)}: expected (B, L) with at most "
-                             f"{len(self.positions)} tokens")
+            raise ValueError(f"text {tuple(ids.shape)}: need (B, L), L <= {len(self.positions)}")
         x = self.embed(ids) + self.positions[:ids.shape[1]]
         return self.norm(run_blocks(self.blocks, x, Context(Mask(causal=True)),
-                                    recompute=self._recompute))
+                                    recompute=self.recompute))
 
     def forward(self, ids):
         """ids (B, L) -> embedding (B, E), not normalised, and tokens (B, L, W)."""
@@ -172,27 +153,21 @@ class TextEncoder(nn.Module):
         return self.proj(self.at_end(tokens, ids)), tokens
 
     def at_end(self, tokens, ids):
-        """The tokens (B, L, W) at the end of each sentence of ids (B, L): (B, W)."""
+        """Tokens (B, L, W) -> (B, W), those at the end of each sentence of ids (B, L)."""
         ends = ids if self.end is None else (ids == self.end).int()
         if self.end is not None and not ends.any(dim=1).all():
             raise ValueError(f"a text without its end, token {self.end}")
-        place = ends.argmax(dim=1)                                           # (B,), the first one
+        place = ends.argmax(dim=1)                                           # (B,), the first end
         return tokens.gather(1, place[:, None, None].expand(-1, 1, tokens.shape[2]))[:, 0]
 
-    def recompute(self, on=True):
-        """Save memory, spend time: see attention.run_blocks."""
-        self._recompute = on
-
     def start_cache(self, batch):
-        """The cache of `step` for `batch` empty sentences: a list of [keys, values] per block, each
-        (batch, heads, n, K). Index all of them to reorder beams."""
+        """For `step`: [keys, values] of each block, (batch, heads, n, K) each, n = 0 tokens."""
         heads, weight = self.blocks[0].attn.heads, self.positions
         empty = weight.detach().new_zeros(batch, heads, 0, weight.shape[1] // heads)
         return [[empty, empty] for _ in self.blocks]
 
     def step(self, ids, cache):
-        """Read n more tokens: ids (B, n) -> (B, n, W), equal to `tokens` of the whole sentence at
-        these positions, and the new cache."""
+        """Read n more tokens: ids (B, n) -> (B, n, W), as from `tokens`, and the new cache."""
         first, last = cache[0][0].shape[2], cache[0][0].shape[2] + ids.shape[1]
         if last > len(self.positions):
             raise ValueError(f"token {last} of a text encoder of {len(self.positions)}")
@@ -209,10 +184,7 @@ class TextEncoder(nn.Module):
 
 class JointEncoder(nn.Module):
     """ViCLIP's visual encoder: one class token and the patches of all frames in one sequence.
-
-    Patch n of step tau gets a position for its place, shared by all steps, plus one for its time.
-    size, frames, image_size, tubelet   see Options
-    """
+    Arguments: see Options. Each patch gets a position for its place plus one for its time."""
 
     def __init__(self, size, *, frames, image_size, tubelet=1):
         super().__init__()
@@ -229,8 +201,8 @@ class JointEncoder(nn.Module):
             clip_block(D, size.heads, size.mlp_width) for _ in range(size.depth))
 
     def encode(self, video):
-        """video (B, C, T, H, W) -> feature (B, D), tokens (B, 1, 1+N, D): the class token, then the
-        patches, time slowest; no final norm."""
+        """video (B, C, T, H, W) -> feature (B, D) and tokens (B, 1, 1+N, D), without a final norm:
+        the class token, then the patches, time slowest."""
         B, C, T, H, W = video.shape
         p, step, (h, w) = self.patch, self.stride, self.grid
         if (H, W) != (h * p, w * p) or T > step * len(self.times) or T % step:
@@ -239,7 +211,7 @@ class JointEncoder(nn.Module):
                              + f", a multiple of {step}" * (step > 1))
         patches = video.reshape(B, C, T // step, step, h, p, w, p)
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)                    # b t h w (c step p p)
-        # An image gets the mean of all times, as in the official code.
+        # As in the official code, an image gets the mean of all times.
         times = self.times.mean(dim=0, keepdim=True) if T == step else self.times[:T // step]
         x = self.embed(patches.reshape(B, T // step, h * w, -1)) + self.positions[1:]
         x = (x + times[:, None]).flatten(1, 2)                               # (B, N, D)
@@ -254,17 +226,15 @@ class JointEncoder(nn.Module):
 
 
 class VideoCLIP(nn.Module):
-    """A visual and a text encoder with a joint space of width E.
-
-    size, options   see Options
-    mean, std       what pixels are normalised with: three numbers each, of values in [0, 1]
-    """
+    """A visual and a text encoder with a joint space of width E. Arguments: see Options.
+    Its `mean` and `std` normalise pixels in [0, 1]: three numbers each."""
 
     def __init__(self, size="b16", **options):
         super().__init__()
         self.options = o = Options(size, **options)
         self.config = {"model": "VideoCLIP"} | asdict(o)
         self.kind = o.kind
+        self.unused = []  # names of tensors that from_official left in the file on purpose
         if o.kind == "joint":
             self.visual = JointEncoder(o.size, frames=o.frames, image_size=o.image_size,
                                        tubelet=o.tubelet)
@@ -282,48 +252,43 @@ class VideoCLIP(nn.Module):
                                 embedding=o.embedding, end=o.end)
         # As files store it. CLIP, InternVideo: the logarithm of the factor on the cosines, from a
         # temperature of 0.07 (CLIP, Sec. 2.5, Training). ViCLIP: the temperature itself.
-        start = torch.tensor(0.01) if o.kind == "joint" else torch.tensor(1 / 0.07).log()
-        self.scale = nn.Parameter(start)
-        self.unused = []  # what from_official found in the file and had no use for
+        self.scale = nn.Parameter(
+            torch.tensor(0.01) if o.kind == "joint" else torch.tensor(1 / 0.07).log())
 
     @property
     def logit_scale(self):
-        """(): ln of the factor on the cosines, between 0 and ln 100; may be negative in ViCLIP."""
+        """(): ln of the factor on the cosines, between 0 and ln 100; in ViCLIP at most ln 100."""
         return -self.scale.log() if self.kind == "joint" else self.scale
 
     @torch.no_grad()
     def clamp_scale(self):
         """Keep the factor on the cosines at or below 100, as all official models do, and at or
         above 1, as InternVideo does. A larger one makes training unstable (CLIP, Sec. 2.5)."""
-        # .data: autograd must not count this as a change when a forward pass is computed again.
+        # .data: autograd must not see a change of this parameter if it recomputes a forward pass.
         if self.kind == "joint":
             self.scale.data.clamp_(min=0.01)
         else:
             self.scale.data.clamp_(0, math.log(100))
 
     def encode_video_tokens(self, video):
-        """video (B, C, T, H, W) float, normalised with self.mean and self.std; (B, C, H, W) is an
-        image, a clip of one frame -> embedding (B, E), not normalised, and the tokens of the last
-        layer, before any norm: (B, t, 1+S, D), class token of each frame first; "joint": (B, 1,
-        1+N, D)."""
+        """video (B, C, T, H, W) float, normalised with self.mean and self.std, or images
+        (B, C, H, W) -> embedding (B, E), not normalised, and the tokens of the last layer before
+        any norm: (B, t, 1+S, D), the class token of each frame first; "joint": (B, 1, 1+N, D)."""
         feature, tokens = self.visual.encode(video[:, :, None] if video.ndim == 4 else video)
         return self.visual_proj(self.visual_norm(feature)), tokens
 
     def encode_video(self, video):
-        """The embedding (B, E) alone."""
-        return self.encode_video_tokens(video)[0]
+        return self.encode_video_tokens(video)[0]                            # (B, E)
 
     def encode_text_tokens(self, ids):
-        """ids (B, L) int64 -> embedding (B, E), not normalised, and tokens (B, L, W) after the
-        final norm, not projected."""
+        """ids (B, L) int64 -> embedding (B, E), not normalised, and tokens (B, L, W), normed."""
         return self.text(ids)
 
     def encode_text(self, ids):
-        """The embedding (B, E) alone."""
-        return self.text(ids)[0]
+        return self.text(ids)[0]                                             # (B, E)
 
     def forward(self, video, ids):
-        """What `contrastive_loss` takes: video and text embedding (B, E), logit_scale ()."""
+        """What `contrastive_loss` takes: two embeddings (B, E) and logit_scale ()."""
         if self.training:
             self.clamp_scale()
         return self.encode_video(video), self.encode_text(ids), self.logit_scale
@@ -331,11 +296,11 @@ class VideoCLIP(nn.Module):
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks."""
         self.visual.recompute(on)
-        self.text.recompute(on)
+        self.text.recompute = on
 
     def resized(self, image_size):
         """The same model for frames of another size: see UniFormerV2.resized. ValueError where
-        patches do not fit, and for "joint", which has positions for places and times."""
+        patches do not fit, and for "joint"."""
         if self.kind == "joint":
             raise ValueError("a joint encoder stays at its size")
         model = VideoCLIP.from_config(self.config | {"image_size": image_size})
@@ -350,36 +315,17 @@ class VideoCLIP(nn.Module):
         return cls(**{key: value for key, value in config.items() if key != "model"})
 
     @classmethod
-    def from_official(cls, source, *, heads=None, global_heads=None, global_layers=None,
-                      text_heads=None, frames=None, grow=False):
-        """Load InternVideo-MM, ViCLIP, OpenAI CLIP or Hugging Face CLIP weights, or a run of ours.
-
-        source        path or {name: tensor}; see weights.read
-        heads, global_heads, text_heads   shapes cannot tell them; default: heads of 64
-        global_layers after which layers InternVideo's global blocks read; default: the last ones
-        frames        T; default 8, or as many as ViCLIP's table has. That table is cut, or
-                      stretched, to another T
-        grow          turn plain CLIP, or a frame-wise run of ours, into the start of the video
-                      model: its fresh global blocks add zero. The embedding is then CLIP's of 0.5 *
-                      the mean class token
-        returns       the model in eval mode; `unused` names what was left in the file on purpose
-        raises        WeightsError: not such a file, or one that does not fit to the last tensor. A
-                      Hugging Face folder also tells heads and activation; one without QuickGELU is
-                      refused. A file alone tells neither
-        """
+    def from_official(cls, source, **options):
+        """InternVideo-MM, ViCLIP, OpenAI's or Hugging Face's CLIP, or a run of ours, in eval mode.
+        Options: heads, frames, grow (CLIP becomes a video model) ...: see weights.clip.load."""
         from weights import clip
-        return clip.load(cls, source, heads=heads, global_heads=global_heads, text_heads=text_heads,
-                         global_layers=global_layers, frames=frames, grow=grow)
+        return clip.load(cls, source, **options)
 
     def to_official(self):
-        """{official name: tensor}: InternVideo-MM's, OpenAI CLIP's or ViCLIP's, as `kind` is
-        "video", "frames" or "joint". Raises ValueError for what none of them has."""
+        """{official name: tensor} as in InternVideo-MM ("video"), OpenAI's CLIP ("frames") or
+        ViCLIP ("joint"). ValueError where the official model has no such option."""
         from weights import clip
         return clip.to_official(self)
-
-
-# ------------------------------------------------------------------------------------------------
-# Loss, and the use of the trained model
 
 
 def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False):
@@ -389,16 +335,13 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False):
     diagonal, in nats; about ln B for an untrained model.
 
     video, text  (B, E) embeddings, not normalised
-    logit_scale  (), ln of the factor on the cosines
-    targets      (B,) int or None: a number for each pair. Pairs with equal numbers are right
-                 answers to each other and share the probability evenly (ViCLIP: several clips with
-                 one caption). None: every pair has its own
+    targets      (B,) int: pairs with equal numbers are right answers to each other and share the
+                 probability evenly (ViCLIP: several clips with one caption). None: all differ
     gather       join the batches of all processes first; every process needs the same B
     returns      () float32 (float64 for float64 inputs), also under autocast
     """
     if video.shape != text.shape or video.ndim != 2:
-        raise ValueError(f"video {tuple(video.shape)} and text {tuple(text.shape)}: both should be "
-                         "(B, E)")
+        raise ValueError(f"embeddings {tuple(video.shape)}, {tuple(text.shape)}: need (B, E) twice")
     with torch.autocast(video.device.type, enabled=False):
         v, t = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
                 for x in (video, text))
@@ -414,14 +357,12 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False):
 
 
 def zero_shot(video, classes, logit_scale, combine="probabilities"):
-    """Probabilities of classes without training examples (CLIP, Sec. 3.1.2, Using CLIP for
-    zero-shot transfer).
+    """Probabilities (B, Y) of classes that were never trained (CLIP, Sec. 3.1.2).
 
     video     (B, E) embeddings
-    classes   (prompts, Y, E), normalised embeddings of a sentence for each class, in each prompt
+    classes   (prompts, Y, E), normalised embeddings of one sentence per class, for each prompt
     combine   "probabilities": softmax over classes for each prompt, then the mean (InternVideo);
               "embeddings": the mean, normalised, of a class's sentences, then one softmax (CLIP)
-    returns   (B, Y), rows sum to 1
     """
     if combine not in ("probabilities", "embeddings"):
         raise ValueError(f"combine is {combine!r}: choose probabilities or embeddings")
@@ -429,10 +370,6 @@ def zero_shot(video, classes, logit_scale, combine="probabilities"):
         classes = F.normalize(classes.mean(dim=0, keepdim=True), dim=-1)
     cosines = torch.einsum("be,pye->bpy", F.normalize(video, dim=-1), classes)
     return (logit_scale.exp() * cosines).softmax(dim=-1).mean(dim=1)
-
-
-# ------------------------------------------------------------------------------------------------
-# Try it
 
 
 @torch.no_grad()
@@ -443,20 +380,19 @@ def main():
     from weights.tokenizer import train_tokenizer
 
     world = MovingShapes("train", 4, 64)
-    items = [world[i] for i in range(4)]
-    tokenizer = train_tokenizer([world[i]["caption"] for i in range(100)], 800)
-    ids, is_token = tokenizer.encode([item["caption"] for item in items], 24, trim=True)
+    captions = [world[i]["caption"] for i in range(100)]
+    tokenizer = train_tokenizer(captions, 800)
+    ids, is_text = tokenizer.encode(captions[:4], 24, trim=True)
     model = VideoCLIP("tiny", frames=4, image_size=64, vocabulary=tokenizer.vocabulary, context=24)
-    model.eval()
-    pixels = torch.stack([torch.as_tensor(item["video"]) for item in items])
+    pixels = torch.stack([torch.as_tensor(world[i]["video"]) for i in range(4)])
     video = normalise(pixels, model.mean, model.std)
     video_embedding, video_tokens = model.encode_video_tokens(video)
-    text_embedding, text_tokens = model.encode_text_tokens(ids)
-    print(f"the first caption: {items[0]['caption']!r}, as tokens {ids[0][is_token[0]].tolist()}")
+    text_embedding = model.encode_text(ids)
+    print(f"the first caption: {captions[0]!r}, as tokens {ids[0][is_text[0]].tolist()}")
     for name, value in (
             ("video (B, C, T, H, W)", video), ("its tokens (B, t, 1+S, D)", video_tokens),
-            ("its embedding (B, E)", video_embedding), ("text (B, L)", ids),
-            ("its tokens (B, L, W)", text_tokens), ("its embedding (B, E)", text_embedding)):
+            ("its embedding (B, E)", video_embedding),
+            ("text (B, L)", ids), ("its embedding (B, E)", text_embedding)):
         print(f"{name:28s} {tuple(value.shape)}")
     loss = contrastive_loss(video_embedding, text_embedding, model.logit_scale)
     print(f"contrastive loss {loss:.3f}, untrained; ln B = {math.log(4):.3f} at chance")

@@ -6,30 +6,27 @@
     item: {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, ...}
     batch: {"video": uint8 (B, T, H, W, 3), "labels": {question: int64 (B,)}, ...}
 
-The idea in steps.
 1. `VideoFiles` reads a list of files, as video/annotations.py understands it. `VideoShards` reads
    tar shards. video/moving_shapes.py generates clips. All three return the same items.
-2. A clip is decoded, sampled and cropped by one recipe (video/clips.py). "dense" sampling (default
-   of stage 1) takes every 4th frame, from a random start in training and from the middle in
-   evaluation. "segment" sampling (the other stages) takes one frame of each of T equal parts:
-   a random one in training, the middle one in evaluation. Other names reproduce official numbers.
+2. A clip is decoded, sampled and cropped by one recipe (video/clips.py). "dense" sampling (stage 1)
+   takes every 4th frame, from a random start in training and from the middle in evaluation.
+   "segment" sampling (other stages) takes one frame of each of T equal parts: a random one in
+   training, the middle one in evaluation. Other names reproduce official numbers.
 3. `batches` collates items for training. Step k holds the same clips for any number of workers
    and after any resume, because each random draw is a function of (seed, index, epoch). Tar shards
    are the exception; see `VideoShards`.
 4. `held_out` collates each item of an evaluation set once.
 5. Frames stay uint8 until they are on the device; `video.transforms.normalise` converts them.
 
-Where we differ from official code. Official loaders put another random video in place of a corrupt
+Where we differ from official code: official loaders put another random video in place of a corrupt
 one, even in evaluation (VideoMAE kinetics.py:118). Here training reports what it skipped, and
 evaluation never substitutes. VideoMAE fine-tuning spreads 16 frames over 64 with spacing 64/15; our
 "dense" has the exact stride of its pretraining. InternVideo's segment sampling never draws the last
-frame of a segment; our "segment" can. `--sampling videomae-dense` and its like follow the official
-rules exactly.
+frame of a segment; our "segment" can. `--sampling videomae-dense` and others like it follow the
+official rules exactly.
 
     python data.py PATH                 check a data set: bad files, statistics, a contact sheet
     python data.py PATH --cache DIR     write small copies, so that later epochs load faster
-
-Try it:
 
 >>> spread(9, 3)
 [0, 3, 6]
@@ -51,51 +48,33 @@ from video.clips import Clips
 from video.loading import Plan, load
 from video.shards import ShardStream, VideoShards, describe_sample
 
+TEXTS = "caption", "question", "answer", "candidates"  # that a file may have
+
 
 class VideoFiles(Clips, ClipSet):
     """Clips from video files, or from pictures, which are clips of one frame.
 
     source    whatever `annotations.read` knows: a folder, a list, a benchmark's own files
-    frames    T
-    size      int or (H, W), pixels
-    stride    frames from one chosen frame to the next, where the sampling is dense
-    sampling  one of SAMPLINGS; "dense" and "segment" are ours, the others reproduce official numbers
-    transform  one of TRANSFORMS, likewise
-    train     True: random window and crop and (with flip=True) mirroring, alike for all frames, a
-              function of (seed, index, epoch); False: the centre of each, or `views`
-    area      with train=True: the smallest share of a frame's area that a random crop keeps; None: the
-              transform's own
-    operations, magnitude   with train=True: RandAugment (arXiv 1909.13719), so many of its operations of a
-              strength of 0 to 30, drawn once for a clip; 0 = none
-    erasing   with train=True: probability that a box of the clip, the same in all frames, turns grey
-    views     (clips, crops) with train=False: that many clips along time, and of each that many crops from
-              end to end of the longer side. "video" is then uint8 (1 + clips * crops, T, H, W, 3), the one
-              view in the centre of both first
-    part      "all", or "train" / "val": without / only the tenth that `split_files` holds out. Where
-              the source brings a split of its own, that counts instead, and "all" means what it has
-              for `train`
+    part      "all", "train" or "val": without or only the tenth that `split_files` holds out. Where
+              the source has splits of its own, they count instead; "all" is then its training set
+              with train=True, else its validation set
     classes   class names in label order, to read a validation list with the training set's labels
+    the rest  see video.clips.Clips.prepare
 
-    self[index] and self[index, epoch] return
-              {"video": uint8 (T, H, W, 3), or more with views, "labels": {"label": int} where the
-               file has one, "path": str, "bad": [(path, reason), ...], and where the source has
-               them "caption" and "captions" (all of the video, after `by_video`), "question",
-               "answer": str and "candidates": tuple of str}
-              A file that cannot be read is named in "bad". With train=True the next readable file
-              takes its place. With train=False nothing does and "video" is None, so that an
-              evaluation counts unreadable files and does not replace them.
+    self[index] and self[index, epoch] return an item, see video/clip_set.py. Its labels are {} or
+    {"label": int}. A file that cannot be read is named in "bad". With train=True the next readable
+    file replaces it. With train=False "video" is None, so that an evaluation can count it.
 
-    `classes` is {"label": names in label order}, or {} where the source has no labels. `captions` is
-    None or parallel to `items`, which lists (path, label or None). `kind` says what the source is.
-    Raises DataError if source is none of these, a label is unknown, or no file can be read.
+    `items` lists (path, label or None), `captions` is None or parallel to it, `kind` names the
+    format. Raises DataError if source is none of these, a label is unknown, or no file exists.
     """
 
-    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all", classes=None,
-                 **recipe):
+    def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
+                 classes=None, **recipe):
         if part not in ("all", "train", "val"):
             raise DataError(f"no part {part!r}: choose all, train or val")
         self.prepare(frames, size, stride, sampling, train, **recipe)
-        self.source, self.all_captions, self.recipe = str(source), None, recipe
+        self.source, self.all_captions = str(source), None
         self.kind, rows, official = annotations.read(source)
         labels = [row.label for row in rows]
         names, number = annotations.number_labels(source, labels, classes or official)
@@ -111,20 +90,21 @@ class VideoFiles(Clips, ClipSet):
         self.rows = rows
         self.items = [(row.path, number.get(row.label)) for row in rows]
         self.captions = [row.caption for row in rows] if rows[0].caption is not None else None
-        self.missing = [path for path in dict.fromkeys(row.path for row in rows) if not os.path.isfile(path)]
-        if len(self.missing) == len({row.path for row in rows}):
+        paths = dict.fromkeys(row.path for row in rows)
+        self.missing = [path for path in paths if not os.path.isfile(path)]
+        if len(self.missing) == len(paths):
             raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder")
 
     def keep(self, places):
-        """Keep the files at these places of the list alone. Returns self."""
+        """Keep only the files at these places of the list. Returns self."""
         self.rows = [self.rows[i] for i in places]
         self.items = [self.items[i] for i in places]
         self.captions = self.captions and [self.captions[i] for i in places]
         return self
 
     def only(self, question, names):
-        """Keep the files of these classes alone, numbered in this order. Returns self."""
+        """Keep only files of these classes, numbered in this order. Returns self."""
         old = self.classes[question]
         self.keep([i for i, (_, label) in enumerate(self.items)
                    if label is not None and old[label] in names])
@@ -135,14 +115,12 @@ class VideoFiles(Clips, ClipSet):
         return self
 
     def first(self, count):
-        """Keep `count` of the files, drawn at random but always the same. Returns self."""
+        """Keep `count` files, drawn at random but always the same. Returns self."""
         return self.keep(sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist()))
 
     def by_video(self):
-        """One item for each video: "captions" is a tuple of all its captions, "caption" the first.
-
-        Nothing changes where there are no captions, or a choice among several. Returns self.
-        """
+        """One item for each video, with all its captions as "captions"; no change where there are
+        none, or where the task is to choose among several. Returns self."""
         if not self.captions or self.rows[0].candidates:
             return self
         captions, first = {}, {}
@@ -157,13 +135,13 @@ class VideoFiles(Clips, ClipSet):
         return sum(len((self.all_captions or {}).get(self.items[i][0], ("",))) for i in places)
 
     def with_views(self, clips, crops):
-        """A copy for evaluation of which each item has several views: see `views`."""
+        """A copy for evaluation whose items have several views: see video.clips.Clips.prepare."""
         views = copy.copy(self)
         views.views = (clips, crops)
         return views
 
     def training_captions(self):
-        """All captions, for a vocabulary. DataError where there are none, or where one is empty."""
+        """All captions, for a vocabulary. DataError where there are none, or one is empty."""
         if self.captions is None:
             return super().training_captions()
         for (path, _), caption in zip(self.items, self.captions):
@@ -183,27 +161,27 @@ class VideoFiles(Clips, ClipSet):
     def summary(self):
         """One line for the user: kind, counts, classes, a sample, what is missing."""
         row, (path, label) = self.rows[0], self.items[0]
-        videos = len({path for path, _ in self.items})
         names = self.classes.get("label", ())
-        kinds = (f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                 if names else "no labels")
-        said = (f", {len(self):,} captions" if self.captions else
-                f", {len(self):,} questions" if row.question else "")
-        first = f"first {path}" + ("" if label is None else f" = {names[label]}") + (
-            f" = {row.caption!r}" if row.caption else "")
+        counts = f"{len({path for path, _ in self.items}):,} videos"
+        counts += (f", {len(self):,} captions" if self.captions else
+                   f", {len(self):,} questions" if row.question else "")
+        counts += (f", {len(names)} classes ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+                   if names else ", no labels")
+        first = (f"first {path}" + ("" if label is None else f" = {names[label]}")
+                 + (f" = {row.caption!r}" if row.caption else ""))
         missing = f"; {len(self.missing):,} MISSING, e.g. {self.missing[0]}" if self.missing else ""
-        return printable(f"{self.source}: {self.kind}: {videos:,} videos{said}, {kinds}, {first}{missing}")
+        return printable(f"{self.source}: {self.kind}: {counts}, {first}{missing}")
 
     def __getitem__(self, index):
         index, epoch = index if isinstance(index, tuple) else (index, 0)
         index, bad = range(len(self))[index], []
         for place in range(index, index + (len(self) if self.train else 1)):
             place %= len(self)
-            path, label = self.items[place]
-            item = {"video": None, "labels": {} if label is None else {"label": label}, "path": path,
-                    "bad": bad}
-            item |= {key: getattr(self.rows[place], key) for key in ("caption", "question", "answer", "candidates")
-                     if getattr(self.rows[place], key) is not None}
+            (path, label), row = self.items[place], self.rows[place]
+            labels = {} if label is None else {"label": label}
+            item = {"video": None, "labels": labels, "path": path, "bad": bad}
+            texts = {key: getattr(row, key) for key in TEXTS}
+            item |= {key: text for key, text in texts.items() if text is not None}
             if "caption" in item:
                 item["captions"] = (self.all_captions or {}).get(path, (item["caption"],))
             try:
@@ -212,8 +190,7 @@ class VideoFiles(Clips, ClipSet):
             except DataError as error:
                 bad.append((path, str(error)))
         if self.train:
-            raise DataError(f"{self.source}: none of its {len(self)} files can be read; "
-                            f"{bad[0][1]}")
+            raise DataError(f"{self.source}: none of {len(self)} files can be read; {bad[0][1]}")
         return item
 
 
@@ -228,18 +205,17 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
 
     source    what --data names: a folder, a list ...; "" = generated clips
     held_out  what --val-data names; "" = a part of `source`
-    world     which class of video.moving_shapes the generated clips are of; its HELD_OUT names their
-              held-out sets, of which files have "val" alone
-    augment   more for the training set, see VideoFiles; the rest too
+    world     class of video.moving_shapes that generates clips; its HELD_OUT names the held-out
+              sets. Files have only "val"
+    augment   more for the training set; this and the rest: see video.clips.Clips.prepare
 
-    This is the one place that asks whether clips come from files: all data sets have one interface.
+    Only this function asks whether clips come from files: all data sets have one interface.
     """
     if not source:
         make = functools.partial(getattr(moving_shapes, world), frames=frames, size=size, seed=seed,
                                  motion_words=motion_words)
         train_set = make("train")
-        sets = {split: make(split) for split in train_set.HELD_OUT}
-        return train_set, sets
+        return train_set, {split: make(split) for split in train_set.HELD_OUT}
     options = dict(frames=frames, size=size, sampling=sampling, stride=stride, seed=seed, flip=flip,
                    transform=transform)
     train_set = open_clips(source, train=True, part="all" if held_out else "train", **options,
@@ -251,10 +227,14 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
     return train_set, {"val": val}
 
 
-# ------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------
+# Batches
+
+BATCH_LISTS = (*TEXTS, "captions", "path", "facts", "index")  # one entry for each clip
 
 
-def _collate(items):
+def collate(items):
+    """Items of one data set -> a batch, without the unreadable ones; or a DataError among them."""
     for item in items:
         if isinstance(item, DataError):
             return item
@@ -268,69 +248,68 @@ def _collate(items):
     return batch
 
 
-# What a batch holds as lists, one entry for each clip, where the data set has it.
-BATCH_LISTS = ("caption", "captions", "path", "facts", "index", "question", "answer", "candidates")
-
-
-def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, rank=0, world=1, repeats=1):
+def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, rank=0, world=1,
+            repeats=1):
     """Iterate over the batches of steps start .. steps - 1; batch k is a function of (seed, k).
 
-    An endless dataset is read in order: step k holds indices k B to k B + B - 1. A finite one is
-    read epoch after epoch, each in its own order drawn from (seed, epoch) unless shuffle=False; a
-    batch may straddle two epochs, so that all have the same size. With `world` processes, the
-    batches of all ranks at step k are together the batch of one process with batch size B * world.
+    An endless data set is read in order: step k holds indices k*B to k*B + B - 1. A finite one is
+    read epoch after epoch, each in its own order drawn from (seed, epoch) unless shuffle=False. A
+    batch may contain clips of two epochs, so that all batches have the same size. The batches of
+    `world` processes at step k are together the batch of one process with batch size B * world.
 
     workers  processes that load ahead; 0 = load in this one
-    repeats  clips of each file side by side, each cut out anew (repeated augmentation, arXiv 1901.09335, as
-             VideoMAE uses it); finite datasets only
+    repeats  clips of each file side by side, each with its own random draws (repeated augmentation,
+             arXiv 1901.09335, as VideoMAE uses it); finite data sets only
     yields   dict: "video" uint8 (B, T, H, W, 3), "labels" {question: int64 (B,)}, -1 = none, "bad"
              list of (path, reason), and lists such as "caption" and "path", see BATCH_LISTS
-    Raises DataError where the dataset does, or if a batch has nothing but unreadable files.
+    raises   DataError where the data set does, or for a batch of nothing but unreadable files
     """
     shards = isinstance(dataset, VideoShards)
     if repeats > 1 and (shards or not hasattr(dataset, "__len__")):
-        raise DataError(f"repeats={repeats}: an endless dataset has no need of the same clip twice")
+        raise DataError(f"repeats={repeats}: an endless data set has no use for it")
     if shards:
         stream = ShardStream(dataset, seed, start, rank)
-        found = itertools.islice(load(stream, None, workers, _collate, batch_size=batch_size), max(steps - start, 0))
+        loaded = load(stream, None, workers, collate, batch_size=batch_size)
+        loaded = itertools.islice(loaded, max(steps - start, 0))
     else:
         plan = Plan(dataset, batch_size, seed, steps, start, shuffle, rank, world, repeats)
-        found = load(dataset, plan, workers, _collate)
-    for batch in found:
+        loaded = load(dataset, plan, workers, collate)
+    for batch in loaded:
         if batch["video"] is None:
             raise DataError(f"a whole batch of unreadable files; {batch['bad'][0][1]}")
         yield batch
 
 
 def spread(n, count):
-    """Numbers of `count` of n items, evenly from the first on, rising; of all where there are no more."""
+    """Indices of `count` of n items, evenly spaced from 0 on; all indices where n <= count."""
     return [i * n // min(n, count) for i in range(min(n, count))]
 
 
 def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
-    """Iterate over `count` items in order, once, as dicts like those of `batches`: the first ones of an endless
-    dataset, of a finite one every n-th (`spread`), for lists come class by class.
+    """Iterate once over `count` items, in order, as batches like those of `batches`.
 
-    "number" counts the batches. Of several processes each gets every world-th of the same batches, so
-    that together they see every item once, however many there are.
+    An endless data set gives its first items. A finite one gives evenly spaced ones (`spread`),
+    because lists are often sorted by class; count=None takes all. Process `rank` of `world` gets
+    every world-th batch, so that together they see every item once. "number" is the batch's place
+    among all.
 
-    The last batch may be smaller, and so may one with unreadable files: these are in "bad", so
-    that evaluated + bad = count. No batch is empty. count=None means all of a finite dataset.
-    Raises DataError if no item can be read; one of several processes then yields a last batch whose
-    "video" is None, for others may have more luck.
+    The last batch may be smaller, and so may one with unreadable files. These are in "bad", so that
+    evaluated + bad = count. If no item can be read: DataError; one of several processes instead
+    yields one batch whose "video" is None. No other batch is empty.
     """
     if hasattr(dataset, "__len__"):
         count = len(dataset) if count is None else min(count, len(dataset))
     chosen = spread(len(dataset), count) if hasattr(dataset, "__len__") else range(count)
-    plan = [list(chosen[first:first + batch_size]) for first in range(0, count, batch_size)]
-    found = load(dataset, plan[rank::world], workers, _collate)
     if isinstance(dataset, VideoShards):
         samples = itertools.islice(map(describe_sample, dataset.samples(dataset.shards)), count)
         parts = iter(lambda: list(itertools.islice(samples, batch_size)), [])
-        found = (_collate([dataset.item(*sample, None) for sample in part])
-                 for part in itertools.islice(parts, rank, None, world))
+        loaded = (collate([dataset.item(*sample, None) for sample in part])
+                  for part in itertools.islice(parts, rank, None, world))
+    else:
+        plan = [list(chosen[first:first + batch_size]) for first in range(0, count, batch_size)]
+        loaded = load(dataset, plan[rank::world], workers, collate)
     waiting, bad = None, []  # one batch is held back: the last one also reports what follows it
-    for number, batch in zip(itertools.count(rank, world), found):
+    for number, batch in zip(itertools.count(rank, world), loaded):
         bad += batch["bad"]
         if batch["video"] is None:
             continue

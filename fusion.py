@@ -9,30 +9,30 @@
            logits = (1 - u) * score A + u * score M,  u learned
 
 Masked modelling learns how things move; language supervision learns what they are. InternVideo
-keeps both encoders and adds attention between them (Sec. 3.2, Cross-Model Interaction). It reached
-91.1 % on Kinetics-400. The paper gives no number for a plain average of the two
-encoders' scores; `train.py fuse` measures one.
+keeps both encoders and adds attention between them (arXiv 2212.03191, Sec. 3.2, Cross-Model
+Interaction). It reached 91.1 % on Kinetics-400. The paper does not compare with a plain average of
+both scores; `train.py fuse` does.
 
-1. `CrossModelAttention`: attention to the other model's tokens, then an MLP, each times a gate
-   tanh(g), g = 0 at the start. Every encoder therefore starts as it was, bit for bit. At step one
-   only the gates have a gradient: in tanh(g) * f(x), the gradient of f is multiplied by tanh(g),
-   which is 0, and the gradient of g by f(x), which is not. Once the gates open, f learns too.
+1. `CrossModelAttention`: attention to the other model's tokens, then an MLP. Each is multiplied by
+   a gate tanh(g) with g = 0 at the start, so every encoder starts exactly as it was. In the first
+   step only the gates get a gradient: in y = tanh(g) * f(x), dy/dg = f(x), but dy/df = tanh(0) = 0.
+   Once the gates open, f learns too.
 2. `InternVideo.encode_masked`: such a layer stands before chosen blocks of the masked encoder. It
-   reads the multimodal encoder after a chosen block, at several depths, because the last blocks no
-   longer hold what early ones do. At the end the global token (paper: "query token") attends to the
-   masked encoder's tokens.
-3. Both heads give scores. Their weights are a softmax of learned numbers that start equal: at first
-   the result is the average of both models' logits (the baseline `late_fusion`: of probabilities).
+   reads the multimodal encoder after a chosen block, at several depths, because early blocks hold
+   what the last ones no longer do. At the end the global token (paper: "query token") attends to
+   the masked encoder's tokens.
+3. Both heads give scores. Their weights are a softmax of learned numbers that start equal, so the
+   first result is the mean of both models' logits.
 4. `InternVideo.freeze`: only the cross-model attention, the weights of the scores, the heads with
-   their norms, and the global token's start train. The encoders stay in eval mode. Freezing alone
-   saves time and memory: autograd keeps nothing where no weight and no input needs a gradient.
+   their norms, and the global token's start are trained. The encoders stay in eval mode.
 
-Nothing of this was released. The paper leaves open, and we chose: before which blocks (four,
-evenly), which multimodal blocks are read (at the same relative depth), which tokens give keys (all),
-heads (the masked encoder's), gates (one number each), how scores combine (convex, of logits).
+None of this was released. The paper leaves open, and we chose: before which blocks (four, evenly),
+which multimodal blocks are read (at the same relative depth), which tokens give keys (all), heads
+(the masked encoder's), gates (one number each), how scores combine (convex, of logits). With
+VideoMAE-H and UniFormerV2-L, 90.2 M parameters train beside 985 M frozen ones.
 
-Numbers: VideoMAE-H and UniFormerV2-L: 90.2 M parameters train beside 985 M frozen ones.
-
+>>> from mae import VideoClassifier
+>>> from uniformerv2 import UniFormerV2
 >>> masked = VideoClassifier("tiny", classes=5, frames=8, image_size=64)
 >>> model = InternVideo(masked, UniFormerV2("tiny", classes=5, frames=8)).eval()
 >>> model(torch.randint(256, (2, 8, 64, 64, 3), dtype=torch.uint8)).shape
@@ -47,8 +47,7 @@ from torch import nn
 
 import weights
 from attention import Attention, Dropout, Mlp
-from mae import VideoClassifier
-from uniformerv2 import UniFormerV2
+from video.transforms import normalise
 
 
 class CrossModelAttention(nn.Module):
@@ -57,12 +56,10 @@ class CrossModelAttention(nn.Module):
         x = x + tanh(gate_attn) * attention(norm x; norm_context y)
         x = x + tanh(gate_mlp) * mlp(norm_mlp x)
 
-    width, context_width   D of the tokens that ask, D of those that give keys and values
-    heads                  of the attention
+    width, context_width   D of the queries x, D of the context y, which gives keys and values
     gates                  True: both start at 0; False: no gates, for comparison
 
-    From the paper: gated attention and MLP. Ours: pre-norm, exact GELU, an MLP four times as wide,
-    one number per gate.
+    From the paper: gated attention and MLP. Ours: pre-norm, exact GELU, an MLP four times as wide.
     """
 
     def __init__(self, width, context_width, heads, gates=True):
@@ -79,7 +76,8 @@ class CrossModelAttention(nn.Module):
 
     def forward(self, x, context):
         """x (B, N, D), context (B, M, context_width) -> (B, N, D)"""
-        x = x + self.gated(self.gate_attn, self.attn(self.norm(x), keys_from=self.norm_context(context)))
+        attended = self.attn(self.norm(x), keys_from=self.norm_context(context))
+        x = x + self.gated(self.gate_attn, attended)
         return x + self.gated(self.gate_mlp, self.mlp(self.norm_mlp(x)))
 
     @staticmethod
@@ -88,7 +86,7 @@ class CrossModelAttention(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, x, context):
-        """Attention weights, arguments as `forward`: (B, N, M), mean over heads, rows sum to 1."""
+        """Attention weights (B, N, M) of `forward`: mean over heads, rows sum to 1."""
         keys, _ = self.attn.kv(self.norm_context(context)).chunk(2, dim=-1)
         q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2).float()
                 for y in (self.attn.q(self.norm(x)), keys))
@@ -97,21 +95,21 @@ class CrossModelAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Options:
-    """Options of an InternVideo. None is replaced by `fitted`, which also checks them."""
+    """Options of an InternVideo. `fitted` checks them and replaces None."""
 
-    before: list | None = None  # masked blocks with cross-model attention before them, rising; None
-    #                             = four, evenly, the last before the last block
-    layers: list | None = None  # for each, the multimodal block after which it reads; None = at the
-    #                             same relative depth. Two multimodal encoders: a list for each
-    last: bool = True           # False: the global token does not attend to the masked encoder
-    heads: int | None = None    # of the masked tokens' attention; None = the masked encoder's
-    source: str = "all"         # keys and values from "all" tokens, or "patches", no class tokens
-    gates: bool = True          # False: no gates; the start is then not the encoders' average
-    bridges: bool = True        # False: no cross-model attention at all: before=[], last=False
-    drop: float = 0.0           # dropout before the heads, a probability (paper: 0.9)
+    before: list | None = None  # masked blocks with attention before them, rising; None: `evenly`
+    # For each, the multimodal block after which it reads; None: at the same relative depth. Two
+    # multimodal encoders: a list for each.
+    layers: list | None = None
+    last: bool = True  # False: the global token does not attend to the masked encoder
+    heads: int | None = None  # of the masked tokens' attention; None: the masked encoder's
+    source: str = "all"  # keys and values from "all" tokens, or "patches": no class tokens
+    gates: bool = True  # False: no gates; the start is then not the encoders' average
+    bridges: bool = True  # False: no cross-model attention at all: before=[], last=False
+    drop: float = 0.0  # dropout before the heads, a probability (paper: 0.9)
 
     def fitted(self, masked, encoders):
-        """These options with the defaults for these encoders. ValueError where they do not fit."""
+        """These options with defaults for these encoders. ValueError where they do not fit."""
         if self.source not in ("all", "patches"):
             raise ValueError(f"source is {self.source!r}: choose all or patches")
         depth, before, layers = masked.depth, self.before, self.layers
@@ -142,10 +140,9 @@ class InternVideo(nn.Module):
     masked       an encoder of the masked family, as mae.VideoClassifier, with a head for Y classes
     multimodal   one of the multimodal family, as uniformerv2.UniFormerV2, with a head for the same
                  classes; or a list of two (InternVideo-T)
-    options      see `Options`
+    raises       ValueError where these and the options do not fit together
 
     A clip is uint8 (B, T, H, W, 3), as data.py returns it; each encoder gets its own `view` of it.
-    `frozen` names the parameters that never train. ValueError where the parts do not fit.
     """
 
     def __init__(self, masked, multimodal, **options):
@@ -157,6 +154,7 @@ class InternVideo(nn.Module):
                        "multimodal": [encoder.config for encoder in encoders]} | asdict(options)
         self.before, self.layers = options.before, options.layers
         self.masked, self.multimodal = masked, nn.ModuleList(encoders)
+
         def attention(encoder, context, heads):
             return CrossModelAttention(encoder.width, context.width, heads, options.gates)
 
@@ -166,7 +164,7 @@ class InternVideo(nn.Module):
                           for _ in self.before) for encoder in encoders)
         self.last = nn.ModuleList(attention(encoder, masked, encoder.heads)
                                   for encoder in encoders if options.last)
-        self.balance = nn.Parameter(torch.zeros(len(encoders)))  # for the masked one it is 0
+        self.balance = nn.Parameter(torch.zeros(len(encoders)))  # the masked encoder's is fixed: 0
         self.drop = Dropout(options.drop)
         self.freeze()
         self.train(False)
@@ -191,7 +189,7 @@ class InternVideo(nn.Module):
                              "all need the same, at least one; see their with_head")
 
     def freeze(self):
-        """Let only `learned_parts` train; `self.frozen` names the other parameters."""
+        """Let only `learned_parts` train; `frozen` names the parameters that never do."""
         self.requires_grad_(False)
         for part in self.learned_parts():
             part.requires_grad_(True)
@@ -204,17 +202,15 @@ class InternVideo(nn.Module):
             yield from encoder.learned_parts()
 
     def train(self, mode=True):
-        """The encoders stay in eval mode: no dropout, no new batch statistics, whatever trains."""
+        """The encoders stay in eval mode: no dropout, no new batch statistics."""
         super().train(mode)
         for encoder in (self.masked, *self.multimodal):
             encoder.eval()
         return self
 
-    # The forward pass, piece by piece
-
     def encode_multimodal(self, encoder, clip, chosen):
-        """A multimodal encoder alone: its state after the last block, and the tokens (B, M, Dm)
-        after each of the chosen blocks, which give keys and values to the masked encoder."""
+        """A multimodal encoder alone -> its state after the last block, and its tokens (B, M, Dm)
+        after each chosen block, from which the masked encoder's attention takes keys and values."""
         state, tokens, done = encoder.start(view(clip, encoder)), {}, 0
         for layer in sorted(set(chosen)):
             state, done = encoder.run(state, done, layer + 1), layer + 1
@@ -224,9 +220,7 @@ class InternVideo(nn.Module):
 
     def encode_masked(self, clip, contexts):
         """The masked encoder with cross-model attention -> its state after the last block.
-
-        contexts  for each multimodal encoder, for each place, tokens (B, M, Dm)
-        """
+        contexts: for each multimodal encoder, for each place, tokens (B, M, Dm)."""
         edges = [*self.before, self.masked.depth]
         state = self.masked.run(self.masked.start(view(clip, self.masked)), 0, edges[0])
         for place, (start, stop) in enumerate(zip(edges, edges[1:])):
@@ -242,47 +236,42 @@ class InternVideo(nn.Module):
         masked, states = self.encode_masked(clip, contexts), list(states)
         for i, layer in enumerate(self.last):
             query = states[i].query
-            if query is None:  # a plain image tower: the mean class token asks
+            if query is None:  # an encoder without global blocks: the mean class token
                 query = states[i].tokens[:, :, 0].mean(dim=1, keepdim=True)
             states[i] = replace(states[i], query=layer(query, masked.tokens))
         return [masked, *states]
 
     def scores(self, clip):
-        """uint8 (B, T, H, W, 3) -> [logits (B, Y) of the masked encoder, then of each multimodal
-        one], after cross-model attention."""
+        """uint8 (B, T, H, W, 3) -> [logits (B, Y) of the masked encoder, of each multimodal one]"""
         return [encoder.head(self.drop(encoder.finish(state)))
                 for encoder, state in zip((self.masked, *self.multimodal), self.encode(clip))]
 
     def shares(self):
-        """The weight of each score, (1 + encoders,): positive, sum 1; equal at the start."""
+        """The weight of each score, (1 + encoders,): positive, sum 1, equal at the start."""
         return torch.cat([self.balance.new_zeros(1), self.balance]).softmax(dim=0)
 
     def combine(self, scores):
         """The learned convex combination: list of (B, Y) -> (B, Y)."""
-        return sum(weight * score for weight, score in zip(self.shares(), scores))
+        return sum(share * score for share, score in zip(self.shares(), scores))
 
     def forward(self, clip):
         """uint8 (B, T, H, W, 3) -> logits (B, Y)"""
         return self.combine(self.scores(clip))
 
     def features(self, clip):
-        """For other tasks, a dict.
-
-        "clip"        (B, Da + Dm + ...), what the heads see, side by side
-        "masked"      tokens (B, N, Da) after cross-model attention
-        "multimodal"  for each encoder its last tokens (B, t, 1+S, Dm), without cross-model
-                      attention, class token of each frame first
-        """
+        """For other tasks: {"clip": (B, Da + Dm + ...), what the heads see, side by side,
+        "masked": tokens (B, N, Da) after cross-model attention, "multimodal": for each encoder its
+        last tokens (B, t, 1+S, Dm), which do not depend on the masked encoder}."""
         masked, *others = states = self.encode(clip)
         encoders = (self.masked, *self.multimodal)
-        seen = [encoder.finish(state) for encoder, state in zip(encoders, states)]
-        return {"clip": torch.cat(seen, dim=1), "masked": masked.tokens,
+        features = [encoder.finish(state) for encoder, state in zip(encoders, states)]
+        return {"clip": torch.cat(features, dim=1), "masked": masked.tokens,
                 "multimodal": [state.tokens for state in others]}
 
     @torch.no_grad()
     def attention_maps(self, clip, place=-1, encoder=0):
-        """What the masked encoder's tokens attend to in a multimodal encoder: (B, N, t, 1+S or S),
-        mean over heads, rows sum to 1. place: an index into `before`; encoder: which one."""
+        """Where the masked encoder's tokens attend in a multimodal encoder: (B, N, t, 1+S or S),
+        mean over heads, rows sum to 1. place: index into `before`; encoder: into `multimodal`."""
         layer, inputs = self.bridges[encoder][place], []
         hook = layer.register_forward_pre_hook(lambda _, given: inputs.extend(given))
         try:
@@ -294,23 +283,21 @@ class InternVideo(nn.Module):
         return layer.attention_maps(*inputs).unflatten(2, (t, -1))
 
     def recompute(self, on=True):
-        """Save memory, spend time, in the masked encoder: see attention.run_blocks. Blocks before
-        the first cross-model attention keep nothing anyway."""
+        """Save memory, spend time: see attention.run_blocks. All other blocks are frozen and read
+        nothing that trains, so autograd keeps nothing of them."""
         self.masked.recompute(on)
-
-    # Loading
 
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
-        masked = VideoClassifier.from_config(config["masked"])
-        encoders = [UniFormerV2.from_config(part) for part in config["multimodal"]]
-        return cls(masked, encoders, **{key: value for key, value in config.items()
-                                        if key not in ("model", "masked", "multimodal")})
+        from weights.encoders import from_config
+        masked, multimodal = from_config(config["masked"]), map(from_config, config["multimodal"])
+        return cls(masked, list(multimodal), **{key: value for key, value in config.items() if key
+                                                not in ("model", "masked", "multimodal")})
 
     @classmethod
     def from_run(cls, folder):
-        """Load a run of the fuse stage, experts included, in eval mode. WeightsError where it is none."""
+        """Load a run of `train.py fuse`, encoders included, in eval mode. WeightsError if none."""
         return weights.load_run(cls.from_config, folder, "InternVideo", "fuse")
 
 
@@ -324,15 +311,11 @@ def evenly(count, depth):
 
 
 def view(clip, encoder):
-    """A clip as one encoder takes it: its number of frames, its size and its normalisation.
+    """A clip as one encoder takes it: uint8 (B, T, H, W, 3) -> float32 (B, 3, frames, *image_size),
+    normalised with the encoder's `mean` and `std`.
 
     Frames are the middle ones of equal parts of the clip. Resizing is bilinear and antialiased, and
-    does not keep the aspect ratio.
-
-    clip     uint8 (B, T, H, W, 3)
-    encoder  with .config of "frames" and "image_size", .mean and .std
-    returns  float32 (B, 3, frames, *image_size)
-    raises   ValueError: not such a clip, or fewer frames than it needs
+    does not keep the aspect ratio. ValueError: not such a clip, or too few frames.
     """
     frames, size = encoder.config["frames"], tuple(encoder.config["image_size"])
     if clip.dtype != torch.uint8 or clip.ndim != 5 or clip.shape[-1] != 3:
@@ -343,56 +326,20 @@ def view(clip, encoder):
         raise ValueError(f"a clip of {T} frames for an encoder of {frames}: sample more frames")
     if T != frames:
         clip = clip[:, ((torch.arange(frames, device=clip.device) + 0.5) * T / frames).long()]
-    video = clip.permute(0, 1, 4, 2, 3).float()                              # (B, t, 3, H, W)
     if (H, W) != size:
-        video = F.interpolate(video.flatten(0, 1), size, mode="bilinear", antialias=True)
-        video = video.unflatten(0, (B, frames))
-    mean, std = (torch.tensor(x, device=clip.device).view(3, 1, 1)
-                 for x in (encoder.mean, encoder.std))
-    return ((video / 255 - mean) / std).transpose(1, 2)
-
-
-# ------------------------------------------------------------------------------------------------
-# Baselines: late fusion
-
-
-def late_fusion(scores, shares=None):
-    """Average the probabilities of several separate models.
-
-    scores   a list of logits, each (B, Y), or (B, V, Y) with V views of each video. Views of one
-             model are averaged first, so that a model with more views does not count more (the
-             official script averages all views of all models at once)
-    shares   one number per model, sum 1; None: equal
-    returns  probabilities (B, Y)
-    raises   ValueError: models that disagree about B or Y, or another number of shares
-    """
-    shares = [1 / max(1, len(scores))] * len(scores) if shares is None else shares
-    if len(shares) != len(scores) or len({(len(score), score.shape[-1]) for score in scores}) != 1:
-        shapes = ", ".join(str(tuple(score.shape)) for score in scores)
-        raise ValueError(f"{len(shares)} shares for scores of {shapes}: one for each model, and "
-                         "all models score the same videos and classes")
-    each = [score.softmax(dim=-1) for score in scores]
-    return sum(share * (p.mean(dim=1) if p.ndim == 3 else p) for share, p in zip(shares, each))
-
-
-def best_weight(quality, steps=100):
-    """The share w of the second model, among 0, 1/steps, ..., 1, for which quality(w) is highest on
-    validation data; of several, the one nearest to a half.
-
-    >>> best_weight(lambda w: -(w - 0.3)**2)
-    0.3
-    """
-    return max((i / steps for i in range(steps + 1)), key=lambda w: (quality(w), -abs(w - 0.5)))
+        frames_first = clip.flatten(0, 1).permute(0, 3, 1, 2).float()        # (B*t, 3, H, W)
+        resized = F.interpolate(frames_first, size, mode="bilinear", antialias=True)
+        clip = resized.permute(0, 2, 3, 1).unflatten(0, (B, frames))         # (B, t, h, w, 3)
+    return normalise(clip, encoder.mean, encoder.std)
 
 
 @torch.no_grad()
-def main(argv=None):
+def main():
     """`python fusion.py`: the shapes of a generated clip on its way through two tiny encoders."""
-    import argparse
-
+    from mae import VideoClassifier
+    from uniformerv2 import UniFormerV2
     from video.moving_shapes import MovingShapes
 
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     model = InternVideo(VideoClassifier("tiny", classes=16, frames=8, image_size=64),
                         UniFormerV2("tiny", classes=16, frames=8)).eval()
     clip = torch.as_tensor(MovingShapes("test", 8, (64, 64), 0)[0]["video"])[None]
@@ -407,8 +354,7 @@ def main(argv=None):
              ("logits", "(B, Y)", model(clip))]
     for name, letters, x in rows:
         print(f"{name:45s} {letters:16s} {tuple(x.shape)}")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -545,7 +545,7 @@ class VideoClassifier(nn.Module):
 
     def tokens(self, video):
         """video (B, C, T, H, W) -> all tokens of the last block, (B, N, D)."""
-        return self.encoder(video)
+        return self.run(self.start(video), 0, self.depth).tokens
 
     def feature(self, video):
         """video (B, C, T, H, W) -> what the head sees, (B, D)."""

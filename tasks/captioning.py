@@ -197,6 +197,49 @@ def evaluate(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullc
                  [texts for *_, part in rows for texts in part])
 
 
+# ------------------------------------------------------------------------------------------------
+# Where the decoder attends
+
+
+@torch.no_grad()
+def attention_maps(model, video, ids):
+    """Where a VideoText attends in each frame as it writes: (B, L-1, t, h, w), without the share of
+    class tokens.
+
+    video  (B, C, T, H, W), normalised; not for kind "joint", whose tokens are not of single frames
+    ids    (B, L) int64
+    """
+    _, tokens = model.clip.encode_video_tokens(video)                        # (B, t, 1+S, D)
+    text = model.clip.encode_text_tokens(ids)[1][:, :-1]
+    maps = decoder_maps(model.caption_decoder, tokens.flatten(1, 2).float(), text.float())
+    return maps.unflatten(2, tokens.shape[1:3])[..., 1:].unflatten(3, model.clip.visual.grid)
+
+
+@torch.no_grad()
+def decoder_maps(decoder, visual, text):
+    """Where a CaptionDecoder attends at each text token: visual (B, M, D), text (B, L, W) ->
+    (B, L, M), rows sum to 1.
+
+    It is the last block's attention to the Q pooled vectors, times the pooler's attention to the M
+    tokens, both averaged over heads. Earlier layers have mixed the tokens, so a map proves no cause.
+    """
+    def share(attn, queries, keys):
+        """queries (B, n, W), keys (B, 1, N, K) -> (B, n, N)"""
+        q = attn.q(queries).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, K)
+        return (q @ keys.transpose(2, 3) * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
+
+    pooler, pooled = decoder.pooler, decoder.pool(visual)
+    keys = pooler.attn.keys(pooler.context_norm(visual))[0]
+    queries = pooler.norm(decoder.queries).expand(len(visual), -1, -1)
+    x = decoder.text_norm(text)
+    for self_block, cross_block in zip(decoder.self_blocks, decoder.cross_blocks):
+        before, _ = self_block(x)
+        x = cross_block(before, *cross_block.attn.keys(pooled))
+    last = decoder.cross_blocks[-1]
+    words = share(last.attn, last.norm(before), last.attn.keys(pooled)[0])   # (B, L, Q)
+    return words @ share(pooler.attn, queries, keys)
+
+
 def main():
     """`python -m tasks.captioning`: what each number makes of a few captions."""
     references = [["a red square moves to the left", "the red square goes left"],

@@ -103,6 +103,35 @@ def merge_views(logits, form="softmax"):
     return (logits.softmax(dim=1) if form == "softmax" else logits).mean(dim=0)
 
 
+def late_fusion(scores, shares=None):
+    """Average the probabilities of several separate models: a baseline for fusion.py.
+
+    scores   a list of logits, each (B, Y), or (B, V, Y) with V views of each video. Views of one
+             model are averaged first, so that a model with more views does not count more (the
+             official script averages all views of all models at once)
+    shares   one number per model, sum 1; None: equal
+    returns  probabilities (B, Y)
+    raises   ValueError: models that disagree about B or Y, or another number of shares
+    """
+    shares = [1 / max(1, len(scores))] * len(scores) if shares is None else shares
+    if len(shares) != len(scores) or len({(len(score), score.shape[-1]) for score in scores}) != 1:
+        shapes = ", ".join(str(tuple(score.shape)) for score in scores)
+        raise ValueError(f"{len(shares)} shares for scores of {shapes}: one for each model, and "
+                         "all models score the same videos and classes")
+    each = [score.softmax(dim=-1) for score in scores]
+    return sum(share * (p.mean(dim=1) if p.ndim == 3 else p) for share, p in zip(shares, each))
+
+
+def best_weight(quality, steps=100):
+    """The share w of the second model, among 0, 1/steps, ..., 1, with the highest quality(w) on
+    validation data; of several, the one nearest to 0.5.
+
+    >>> best_weight(lambda w: -(w - 0.3)**2)
+    0.3
+    """
+    return max((i / steps for i in range(steps + 1)), key=lambda w: (quality(w), -abs(w - 0.5)))
+
+
 def evaluate(predict, batches, classes, device="cpu"):
     """Loss and accuracies of a model on held-out batches.
 

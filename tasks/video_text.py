@@ -14,7 +14,7 @@ from engine import pictures
 from engine.command_line import numbers, text_of
 from engine.errors import UserError
 from engine.stage import ClipStage, flag
-from tasks import retrieval
+from tasks import captioning, retrieval
 from video.transforms import normalise
 from weights import encoders, merging
 from weights.tokenizer import tokenizer_of
@@ -172,7 +172,7 @@ class VideoTextStage(ClipStage):
             return paths[:2]
         pictures.captions(raw, captions, written, paths[2])
         ids, _ = self.bpe.encode(written[:1], self.context, trim=True)
-        maps = model.attention_maps(video[:1], ids.to(video.device))[0].cpu()
+        maps = captioning.attention_maps(model, video[:1], ids.to(video.device))[0].cpu()
         words = [self.bpe.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
         pictures.attention_maps(raw[0], maps, words,
                                 f'where the decoder attends as it writes "{written[0]}"', paths[3])

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 import clip_video
-from video.transforms import normalise
 import fusion
 import mae
 import uniformerv2
@@ -24,7 +23,9 @@ import weights
 from engine import pictures
 from fusion import CrossModelAttention, InternVideo
 from mae import VideoClassifier
+from tasks import recognition
 from uniformerv2 import UniFormerV2
+from video.transforms import normalise
 
 MASKED = mae.Size(24, 3, 2, 48, 8, 12, 1, 2, 24)
 MULTIMODAL = uniformerv2.Size(32, 4, 2, 64, 8, 16)
@@ -83,7 +84,7 @@ class PositionsInEveryBlock(VideoClassifier):
     """Adds its position codes before every block, not only before the first."""
 
     def run(self, state, start, stop):
-        codes = self.encoder.codes(self.encoder.grid, state.tokens)
+        codes = self.encoder.codes(self.encoder.grid)
         for i in range(start, stop):
             state = super().run(replace(state, tokens=state.tokens + codes), i, i + 1)
         return state
@@ -425,14 +426,14 @@ def test_cross_model_attention_is_gated_attention_and_a_gated_mlp_written_out():
 def test_late_fusion_by_hand():
     a, b = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[[math.log(9), 0.0], [0.0, 0.0]]])
     # a says (1/4, 3/4); b's two views (9/10, 1/10) and (1/2, 1/2) say (7/10, 3/10) together.
-    assert torch.allclose(fusion.late_fusion([a, b]), torch.tensor([[0.475, 0.525]]))
-    assert torch.allclose(fusion.late_fusion([a, b], [0.2, 0.8]), torch.tensor([[0.61, 0.39]]))
-    assert fusion.best_weight(lambda w: 1.0) == 0.5 and fusion.best_weight(lambda w: w > 0.7) == 0.71
+    assert torch.allclose(recognition.late_fusion([a, b]), torch.tensor([[0.475, 0.525]]))
+    assert torch.allclose(recognition.late_fusion([a, b], [0.2, 0.8]), torch.tensor([[0.61, 0.39]]))
+    assert recognition.best_weight(lambda w: 1.0) == 0.5 and recognition.best_weight(lambda w: w > 0.7) == 0.71
     for scores, shares in (([a, a[:, :1]], None), ([a, b], [1.0]), ([a, b.repeat(2, 1, 1)], None), ([], None)):
         with pytest.raises(ValueError, match="one for each model"):
-            fusion.late_fusion(scores, shares)
+            recognition.late_fusion(scores, shares)
 
 
 def test_the_command_prints_shapes(capsys):
-    assert fusion.main([]) == 0
+    fusion.main()
     assert "(1, 256, 8, 65)" in capsys.readouterr().out

@@ -38,7 +38,8 @@ import uniformerv2  # noqa: E402
 import weights  # noqa: E402
 from engine import pictures  # noqa: E402
 from engine.errors import UserError, printable  # noqa: E402
-from tasks import localisation, question_answering, recognition  # noqa: E402
+from tasks import (  # noqa: E402
+    caption_search, captioning, localisation, question_answering, recognition)
 from video import moving_shapes  # noqa: E402
 from video.clips import one_clip  # noqa: E402
 from video.decoding import Video  # noqa: E402
@@ -231,9 +232,10 @@ def match(args, model, tokenizer, clip):
 def caption(args, model, tokenizer, clip):
     """Print a caption of a clip (T, H, W, 3), and draw where each of its words attends."""
     video, context = as_input(clip, model.clip), model.clip.config["context"]
-    sentence, = model.caption(video, tokenizer, min(args.max_tokens, context - 1),
-                              method=args.method,
-                              generator=torch.Generator().manual_seed(args.seed))
+    search = {"greedy": None, "beam": caption_search.Beams(tokenizer.end),
+              "nucleus": caption_search.Nucleus(
+                  generator=torch.Generator().manual_seed(args.seed))}[args.method]
+    sentence, = model.caption(video, tokenizer, min(args.max_tokens, context - 1), search=search)
     print(sentence)
     if model.clip.kind == "joint":  # its tokens do not belong to single frames
         return
@@ -241,7 +243,8 @@ def caption(args, model, tokenizer, clip):
     words = [tokenizer.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
     path = picture_path(args)
     title = f'where the decoder attends as it writes "{sentence}"'
-    pictures.attention_maps(clip, model.attention_maps(video, ids)[0], words, title, path)
+    maps = captioning.attention_maps(model, video, ids)[0]
+    pictures.attention_maps(clip, maps, words, title, path)
     print(f"drawn: {path}")
 
 

@@ -59,14 +59,14 @@ def rows_of(out, seed, clips):
 
     def late(which, share):
         logits, answers = results[which]
-        return recognition.accuracies({name: fusion.late_fusion(
+        return recognition.accuracies({name: recognition.late_fusion(
             [logits["masked"][name], logits["multimodal"][name]], (1 - share, share))
             for name in answers}, answers)
 
     def alone(name):
         return lambda which: recognition.accuracies(results[which][0][name], results[which][1])
 
-    share = fusion.best_weight(lambda share: late("val", share)["all_facts"])
+    share = recognition.best_weight(lambda share: late("val", share)["all_facts"])
     runs = {name: json.loads((out / name / "metrics.json").read_text()) for name in RUNS}
     cost = {name: run["seconds"] for name, run in runs.items()}
     trained = {name: run["trained"] for name, run in runs.items()}

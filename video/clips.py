@@ -23,7 +23,27 @@ class Clips:
 
     def prepare(self, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True,
                 transform="plain", area=None, operations=0, magnitude=7, erasing=0.0, views=None):
-        """Keep the recipe; arguments as data.VideoFiles. DataError where it is impossible."""
+        """Keep the recipe. DataError where it is impossible.
+
+        frames     T
+        size       int or (H, W), pixels
+        stride     frames from one chosen frame to the next, where the sampling is dense
+        sampling   one of SAMPLINGS; "dense" and "segment" are ours, others give official numbers
+        train      True: a random window and crop and (with flip=True) mirroring, the same for all
+                   frames, a function of (seed, index, epoch). False: the centre of each, or `views`
+        transform  one of TRANSFORMS; "plain" is ours
+
+        With train=True:
+        area       smallest share of a frame that a random crop keeps; None = the transform's own
+        operations, magnitude   RandAugment (arXiv 1909.13719): how many of its operations, of a
+                   strength of 0 to 30, drawn once for a clip; 0 operations = none
+        erasing    probability that a box of the clip, the same in all frames, turns grey
+
+        With train=False:
+        views      (clips, crops): that many clips along time, and of each that many crops from end
+                   to end of the longer side. "video" is then uint8 (1 + clips * crops, T, H, W, 3),
+                   the view in the centre of both first
+        """
         for what, name, known in (("sampling", sampling, SAMPLINGS),
                                   ("transform", transform, TRANSFORMS)):
             if name not in known:

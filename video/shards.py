@@ -25,8 +25,8 @@ class VideoShards(Clips, ClipSet):
     source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files. The
             pattern may be a URL, as the `webdataset` package reads it (pip install webdataset)
 
-    The other arguments are those of data.VideoFiles. Labels are the numbers of .cls. part="val" is
-    every tenth shard, "train" the rest.
+    The other arguments are those of data.VideoFiles and of `Clips.prepare`. Labels are the numbers
+    of .cls. part="val" is every tenth shard, "train" the rest.
 
     Shards are for data too large to be listed. Training draws shards with replacement, endlessly,
     and a shuffle buffer of 200 samples mixes what comes out. So a run is as long as its steps say,

@@ -34,7 +34,13 @@ PREFIX = "caption_decoder."
 
 
 def load(cls, source, *, heads):
-    """caption_decoder.CaptionDecoder.from_official: see there."""
+    """A CaptionDecoder in eval mode.
+
+    source   path or {name: tensor}, see weights.read: the decoder alone, a whole checkpoint of
+             which the rest is left alone, or a run of ours
+    heads    query heads; default: what the shapes say (published: W/64)
+    raises   WeightsError: no decoder inside, or one that does not fit to the last tensor
+    """
     file = CaptionDecoderFile(source)
     if file.config.get("model") == "CaptionDecoder":
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
@@ -45,7 +51,7 @@ def load(cls, source, *, heads):
 
 
 def to_official(model):
-    """caption_decoder.CaptionDecoder.to_official: see there."""
+    """{official name: tensor} of a CaptionDecoder."""
     return export(model, key_map(model, (OFFICIAL, ((r"^", PREFIX),)), same=SAME))
 
 

@@ -81,8 +81,22 @@ UNUSED = (r"^(input_resolution|context_length|vocab_size)$",
           r"^(clip\.)?text_mask_embedding$", r"^caption_decoder\.")
 
 
-def load(cls, source, *, heads, global_heads, global_layers, text_heads, frames, grow):
-    """clip_video.VideoCLIP.from_official: see there."""
+def load(cls, source, *, heads=None, global_heads=None, global_layers=None, text_heads=None,
+         frames=None, grow=False):
+    """A VideoCLIP in eval mode from InternVideo-MM, ViCLIP, OpenAI's or transformers' CLIP weights,
+    or from a run of ours. Its `unused` names what was left in the file on purpose.
+
+    source        path or {name: tensor}; see weights.read. A Hugging Face folder also tells heads
+                  and activation; one without QuickGELU is refused. A file alone tells neither
+    heads, global_heads, text_heads   shapes cannot tell them; default: heads of 64
+    global_layers after which layers InternVideo's global blocks read; default: the last ones
+    frames        T; default 8, or as many as ViCLIP's table has. That table is cut or stretched to
+                  another T
+    grow          turn plain CLIP, or a frame-wise run of ours, into the start of the video model:
+                  its fresh global blocks add zero. The embedding is then CLIP's of 0.5 * the mean
+                  class token
+    raises        WeightsError: not such a file, or one that does not fit to the last tensor
+    """
     file = CLIPFile(source)
     if file.config and file.config.get("model") != "VideoCLIP":
         raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, not a VideoCLIP")
@@ -111,7 +125,8 @@ def load(cls, source, *, heads, global_heads, global_layers, text_heads, frames,
 
 
 def to_official(model):
-    """clip_video.VideoCLIP.to_official: see there."""
+    """{official name: tensor} of a VideoCLIP, in the layout of its kind. ValueError where an option
+    or size has no place in that layout."""
     config = model.config
     if config["local_units"] or config["temporal_downsample"]:
         raise ValueError("InternVideo's video-text models have no local units and no temporal "
