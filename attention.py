@@ -257,6 +257,14 @@ class Dropout(nn.Dropout):
         return x * F.dropout(keep, self.p)[mine]
 
 
+@dataclass(frozen=True)
+class State:
+    """A clip between two blocks of an encoder."""
+
+    tokens: torch.Tensor               # (B, N, D); the multimodal encoder's are (B, t, 1+S, D)
+    query: torch.Tensor | None = None  # (B, 1, D), the multimodal encoder's global token so far
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """What `run_blocks` hands to every block besides the tokens.

@@ -1,7 +1,8 @@
 """FlexAttention: a kernel that torch.compile generates for a mask (arXiv 2412.05496).
 
 It computes the numbers of attention.reference_attention, and skips blocks of 128 x 128 pairs in
-which the mask allows nothing. attention.py describes masks and arguments and decides when to use it.
+which the mask allows nothing. attention.py describes masks and arguments, and decides when it
+runs.
 """
 
 import functools
