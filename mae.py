@@ -245,8 +245,8 @@ def initialise(part, scheme):
 class Encoder(nn.Module):
     """A plain video transformer: tubelet embedding, position codes, blocks, norm.
 
-    scheme     draws the blocks' matrices, see `initialise`. The official initialiser reaches neither
-               the embedding nor `encoder_to_decoder`, so they keep torch's default
+    scheme     draws the blocks' matrices, see `initialise`. Embedding and `encoder_to_decoder` keep
+               torch's default: the official initialiser never reaches them
     drop_path  share of samples that skip the last block; rises from 0 over the blocks
     norm       LayerNorm after the blocks; False where the classifier norms the mean instead
     """
@@ -391,17 +391,15 @@ class VideoMAE(Network):
         return position_codes("axes" if positions == "axes" else "sinusoid", grid, size.patch,
                               self.options.tubelet, size.decoder_width)
 
-    def forward(self, video, hidden):
+    def forward(self, video, hidden, targets=None):
         """Predict the hidden tubelets -> (B, Nm, P), as `reconstruction_target` returns them.
 
         video    (B, C, T, H, W) float, ImageNet-normalised, or uint8 as read from a file
         hidden   (B, N) bool, True = not shown to the encoder; the same count in every row
+        targets  (B, n) int64, tokens to predict; default: the hidden ones, rising
         """
-        visible, targets = split_by_mask(hidden)
-        return self.reconstruct(video, visible.to(video.device), targets.to(video.device))
-
-    def reconstruct(self, video, visible, targets):
-        """`forward` with token numbers in place of the mask, (B, Nv) and (B, n): static shapes."""
+        visible, masked = (index.to(video.device) for index in split_by_mask(hidden))
+        targets = masked if targets is None else targets
         tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, Dd)
         grid = self.encoder.grid_of(*video.shape[2:])
         codes = self.codes if grid == self.grid else self.codes_of(grid).to(self.codes)

@@ -15,6 +15,7 @@ from test_mae import OPTIONS, clip, official, plain_forward, reference_clip, ref
 import mae
 import train
 import weights
+from weights import encoders
 from variants import cards
 from variants.divided_attention import DividedVideoClassifier, DividedVideoMAE
 from variants.dual_masking import (
@@ -96,8 +97,7 @@ def test_divided_attention_is_joint_attention_under_two_masks():
     plain = x
     for norm, layer, group in ((block.norm_time, block.attn_time, place),
                                (block.norm1, block.attn, time)):
-        q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-                   for y in layer.project(norm(plain), None, None))
+        q, k, v = layer.queries_keys_values(norm(plain))
         same = group[:, None, :, None] == group[:, None, None]
         scores = (q @ k.mT / q.shape[-1]**0.5).masked_fill(~same, -torch.inf)
         plain = plain + layer.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
@@ -128,8 +128,8 @@ def test_runs_of_older_code_with_divided_attention_load():
     config = DividedVideoMAE("tiny", frames=8, image_size=40).config
     older = config | {"model": "VideoMAE", "space_time": "divided"}
     assert DividedVideoMAE.from_config(older).config == config
-    with pytest.raises(ValueError, match="space_time='divided' is no longer an option"):
-        mae.VideoMAE.from_config(older)
+    with pytest.raises(weights.WeightsError, match="space_time='divided'; this option was removed"):
+        weights.runs.build(mae.VideoMAE.from_config, older, "a run")
 
 
 # As stages --------------------------------------------------------------------------------------
