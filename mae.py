@@ -458,7 +458,7 @@ class VideoClassifier(Network):
 
     def tokens(self, video):
         """video (B, C, T, H, W) -> all tokens of the last block, (B, N, D)."""
-        return self.encoder(video)
+        return self.run(self.start(video), 0, self.depth).tokens
 
     def feature(self, video):
         """video (B, C, T, H, W) -> what the head sees, (B, D)."""

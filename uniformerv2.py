@@ -25,11 +25,10 @@ model. This is the multimodal encoder of InternVideo (arXiv 2212.03191).
    the start the global token is 0 and w is 1/2.
 
 All layers that start at zero have a gradient at the first step, except the second local unit of the
-last block. Only the last global block reads it, through a weight that is zero at step one.
-
-Where we differ from the official code: batch first; convolutions of size 1 are matrices; DropPath
-drops clips, not token positions. As in that code, unlike the paper, w weighs the mean class token.
-B/16 has 115 M parameters, L/14 354 M; configured for motion 163 M and 574 M.
+last block. Only the last global block reads it, through a weight that is zero at step one. Where we
+differ from the official code: batch first; convolutions of size 1 are matrices; DropPath drops
+clips, not token positions. As in that code, unlike the paper, w weighs the mean class token. B/16
+has 115 M parameters, L/14 354 M; configured for motion 163 M and 574 M.
 
 >>> model = UniFormerV2("tiny", classes=5).eval()
 >>> video = torch.randn(2, 3, 8, 64, 64)
@@ -105,10 +104,9 @@ class Options:
         size = Size(**size) if isinstance(size, dict) else size  # from config.json
         sides = size.image_size if self.image_size is None else self.image_size
         H, W = (sides, sides) if isinstance(sides, int) else sides
-        layers, p = self.global_layers, size.patch
-        if layers is None:
-            layers = range(max(size.depth - 4, size.depth // 2), size.depth)
-        layers = tuple(layers)
+        last = range(max(size.depth - 4, size.depth // 2), size.depth)
+        layers = tuple(last if self.global_layers is None else self.global_layers)
+        p = size.patch
         if H % p or W % p:
             raise ValueError(f"frames of {H} x {W} pixels do not divide into patches of {p} x {p}")
         if list(layers) != sorted(set(layers) & set(range(size.depth))):
@@ -149,7 +147,7 @@ def grid_conv(x, kernel, bias):
 
 
 def inflate(kernel, frames):
-    """An image kernel (D, C, p, p) -> a video kernel (D, C, frames, p, p), zero except in the middle
+    """An image kernel (D, C, p, p) -> a video kernel (D, C, frames, p, p) of zeros around the middle
     frame. The video network then starts with the image network's numbers."""
     out = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])
     out[:, :, frames // 2] = kernel
@@ -250,12 +248,11 @@ class GlobalBlock(Block):
         self.near = Kernel(size.width, 1, 3, 3, 3)
         self.norm_context = nn.LayerNorm(size.width)
         self.dropout = Dropout(dropout)
-        for layer in (self.attn.qkv, self.mlp.fc1):
-            nn.init.xavier_uniform_(layer.weight)
+        nn.init.xavier_uniform_(self.attn.qkv.weight)
         nn.init.zeros_(self.attn.qkv.bias)
+        nn.init.xavier_uniform_(self.mlp.fc1.weight)
         # fc1 keeps its random bias: while the query is 0, nothing else reaches fc2.
-        for layer in (self.attn.proj, self.mlp.fc2):
-            zeroed(layer)
+        zeroed(self.attn.proj), zeroed(self.mlp.fc2)
 
     def project(self, query, context):
         """query (B, 1, D), context (B, N, D) -> queries, keys, values (B, heads, 1 or N, K)"""
@@ -341,8 +338,8 @@ class UniFormerV2(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Image blocks start as CLIP's text blocks do, with smaller branches in deeper models. The new
-        parts have initialised themselves."""
+        """Image blocks start as CLIP's text blocks do, with smaller branches in deeper models. The
+        new parts have initialised themselves."""
         D, depth = self.width, self.depth
         if self.window > 1:  # start as the image model on the middle frame
             shape = (-1, self.window, self.patch, self.patch)
@@ -478,8 +475,7 @@ class UniFormerV2(nn.Module):
         return uniformerv2.load(cls, source, **options)
 
     def to_official(self):
-        """{official name: tensor}; ValueError for global blocks elsewhere than after the last
-        layers."""
+        """{official name: tensor}; ValueError unless global blocks stand after the last layers."""
         from weights import uniformerv2
         return uniformerv2.to_official(self)
 
@@ -511,13 +507,10 @@ def resize_positions(table, old, new):
 
 
 @torch.no_grad()
-def main(argv=None):
+def main():
     """`python uniformerv2.py`: the shapes of a generated clip on its way through a tiny model."""
-    import argparse
-
     from video.moving_shapes import MovingShapes
 
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     model = UniFormerV2("tiny", classes=16, frames=16, temporal_downsample=True).eval()
     clip = torch.as_tensor(MovingShapes("test", 16, (64, 64), 0)[0]["video"])
     video = (clip.permute(3, 0, 1, 2)[None] / 255 - MEAN[0]) / STD[0]
@@ -531,8 +524,7 @@ def main(argv=None):
     rows += [("feature (B, D)", model.finish(state)), ("logits (B, Y)", model(video))]
     for name, x in rows:
         print(f"{name:32s} {tuple(x.shape)}")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
