@@ -325,7 +325,7 @@ class Decoder(nn.Module):
 
 
 class Network(nn.Module):
-    """What the two networks below share: options, an encoder, loading and saving."""
+    """What the two networks below share: options, an encoder, and new networks from old ones."""
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     classifier = "VideoClassifier"  # its model_name; a variant has its own, and its own encoder
@@ -352,13 +352,6 @@ class Network(nn.Module):
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
         return cls(**{key: value for key, value in config.items() if key != "model"})
-
-    @classmethod
-    def from_official(cls, source, **options):
-        """Load weights of VideoMAE, InternVideo, VideoMAE V2 or Hugging Face, or a run of ours, in
-        eval mode. Arguments and errors: see weights.videomae.load."""
-        from weights import videomae
-        return videomae.load(cls, source, **options)
 
     def to_official(self):
         """{official name: tensor}; ValueError for position codes unknown to the official code."""
@@ -407,6 +400,14 @@ class VideoMAE(Network):
         tokens = torch.cat([tokens + gather(codes, visible),
                             self.mask_token + gather(codes, targets)], dim=1)
         return self.decoder(tokens, targets.shape[1])
+
+    @classmethod
+    def from_official(cls, source, *, heads=None, decoder_heads=None, **options):
+        """Load pretraining weights of VideoMAE, InternVideo, VideoMAE V2 or Hugging Face, or a run
+        of ours, in eval mode. Arguments and errors: see weights.videomae.load_pretrained."""
+        from weights import videomae
+        return videomae.load_pretrained(cls, source, heads=heads, decoder_heads=decoder_heads,
+                                        **options)
 
 
 class VideoClassifier(Network):
@@ -477,6 +478,12 @@ class VideoClassifier(Network):
         if name.startswith("encoder.blocks."):
             return int(name.split(".")[2]) + 1
         return 0 if name.startswith("encoder.embed.") else self.depth + 1
+
+    @classmethod
+    def from_official(cls, source, *, heads=None, **options):
+        """Load fine-tuned weights, as VideoMAE.from_official: weights.videomae.load_classifier."""
+        from weights import videomae
+        return videomae.load_classifier(cls, source, heads=heads, **options)
 
 
 def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=2):

@@ -147,7 +147,7 @@ def grid_conv(x, kernel, bias):
 
 
 def inflate(kernel, frames):
-    """An image kernel (D, C, p, p) -> a video kernel (D, C, frames, p, p) of zeros around the middle
+    """An image kernel (D, C, p, p) -> a video kernel (D, C, frames, p, p), zero around the middle
     frame. The video network then starts with the image network's numbers."""
     out = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])
     out[:, :, frames // 2] = kernel
@@ -468,11 +468,11 @@ class UniFormerV2(nn.Module):
         return cls(**{key: value for key, value in config.items() if key != "model"})
 
     @classmethod
-    def from_official(cls, source, **options):
+    def from_official(cls, source, *, heads=None, global_heads=None, **options):
         """Load published weights, or a run of ours, in eval mode. Arguments and errors: see
         weights.uniformerv2.load."""
         from weights import uniformerv2
-        return uniformerv2.load(cls, source, **options)
+        return uniformerv2.load(cls, source, heads=heads, global_heads=global_heads, **options)
 
     def to_official(self):
         """{official name: tensor}; ValueError unless global blocks stand after the last layers."""

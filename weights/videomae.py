@@ -48,26 +48,18 @@ HUGGING_FACE_5 = HUGGING_FACE + ((r"attention\.q_bias", "attention.query.bias"),
 USUAL_HEADS = {640: 8, 1280: 16, 1408: 16, 1664: 16}
 
 
-def load(cls, source, **options):
-    """mae.VideoMAE or mae.VideoClassifier, from a file of its kind or a run of ours, in eval mode.
-
-    source      path or {name: tensor}; see weights.read
-    options     of the function for cls: `load_pretrained` or `load_classifier`
-    raises      WeightsError: not such a file, or one that does not fit to the last tensor
-    """
-    load_one = load_pretrained if issubclass(cls, VideoMAE) else load_classifier
-    return load_one(cls, source, **options)
-
-
 def load_pretrained(cls, source, *, heads=None, decoder_heads=None, frames=None, image_size=None,
                     positions="sinusoid"):
-    """A pretraining file. Sizes come from the shapes.
+    """A mae.VideoMAE in eval mode, from a pretraining file or a run of ours.
 
+    source                 path or {name: tensor}; see weights.read
     heads, decoder_heads   shapes cannot tell them; default: those of the published models
     frames, image_size     T and H (or (H, W)) of the clips; default 16 and 224
     positions              "resized" for InternVideo's ViT-H at 384 px, see mae.position_codes
+    raises                 WeightsError: not such a file, or some tensor that does not fit
 
-    Files of Hugging Face keep its LayerNorm epsilons (1e-12; 1e-5 before the head).
+    Sizes come from the shapes. Models of Hugging Face files have Hugging Face's LayerNorm epsilons
+    (1e-12; 1e-5 before the head).
     """
     file = VideoMAEFile(source)
     if file.config.get("model") == cls.model_name:
@@ -92,8 +84,8 @@ def load_pretrained(cls, source, *, heads=None, decoder_heads=None, frames=None,
 
 def load_classifier(cls, source, *, heads=None, frames=None, image_size=None,
                     positions="sinusoid"):
-    """A fine-tuned file; arguments as `load_pretrained`. Without a head it loads as a feature
-    extractor (classes = 0)."""
+    """A mae.VideoClassifier in eval mode, from a fine-tuned file or a run of ours. Arguments and
+    errors as `load_pretrained`. A file without a head gives a feature extractor (classes = 0)."""
     file = VideoMAEFile(source, FINE_TUNED)
     if file.config.get("model") == cls.model_name:
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
