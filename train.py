@@ -58,7 +58,7 @@ from engine.errors import UserError
 from engine.optimisers import build_optimizer, clip_gradients, learning_rate
 from engine.run import Run, add_means, one_line_errors
 from engine.stage import STAGES, TEST_CLIPS, ClipStage, build_model, flag, generator
-from tasks import captioning, recognition, retrieval
+from tasks import captioning, recognition, reconstruction, retrieval
 from tasks.recognition import ClassifierStage, LabelledStage
 from tasks.video_text import VideoTextStage
 from video.transforms import normalise
@@ -183,7 +183,7 @@ class MaskedModelling(ClipStage, name="mae"):
                                                generator(self.seed, "picture", i))
             title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
             paths += pictures.reconstruction(
-                mae.reconstruction_pictures(model, video, hidden),
+                reconstruction.reconstruction_pictures(model, video, hidden),
                 folder / f"reconstruction_{i}.png", f"held-out clip: {title}")
         return paths
 

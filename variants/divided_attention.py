@@ -56,10 +56,8 @@ class DividedBlock(Block):
 class DividedEncoder(mae.Encoder):
     """mae.Encoder with divided attention, for clips of one length."""
 
-    def make_block(self, options, drop_path):
-        size = options.size
-        return DividedBlock(size.width, size.heads, self.grid[0], mlp_width=size.mlp_width,
-                            drop_path=drop_path, **options.block)
+    def block_class(self, width, heads, **options):
+        return DividedBlock(width, heads, self.grid[0], **options)
 
     def start(self, video, visible=None):
         if self.grid_of(*video.shape[2:])[0] != self.grid[0]:
@@ -71,7 +69,7 @@ class DividedEncoder(mae.Encoder):
 class Divided:
     """What the two networks below share. Older runs say space_time="divided" in their config."""
 
-    encoder_class = DividedEncoder
+    encoder_class, classifier = DividedEncoder, "DividedVideoClassifier"
 
     @classmethod
     def from_config(cls, config):
@@ -95,11 +93,6 @@ class DividedVideoMAE(Divided, mae.VideoMAE):
             raise ValueError("divided attention needs the same places hidden in every frame: "
                              "a tube mask")
         return super().forward(video, hidden)
-
-    def with_head(self, classes, **options):
-        """As VideoMAE.with_head -> DividedVideoClassifier."""
-        options = vars(self.options) | {"head_eps": mae.Options.head_eps} | options
-        return DividedVideoClassifier(classes=classes, **options).take_encoder(self)
 
 
 class DividedVideoClassifier(Divided, mae.VideoClassifier):
