@@ -3,9 +3,14 @@
     video (B, 3, T, H, W), hidden (B, N) -> {"input", "visible", "reconstruction", "borrowed"}
 """
 
+from pathlib import Path
+
 import torch
 
 import mae
+from engine import pictures
+from engine.stage import generator
+from video.transforms import normalise
 
 
 @torch.no_grad()
@@ -41,3 +46,17 @@ def put_tubelets(video, index, tubelets, patch, tubelet):
     cut[row, index // (h * w), index // w % h, index % w] = \
         tubelets.reshape(*index.shape, C, tubelet, patch, patch).to(video.dtype)
     return video
+
+
+def draw(stage, model, batch, folder):
+    """Up to four clips of a batch, hidden as `stage` hides them: reconstruction_0.png, .gif, ..."""
+    paths = []
+    for i in range(min(4, len(batch["video"]))):
+        video = normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+        hidden = mae.MASKS[stage.mask_type](1, model.grid, stage.mask_ratio,
+                                            generator(stage.seed, "picture", i))
+        title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
+        paths += pictures.reconstruction(reconstruction_pictures(model, video, hidden),
+                                         folder / f"reconstruction_{i}.png",
+                                         f"held-out clip: {title}")
+    return paths
