@@ -315,11 +315,12 @@ class VideoCLIP(nn.Module):
         return cls(**{key: value for key, value in config.items() if key != "model"})
 
     @classmethod
-    def from_official(cls, source, **options):
+    def from_official(cls, source, *, heads=None, text_heads=None, global_heads=None, **options):
         """InternVideo-MM, ViCLIP, OpenAI's or Hugging Face's CLIP, or a run of ours, in eval mode.
-        Options: heads, frames, grow (CLIP becomes a video model) ...: see weights.clip.load."""
+        Options: frames, global_layers, grow (CLIP becomes a video model); see weights.clip.load."""
         from weights import clip
-        return clip.load(cls, source, **options)
+        return clip.load(cls, source, heads=heads, text_heads=text_heads, global_heads=global_heads,
+                         **options)
 
     def to_official(self):
         """{official name: tensor} as in InternVideo-MM ("video"), OpenAI's CLIP ("frames") or

@@ -190,7 +190,8 @@ class VideoFiles(Clips, ClipSet):
             except DataError as error:
                 bad.append((path, str(error)))
         if self.train:
-            raise DataError(f"{self.source}: none of {len(self)} files can be read; {bad[0][1]}")
+            raise DataError(f"{self.source}: none of its {len(self)} files can be read; "
+                            f"{bad[0][1]}")
         return item
 
 

@@ -15,8 +15,8 @@ both scores; `train.py fuse` does.
 
 1. `CrossModelAttention`: attention to the other model's tokens, then an MLP. Each is multiplied by
    a gate tanh(g) with g = 0 at the start, so every encoder starts exactly as it was. In the first
-   step only the gates get a gradient: in y = tanh(g) * f(x), dy/dg = f(x), but dy/df = tanh(0) = 0.
-   Once the gates open, f learns too.
+   step the gates get a gradient and the rest of the layer none: in y = tanh(g) * f(x), dy/dg = f(x)
+   and dy/df = tanh(0) = 0. Once the gates open, f learns too.
 2. `InternVideo.encode_masked`: such a layer stands before chosen blocks of the masked encoder. It
    reads the multimodal encoder after a chosen block, at several depths, because early blocks hold
    what the last ones no longer do. At the end the global token (paper: "query token") attends to

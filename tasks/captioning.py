@@ -221,7 +221,7 @@ def decoder_maps(decoder, visual, text):
     (B, L, M), rows sum to 1.
 
     It is the last block's attention to the Q pooled vectors, times the pooler's attention to the M
-    tokens, both averaged over heads. Earlier layers have mixed the tokens, so a map proves no cause.
+    tokens, both averaged over heads. Earlier layers mixed the tokens, so a map proves no cause.
     """
     def share(attn, queries, keys):
         """queries (B, n, W), keys (B, 1, N, K) -> (B, n, N)"""
