@@ -28,7 +28,7 @@ The idea, in steps:
    fail, 130 where the run was interrupted.
 
 A run leaves in --out: log.jsonl (a line for every tenth step), metrics.json (the last evaluation
-and all settings), model.safetensors with config.json, last.pt and last.1.pt (for --resume), pictures.
+and all settings), model.safetensors with config.json, last.pt, last.1.pt (for --resume), pictures.
 """
 
 import functools
@@ -48,7 +48,6 @@ import fusion
 import mae
 import tasks
 import uniformerv2
-import weights
 from attention import Block
 from caption_decoder import CaptionDecoder, VideoText, caption_loss
 from engine import large_batches, machine, pictures, processes
@@ -58,7 +57,7 @@ from engine.dry_run import dry_run
 from engine.errors import UserError
 from engine.optimisers import build_optimizer, clip_gradients, learning_rate
 from engine.run import Run, add_means, one_line_errors
-from engine.stage import STAGES, TEST_CLIPS, ClipStage, flag, generator
+from engine.stage import STAGES, TEST_CLIPS, ClipStage, build_model, flag, generator
 from tasks import captioning, recognition, retrieval
 from tasks.recognition import ClassifierStage, LabelledStage
 from tasks.video_text import VideoTextStage
@@ -643,7 +642,7 @@ def train(stage, again="--resume"):
     run = Run(stage, again)                         # folder, device, precision, kernels
     torch.manual_seed(stage.seed)
     train_set, held_out = stage.datasets()          # held_out: {"val": ..., "unseen": ...}
-    model = stage.build(train_set)
+    model = build_model(stage, train_set)           # stage.build(train_set)
     if stage.dry_run:
         return dry_run(stage, model, train_set)
     training_loss = run.prepare(model, BLOCKS)      # to the device; compiled; DDP or FSDP2
@@ -723,5 +722,5 @@ TASKS = {module.name: importlib.import_module(f"tasks.{module.name}")
          for module in pkgutil.iter_modules(tasks.__path__)}
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]  # tools/table.py imports it: once, not twice
+    sys.modules["train"] = sys.modules["__main__"]  # for `import train` in a file of a stage
     raise SystemExit(main())

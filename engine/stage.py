@@ -304,6 +304,16 @@ def check_stage(stage):
         raise UserError(*(f"stage {stage.name or kind.__name__}: {fault}" for fault in faults))
 
 
+def build_model(stage, train_set):
+    """stage.build(train_set). UserError where the network refuses what the flags or weights say."""
+    try:
+        return stage.build(train_set)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def check_model(stage, model):
     """UserError where the model cannot be written: its `config` must be a dict that JSON holds."""
     try:

@@ -53,9 +53,7 @@ def split(x, classes):
 
 
 def one_hot(labels, classes):
-    """{question: int64 (B,)} -> (B, Y) float: a one at the right answer to each question.
-
-    """
+    """{question: int64 (B,)} -> (B, Y) float: a one at the right answer to each question."""
     return torch.cat([F.one_hot(labels[question], len(names)).float()
                       for question, names in classes.items()], dim=1)
 
@@ -110,9 +108,9 @@ def evaluate(predict, batches, classes, device="cpu"):
 
     predict  function of a batch -> logits (B, Y)
     batches  dicts with "labels" {question: int64 (B,)} and "number", the place among all batches
-    returns  {"loss": nats, accuracies in percent}, and two tensors about the first question for
-             pictures and for open sets: "confusion", int64 counts (true class, predicted class), and
-             "confidence" (clips,), the largest probability of each clip
+    returns  {"loss": nats, accuracies in percent}, and two tensors about the first question:
+             "confusion", int64 counts (true class, predicted class), and "confidence" (clips,), the
+             largest probability of each clip
     """
     rows = []
     for batch in batches:
@@ -129,7 +127,6 @@ def evaluate(predict, batches, classes, device="cpu"):
     return {"loss": sum(losses) / len(answers[first])} | accuracies(logits, answers) | {
         "confusion": confusion.index_put_(pairs, torch.tensor(1), accumulate=True),
         "confidence": logits[first].softmax(dim=1).amax(dim=1)}
-
 
 
 @torch.no_grad()
@@ -155,8 +152,8 @@ def evaluate_zero_shot(model, batches, bpe, sentences, *, combine="probabilities
     rows = []
     for batch in batches:
         with autocast():
-            features = model.encode_video(transforms.normalise(batch["video"], model.mean,
-                                                               model.std))
+            video = transforms.normalise(batch["video"], model.mean, model.std)
+            features = model.encode_video(video)
         rows.append((batch["number"], features.float(), batch["labels"]))
     _, features, labels = zip(*processes.collect(rows, device))
     probabilities = {question: clip_video.zero_shot(
@@ -228,7 +225,7 @@ def freeze_all_but_the_probe(model):
 
 
 def features_of(model, video, autocast):
-    """What the probe reads: video (B, T, H, W, 3) uint8 -> (B, D); (B, N, D) if attentive."""
+    """Input of the probe: video (B, T, H, W, 3) uint8 -> (B, D), of an attentive one (B, N, D)."""
     video = transforms.normalise(video, model.mean, model.std)
     with autocast(), torch.no_grad():
         read = model.encoder.tokens if isinstance(model, AttentiveProbe) else model.feature
@@ -303,9 +300,9 @@ class LabelledStage(ClipStage):
     transform: str = flag("plain", paper="videomae, uniformerv2")
     flip: bool = flag(False, "mirror half of the training clips: not where labels know left from "
                       "right", only="files", group="clips")
-    area: float = flag(0.0,
-                       "smallest share of a frame that a random crop keeps; 0 = as --transform "
-                       "has it", only="files", paper="0.08", low=0, high=1, group="clips")
+    area: float = flag(0.0, "smallest share of a frame that a random crop keeps; 0 = as "
+                       "--transform has it", only="files", paper="0.08", low=0, high=1,
+                       group="clips")
     rand_augment: int = flag(0, "RandAugment operations per clip; 0 = none", only="files", low=0,
                              paper="4", group="clips")
     magnitude: int = flag(7, "strength of RandAugment, of 30", only="files", paper="7", low=0,
@@ -336,10 +333,9 @@ class LabelledStage(ClipStage):
         if self.train_clips:
             train_set.first(self.train_clips)
         if size(train_set.classes) < 2:
-            raise UserError(
-                f"--data {self.data}: {size(train_set.classes)} classes; needs a folder "
-                            "of class folders, or a list of `path label` lines, with two or more "
-                            "(shards serve mae and clip)")
+            raise UserError(f"--data {self.data}: {size(train_set.classes)} classes; needs a "
+                            "folder of class folders, or a list of `path label` lines, with two or "
+                            "more (shards serve mae and clip)")
         self.classes = train_set.classes
         return train_set, held_out
 

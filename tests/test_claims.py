@@ -40,8 +40,8 @@ def test_a_verdict_needs_an_interval_on_one_side_of_zero():
 @pytest.mark.parametrize("name", claims.RUNS)
 def test_every_run_is_a_line_that_train_takes(name):
     stage, *flags = claims.RUNS[name].split()
-    card = train.parse(STAGES[stage], stage, flags)
-    assert card.steps > 0 or name == "late, equal"
+    stage = train.parse(STAGES[stage], flags)
+    assert stage.steps > 0 or name == "late, equal"
     assert all(other in claims.RUNS for other in claims.needs(claims.RUNS[name]))
 
 
@@ -63,7 +63,7 @@ def test_what_is_compared_sees_as_many_clips_and_differs_in_one_flag_or_is_named
     for pair in itertools.chain.from_iterable(claim.pairs for claim in claims.CLAIMS):
         for a, b in zip(pair[::2], pair[1::2]):
             flags = [claims.RUNS[name].split() for name in (a, b)]
-            one, two = (train.parse(STAGES[stage], stage, rest) for stage, *rest in flags)
+            one, two = (train.parse(STAGES[stage], rest) for stage, *rest in flags)
             if type(one) is not type(two) or (a, b) in ALONE:
                 continue
             if (a, b) != ("fusion", "late, equal"):

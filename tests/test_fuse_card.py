@@ -1,8 +1,7 @@
-"""What is proved about the fuse card and the default run of train.py:
+"""What is proved about the fuse card of train.py:
 
-two runs of classify become one whole that starts as late fusion and loads alone; what is frozen is the same
-file to file; official files of both encoders fuse on real videos; the default run
-does every stage once and ends in its table; mistakes get one line.
+two runs of classify become one whole that starts as late fusion and loads alone; what is frozen is
+the same file to file; official files of both encoders fuse on real videos; mistakes get one line.
 """
 
 import json
@@ -12,14 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 import data
-from video import moving_shapes
 import fusion
 import train
+import weights
 from conftest import official_fill
+from tasks import recognition
 from test_fusion import encoders
 from test_mae import block_shapes
 from test_train import write_video
 from test_uniformerv2 import official as uniformer
+from video import moving_shapes
+from weights.encoders import load_encoder
 
 FLAGS = "--batch-size 6 --eval-clips 10 --workers 0 --precision fp32 --device cpu".split()
 
@@ -32,11 +34,11 @@ def run(*flags, out, steps=3):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The flags that name two experts with heads for the 30 answers about moving shapes."""
-    folder = tmp_path_factory.mktemp("experts")
+    """The flags that name two encoders with heads for the 30 answers about moving shapes."""
+    folder = tmp_path_factory.mktemp("encoders")
     masked, (multimodal,) = encoders(classes=30)
     for name, model in (("masked", masked), ("multimodal", multimodal)):
-        train.weights.save(folder / name, model, model.config)
+        weights.save(folder / name, model, model.config)
     return ["--masked", str(folder / "masked"), "--multimodal", str(folder / "multimodal")]
 
 
@@ -47,31 +49,32 @@ def test_a_run_starts_as_late_fusion_keeps_what_is_frozen_and_loads_alone(pair, 
     whole = fusion.InternVideo.from_run(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for part, source in (("masked.", pair[1]), ("multimodal.0.", pair[3])):
-        kept = {key: value for key, value in train.weights.read(source)[0].items() if part + key in whole.frozen}
-        assert len(kept) > 20 and all(torch.equal(tensors[part + key], value) for key, value in kept.items())
+        kept = {key: value for key,
+                value in weights.read(source)[0].items() if part + key in whole.frozen}
+        assert len(kept) > 20
+        assert all(torch.equal(tensors[part + key], value) for key, value in kept.items())
     assert any(p.abs() > 0 for name, p in whole.named_parameters() if "gate_" in name)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     world = moving_shapes.MovingShapes("val", 4, 16, 0)
     batch = next(data.held_out(world, 10, 10))
-    alone = [encoders.load_encoder(source).eval() for source in pair[1::2]]
+    alone = [load_encoder(source).eval() for source in pair[1::2]]
     with torch.no_grad():
         equal = sum(model(fusion.view(batch["video"], model)) for model in alone) / 2
-    card = train.CrossModel(num_frames=4, input_size=16)
-    card.ask()
-    answers = {name: part.argmax(dim=1) for name, part in card.split(card.target(batch)).items()}
-    for name, value in recognition.accuracies(card.split(equal), answers).items():
+    parts = recognition.split(equal, world.classes)
+    for name, value in recognition.accuracies(parts, batch["labels"]).items():
         assert metrics[f"initial_val_{name}"] == pytest.approx(value)
-    told = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    told = [line for line in told if "lr" in line]
-    assert told[0]["share_masked"] == 0.5 and told[0]["gate_bridges.0.0.attn"] == 0
-    assert told[-1]["gate_bridges.0.0.attn"] != 0
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    logged = [line for line in logged if "lr" in line]
+    assert logged[0]["share_masked"] == 0.5 and logged[0]["gate_bridges.0.0.attn"] == 0
+    assert logged[-1]["gate_bridges.0.0.attn"] != 0
 
 
 def test_official_files_of_both_encoders_fuse_on_real_videos(tmp_path):
     width = 384
     tensors = official_fill(
         {"patch_embed.proj.weight": (width, 3, 2, 16, 16), "patch_embed.proj.bias": (width,),
-         "fc_norm.weight": (width,), "fc_norm.bias": (width,), "head.weight": (400, width), "head.bias": (400,)}
+         "fc_norm.weight": (width,), "fc_norm.bias": (width,), "head.weight": (400, width),
+         "head.bias": (400,)}
         | block_shapes("blocks.", width, 2, 4 * width))
     torch.save({"module": tensors}, tmp_path / "vit.pth")
     torch.save({"model_state": uniformer(D=64, reduced=42, classes=400)}, tmp_path / "k400.pyth")
@@ -80,8 +83,10 @@ def test_official_files_of_both_encoders_fuse_on_real_videos(tmp_path):
         write_video(tmp_path / f"{i}.mp4", frames=20)
         rows.append(f"{i}.mp4 {('wave', 'jump')[i % 2]}")
     (tmp_path / "list.txt").write_text("\n".join(rows))
-    assert run("--masked", str(tmp_path / "vit.pth"), "--multimodal", str(tmp_path / "k400.pyth"), "--data",
-               str(tmp_path / "list.txt"), "--val-data", str(tmp_path / "list.txt"), "--batch-size", "2",
+    assert run("--masked", str(tmp_path / "vit.pth"), "--multimodal", str(tmp_path / "k400.pyth"),
+               "--data",
+               str(tmp_path / "list.txt"), "--val-data", str(tmp_path / "list.txt"), "--batch-size",
+               "2",
                out=tmp_path / "run", steps=2) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["masked"]["classes"] == config["multimodal"][0]["classes"] == 2
@@ -112,6 +117,7 @@ def test_one_way_alone_and_everything_thawed(pair, tmp_path):
     assert run(*pair, "--thaw", out=tmp_path / "thawed") == 0
     metrics = json.loads((tmp_path / "thawed" / "metrics.json").read_text())
     assert metrics["trained"] == metrics["parameters"]
-    before, after = train.weights.read(pair[1])[0], load_file(tmp_path / "thawed" / "model.safetensors")
+    before, after = weights.read(pair[1])[0], load_file(
+        tmp_path / "thawed" / "model.safetensors")
     assert not torch.equal(before["encoder.embed.weight"], after["masked.encoder.embed.weight"])
     assert run(*pair, "--way", "multimodal", "--before", "1", out=tmp_path / "x") == 2

@@ -437,10 +437,10 @@ def test_a_file_is_recognised_by_its_content_and_holds_the_same_tensors(
     assert loaders[0] == LOADERS[name], family
     if style == "plain" and name != "videomae_finetune_layerscale":  # its positions: another size
         assert main([str(path), "--heads", "4"]) == 0
-        said = capsys.readouterr().out
+        out = capsys.readouterr().out
         whole = name not in ("videointern", "cotrain_contrastive_caption")  # hidden words: unused
         module = weights.MODELS[LOADERS[name]][0]
-        assert f"loads{', to the last tensor' * whole}: {module}.{LOADERS[name]}" in said
+        assert f"loads{', to the last tensor' * whole}: {module}.{LOADERS[name]}" in out
         broken = {key: value for key, value in found.items() if key != list(found)[-1]}
         torch.save(broken, path)
         assert main([str(path), "--heads", "4"]) == 2 and "missing" in capsys.readouterr().err

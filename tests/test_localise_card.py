@@ -1,7 +1,7 @@
-"""What is proved about the localise card of train.py, and open-set recognition on its classify card:
+"""What is proved about the stage localise, and open-set recognition in the stage classify:
 
-a run on generated videos keeps its encoder, loads alone and names segments of a file;
-features from files train with an annotation of ActivityNet's form; unknown classes are left out of training and
+a run on generated videos keeps its encoder, loads alone and names segments of a file; features from
+files train with an annotation of ActivityNet's form; unknown classes are left out of training and
 scored; mistakes get one line.
 """
 
@@ -14,17 +14,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from video import annotations
-from video.decoding import Video
-from video import moving_shapes
-from tasks import localisation
 import train
-from test_classify_card import encoders  # noqa: F401
+from tasks import localisation, recognition
+from test_classify_card import encoders  # noqa: F401, a fixture
 from test_classify_card import run as run_classify
 from test_train import write_video
+from video import annotations, moving_shapes
+from video.decoding import Video
+from weights.encoders import load_encoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-FLAGS = "--videos 6 --eval-clips 4 --batch-size 3 --width 16 --depth 2 --precision fp32 --device cpu".split()
+import predict  # noqa: E402
+
+FLAGS = ("--videos 6 --eval-clips 4 --batch-size 3 --width 16 --depth 2 --precision fp32 "
+         "--device cpu").split()
 
 
 def run(*flags, out, steps=5):
@@ -34,30 +37,35 @@ def run(*flags, out, steps=5):
 
 
 @pytest.mark.parametrize("kind", ["masked", "multimodal"])
-def test_a_run_keeps_its_encoder_loads_alone_and_names_segments_of_a_file(encoders, kind, tmp_path, capsys):  # noqa: F811
+def test_a_run_keeps_its_encoder_loads_alone_and_names_segments_of_a_file(encoders, kind, tmp_path,
+                                                                          capsys):
     path, _ = encoders[kind]
     assert run("--weights", path, out=tmp_path / "run") == 0
-    assert "protocol: 4 held-out long videos" in capsys.readouterr().out
+    assert "protocol: videos: 4 held-out long videos of moving shapes" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    for name in ("val_mAP@0.3", "val_mAP@0.7", "val_mAP", "mean_segments_mAP@0.5", "mean_segments_mAP"):
+    for name in ("val_mAP@0.3", "val_mAP@0.7", "val_mAP", "mean_segments_mAP@0.5",
+                 "mean_segments_mAP"):
         assert 0 <= metrics[name] <= 100
-    assert metrics["mean_segments_mAP"] > 0 and (tmp_path / "run" / "segments.png").stat().st_size > 0
+    assert metrics["mean_segments_mAP"] > 0
+    assert (tmp_path / "run" / "segments.png").stat().st_size > 0
     model = localisation.Localiser.from_run(tmp_path / "run")
-    before = encoders.load_encoder(path).state_dict()
-    assert all(torch.equal(value, before[key]) for key, value in model.encoder.state_dict().items() if "head" not in key)
+    before = load_encoder(path).state_dict()
+    assert all(torch.equal(value, before[key])
+               for key, value in model.encoder.state_dict().items() if "head" not in key)
     assert run("--weights", str(tmp_path / "run"), out=tmp_path / "again", steps=0) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
-    assert again["val_mAP@0.3"] == metrics["val_mAP@0.3"] and again["val_loss"] == pytest.approx(metrics["val_loss"])
+    assert again["val_mAP@0.3"] == metrics["val_mAP@0.3"]
+    assert again["val_loss"] == pytest.approx(metrics["val_loss"])
     write_video(tmp_path / "a.mp4", frames=40)
     capsys.readouterr()
-    assert localisation.main([str(tmp_path / "a.mp4"), "--weights", str(tmp_path / "run"), "--least", "0",
-                          "--out", str(tmp_path / "a.png")]) == 0
-    told = capsys.readouterr().out
-    assert "40 frames, a step every 4 of them" in told and (tmp_path / "a.png").stat().st_size > 0
-    assert any(f" %  {name}" in told or f"%  {name}" in told for name in model.names)
+    assert predict.main([str(tmp_path / "a.mp4"), "--weights", str(tmp_path / "run"),
+                         "--min-score", "0", "--out", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert "40 frames, a step every 4 of them" in out and (tmp_path / "a.png").stat().st_size > 0
+    assert any(f"%  {name}" in out for name in model.names)
 
 
-def test_the_segments_of_a_video_do_not_depend_on_how_it_streams_by(encoders, tmp_path):  # noqa: F811
+def test_the_segments_of_a_video_do_not_depend_on_how_it_streams_by(encoders, tmp_path):
     assert run("--weights", encoders["masked"][0], out=tmp_path / "run") == 0
     model = localisation.Localiser.from_run(tmp_path / "run")
     write_video(tmp_path / "a.mp4", frames=60)
@@ -67,56 +75,69 @@ def test_the_segments_of_a_video_do_not_depend_on_how_it_streams_by(encoders, tm
 
 
 @pytest.fixture(scope="module")
-def extracted(tmp_path_factory, encoders):  # noqa: F811
-    """A folder with features/*.npz and said.json, in the form of ActivityNet."""
+def extracted(tmp_path_factory, encoders):
+    """A folder with features/*.npz and annotation.json, in the form of ActivityNet."""
     import extract
     folder, database = tmp_path_factory.mktemp("extracted"), {}
     (folder / "videos").mkdir()
     for i in range(5):
-        name = f"v_{i}" if i % 2 else str(i)  # ActivityNet's files have a prefix that its annotation lacks
+        # ActivityNet's files have a prefix that its annotation lacks
+        name = f"v_{i}" if i % 2 else str(i)
         write_video(folder / "videos" / f"{name}.mp4", frames=30 + 5 * i)
-        database[str(i)] = {"subset": "training" if i < 3 else "validation", "duration": 1.0, "annotations": [
+        database[str(i)] = {"subset": "training" if i < 3 else "validation", "duration": 1.0,
+                            "annotations": [
             {"segment": [0.2, 0.8], "label": ("wave", "jump")[i % 2]}]}
-    (folder / "said.json").write_text(json.dumps({"version": "1", "database": database}))
-    assert extract.main(["--data", str(folder / "videos"), "--model", encoders["masked"][0], "--stride", "2", "--out",
+    (folder / "annotation.json").write_text(json.dumps({"version": "1", "database": database}))
+    assert extract.main(["--data", str(folder / "videos"), "--model", encoders["masked"][0],
+                         "--stride", "2", "--out",
                          str(folder / "features"), "--device", "cpu"]) == 0
     return folder
 
 
-def test_features_from_files_train_with_their_annotation(extracted, encoders, tmp_path, capsys):  # noqa: F811
-    files = ("--data", str(extracted / "features"), "--annotations", str(extracted / "said.json"), "--length", "8")
+def test_features_from_files_train_with_their_annotation(extracted, encoders, tmp_path, capsys):
+    files = ("--data", str(extracted / "features"), "--annotations",
+             str(extracted / "annotation.json"),
+             "--length", "8")
     assert run(*files, out=tmp_path / "run") == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val_clips"] == 2 and metrics["settings"]["stride"] == 2
     model = localisation.Localiser.from_run(tmp_path / "run")
     assert model.encoder is None and model.names == ["jump", "wave"] and model.stride == 2
     video = str(extracted / "videos" / "0.mp4")
-    assert localisation.main([video, "--weights", str(tmp_path / "run")]) == 2
+    assert predict.main([video, "--weights", str(tmp_path / "run")]) == 2
     assert "has no encoder" in capsys.readouterr().err
     assert run(*files, "--weights", encoders["masked"][0], out=tmp_path / "both") == 0
-    assert localisation.main([video, "--weights", str(tmp_path / "both"), "--out", str(tmp_path / "a.png")]) == 0
+    assert predict.main([video, "--weights", str(tmp_path / "both"), "--out",
+                              str(tmp_path / "a.png")]) == 0
 
 
-def test_mistakes_about_files_get_one_line(extracted, encoders, tmp_path, capsys):  # noqa: F811
-    features, said = str(extracted / "features"), str(extracted / "said.json")
+def test_mistakes_about_files_get_one_line(extracted, encoders, tmp_path, capsys):
+    features, annotation = str(extracted / "features"), str(extracted / "annotation.json")
     (tmp_path / "odd.json").write_text('{"database": {"a": {"annotations": []}}}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "0.npz").write_bytes(b"no")
     for flags, complaint in (
             ((), "needs an encoder"), (("--data", features), "--annotations"),
             (("--data", features, "--annotations", "nowhere.json"), "no such file"),
-            (("--data", features, "--annotations", str(tmp_path / "odd.json")), "as ActivityNet has them"),
-            (("--data", features, "--annotations", said, "--train-subset", "Test"), "it has training, validation"),
-            (("--data", str(tmp_path), "--annotations", said, "--train-subset", "VALIDATION"), "none of the 2 videos"),
-            (("--data", str(tmp_path / "broken"), "--annotations", said), "not a file of tools/extract.py"),
-            (("--data", features, "--annotations", said, "--weights", encoders["multimodal"][0]), "is not the model")):
+            (("--data", features, "--annotations", str(tmp_path / "odd.json")),
+             "as ActivityNet has them"),
+            (("--data", features, "--annotations", annotation, "--train-subset", "Test"),
+             "it has training, validation"),
+            (("--data", str(tmp_path), "--annotations", annotation, "--train-subset", "VALIDATION"),
+             "none of the 2 videos"),
+            (("--data", str(tmp_path / "broken"), "--annotations", annotation),
+             "not a file of tools/extract.py"),
+            (("--data", features, "--annotations", annotation, "--weights",
+              encoders["multimodal"][0]),
+             "is not the model")):
         assert run(*flags, out=tmp_path / "run") == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and complaint in err, err
 
 
 def test_segments_of_no_length_are_left_out_and_counted(tmp_path, capsys):
-    (tmp_path / "a.json").write_text(json.dumps({"database": {"a": {"subset": "Test", "annotations": [
+    (tmp_path / "a.json").write_text(
+        json.dumps({"database": {"a": {"subset": "Test", "annotations": [
         {"segment": [3, 3], "label": "x"}, {"segment": [1, 2], "label": "x"}]}}}))
     assert annotations.read_segments(tmp_path / "a.json") == {"a": ("Test", [(1.0, 2.0, "x")])}
     assert "1 segments end where they start" in capsys.readouterr().err
@@ -133,7 +154,8 @@ def test_auroc_by_hand_ties_count_half():
     assert recognition.auroc(torch.ones(3), torch.ones(4)) == 0.5
 
 
-@pytest.mark.parametrize("unknown, left", [("4", ("meet", "part", "brighten", "darken")), ("left,grow", ("left", "grow"))])
+@pytest.mark.parametrize("unknown, left", [("4", ("meet", "part", "brighten", "darken")),
+                                           ("left,grow", ("left", "grow"))])
 def test_unknown_motions_are_left_out_of_training_and_scored(tmp_path, unknown, left):
     seen, target = set(), train.PostPretraining.target
 
@@ -160,8 +182,10 @@ def test_unknown_classes_of_files(tmp_path, capsys):
     assert run_classify(*files, "--unknown", "run", out=tmp_path / "run") == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val_clips"] == 6 and 0 <= metrics["val_unknown_auroc"] <= 100
-    assert json.loads((tmp_path / "run" / "questions.json").read_text()) == {"label": ["jump", "wave"]}
+    assert json.loads((tmp_path / "run" / "questions.json").read_text()) == {"label": ["jump",
+                                                                                       "wave"]}
     capsys.readouterr()
-    for flags in (("--unknown", "2"), ("--unknown", "fly"), ("--unknown", "run", "--test-clips", "2")):
+    for flags in (("--unknown", "2"), ("--unknown", "fly"),
+                  ("--unknown", "run", "--test-clips", "2")):
         assert run_classify(*files, *flags, out=tmp_path / "no") == 2
     assert capsys.readouterr().err.count("\n") == 3

@@ -126,7 +126,7 @@ def clip_block_shapes(a, width, hidden):
             **norm_shapes(a + "ln_1", a + "ln_2", width=width)}
 
 
-def tower_shapes(width, depth, hidden, patch, places, frames=1):
+def encoder_shapes(width, depth, hidden, patch, places, frames=1):
     return {"class_embedding": (width,), "positional_embedding": (1 + places, width),
             "conv1.weight": (width, 3, frames, patch, patch), **norm_shapes("ln_pre", width=width),
             **{key: shape for i in range(depth) for key, shape in
@@ -134,7 +134,7 @@ def tower_shapes(width, depth, hidden, patch, places, frames=1):
 
 
 def uniformerv2_shapes(width, depth, hidden, global_hidden, blocks, classes):
-    shapes = tower_shapes(width, depth, hidden, 4, 9)
+    shapes = encoder_shapes(width, depth, hidden, 4, 9)
     for j in range(blocks):
         a = f"transformer.dec.{j}."
         shapes |= clip_block_shapes(a, width, global_hidden) | norm_shapes(a + "ln_3", width=width)
@@ -147,8 +147,8 @@ def uniformerv2_shapes(width, depth, hidden, global_hidden, blocks, classes):
 
 
 def viclip_state(tubelet, steps):
-    """Width 24, two layers, patches of 4 in frames of 12 pixels; the text tower 16 wide."""
-    vision = tower_shapes(24, 2, 40, 4, 9, tubelet) | norm_shapes("ln_post", width=24) | {
+    """Width 24, two layers, patches of 4 in frames of 12 pixels; the text encoder 16 wide."""
+    vision = encoder_shapes(24, 2, 40, 4, 9, tubelet) | norm_shapes("ln_post", width=24) | {
         "proj": (24, 10), "temporal_positional_embedding": (1, steps, 24)}
     text = {"token_embedding.weight": (30, 16), "positional_embedding": (7, 16),
             "text_projection": (16, 10), **norm_shapes("ln_final", width=16),

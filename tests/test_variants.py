@@ -19,6 +19,7 @@ from variants import cards
 from variants.divided_attention import DividedVideoClassifier, DividedVideoMAE
 from variants.dual_masking import (
     DualMaskedVideoMAE, dual_masking_loss, hidden_among_decoded, running_cell_mask)
+from weights.encoders import load_encoder
 
 
 # Dual masking -----------------------------------------------------------------------------------
@@ -96,8 +97,7 @@ def test_divided_attention_is_joint_attention_under_two_masks():
     plain = x
     for norm, layer, group in ((block.norm_time, block.attn_time, place),
                                (block.norm1, block.attn, time)):
-        q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-                   for y in layer.project(norm(plain), None, None))
+        q, k, v = layer.queries_keys_values(norm(plain))
         same = group[:, None, :, None] == group[:, None, None]
         scores = (q @ k.mT / q.shape[-1]**0.5).masked_fill(~same, -torch.inf)
         plain = plain + layer.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
@@ -146,7 +146,7 @@ def test_a_variant_trains_and_its_encoder_is_fine_tuned(name, tmp_path):
     flags = [flag for flag in FLAGS if flag not in ("--mask-ratio", "0.5")]
     assert train.main(["classify", *flags, "--weights", str(tmp_path / "run"),
                        "--out", str(tmp_path / "labels")]) == 0
-    model = encoders.load_encoder(tmp_path / "labels")
+    model = load_encoder(tmp_path / "labels")
     assert isinstance(model, DividedVideoClassifier) == (name == "mae-divided")
 
 
@@ -155,8 +155,8 @@ def test_a_variant_trains_and_its_encoder_is_fine_tuned(name, tmp_path):
     (["mae-divided", *FLAGS, "--mask-type", "random"], "--mask-type: divided attention needs")])
 def test_clips_and_masks_that_a_variant_cannot_take_are_refused_in_one_line(flags, message, capsys):
     assert train.main(flags) == 2
-    said = capsys.readouterr().err.strip()
-    assert message in said and "\n" not in said
+    err = capsys.readouterr().err.strip()
+    assert message in err and "\n" not in err
 
 
 def test_both_variants_are_registered_as_stages():

@@ -285,19 +285,19 @@ def test_what_official_names_do_not_say_is_said(tmp_path, capsys):
     model = uniformerv2.UniFormerV2(uniformerv2.Size(64, 2, 2, 128, 8, 16), classes=3, frames=4,
                                     mean=(0.1, 0.2, 0.3))
     assert main([str(save(tmp_path / "run", model)), "--official", str(tmp_path / "new.pth")]) == 0
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert ("tell whoever loads it: 2 heads of 32 in place of 64; pixels in [0, 1] are normalised "
-            "with mean [0.1, 0.2, 0.3]") in said
+            "with mean [0.1, 0.2, 0.3]") in message
 
 
-@pytest.mark.parametrize("tensors, said", [({1: torch.ones(2)},
+@pytest.mark.parametrize("tensors, message", [({1: torch.ones(2)},
                                             "expected tensors by name, found 1"),
                                             ({}, "holds no tensors")])
-def test_odd_dicts_are_one_line(tmp_path, capsys, tensors, said):
+def test_odd_dicts_are_one_line(tmp_path, capsys, tensors, message):
     torch.save(tensors, tmp_path / "odd.pth")
     assert main([str(tmp_path / "odd.pth")]) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1
 
 
 def test_tensors_that_share_memory_are_written_and_odd_heads_are_one_line(tmp_path, capsys):
@@ -363,15 +363,15 @@ def test_a_file_that_holds_no_weights_is_one_line(tmp_path, content):
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
-@pytest.mark.parametrize("tensor, said", [
+@pytest.mark.parametrize("tensor, message", [
     (torch.eye(2).to_sparse(), "sparse"), (torch.ones(2, 2, device="meta"),
                                            "without their numbers"),
     (torch.ones(2, 2, dtype=torch.int8),
      "wrong kind: weight is torch.int8 instead of torch.float32"),
     (torch.ones(2, 2, dtype=torch.bool), "wrong kind"), (torch.ones(2, 2) * 1j, "wrong kind")])
-def test_numbers_of_another_kind_are_not_copied_in_silence(tmp_path, tensor, said):
+def test_numbers_of_another_kind_are_not_copied_in_silence(tmp_path, tensor, message):
     torch.save({"weight": tensor}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         weights.fill(torch.nn.Linear(2, 2, bias=False), weights.read(tmp_path / "x.pth")[0])
 
 

@@ -48,7 +48,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import mae  # noqa: E402, for what hiding costs; all else goes through train.py
 import train  # noqa: E402
-from engine.stage import STAGES  # noqa: E402
 import variants.cards  # noqa: E402,F401: the stage mae-divided
 from video import moving_shapes  # noqa: E402
 

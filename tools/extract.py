@@ -16,8 +16,8 @@ windows (a shorter video repeats its last frame). Window w covers frames w strid
 w stride + window - 1. With t token times per window (16 frames, tubelets of 2: t = 8) and h w token
 places:
 
-    --pool all     feats (T', D), T' = W        one feature per window: what the head sees
-                                                (ViCLIP: the embedding)
+    --pool all     feats (T', D), T' = W        one feature per window: VideoMAE's after its last
+                                                norm, UniFormerV2's before it, ViCLIP's embedding
     --pool space   feats (T', D), T' = W t      mean over places of the last block's tokens
     --pool none    feats (T', h w, D), T' = W t the tokens, without class tokens
 
@@ -48,6 +48,7 @@ import clip_video  # noqa: E402
 import weights  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.machine import choose_device  # noqa: E402
+from tasks.localisation import window_feature  # noqa: E402
 from video import annotations, decoding, transforms  # noqa: E402
 from weights.encoders import load_encoder  # noqa: E402
 
@@ -72,7 +73,7 @@ def features(model, clips, pool):
         feature, tokens = model.encode_video_tokens(video)
         tokens = tokens[:, 0, 1:].unflatten(1, (video.shape[2], -1))
     elif pool == "all":
-        feature = model.feature(video)
+        feature = window_feature(model, video)
     else:
         tokens = model.tokens(video).unflatten(1, (model.grid_of(*video.shape[2:])[0], -1))
         if model.family == "multimodal":  # without the class token of each frame

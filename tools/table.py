@@ -16,20 +16,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import fusion
-import train
 import weights
 from engine import machine, pictures
 from engine.evaluation import to_device
+from tasks import recognition
 from video import moving_shapes
+from weights import encoders
 
 RUNS = ("mae", "clip", "masked", "multimodal", "scratch", "fuse")
-FACTS = {"motion": moving_shapes.MOTIONS, "shape": moving_shapes.SHAPES,
-         "colour": tuple(moving_shapes.COLOURS)}
-
-
-def split(logits):
-    """(B, Y) -> {question: (B, classes)}"""
-    return dict(zip(FACTS, logits.split([len(names) for names in FACTS.values()], dim=1)))
 
 
 @torch.no_grad()
@@ -38,23 +32,25 @@ def logits_of(out, which, clips, seed):
     the answers {question: (B,)}."""
     device = machine.choose_device("auto")
     bf16 = machine.choose_precision("auto", device) == "bf16"
-    models = {name: encoders.load_encoder(out / name) for name in ("scratch", "masked", "multimodal")}
-    bridge = fusion.InternVideo.from_run(out / "fuse")
-    parts = [bridge.masked, *bridge.multimodal]
-    models = {name: model.to(device).eval() for name, model in (models | {"fuse": bridge}).items()}
+    models = {name: encoders.load_encoder(out / name)
+              for name in ("scratch", "masked", "multimodal")}
+    fused = fusion.InternVideo.from_run(out / "fuse")
+    parts = [fused.masked, *fused.multimodal]
+    models = {name: model.to(device).eval() for name, model in (models | {"fuse": fused}).items()}
     world = moving_shapes.MovingShapes(which, max(part.config["frames"] for part in parts),
                                        max(max(part.config["image_size"]) for part in parts), seed)
-    logits, answers = {name: [] for name in models}, {name: [] for name in FACTS}
+    logits, answers = {name: [] for name in models}, {name: [] for name in world.classes}
     for batch in data.held_out(world, clips, 100):
         batch = to_device(batch, device)
-        for question, names in FACTS.items():
-            answers[question] += [names.index(facts[question]) for facts in batch["facts"]]
+        for question, labels in batch["labels"].items():
+            answers[question].append(labels)
         for name, model in models.items():
             video = batch["video"] if name == "fuse" else fusion.view(batch["video"], model)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
                 logits[name].append(model(video).float())
-    return ({name: split(torch.cat(part)) for name, part in logits.items()},
-            {name: torch.tensor(part, device=device) for name, part in answers.items()})
+    return ({name: recognition.split(torch.cat(part), world.classes)
+             for name, part in logits.items()},
+            {name: torch.cat(part) for name, part in answers.items()})
 
 
 def rows_of(out, seed, clips):
