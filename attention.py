@@ -21,14 +21,14 @@ slowest axis. Queries, keys and values are (B, heads, N, K). Other files define 
 2. `reference_attention` is the definition. Each query is compared with every key, softmax turns
    the similarities into weights that sum to one, and the weights mix the values. A dot product of K
    numbers of unit variance has variance K. Division by sqrt(K) keeps the softmax from saturating.
-3. `sdpa` and `flex_attention` compute the same numbers with less memory: torch's own kernel, and a
-   kernel that torch.compile generates for the mask. `choose` names one of the three, by a rule.
+3. `sdpa` (torch's own kernel) and `flex_attention` (a kernel that torch.compile generates for the
+   mask, engine/flex.py) compute the same numbers with less memory. `choose` names one of the three.
 4. `Attention` adds the projections, `Mlp` is the other half, `Block` the pre-norm residual block.
    `run_blocks` hands a `Context` to each block: all that a block needs besides its tokens.
 
 A bias on the keys adds the same number to all scores of a query, and softmax ignores it. VideoMAE
 therefore has biases on queries and values only (bias="qv"). Where we differ: DropPath drops
-samples, also where official sequence-first code drops token positions.
+samples. Official code that puts the sequence first drops token positions.
 
 >>> block = Block(width=32, heads=4)
 >>> block(torch.zeros(2, 10, 32)).shape                    # (B, N, D) -> (B, N, D)
@@ -37,18 +37,16 @@ torch.Size([2, 10, 32])
 torch.Size([2, 3, 32])
 """
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import flex_attention as torch_flex
 
+from engine.flex import flex_attention, no_compiler
 from engine.processes import joined
 
 FORMS = ("auto", "reference", "sdpa", "flex")
-BACKEND = "inductor"  # of torch.compile
 
 # `choose` takes the reference form up to this many bytes of scores, B*heads*Nq*Nk*2. It keeps them
 # in each block for the backward pass, 0.4 GiB in 12 blocks. From about 50 MiB on it is not faster.
@@ -61,27 +59,19 @@ SMALL = 32 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which keys a query may attend to. Each field that is given narrows the choice further.
+    """Which keys a query may attend to. Every field that is given excludes further keys.
 
-    causal    True = keys up to the query's own position. With fewer queries than keys, the queries
-              are the last ones, as in step-by-step decoding
-    is_token  (B, Nk) bool, False = padding, which no query attends to
-    frames    (B, Nk) int, the frame of each key: only keys at most `window` frames away. With
-              window 0 any group number will do, such as the clip of each token in a packed row
-    window    int, see frames
-
-    Tensors may have one row for all clips, (1, Nk). For `causal` and `frames` the queries are the
-    last Nq of the keys. A query that may attend to nothing gets zeros.
+    The queries are the last Nq of the Nk keys. A query that may attend to nothing gets zeros.
     """
 
-    causal: bool = False
-    is_token: torch.Tensor | None = None
-    frames: torch.Tensor | None = None
-    window: int = 0
+    causal: bool = False                   # only keys up to the query's own position
+    is_token: torch.Tensor | None = None   # (B or 1, Nk) bool; False = padding, never attended to
+    frames: torch.Tensor | None = None     # (B or 1, Nk) int, frame of each key, or any group:
+    window: int = 0                        # only keys at most so many frames away from the query
 
     @property
     def kind(self):
-        """Names of the fields that narrow the choice; () = every query attends to every key."""
+        """Names of the fields that exclude keys; () = every query attends to every key."""
         tensors = tuple(name for name in ("is_token", "frames") if getattr(self, name) is not None)
         return ("causal",) * self.causal + tensors
 
@@ -91,13 +81,12 @@ class Mask:
         return max([1] + [len(x) for x in (self.is_token, self.frames) if x is not None])
 
     def rule(self, batch, queries, keys, device):
-        """The mask as a function of (row, head, query, key), integers -> bool, may it attend?
-        `allowed` broadcasts it to a table; `flex_attention` compiles it into a kernel."""
+        """The mask as a function of (row, head, query, key), integers -> bool, may it attend?"""
         # A tensor, because torch.compile would specialise the kernel for a Python number.
         offset = torch.tensor(keys - queries, device=device)
         causal, window = self.causal, self.window
-        is_token = None if self.is_token is None else self.is_token.expand(batch, -1)
-        frames = None if self.frames is None else self.frames.expand(batch, -1)
+        is_token, frames = (None if x is None else x.expand(batch, -1)
+                            for x in (self.is_token, self.frames))
         query_frames = None if frames is None else frames[:, keys - queries:]
 
         def may_attend(row, head, query, key):
@@ -121,28 +110,15 @@ class Mask:
         allowed = rule(row[:, None, None, None], 0, query[:, None], key)
         return allowed.expand(self.rows, 1, queries, keys)
 
-    def blocks(self, batch, queries, keys, device):
-        """The mask for FlexAttention: its rule, and which blocks of 128 x 128 pairs are not empty.
-        Kept in this object, because all layers of a network ask for the same."""
-        def made():
-            rows = None if self.rows == 1 else batch
-            return torch_flex.create_block_mask(self.rule(batch, queries, keys, device), rows, None,
-                                                queries, keys, device=device)
-        if torch.compiler.is_compiling():
-            return made()
-        kept, size = self.__dict__.setdefault("_blocks", {}), (batch, queries, keys, str(device))
-        return kept.get(size) or kept.setdefault(size, made())
-
 
 # ------------------------------------------------------------------------------------------------
-# Attention: the definition, and two forms with the same numbers
+# Attention: the definition, forms with the same numbers, and the choice. Arguments: see `attention`
 
 
 def attention_weights(q, k, allowed=None, scale=None):
-    """How much of each value a query takes: softmax(q k^T / sqrt(K)).
+    """softmax(q k^T / sqrt(K)): how much of each value a query takes, (B, heads, Nq, Nk).
 
-    q (B, heads, Nq, K), k (B, heads or 1, Nk, K), allowed as `Mask.allowed` returns it.
-    Returns (B, heads, Nq, Nk); rows sum to one, or to zero where nothing is allowed.
+    allowed  as `Mask.allowed` returns it. Rows sum to one, or to zero where nothing is allowed
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q * scale) @ k.transpose(-2, -1)
@@ -153,16 +129,16 @@ def attention_weights(q, k, allowed=None, scale=None):
 
 
 def reference_attention(q, k, v, mask=None, scale=None):
-    """softmax(q k^T / sqrt(K)) v: the definition (arXiv 1706.03762, Sec. 3.2.1). Arguments as those
-    of `attention`. The backward pass keeps all Nq x Nk weights."""
+    """softmax(q k^T / sqrt(K)) v: the definition (arXiv 1706.03762, Sec. 3.2.1). The backward pass
+    keeps all Nq x Nk weights."""
     allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
     return attention_weights(q, k, allowed, scale).to(v.dtype) @ v
 
 
 def sdpa(q, k, v, mask=None, scale=None):
     """The same numbers from torch's scaled_dot_product_attention. Where it can, it never stores all
-    scores: a block of queries meets one block of keys at a time (FlashAttention, arXiv 2205.14135,
-    Sec. 3.1). No mask and the causal mask are built in. Any other mask becomes a table."""
+    scores: it takes one block of queries and one block of keys at a time (FlashAttention, arXiv
+    2205.14135, Sec. 3.1). The causal mask is built in. Any other mask becomes a table."""
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))  # one head may serve all queries
     kind = () if mask is None else mask.kind
     if not kind or (kind == ("causal",) and q.shape[2] == k.shape[2]):
@@ -170,55 +146,9 @@ def sdpa(q, k, v, mask=None, scale=None):
     allowed = mask.allowed(q.shape[2], k.shape[2], q.device)
     # Kernels disagree about a query that may attend to nothing (zeros or NaN). It attends to
     # everything here, and its result is replaced by zeros.
-    nothing = ~allowed.any(dim=-1, keepdim=True)  # (B or 1, 1, Nq, 1)
+    nothing = ~allowed.any(dim=-1, keepdim=True)                             # (B or 1, 1, Nq, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed | nothing, scale=scale)
     return out.masked_fill(nothing, 0)
-
-
-def flex_attention(q, k, v, mask=None, scale=None):
-    """The same numbers from a kernel that torch.compile generates for the mask's rule. It skips
-    blocks of 128 x 128 pairs in which nothing is allowed (FlexAttention, arXiv 2412.05496). Raises
-    ValueError for gradients on a CPU, where it has no backward pass. It takes no float64."""
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if grad and q.device.type == "cpu":
-        raise ValueError("FlexAttention has no backward pass on a CPU: choose sdpa or reference, "
-                         "or use torch.no_grad()")
-    if not grad:  # on a CPU torch refuses tensors that require gradients even under no_grad
-        q, k, v = q.detach(), k.detach(), v.detach()
-    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    mask = mask if mask is not None and mask.kind else None
-    blocks = None if mask is None else mask.blocks(len(q), q.shape[2], k.shape[2], q.device)
-    if torch.compiler.is_compiling():  # it becomes part of the surrounding graph
-        return torch_flex.flex_attention(q, k, v, block_mask=blocks, scale=scale)
-    variant = mask and (mask.kind, mask.rows == 1, mask.window)
-    kernel = _compiled_flex(variant, q.shape[1], q.shape[3], q.dtype, q.device, grad, scale)
-    return kernel(q, k, v, blocks)
-
-
-@functools.lru_cache(maxsize=None)
-def _compiled_flex(variant, heads, width, dtype, device, grad, scale):
-    """A compiled function of its own for all that must be constant in a kernel. Batch and lengths
-    may vary: torch.compile makes them variables when it meets the second size. fullgraph raises
-    where torch.compile would silently fall back to a slow form, as after 8 versions."""
-    def flex(q, k, v, blocks):
-        return torch_flex.flex_attention(q, k, v, block_mask=blocks, scale=scale)
-    flex.__code__ = flex.__code__.replace()  # a copy: torch.compile counts versions by code object
-    return torch.compile(flex, fullgraph=True, backend=BACKEND)
-
-
-@functools.lru_cache(maxsize=None)
-def no_compiler(device):
-    """Why torch.compile does not work on "cpu" or "cuda" here, in one line, or "". Tried once."""
-    try:
-        compiled = torch.compile(lambda x: x.cos() + 1, fullgraph=True, backend=BACKEND)
-        compiled(torch.zeros(8, device=device))
-    except Exception as error:  # a missing compiler shows in many ways
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ""
-
-
-# ------------------------------------------------------------------------------------------------
-# The choice
 
 
 def choose(q, k, mask=None):
@@ -245,13 +175,6 @@ def choose(q, k, mask=None):
     return "sdpa"
 
 
-def _known(form):
-    if form not in FORMS:
-        known = f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
-        raise ValueError(f"no attention form {form!r}: choose {known}")
-    return form
-
-
 _form = "auto"
 
 
@@ -261,15 +184,20 @@ def use(form):
     _form = _known(form)
 
 
-def attention(q, k, v, mask=None, *, scale=None, form=None):
-    """Attention as the networks call it.
+def _known(form):
+    if form not in FORMS:
+        raise ValueError(f"no attention form {form!r}: choose auto, reference, sdpa or flex")
+    return form
 
-    q       (B, heads, Nq, K) float
-    k, v    (B, heads, Nk, K) float, or (B, 1, Nk, K): one head of keys and values for all queries
-    mask    Mask or None (every query attends to every key)
-    scale   factor on q k^T; default 1/sqrt(K)
-    form    "auto", "reference", "sdpa" or "flex"; default: what `use` set, "auto" at first
-    returns (B, heads, Nq, K)
+
+def attention(q, k, v, mask=None, *, scale=None, form=None):
+    """Attention as the networks call it -> (B, heads, Nq, K).
+
+    q      (B, heads, Nq, K) float
+    k, v   (B, heads, Nk, K) float, or (B, 1, Nk, K): one head of keys and values for all queries
+    mask   Mask or None (every query attends to every key)
+    scale  factor on q k^T; default 1/sqrt(K)
+    form   one of FORMS; default: what `use` set, "auto" at first
     """
     form = _known(form or _form)
     if form == "auto":
@@ -282,23 +210,17 @@ def attention(q, k, v, mask=None, *, scale=None, form=None):
 # Layers
 
 
-def gelu(x):
-    """x * Phi(x), exact, with the error function: VideoMAE, cross-model attention, heads."""
-    return F.gelu(x)
-
-
 def quick_gelu(x):
-    """x * sigmoid(1.702 x): CLIP's approximation. It differs from `gelu` by up to 0.02, so weights
-    trained with one give wrong features with the other."""
+    """x * sigmoid(1.702 x): CLIP's approximation of F.gelu, which all other networks use. The two
+    differ by up to 0.02, so weights trained with one give wrong features with the other."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def sinusoid_table(positions, width):
-    """Fixed position codes: sines and cosines of wavelengths from 2 pi to 10000 * 2 pi.
+    """Fixed position codes (positions, width) float32 (arXiv 1706.03762, Sec. 3.5).
 
-    Returns (positions, width) float32. Column j holds sin (even j) or cos (odd j) of
-    position / 10000^(2*floor(j/2)/width). The dot product of two rows depends on their distance
-    alone. (arXiv 1706.03762, Sec. 3.5, Positional Encoding.)
+    Column j holds sin (even j) or cos (odd j) of position / 10000^(2*floor(j/2)/width). The dot
+    product of two rows depends on their distance alone.
     """
     place = torch.arange(positions, dtype=torch.float64)[:, None]
     column = torch.arange(width)
@@ -307,11 +229,8 @@ def sinusoid_table(positions, width):
 
 
 class DropPath(nn.Module):
-    """Skip a residual branch for a random share of the samples (arXiv 1603.09382, Sec. 3).
-
-    rate  probability that a sample skips the branch, in [0, 1). The others are divided by
-          1 - rate, so that the mean stays. Does nothing in eval mode.
-    """
+    """Skip a residual branch for a random share `rate` of the samples (arXiv 1603.09382, Sec. 3).
+    The other samples are divided by 1 - rate, so that the mean stays."""
 
     def __init__(self, rate=0.0):
         super().__init__()
@@ -323,9 +242,6 @@ class DropPath(nn.Module):
         rows, mine = joined(x.shape[0])  # several processes: one draw for all, each takes its rows
         keep = x.new_empty((rows,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)[mine]
         return x * keep / (1 - self.rate)
-
-    def extra_repr(self):
-        return f"rate={self.rate:.3f}"
 
 
 class Dropout(nn.Dropout):
@@ -341,20 +257,25 @@ class Dropout(nn.Dropout):
         return x * F.dropout(keep, self.p)[mine]
 
 
+@dataclass(frozen=True)
+class State:
+    """A clip between two blocks of an encoder."""
+
+    tokens: torch.Tensor               # (B, N, D); the multimodal encoder's are (B, t, 1+S, D)
+    query: torch.Tensor | None = None  # (B, 1, D), the multimodal encoder's global token so far
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """What `run_blocks` hands to every block besides the tokens.
-
-    mask  Mask or None (every token attends to every token)
-    last  only the last `last` tokens are queries, and only their results are returned; None = all.
-          `run_blocks` passes it to the final block alone
 
     To hand down something else, such as rotary angles, add a field here and read it in
     `Attention.forward`. Nothing between the two needs to know.
     """
 
-    mask: Mask | None = None
-    last: int | None = None
+    mask: Mask | None = None   # None = every token attends to every token
+    last: int | None = None    # only the last `last` tokens are queries, and only their results are
+    #                            returned; None = all. `run_blocks` passes it to the final block
 
 
 class Attention(nn.Module):
@@ -362,19 +283,17 @@ class Attention(nn.Module):
 
     width, heads   D and the number of heads; D must be a multiple of heads
     context_width  width of the tokens that give keys and values; None = self-attention
-    bias           "qkv", "qv" (queries and values only, as VideoMAE) or "none"
-    cosine         compare directions only: scores are cosines times a learned temperature of at
-                   most 100 (Swin V2, arXiv 2111.09883, Sec. 3.2; an option of VideoMAE V2)
+    bias           "qkv", "none", or for self-attention "qv" (queries and values only)
+    cosine         scores are cosines times a learned temperature of at most 100 (Swin V2, arXiv
+                   2111.09883, Sec. 3.2; an option of VideoMAE V2)
     """
 
     def __init__(self, width, heads, *, context_width=None, bias="qkv", cosine=False):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
-        if bias not in ("qkv", "qv", "none"):
-            raise ValueError(f"bias is {bias!r}: choose qkv, qv or none")
-        if context_width is not None and bias == "qv":
-            raise ValueError("bias='qv' is for self-attention")
+        if bias not in (("qkv", "none") if context_width else ("qkv", "qv", "none")):
+            raise ValueError(f"bias is {bias!r}: choose qkv or none, or qv for self-attention")
         self.heads = heads
         if context_width is None:
             self.qkv = nn.Linear(width, 3 * width, bias=bias == "qkv")
@@ -399,9 +318,9 @@ class Attention(nn.Module):
             if last is None:
                 projected = F.linear(x, weight, bias).chunk(3, dim=-1)
             else:
-                of_q, of_kv = (None, None) if bias is None else (bias[:D], bias[D:])
-                projected = (F.linear(asking, weight[:D], of_q),
-                             *F.linear(x, weight[D:], of_kv).chunk(2, dim=-1))
+                q_bias, kv_bias = (None, None) if bias is None else (bias[:D], bias[D:])
+                projected = (F.linear(asking, weight[:D], q_bias),
+                             *F.linear(x, weight[D:], kv_bias).chunk(2, dim=-1))
         return tuple(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
 
     def forward(self, x, context=None, *, keys_from=None):
@@ -421,7 +340,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """fc2(activation(fc1(x))), token by token. x (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, width, hidden, activation=gelu, drop=0.0):
+    def __init__(self, width, hidden, activation=F.gelu, drop=0.0):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -436,7 +355,6 @@ class Block(nn.Module):
     """The pre-norm transformer block: x + attn(norm1 x), then x + mlp(norm2 x).
 
     mlp_width    hidden width of the MLP, default 4*D
-    drop_path    see DropPath
     layer_scale  start value of a learned factor per channel on each branch; None = no factor
     eps          of both LayerNorms: 1e-6 in VideoMAE, 1e-5 in CLIP
 
@@ -444,7 +362,7 @@ class Block(nn.Module):
     """
 
     def __init__(self, width, heads, *, mlp_width=None, bias="qkv", cosine=False, eps=1e-6,
-                 drop=0.0, drop_path=0.0, layer_scale=None, activation=gelu):
+                 drop=0.0, drop_path=0.0, layer_scale=None, activation=F.gelu):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads, bias=bias, cosine=cosine)
@@ -456,23 +374,19 @@ class Block(nn.Module):
             self.gamma1 = nn.Parameter(torch.full((width,), float(layer_scale)))
             self.gamma2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
-    def self_attention(self, x, context):
-        """The attention branch after its norm; a subclass may restrict or replace it."""
-        return self.attn(x, context)
-
     def forward(self, x, context=None):
         """x (B, N, D), context a Context -> (B, N, D), or (B, context.last, D): the end of the full
         result. The queries of other tokens and their MLP are not computed."""
         context = context or Context()
         kept = x if context.last is None else x[:, -context.last:]
-        branch = self.self_attention(self.norm1(x), context)
+        branch = self.attn(self.norm1(x), context)
         x = kept + self.drop_path(branch if self.gamma1 is None else self.gamma1 * branch)
         branch = self.mlp(self.norm2(x))
         return x + self.drop_path(branch if self.gamma2 is None else self.gamma2 * branch)
 
 
 def run_blocks(blocks, x, context=None, recompute=False):
-    """x (B, N, D) through all blocks, each with the same Context but for `last`: see there.
+    """x (B, N, D) through all blocks, each with the same Context except for `last`: see there.
 
     recompute  True = keep no activations inside a block and compute them again in the backward
                pass: about a third more time for a fraction of the memory (arXiv 1604.06174).
@@ -488,25 +402,18 @@ def run_blocks(blocks, x, context=None, recompute=False):
     return x if context.last is None else x[:, -context.last:]
 
 
-# ------------------------------------------------------------------------------------------------
-# Try it
-
-
 @torch.no_grad()
 def main():
     """`python attention.py`: the shapes of one attention, step by step, and two masks."""
     torch.manual_seed(0)
     layer, x = Attention(96, 4), torch.randn(2, 12, 96)
     q, k, v = layer.queries_keys_values(x)
-    weights = attention_weights(q, k)
-    mixed = reference_attention(q, k, v)
-    for name, letters, value in (
-            ("tokens", "(B, N, D)", x), ("queries, keys, values", "(B, heads, N, K)", q),
-            ("weights of all keys for each query", "(B, heads, N, N)", weights),
-            ("weighted means of values", "(B, heads, N, K)", mixed),
-            ("heads side by side, projected", "(B, N, D)", layer(x))):
-        print(f"{name:36s} {letters:18s} {tuple(value.shape)}")
-    print(f"each row of weights sums to {weights.sum(-1).mean():.6f}")
+    weights, mixed = attention_weights(q, k), reference_attention(q, k, v)
+    for name, value in (("tokens (B, N, D)", x), ("queries, keys, values (B, heads, N, K)", q),
+                        ("weights of keys (B, heads, N, N)", weights),
+                        ("weighted means of values (B, heads, N, K)", mixed),
+                        ("heads side by side, projected (B, N, D)", layer(x))):
+        print(f"{name:45s} {tuple(value.shape)}")
     print(f"{choose(q, k)} differs from the reference by {(sdpa(q, k, v) - mixed).abs().max():.0e}")
     window = Mask(frames=torch.arange(12)[None] // 3, window=1)
     for name, mask in (("causal", Mask(causal=True)), ("4 frames, window 1", window)):

@@ -18,35 +18,31 @@ Sec. 3.2). This is the first stage of InternVideo (arXiv 2212.03191, Sec. 3.2).
    cheaper on 160 tokens than on 1568. The encoder never sees mask tokens, in pretraining or later,
    so fine-tuning starts from the same kind of input.
 4. `Decoder` adds one learned mask token at every hidden place; the position code tells them apart.
-   It sees all N tokens and is thrown away after pretraining, so it is small: 4 blocks in ViT-B,
-   against 12. Its width Dd is D/2 from small to huge (SIZES lists the others).
+   It sees all N tokens and is thrown away after pretraining, so it is small: see SIZES.
 5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so the loss
-   measures structure. Predicting zeros costs (n-1)/n for n pixels of a tubelet and channel (the
-   deviation divides by n-1): 0.998 at 2 x 16 x 16. This is the trivial baseline.
+   measures structure. Predicting zeros, the trivial baseline, costs (n-1)/n for n pixels of a
+   tubelet and channel, because the deviation divides by n-1: 0.998 at 2 x 16 x 16.
 6. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear layer.
 
 Where we differ from the official code (VideoMAE modeling_pretrain.py), with equal numbers: hidden
 tubelets are never embedded, visible ones get no target, the last decoder block computes hidden
-positions only, and tokens are gathered with fixed counts. Equal on purpose: the decoder's tokens
-stay in the order visible, then hidden; a "learnable" position table is detached and never learns.
-Masks differ in the random places they draw. ViT-B has 94 M parameters (86 M of them encoder).
+positions only, and tokens are gathered with fixed counts. Masks draw other random places.
 
 >>> model = VideoMAE("tiny", image_size=64)
 >>> hidden = tube_mask(2, model.grid, 0.9, torch.Generator().manual_seed(0))
->>> hidden.shape, int(hidden[0].sum())               # (B, N), Nm = 8 * int(0.9 * 64)
-(torch.Size([2, 512]), 456)
->>> model(torch.zeros(2, 3, 16, 64, 64), hidden).shape    # (B, Nm, P), P = 2 * 8 * 8 * 3
+>>> model(torch.zeros(2, 3, 16, 64, 64), hidden).shape    # (B, Nm, P) = 8*int(0.9*64), 2*8*8*3
 torch.Size([2, 456, 384])
 """
 
 import functools
+import math
 from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Block, Context, Dropout, run_blocks, sinusoid_table
+from attention import Block, Context, Dropout, State, run_blocks, sinusoid_table
 
 # Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,7 +52,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 @dataclass(frozen=True)
 class Size:
     """The widths and depths of one model."""
-
     width: int
     depth: int
     heads: int
@@ -80,20 +75,18 @@ SIZES = {
     "giant":    Size(1408, 40, 16, 6144, 14,           512,  4,  8, 2234),
     "gigantic": Size(1664, 48, 16, 8192, 14,           512,  4,  8, 2520),
 }
-
 POSITIONS = ("sinusoid", "resized", "axes", "stored")
 
 
 @dataclass(frozen=True)
 class Options:
     """What both networks of this file are built from. A run saves all of it in its config.json."""
-
-    size: Size                   # or a name in SIZES
+    size: Size | str             # or a name in SIZES
     frames: int = 16             # T of the clips; another T, H or W is accepted, too
     image_size: tuple = 224      # H and W in pixels; one number = both
     tubelet: int = 2             # frames per tubelet
     channels: int = 3
-    positions: str = "sinusoid"  # position codes, one of POSITIONS: see `position_codes`, Encoder
+    positions: str = "sinusoid"  # position codes, one of POSITIONS: see `position_codes`
     bias: str = "qv"             # see attention.Attention
     cosine: bool = False         # see attention.Attention
     layer_scale: float = None    # see attention.Block
@@ -101,10 +94,12 @@ class Options:
     head_eps: float = 1e-6       # of the LayerNorm before the decoder's or classifier's head
 
     def __post_init__(self):
-        size = SIZES[self.size] if isinstance(self.size, str) else self.size
-        sides = [self.image_size] * 2 if isinstance(self.image_size, int) else self.image_size
-        object.__setattr__(self, "size", size)                # the dataclass is frozen
-        object.__setattr__(self, "image_size", list(sides))   # as JSON has it
+        size, sides = self.size, self.image_size
+        size = SIZES[size] if isinstance(size, str) else size
+        size = Size(**size) if isinstance(size, dict) else size  # from config.json
+        object.__setattr__(self, "size", size)                   # the dataclass is frozen
+        sides = [sides] * 2 if isinstance(sides, int) else list(sides)
+        object.__setattr__(self, "image_size", sides)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions is {self.positions!r}: choose {', '.join(POSITIONS)}")
 
@@ -114,29 +109,14 @@ class Options:
         return dict(bias=self.bias, cosine=self.cosine, eps=self.eps, layer_scale=self.layer_scale)
 
 
-# Options of older runs: key -> the one value that still means the same network.
-REMOVED = {"space_time": "joint", "pool": "mean"}
-
-
-def saved_options(config):
-    """Constructor arguments from a run's config.json. ValueError for a removed option in use."""
-    for key, value in REMOVED.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{key}={config[key]!r} is no longer an option, only {value!r} is")
-    options = {key: value for key, value in config.items() if key not in ("model", *REMOVED)}
-    return options | {"size": Size(**config["size"])}
-
-
 # ------------------------------------------------------------------------------------------------
-# Tubelets and masks
+# Tubelets, masks and position codes
 
 
 def take_tubelets(video, index, patch, tubelet):
-    """Cut chosen tubelets out of a video, copying nothing else.
+    """Cut tubelets out of a video (B, C, T, H, W) -> (B, n, C, tubelet*patch*patch).
 
-    video    (B, C, T, H, W)
-    index    (B, n) int64, which of the N = t*h*w tubelets, n = tau*h*w + y*w + x; None = all
-    returns  (B, n, C, tubelet*patch*patch), pixels in the order frame, row, column
+    index  (B, n) int64, which of the N = t*h*w tubelets, n = tau*h*w + y*w + x; None = all
     """
     B, C, T, H, W = video.shape
     t, h, w = T // tubelet, H // patch, W // patch
@@ -147,18 +127,6 @@ def take_tubelets(video, index, patch, tubelet):
     return cut[row, index // (h * w), index // w % h, index % w].flatten(3)
 
 
-def put_tubelets(video, index, tubelets, patch, tubelet):
-    """The inverse of `take_tubelets`: a copy of the video with these tubelets replaced."""
-    B, C, T, H, W = video.shape
-    t, h, w = T // tubelet, H // patch, W // patch
-    video = video.clone(memory_format=torch.contiguous_format)
-    cut = video.view(B, C, t, tubelet, h, patch, w, patch).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    row = torch.arange(B, device=index.device)[:, None]
-    cut[row, index // (h * w), index // w % h, index % w] = \
-        tubelets.reshape(*index.shape, C, tubelet, patch, patch).to(video.dtype)
-    return video
-
-
 def imagenet_statistics(like):
     """ImageNet mean and standard deviation on the device of `like`, (3, 1) float32 each."""
     return (torch.tensor(x, device=like.device)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
@@ -166,10 +134,7 @@ def imagenet_statistics(like):
 
 def imagenet_normalise(tubelets):
     """uint8 tubelets (B, n, 3, pixels) -> float32, normalised; float ones are returned as they are.
-
-    Frames stay uint8 until the visible 10 % are selected. Converting only those saves memory
-    traffic.
-    """
+    Frames stay uint8 until the visible 10 % are selected: that saves memory traffic."""
     if tubelets.dtype != torch.uint8:
         return tubelets
     mean, std = imagenet_statistics(tubelets)
@@ -183,24 +148,22 @@ def hide(batch, places, count, generator):
 
 
 def tube_mask(batch, grid, ratio, generator=None):
-    """Hide the same places in every frame (VideoMAE, Sec. 3.3, Tube masking).
+    """Hide the same places in every frame (VideoMAE, Sec. 3.3): int(ratio * h * w) of them.
 
-    grid     (t, h, w), the token grid
-    ratio    share of each frame to hide, in [0, 1): int(ratio * h * w) places
-    returns  (batch, t*h*w) bool on the CPU, True = hidden from the encoder
+    grid (t, h, w), ratio in [0, 1) -> (batch, t*h*w) bool on the CPU, True = hidden
     """
     t, h, w = grid
     return hide(batch, h * w, int(ratio * h * w), generator).repeat(1, t)
 
 
 def random_mask(batch, grid, ratio, generator=None):
-    """Hide as many tokens, each anywhere in space and time. Arguments as `tube_mask`."""
+    """As `tube_mask`: as many hidden tokens, each anywhere in space and time."""
     t, h, w = grid
     return hide(batch, t * h * w, t * int(ratio * h * w), generator)
 
 
 def frame_mask(batch, grid, ratio, generator=None):
-    """Hide whole frames: int(ratio * t) time steps. Arguments as `tube_mask`."""
+    """As `tube_mask`: whole frames, int(ratio * t) time steps."""
     t, h, w = grid
     return hide(batch, t, int(ratio * t), generator).repeat_interleave(h * w, dim=1)
 
@@ -209,11 +172,8 @@ MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 
 
 def split_by_mask(mask, name="hidden"):
-    """Token numbers where the mask is False and where it is True, each in rising order.
-
-    mask (B, N) bool -> (B, N - n), (B, n) int64. Every row must hold the same number n of True:
-    fixed counts keep the shapes static, for torch.compile and for batching.
-    """
+    """mask (B, N) bool -> token numbers, rising: (B, N - n) of False, (B, n) of True. ValueError
+    unless every row holds the same number n of True: fixed counts keep the shapes static."""
     counts = mask.sum(dim=1)
     count = int(counts[0])
     if (counts != count).any():
@@ -229,37 +189,32 @@ def gather(tokens, index):
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-# ------------------------------------------------------------------------------------------------
-# Position codes
-
-
 def resize_positions(table, old, new):
     """Stretch a position table over another token grid: bicubic in space, then linear in time.
 
-    table (1, t*h*w, D) on grid old=(t, h, w) -> (1, N, D) on grid new. InternVideo's weights for
-    384 px and 32 frames were trained so (its appendix: computing the sinusoids anew is worse).
+    table (1, t*h*w, D), old and new (t, h, w) -> (1, N, D). InternVideo's weights for 384 px and 32
+    frames were trained so (its appendix: computing the sinusoids anew is worse).
     """
     (t, h, w), (new_t, new_h, new_w) = old, new
-    D = table.shape[-1]
     if (h, w) != (new_h, new_w):
-        frames = table.reshape(t, h, w, D).permute(0, 3, 1, 2)
+        frames = table.unflatten(1, old)[0].permute(0, 3, 1, 2)              # (t, D, h, w)
         frames = F.interpolate(frames, size=(new_h, new_w), mode="bicubic", align_corners=False)
-        table = frames.permute(0, 2, 3, 1).reshape(1, t * new_h * new_w, D)
+        table = frames.permute(0, 2, 3, 1).flatten(0, 2)[None]
     if t != new_t:
-        places = table.reshape(t, new_h * new_w, D).permute(1, 2, 0)
+        places = table[0].unflatten(0, (t, new_h * new_w)).permute(1, 2, 0)  # (h*w, D, t)
         places = F.interpolate(places, size=new_t, mode="linear", align_corners=False)
-        table = places.permute(2, 0, 1).reshape(1, new_t * new_h * new_w, D)
+        table = places.permute(2, 0, 1).flatten(0, 1)[None]
     return table
 
 
 def position_codes(positions, grid, patch, tubelet, width):
     """Position codes of a token grid (t, h, w): (1, N, width) float32.
 
-    positions  "sinusoid" (official): of the flattened token index, computed for this grid.
-               "resized": computed for 16 frames of 224 px and stretched to this grid.
-               "axes": a third of the channels each for time, row and column, so that "next row" is
-               the same shift everywhere. Small models learn it sooner (LOG.md).
-               "stored": what a position table in the weights starts from, as "sinusoid".
+    "sinusoid"  official: of the flattened token index, computed for this grid
+    "resized"   computed for 16 frames of 224 px and stretched to this grid
+    "axes"      a third of the channels each for time, row and column: "next row" is the same shift
+                everywhere. Small models learn it sooner (LOG.md)
+    "stored"    a table in the weights, at first "sinusoid". It never learns: nor does the official
     """
     t, h, w = grid
     if positions == "axes":
@@ -270,20 +225,12 @@ def position_codes(positions, grid, patch, tubelet, width):
         return torch.cat([code.expand(t, h, w, -1) for code in codes], 3).view(1, t * h * w, width)
     if positions == "resized":
         trained = (16 // tubelet, 224 // patch, 224 // patch)
-        table = position_codes("sinusoid", trained, patch, tubelet, width)
-        return resize_positions(table, trained, grid)
+        return resize_positions(sinusoid_table(math.prod(trained), width)[None], trained, grid)
     return sinusoid_table(t * h * w, width)[None]
 
 
 # ------------------------------------------------------------------------------------------------
 # Networks
-
-
-@dataclass(frozen=True)
-class State:
-    """What flows from block to block."""
-
-    tokens: torch.Tensor  # (B, N, D)
 
 
 def initialise(part, scheme):
@@ -298,13 +245,13 @@ def initialise(part, scheme):
 class Encoder(nn.Module):
     """A plain video transformer: tubelet embedding, position codes, blocks, norm.
 
-    options    Options. Positions "stored" are a table in the weights, which is added but never
-               trained, as in the official code
-    scheme     draws the blocks' matrices, see `initialise`. The embedding keeps torch's default, as
-               in the official code, whose initialiser never reaches it
+    scheme     draws the blocks' matrices, see `initialise`. Embedding and `encoder_to_decoder` keep
+               torch's default: the official initialiser never reaches them
     drop_path  share of samples that skip the last block; rises from 0 over the blocks
     norm       LayerNorm after the blocks; False where the classifier norms the mean instead
     """
+
+    block_class = Block  # a variant has its own
 
     def __init__(self, options, *, scheme=nn.init.xavier_uniform_, drop_path=0.0, norm=True):
         super().__init__()
@@ -313,19 +260,14 @@ class Encoder(nn.Module):
         self.grid = self.grid_of(options.frames, *options.image_size)
         self.embed = nn.Linear(options.channels * options.tubelet * size.patch**2, size.width)
         rates = torch.linspace(0, drop_path, size.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(self.make_block(options, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            self.block_class(size.width, size.heads, mlp_width=size.mlp_width, drop_path=rate,
+                             **options.block) for rate in rates)
         self.norm = nn.LayerNorm(size.width, eps=options.eps) if norm else nn.Identity()
-        # The table of the usual grid; part of the weights only where it came with them.
         self.register_buffer("stored", self.codes_of(self.grid),
-                             persistent=self.positions == "stored")
+                             persistent=self.positions == "stored")  # else not in the weights
         self.recompute = False
         initialise(self.blocks, scheme)
-
-    def make_block(self, options, drop_path):
-        """One block; a variant overrides this (variants/divided_attention.py)."""
-        size = options.size
-        return Block(size.width, size.heads, mlp_width=size.mlp_width, drop_path=drop_path,
-                     **options.block)
 
     def grid_of(self, T, H, W):
         """Token grid (t, h, w) of a clip of T frames of H x W pixels; ValueError if it has none."""
@@ -339,30 +281,22 @@ class Encoder(nn.Module):
         return position_codes(self.positions, grid, self.patch, self.tubelet,
                               self.embed.out_features)
 
-    def codes(self, grid):
-        """Position codes for a grid, (1, N, D), in the model's dtype and on its device."""
-        if grid == self.grid:
-            return self.stored
-        if self.positions == "stored":
-            return resize_positions(self.stored, self.grid, grid)
-        return self.codes_of(grid).to(self.stored)
-
     def start(self, video, visible=None):
-        """The state before block 0: embedded tubelets plus position codes.
-
-        video    (B, C, T, H, W) float, ImageNet-normalised, or uint8
-        visible  (B, Nv) int64, the tokens to embed; None = all
-        """
-        codes = self.codes(self.grid_of(*video.shape[2:]))
+        """video (B, C, T, H, W) -> the state before block 0: embedded tubelets plus position codes.
+        visible (B, Nv) int64: the tokens to embed; None = all."""
+        grid, codes = self.grid_of(*video.shape[2:]), self.stored            # (1, N, D)
+        if grid != self.grid and self.positions == "stored":
+            codes = resize_positions(codes, self.grid, grid)
+        elif grid != self.grid:
+            codes = self.codes_of(grid).to(codes)
         tubelets = imagenet_normalise(take_tubelets(video, visible, self.patch, self.tubelet))
-        tokens = self.embed(tubelets.flatten(2))
+        tokens = self.embed(tubelets.flatten(2))                             # (B, Nv, D)
         return State(tokens + (codes if visible is None else gather(codes, visible)))
 
     def run(self, state, start, stop):
         """The state after blocks start..stop-1."""
         blocks = list(self.blocks)[start:stop]
-        tokens = run_blocks(blocks, state.tokens, recompute=self.recompute)
-        return replace(state, tokens=tokens)
+        return replace(state, tokens=run_blocks(blocks, state.tokens, recompute=self.recompute))
 
     def forward(self, video, visible=None):
         """Arguments as `start` -> tokens of the last block after the norm, (B, Nv, D)."""
@@ -380,7 +314,7 @@ class Decoder(nn.Module):
                   **options.block) for _ in range(size.decoder_depth))
         self.norm = nn.LayerNorm(size.decoder_width, eps=options.head_eps)
         self.head = nn.Linear(size.decoder_width,
-                              options.channels * options.tubelet * size.patch**2)
+                              options.channels * options.tubelet * size.patch**2)  # P
         self.recompute = False
         initialise(self, nn.init.xavier_uniform_)
 
@@ -390,136 +324,116 @@ class Decoder(nn.Module):
         return self.head(self.norm(tokens))
 
 
-class VideoMAE(nn.Module):
-    """Masked autoencoder for video (VideoMAE, Sec. 3.3, VideoMAE).
+class Network(nn.Module):
+    """What the two networks below share: options, an encoder, and new networks from old ones."""
 
-    size        a name in SIZES or a Size; with `options` see Options
-    drop_path   see Encoder
-    normalised  True = it predicts normalised pixels; only `reconstruction_pictures` needs to know
-
-    >>> VideoMAE("tiny", image_size=(32, 48)).grid     # t, h, w
-    (8, 4, 6)
-    """
-
-    model_name = "VideoMAE"  # in config.json
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-    encoder_class = Encoder  # a variant has its own
+    classifier = "VideoClassifier"  # its model_name; a variant has its own, and its own encoder
+    encoder_class = Encoder
 
-    def __init__(self, size="base", *, drop_path=0.0, normalised=True, **options):
+    def __init__(self, options, saved, **encoder):
         super().__init__()
-        self.options = options = Options(size, **options)
-        self.config = {"model": self.model_name} | asdict(options) | {"normalised": normalised}
-        size = options.size
-        self.encoder = self.encoder_class(options, drop_path=drop_path)
-        self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
-        self.decoder = Decoder(options)
-        self.register_buffer("codes", self.decoder_codes(self.grid), persistent=False)
-        # encoder_to_decoder keeps torch's default: the official initialiser never reaches it.
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-
-    @property
-    def grid(self):
-        """Token grid (t, h, w) of the clips it was made for."""
-        return self.encoder.grid
-
-    def decoder_codes(self, grid):
-        """Position codes of the decoder for a grid, (1, N, Dd): never resized or stored."""
-        positions = "axes" if self.options.positions == "axes" else "sinusoid"
-        return position_codes(positions, grid, self.encoder.patch, self.encoder.tubelet,
-                              self.encoder_to_decoder.out_features)
-
-    def forward(self, video, hidden):
-        """Predict the hidden tubelets.
-
-        video    (B, C, T, H, W) float, ImageNet-normalised, or uint8 as read from a file
-        hidden   (B, N) bool, True = not shown to the encoder; the same count in every row
-        returns  (B, Nm, P): predictions in rising token order, P = tubelet*patch*patch*C with the
-                 colour fastest, in the units of `reconstruction_target`
-        """
-        visible, targets = split_by_mask(hidden)
-        return self.reconstruct(video, visible.to(video.device), targets.to(video.device))
-
-    def reconstruct(self, video, visible, targets):
-        """`forward` with token numbers in place of the mask, (B, Nv) and (B, n): static shapes."""
-        tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, Dd)
-        grid = self.encoder.grid_of(*video.shape[2:])
-        codes = self.codes if grid == self.grid else self.decoder_codes(grid).to(self.codes)
-        tokens = torch.cat([tokens + gather(codes, visible),
-                            self.mask_token + gather(codes, targets)], dim=1)
-        return self.decoder(tokens, targets.shape[1])
+        self.options = options
+        self.config = {"model": self.model_name} | asdict(options) | saved
+        self.encoder = self.encoder_class(options, **encoder)
 
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks."""
-        self.encoder.recompute = self.decoder.recompute = on
+        for part in self.children():
+            part.recompute = on
 
-    def with_head(self, classes, **options):
-        """A VideoClassifier for Y classes with this encoder: the way into fine-tuning.
-
-        The encoder's own norm is left behind; fc_norm and head start fresh.
-        options: drop, drop_path, frames, image_size, ...
-        """
-        options = vars(self.options) | {"head_eps": Options.head_eps} | options
-        return VideoClassifier(classes=classes, **options).take_encoder(self)
+    def with_head(self, classes, *, rows=None, **options):
+        """A classifier for Y classes with this encoder: the way into fine-tuning, and to other
+        classes. rows, options (drop, drop_path, frames, image_size, ...): see weights.heads."""
+        from weights import heads
+        return heads.masked(self, classes, rows, options)
 
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""
-        return cls(**saved_options(config))
-
-    @classmethod
-    def from_official(cls, source, *, heads=None, decoder_heads=None, frames=None, image_size=None,
-                      positions="sinusoid"):
-        """Load VideoMAE, InternVideo, VideoMAE V2 or Hugging Face pretraining weights.
-
-        source          path or {name: tensor}; see weights.read
-        heads, decoder_heads   shapes cannot tell them; default: those of the published models
-        frames, image_size     T and H (or (H, W)) of the clips; default 16 and 224
-        positions       "resized" for InternVideo's ViT-H at 384 px, see `position_codes`
-        returns         the model in eval mode. Sizes come from the shapes. Hugging Face files keep
-                        Hugging Face's LayerNorm epsilons (1e-12; 1e-5 before the head).
-        raises          WeightsError: not such a file, or one that does not fit to the last tensor
-        """
-        from weights import videomae
-        return videomae.load_pretrained(cls, source, heads=heads, decoder_heads=decoder_heads,
-                                        frames=frames, image_size=image_size, positions=positions)
+        return cls(**{key: value for key, value in config.items() if key != "model"})
 
     def to_official(self):
-        """{official name: tensor}, as VideoMAE's own code names them. ValueError for positions by
-        axes, which that code does not have."""
+        """{official name: tensor}; ValueError for position codes unknown to the official code."""
         from weights import videomae
-        return videomae.export_pretrained(self)
+        return videomae.to_official(self)
 
 
-class VideoClassifier(nn.Module):
+class VideoMAE(Network):
+    """Masked autoencoder (VideoMAE, Sec. 3.3). ViT-B has 94 M parameters, 86 M in the encoder.
+
+    drop_path   see Encoder. size, options: see Options
+    normalised  True = it predicts normalised pixels; only drawing needs to know
+    """
+
+    model_name = "VideoMAE"  # in config.json
+
+    def __init__(self, size="base", *, drop_path=0.0, normalised=True, **options):
+        options = Options(size, **options)
+        super().__init__(options, {"normalised": normalised}, drop_path=drop_path)
+        size, self.grid = options.size, self.encoder.grid
+        self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
+        self.decoder = Decoder(options)
+        self.register_buffer("codes", self.codes_of(self.grid), persistent=False)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+
+    def codes_of(self, grid):
+        """Position codes of the decoder for a grid, (1, N, Dd): never resized or stored."""
+        size, positions = self.options.size, self.options.positions
+        return position_codes("axes" if positions == "axes" else "sinusoid", grid, size.patch,
+                              self.options.tubelet, size.decoder_width)
+
+    def forward(self, video, hidden, targets=None):
+        """Predict the hidden tubelets -> (B, Nm, P), as `reconstruction_target` returns them.
+
+        video    (B, C, T, H, W) float, ImageNet-normalised, or uint8 as read from a file
+        hidden   (B, N) bool, True = not shown to the encoder; the same count in every row
+        targets  (B, n) int64, tokens to predict; default: the hidden ones, rising
+        """
+        visible, masked = (index.to(video.device) for index in split_by_mask(hidden))
+        targets = masked if targets is None else targets
+        tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, Dd)
+        grid = self.encoder.grid_of(*video.shape[2:])
+        codes = self.codes if grid == self.grid else self.codes_of(grid).to(self.codes)
+        # First the visible tokens, then the hidden ones, as in the official code.
+        tokens = torch.cat([tokens + gather(codes, visible),
+                            self.mask_token + gather(codes, targets)], dim=1)
+        return self.decoder(tokens, targets.shape[1])
+
+    @classmethod
+    def from_official(cls, source, *, heads=None, decoder_heads=None, **options):
+        """Load pretraining weights of VideoMAE, InternVideo, VideoMAE V2 or Hugging Face, or a run
+        of ours, in eval mode. Arguments and errors: see weights.videomae.load_pretrained."""
+        from weights import videomae
+        return videomae.load_pretrained(cls, source, heads=heads, decoder_heads=decoder_heads,
+                                        **options)
+
+
+class VideoClassifier(Network):
     """The encoder on all tokens, their mean, a norm and a linear layer (VideoMAE, Sec. 4).
 
     The mean, because there is no class token: pretraining trains no single token to represent the
     clip. The encoder's own norm, made for single tokens, is left out.
 
-    size        a name in SIZES or a Size; with `options` see Options
     classes     Y; 0 = no head, forward returns the features
-    drop        dropout before the head, a probability
-    drop_path   see Encoder
+    drop        dropout before the head, a probability. drop_path: see Encoder
     head_scale  factor on the head's first weights
 
-    The interface of encoders, which uniformerv2.UniFormerV2 has as well: width, depth, heads, mean,
-    std, family, grid_of, start, run, finish, tokens, feature, with_head, layer_of, learned_parts.
+    UniFormerV2 has the same interface: width, depth, heads, mean, std, family, grid_of, start, run,
+    finish, tokens, feature, with_head, layer_of, learned_parts.
     """
 
     model_name, family = "VideoClassifier", "masked"
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    encoder_class = Encoder  # a variant has its own
 
     def __init__(self, size="base", *, classes, drop=0.0, drop_path=0.0, head_scale=0.001,
                  **options):
-        super().__init__()
-        self.options = options = Options(size, **options)
-        self.config = {"model": self.model_name} | asdict(options) | {"classes": classes}
+        options = Options(size, **options)
+        scheme = functools.partial(nn.init.trunc_normal_, std=0.02)
+        super().__init__(options, {"classes": classes}, scheme=scheme, drop_path=drop_path,
+                         norm=False)
         size = options.size
         self.width, self.depth, self.heads = size.width, size.depth, size.heads
-        scheme = functools.partial(nn.init.trunc_normal_, std=0.02)
-        self.encoder = self.encoder_class(options, scheme=scheme, drop_path=drop_path, norm=False)
         self.fc_norm = nn.LayerNorm(size.width, eps=options.head_eps)
         self.drop = Dropout(drop)
         self.head = nn.Linear(size.width, classes) if classes else nn.Identity()
@@ -532,7 +446,7 @@ class VideoClassifier(nn.Module):
         return self.encoder.grid_of(T, H, W)
 
     def start(self, video):
-        """video (B, C, T, H, W) float, normalised, or uint8 -> the state before block 0."""
+        """video (B, C, T, H, W) float or uint8 -> the State before block 0."""
         return self.encoder.start(video)
 
     def run(self, state, start, stop):
@@ -565,78 +479,21 @@ class VideoClassifier(nn.Module):
             return int(name.split(".")[2]) + 1
         return 0 if name.startswith("encoder.embed.") else self.depth + 1
 
-    def with_head(self, classes, *, rows=None, **options):
-        """A classifier for Y classes with these weights.
-
-        rows     which row of the old head each class is, Y numbers. Default: the whole head for as
-                 many classes. 400 classes after the 710 of Kinetics-710: its first 400 rows, which
-                 are Kinetics-400 in InternVideo's order (not in VideoMAE V2's, and no shape tells
-                 them apart). Any other number: a fresh head.
-        options  drop, drop_path, frames, image_size, ...
-        """
-        model = type(self)(classes=classes, **vars(self.options) | options).take_encoder(self)
-        model.fc_norm.load_state_dict(self.fc_norm.state_dict())
-        had = self.config["classes"]
-        if rows is None and classes and (classes == had or (had, classes) == (710, 400)):
-            rows = range(classes)
-        if rows is not None:
-            with torch.no_grad():
-                model.head.weight.copy_(self.head.weight[list(rows)])
-                model.head.bias.copy_(self.head.bias[list(rows)])
-        return model
-
-    def take_encoder(self, other):
-        """Copy another model's encoder weights, except for its norm; returns self."""
-        own, tensors = self.encoder.state_dict(), other.encoder.state_dict()
-        tensors = {key: value for key, value in tensors.items() if key in own}
-        if "stored" in tensors:
-            tensors["stored"] = resize_positions(tensors["stored"], other.encoder.grid,
-                                                 self.encoder.grid)
-        elif "stored" in own:
-            tensors["stored"] = own["stored"]
-        self.encoder.load_state_dict(tensors)
-        return self
-
-    def recompute(self, on=True):
-        """Save memory, spend time: see attention.run_blocks."""
-        self.encoder.recompute = on
-
     @classmethod
-    def from_config(cls, config):
-        """Build from the configuration that a run saved (config.json)."""
-        return cls(**saved_options(config))
-
-    @classmethod
-    def from_official(cls, source, *, heads=None, frames=None, image_size=None, positions="sinusoid"):
-        """Load fine-tuned VideoMAE, InternVideo, VideoMAE V2 or Hugging Face weights.
-
-        Arguments, result and errors as VideoMAE.from_official. A file without a head loads as a
-        feature extractor (classes = 0).
-        """
+    def from_official(cls, source, *, heads=None, **options):
+        """Load fine-tuned weights, as VideoMAE.from_official: weights.videomae.load_classifier."""
         from weights import videomae
-        return videomae.load_classifier(cls, source, heads=heads, frames=frames,
-                                        image_size=image_size, positions=positions)
-
-    def to_official(self):
-        """{official name: tensor}, as VideoMAE's own code names them. ValueError as there."""
-        from weights import videomae
-        return videomae.export_classifier(self)
-
-
-# ------------------------------------------------------------------------------------------------
-# Target and loss
+        return videomae.load_classifier(cls, source, heads=heads, **options)
 
 
 def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=2):
-    """The pixels that the model must predict (VideoMAE, Sec. 3.3; MAE, arXiv 2111.06377, Sec. 3).
+    """What the model must predict (VideoMAE, Sec. 3.3; MAE, arXiv 2111.06377, Sec. 3).
 
-    video      (B, 3, T, H, W) float, ImageNet-normalised, or uint8
-    hidden     (B, N) bool, True = a target; the same count in every row
-    normalise  True: of every tubelet and channel, subtract the mean and divide by the standard
-               deviation (unbiased; 1e-6 added after the root). False: pixels in [0, 1].
-    patch      side of a tubelet in pixels; default: what fits N, the length of `hidden`
-    returns    (B, Nm, P), P in the order frame, row, column, colour
-    raises     ValueError where the mask does not fit the clip
+    video, hidden  as VideoMAE.forward; ValueError where they do not fit each other
+    normalise      True: of every tubelet and channel, subtract the mean and divide by the standard
+                   deviation (unbiased; 1e-6 added after the root). False: pixels in [0, 1]
+    patch          side of a tubelet in pixels; default: what fits N, the length of `hidden`
+    returns        (B, Nm, P), tokens rising, P in the order frame, row, column, colour
     """
     T, H, W = video.shape[2:]
     if patch is None:
@@ -669,39 +526,10 @@ def tubelet_statistics(tubelets):
 
 
 def reconstruction_loss(prediction, target):
-    """Mean squared error over all numbers of the hidden tubelets; predicting 0 costs about 1.
-
-    prediction, target  (B, Nm, P); computed in float32, or in float64 if they are
-    """
+    """Mean squared error of (B, Nm, P), in float32 or float64; predicting 0 costs about 1."""
     if prediction.dtype != torch.float64:
         prediction, target = prediction.float(), target.float()
     return F.mse_loss(prediction, target)
-
-
-@torch.no_grad()
-def reconstruction_pictures(model, video, hidden):
-    """What a model makes of a masked clip; engine.pictures.reconstruction draws it.
-
-    video, hidden  as VideoMAE.forward
-    returns        {"input", "visible", "reconstruction", "borrowed"}, each (B, 3, T, H, W) float in
-                   [0, 1]. A model of normalised pixels knows structure, not brightness:
-                   "reconstruction" borrows mean and contrast of each hidden tubelet from the input.
-                   "borrowed" shows the borrowed means alone, to tell what the model itself added.
-                   It is left out where nothing is borrowed.
-    """
-    patch, tubelet = model.encoder.patch, model.encoder.tubelet
-    targets = split_by_mask(hidden)[1].to(video.device)
-    every = torch.arange(hidden.shape[1], device=video.device).expand(len(video), -1)
-    pixels = put_tubelets(video.float(), every, pixels_of(video, every, patch, tubelet),
-                          patch, tubelet)
-    true = pixels_of(video, targets, patch, tubelet)                         # (B, Nm, 3, pixels)
-    predicted = model(video, hidden).float().unflatten(-1, (-1, 3)).transpose(2, 3)
-    filled = {"input": true, "visible": torch.full_like(true, 0.5), "reconstruction": predicted}
-    if model.config["normalised"]:
-        mean, contrast = tubelet_statistics(true)
-        filled |= {"reconstruction": predicted * contrast + mean, "borrowed": mean.expand_as(true)}
-    return {name: put_tubelets(pixels, targets, tubelets, patch, tubelet).clamp(0, 1)
-            for name, tubelets in filled.items()}
 
 
 @torch.no_grad()
@@ -709,19 +537,16 @@ def main():
     """`python mae.py`: one masked step on a generated clip, shape by shape."""
     from video import moving_shapes
 
-    torch.manual_seed(0)
     model = VideoMAE("tiny", frames=8, image_size=40, positions="axes").eval()
     clip = torch.as_tensor(moving_shapes.MovingShapes("test", 8, (40, 40), 0)[0]["video"])
-    video = clip[None].permute(0, 4, 1, 2, 3)
-    hidden = tube_mask(1, model.grid, 0.75)
-    visible, _ = split_by_mask(hidden)
+    video, hidden = clip[None].permute(0, 4, 1, 2, 3), tube_mask(1, model.grid, 0.75)
+    tokens = model.encoder(video, split_by_mask(hidden)[0])
     prediction, target = model(video, hidden), reconstruction_target(video, hidden)
-    loss = reconstruction_loss(prediction, target)
     for name, value in (("video (B, C, T, H, W)", video), ("hidden (B, N)", hidden),
-                        ("shown to the encoder (B, Nv, D)", model.encoder(video, visible)),
+                        ("visible tokens, encoded (B, Nv, D)", tokens),
                         ("target (B, Nm, P)", target), ("prediction (B, Nm, P)", prediction)):
         print(f"{name:40s} {tuple(value.shape)}")
-    print(f"{'loss of this untrained model':40s} {loss:.3f}, of zeros {target.square().mean():.3f}")
+    print(f"untrained loss {reconstruction_loss(prediction, target):.3f}")
 
 
 if __name__ == "__main__":

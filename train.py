@@ -33,11 +33,9 @@ and all settings), model.safetensors with config.json, last.pt, last.1.pt (for -
 
 import functools
 import importlib
-import json
 import pkgutil
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -50,7 +48,7 @@ import tasks
 import uniformerv2
 from attention import Block
 from caption_decoder import CaptionDecoder, VideoText, caption_loss
-from engine import large_batches, machine, pictures, processes
+from engine import large_batches, machine, processes
 from engine.command_line import exit_code, numbers, parse
 from engine.default_run import default_run
 from engine.dry_run import dry_run
@@ -58,8 +56,9 @@ from engine.errors import UserError
 from engine.optimisers import build_optimizer, clip_gradients, learning_rate
 from engine.run import Run, add_means, one_line_errors
 from engine.stage import STAGES, TEST_CLIPS, ClipStage, build_model, flag, generator
-from tasks import captioning, recognition, retrieval
-from tasks.recognition import ClassifierStage, LabelledStage
+from tasks import captioning, recognition, reconstruction, retrieval
+from tasks.recognition import ClassifierStage
+from tasks.two_encoders import TwoEncodersStage
 from tasks.video_text import VideoTextStage
 from video.transforms import normalise
 from weights import encoders
@@ -176,16 +175,7 @@ class MaskedModelling(ClipStage, name="mae"):
 
     def pictures(self, model, batch, folder, results):
         """reconstruction_0.png to _3.png, and the same as GIFs."""
-        paths = []
-        for i in range(min(4, len(batch["video"]))):
-            video = normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
-            hidden = mae.MASKS[self.mask_type](1, model.grid, self.mask_ratio,
-                                               generator(self.seed, "picture", i))
-            title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
-            paths += pictures.reconstruction(
-                mae.reconstruction_pictures(model, video, hidden),
-                folder / f"reconstruction_{i}.png", f"held-out clip: {title}")
-        return paths
+        return reconstruction.draw(self, model, batch, folder)
 
 
 # Both encoders of the default run of stage 2, made for four minutes on a laptop.
@@ -361,22 +351,6 @@ class VideoLanguage(VideoTextStage, name="clip"):
                                                  maximum=self.context - 1, autocast=self.autocast)
         return results
 
-    def finish(self, model, held_out, results):
-        """Multiple choice, and captions scored against all that is true of each clip."""
-        val = held_out["val"]
-        if not val.has_captions:
-            return {}
-
-        def batches():
-            return self.held_out(val, self.eval_clips, self.eval_batch)
-
-        numbers = retrieval.multiple_choice(model.clip, batches(), self.bpe, val.choices,
-                                            context=self.context, autocast=self.autocast)
-        if self.caption_weight:
-            numbers |= captioning.evaluate(model, batches(), self.bpe, val,
-                                           maximum=self.context - 1, autocast=self.autocast)
-        return numbers
-
 
 @dataclass
 class PostPretraining(ClassifierStage, name="classify"):
@@ -480,17 +454,12 @@ class PostPretraining(ClassifierStage, name="classify"):
 
 
 @dataclass
-class CrossModel(LabelledStage, name="fuse"):
+class CrossModel(TwoEncodersStage, name="fuse"):
     """Stage 4: cross-model attention between two frozen encoders, and a learned sum of scores.
 
     InternVideo, Sec. 3.2, Cross-Model Interaction. Only cross-model attention, gates, shares, heads
     with their norms and query tokens train."""
 
-    masked: str = flag("", "the masked encoder: a run of classify, or an official file",
-                       paper="VideoMAE-H")
-    multimodal: str = flag("", "the multimodal encoder: a run of classify, or an official file",
-                           paper="UniFormerV2-L")
-    second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
     steps: int = flag(200, paper="5 epochs")
     batch_size: int = flag(32, paper="64")
     lr: float = flag(3e-3, paper="5e-5, or 5e-6: it prints 5 x 10^5")
@@ -512,34 +481,6 @@ class CrossModel(LabelledStage, name="fuse"):
     thaw: bool = flag(False, "train everything, both encoders too", paper="no")
     bridges: bool = flag(True, "cross-model attention; --no-bridges: only heads and the sum of "
                          "scores train")
-    num_frames: int = flag(0, "frames per clip; 0 = the most that an encoder takes", low=0,
-                           paper="16")
-    input_size: int = flag(0, "height and width in pixels; 0 = the largest that an encoder takes",
-                           low=0)
-
-    @functools.cached_property
-    def parts(self):
-        """The masked encoder and one or two multimodal ones, with the heads that they have."""
-        if self.weights:
-            model = fusion.InternVideo.from_run(self.weights)
-            return [model.masked, *model.multimodal]
-        return self.load_encoders()
-
-    def load_encoders(self):
-        """As `parts`, from --masked, --multimodal and --second."""
-        return encoders.load_several(masked=self.masked, multimodal=self.multimodal,
-                                     second=self.second)
-
-    def datasets(self):
-        """Clips as large and as long as the encoders need."""
-        frames = max(encoder.config["frames"] for encoder in self.parts)
-        if self.num_frames and self.num_frames < frames:
-            raise UserError(f"--num-frames {self.num_frames}: the encoders look at up to {frames} "
-                            "frames")
-        self.num_frames = self.num_frames or frames
-        self.input_size = self.input_size or max(max(encoder.config["image_size"])
-                                                 for encoder in self.parts)
-        return super().datasets()
 
     def build(self, train_set):
         """From --weights, or both encoders with new cross-model attention."""
@@ -594,36 +535,6 @@ class CrossModel(LabelledStage, name="fuse"):
         """How the accuracies are measured."""
         return super().protocol(held_out) | {
             "step 0": "untrained, the gates are closed: the equal average of both encoders' logits"}
-
-    def finish(self, model, held_out, results):
-        """As all stages with labels; also, for a picture, the encoders' average before training."""
-        parts = [] if self.weights or not self.figures else self.load_encoders()
-        classes = recognition.size(self.classes)
-        if parts and all(encoder.config["classes"] == classes for encoder in parts):
-            late = fusion.InternVideo(parts[0], parts[1:], bridges=False).to(self.device).eval()
-            batches = self.held_out(held_out["val"], self.eval_clips, self.eval_batch)
-            results["before"] = self.evaluate(late, batches, held_out["val"])
-        return super().finish(model, held_out, results)
-
-    def confusions(self, results):
-        """Of the encoders' average, and after training."""
-        before = {"equal average, before": results["before"]["confusion"]} \
-            if "before" in results else {}
-        return before | {"after": results["val"]["confusion"]}
-
-    def pictures(self, model, batch, folder, results):
-        """confusion.png, gates.png, and where the masked encoder attends."""
-        paths = super().pictures(model, batch, folder, results) + [folder / "gates.png"]
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        pictures.gates([json.loads(line) for line in lines], paths[-1])
-        if model.before:
-            paths.append(folder / "looks.png")
-            grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"])
-                     for encoder in (model.masked, model.multimodal[0])]
-            maps = model.attention_maps(batch["video"][:1])[0].cpu()
-            pictures.cross_attention_maps(batch["video"][0].cpu().numpy(),
-                                          *pictures.strongest(maps, *grids), paths[-1])
-        return paths
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,17 +21,14 @@ model. This is the multimodal encoder of InternVideo (arXiv 2212.03191).
 2. `LocalUnit`: a depth-wise convolution over time, in a narrower space (Local UniBlock).
 3. `GlobalBlock`: one query, a learned vector that starts at zero, attends to all tokens of the clip
    (Global UniBlock). Its output is the query of the next global block ("sequential" fusion).
-4. `UniFormerV2.combine`: (1 - w) * global token + w * mean class token, w = sigmoid(balance).
+4. `UniFormerV2.combine`: (1 - w) * global token + w * mean class token, w = sigmoid(balance). At
+   the start the global token is 0 and w is 1/2.
 
-At the start the global token is 0 and w is 1/2: the feature is half the image model's mean over
-frames. The layers that start at zero have a gradient from the first step, with one exception: the
-second local unit of the last block. Only the last global block reads that unit, and its output is
-multiplied by a weight that is zero at step one.
-
-Differences from the official code: batch first; convolutions of size 1 are matrices; DropPath drops
-clips, not token positions. As in that code, unlike the paper, w weighs the mean class token.
-
-Numbers: B/16 has 115 M parameters, L/14 354 M; configured for motion 163 M and 574 M.
+All layers that start at zero have a gradient at the first step, except the second local unit of the
+last block. Only the last global block reads it, through a weight that is zero at step one. Where we
+differ from the official code: batch first; convolutions of size 1 are matrices; DropPath drops
+clips, not token positions. As in that code, unlike the paper, w weighs the mean class token. B/16
+has 115 M parameters, L/14 354 M; configured for motion 163 M and 574 M.
 
 >>> model = UniFormerV2("tiny", classes=5).eval()
 >>> video = torch.randn(2, 3, 8, 64, 64)
@@ -46,18 +43,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Block, Dropout, attention, quick_gelu, sinusoid_table
-from engine.processes import gather_with_gradient, world
+from attention import Block, Dropout, State, attention, quick_gelu, sinusoid_table
+from engine.batch_norm import BatchNorm
 
-# For pixels in [0, 1]. All published UniFormerV2 models normalise clips with these; a video-text
-# model uses CLIP's numbers instead (clip_video.py).
+# Of pixels in [0, 1], for all published UniFormerV2 models. clip_video.py uses CLIP's numbers.
 MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 
 
 @dataclass(frozen=True)
 class Size:
     """The measures of the image model; global blocks have the same width."""
-
     width: int
     depth: int
     heads: int
@@ -80,20 +75,19 @@ SIZES = {
 class Options:
     """All options of a UniFormerV2. Its configuration holds these and nothing else.
 
-    The paper's choices: the defaults for Kinetics. For Something-Something: local_units 2,
+    The paper's choices for Kinetics are the defaults. For Something-Something: local_units 2,
     temporal_downsample, global blocks on the last two thirds of the layers, frames 16, drop_path
-    0.2, global_drop_path 0.4. For a frozen image model: balance False. ValueError: they do not fit.
+    0.2, global_drop_path 0.4. For a frozen image model: balance False.
     """
-
-    size: Size | str = "b16"             # a name in SIZES, or a Size
+    size: Size | str = "b16"             # or a name in SIZES
     frames: int = 8                      # T of the clips it is meant for; other lengths work too
     image_size: int | tuple | None = None  # H = W or (H, W) in pixels; None = the size's own
     channels: int = 3
     classes: int = 0                     # Y; 0 = no head, forward returns the feature
     global_layers: tuple | None = None   # layers, from 0, with a global block after them; () = no
     #                                      layer; None = the last four, at most half of all
-    global_heads: int | None = None      # heads of the global blocks; None = the tower's
-    global_mlp_width: int | None = None  # width inside their MLP; None = the tower's
+    global_heads: int | None = None      # heads of the global blocks; None = the image model's
+    global_mlp_width: int | None = None  # width inside their MLP; None = the image model's
     local_units: int = 0                 # 0, 1 or 2 in each block
     reduction: float = 1.5               # they are int(D // reduction) wide inside
     temporal_downsample: bool = False    # embed 3 frames, at every second one; T must be even
@@ -107,13 +101,12 @@ class Options:
 
     def __post_init__(self):
         size = SIZES[self.size] if isinstance(self.size, str) else self.size
-        size = Size(**size) if isinstance(size, dict) else size
-        H, W = (size.image_size if self.image_size is None else self.image_size,) * 2 \
-            if not isinstance(self.image_size, (list, tuple)) else self.image_size
-        layers = self.global_layers
-        if layers is None:
-            layers = range(max(size.depth - 4, size.depth // 2), size.depth)
-        layers, p = tuple(layers), size.patch
+        size = Size(**size) if isinstance(size, dict) else size  # from config.json
+        sides = size.image_size if self.image_size is None else self.image_size
+        H, W = (sides, sides) if isinstance(sides, int) else sides
+        last = range(max(size.depth - 4, size.depth // 2), size.depth)
+        layers = tuple(last if self.global_layers is None else self.global_layers)
+        p = size.patch
         if H % p or W % p:
             raise ValueError(f"frames of {H} x {W} pixels do not divide into patches of {p} x {p}")
         if list(layers) != sorted(set(layers) & set(range(size.depth))):
@@ -126,16 +119,13 @@ class Options:
 
 
 # ------------------------------------------------------------------------------------------------
-# Two depth-wise convolutions
+# Convolutions and blocks
 
 
 def temporal_conv(x, kernel, bias):
     """Each channel of each place mixed over three frames; outside the clip there are zeros.
-
-    x (B, t, S, C), kernel (C, 3), bias (C,) -> (B, t, S, C)
-
-    A 3 x 1 convolution over the axes (t, S): in memory the tokens are a channels-last picture.
-    """
+    x (B, t, S, C), kernel (C, 3), bias (C,) -> (B, t, S, C)"""
+    # A 3 x 1 convolution over the axes (t, S): in memory the tokens are a channels-last picture.
     picture = x.permute(0, 3, 1, 2)                                          # (B, C, t, S)
     kernel = kernel[:, None, :, None]
     return F.conv2d(picture, kernel, bias, padding=(1, 0), groups=len(kernel)).permute(0, 2, 3, 1)
@@ -143,11 +133,10 @@ def temporal_conv(x, kernel, bias):
 
 def grid_conv(x, kernel, bias):
     """Each channel mixed over its 3 x 3 x 3 neighbours; outside the clip there are zeros.
-
     x (B, t, h, w, D), kernel (D, 1, 3, 3, 3), bias (D,) -> (B, t, h, w, D)
 
-    One 3 x 3 convolution over space for each of three frames: before, now, after. Their
-    sum is the 3 x 3 x 3 convolution. On CPUs conv3d trains 3 times slower, in bfloat16 9 times.
+    Three 3 x 3 convolutions over space, for the frames before, now and after; their sum is the
+    result. On CPUs conv3d trains 3 times slower, in bfloat16 9 times.
     """
     frames = x.flatten(0, 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     before, now, after = (
@@ -158,18 +147,11 @@ def grid_conv(x, kernel, bias):
 
 
 def inflate(kernel, frames):
-    """An image kernel as a video kernel: (D, C, p, p) -> (D, C, frames, p, p).
-
-    The middle frame gets the kernel, the others get zeros. The video network then starts with the
-    image network's numbers.
-    """
+    """An image kernel (D, C, p, p) -> a video kernel (D, C, frames, p, p), zero around the middle
+    frame. The video network then starts with the image network's numbers."""
     out = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])
     out[:, :, frames // 2] = kernel
     return out
-
-
-# ------------------------------------------------------------------------------------------------
-# Blocks
 
 
 class Kernel(nn.Module):
@@ -189,36 +171,12 @@ def zeroed(layer):
     return layer
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d on x (n, D) with the statistics of all processes' batches together.
-
-    The variance of all is the mean of the variances plus the variance of the means, so n must be
-    equal in all processes.
-    """
-
-    def forward(self, x):
-        if not self.training or world() == 1:
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            var, mean = torch.var_mean(wide, dim=0, correction=0)
-            both = gather_with_gradient(torch.stack([mean, var])[None])      # (processes, 2, D)
-            mean = both[:, 0].mean(dim=0)
-            var = both[:, 1].mean(dim=0) + both[:, 0].var(dim=0, correction=0)
-            with torch.no_grad():
-                n = world() * len(x)
-                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-                self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), self.momentum)
-                self.num_batches_tracked += 1
-            return ((wide - mean) * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
-
-
 class LocalUnit(nn.Module):
     """Each place mixed with the same place in the frames before and after: the local multi-head
     relation aggregator (MHRA) of UniFormerV2, Sec. 3, Local UniBlock.
 
-    out = expand(temporal_conv(reduce(BatchNorm(x)))), x (B, t, S, D); int(D // reduction) wide
-    inside. The norm's statistics are per channel, over all clips, frames and places (the official
+    x (B, t, S, D) -> expand(temporal_conv(reduce(BatchNorm(x)))), int(D // reduction) wide inside.
+    The norm's statistics are per channel, over all clips, frames and places (the official
     BatchNorm3d). `expand` starts at zero.
     """
 
@@ -259,26 +217,19 @@ class FrameBlock(Block):
 
     def forward(self, x, recompute=False):
         """x (B, t, 1+S, D) -> the same shape. recompute: see UniFormerV2.recompute."""
-        run = recomputed if recompute and torch.is_grad_enabled() else (lambda part, x: part(x))
+        def attend(x):
+            frames = self.norm1(x).flatten(0, 1)                             # (B*t, 1+S, D)
+            return self.attn(frames).view(x.shape)
+
+        def run(part, x):
+            if recompute and torch.is_grad_enabled():
+                return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+            return part(x)
+
         x = self.mix_frames(0, x)
-        x = x + self.drop_path(run(self.attention_branch, x))
+        x = x + self.drop_path(run(attend, x))
         x = self.mix_frames(1, x)
-        return x + self.drop_path(run(self.mlp_branch, x))
-
-    def attention_branch(self, x):
-        """(B, t, 1+S, D) -> the same: attention inside each frame."""
-        frames = self.norm1(x).flatten(0, 1)                                 # (B*t, 1+S, D)
-        return self.attn(frames).view(x.shape)
-
-    def mlp_branch(self, x):
-        """(B, t, 1+S, D) -> the same: the MLP, token by token."""
-        return self.mlp(self.norm2(x))
-
-
-def recomputed(part, x):
-    """part(x), whose activations are computed again in the backward pass (arXiv 1604.06174). Never
-    for local units: a second run would count twice in the statistics of their norm."""
-    return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+        return x + self.drop_path(run(lambda x: self.mlp(self.norm2(x)), x))
 
 
 class GlobalBlock(Block):
@@ -297,12 +248,11 @@ class GlobalBlock(Block):
         self.near = Kernel(size.width, 1, 3, 3, 3)
         self.norm_context = nn.LayerNorm(size.width)
         self.dropout = Dropout(dropout)
-        for layer in (self.attn.qkv, self.mlp.fc1):
-            nn.init.xavier_uniform_(layer.weight)
+        nn.init.xavier_uniform_(self.attn.qkv.weight)
         nn.init.zeros_(self.attn.qkv.bias)
+        nn.init.xavier_uniform_(self.mlp.fc1.weight)
         # fc1 keeps its random bias: while the query is 0, nothing else reaches fc2.
-        for layer in (self.attn.proj, self.mlp.fc2):
-            zeroed(layer)
+        zeroed(self.attn.proj), zeroed(self.mlp.fc2)
 
     def project(self, query, context):
         """query (B, 1, D), context (B, N, D) -> queries, keys, values (B, heads, 1 or N, K)"""
@@ -340,18 +290,10 @@ class GlobalBlock(Block):
 # The network
 
 
-@dataclass(frozen=True)
-class State:
-    """A clip between two blocks."""
-
-    tokens: torch.Tensor         # (B, t, 1+S, D), class token of each frame first
-    query: torch.Tensor | None   # (B, 1, D), the global token so far; None without global blocks
-
-
 class UniFormerV2(nn.Module):
     """CLIP's image tower on every frame, and the blocks that make it a video encoder.
 
-    size, options   see `Options`
+    size, options: see `Options`. mae.VideoClassifier has the same interface, from `start` on.
 
     >>> plain = UniFormerV2("tiny", global_layers=())  # CLIP without its last norm, frames averaged
     >>> plain(torch.zeros(1, 3, 5, 64, 64)).shape
@@ -396,8 +338,8 @@ class UniFormerV2(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """The image blocks start as CLIP's text blocks do: the deeper the model, the smaller the
-        residual branches. The new parts have initialised themselves."""
+        """Image blocks start as CLIP's text blocks do, with smaller branches in deeper models. The
+        new parts have initialised themselves."""
         D, depth = self.width, self.depth
         if self.window > 1:  # start as the image model on the middle frame
             shape = (-1, self.window, self.patch, self.patch)
@@ -421,20 +363,17 @@ class UniFormerV2(nn.Module):
         return T // self.stride, h, w
 
     def embed_frames(self, video):
-        """video (B, C, T, H, W) -> tokens (B, t, 1+S, D), the class token of each frame first.
-
-        The official strided convolution, as a matrix on patches that are cut out first."""
+        """video (B, C, T, H, W) -> tokens (B, t, 1+S, D), the class token of each frame first."""
         t, h, w = self.grid_of(*video.shape[2:])
         if self.window > 1:  # zeros (the mean colour) before the first frame; none is needed behind
             video = F.pad(video, (0, 0, 0, 0, 1, 0))
         p = self.patch
+        # The official strided convolution, as a matrix on patches that are cut out first.
         cut = video.unfold(2, self.window, self.stride).unfold(3, p, p).unfold(4, p, p)
         cut = cut.permute(0, 2, 3, 4, 1, 5, 6, 7)                           # b t h w (c window p p)
         patches = self.embed(cut.reshape(len(video), t, h * w, -1)) + self.positions[1:]
         first = (self.class_token + self.positions[0]).to(patches.dtype)
         return self.norm_pre(torch.cat([first.expand(len(video), t, 1, -1), patches], dim=2))
-
-    # The interface of both encoders: see also mae.VideoClassifier
 
     def start(self, video):
         """video (B, C, T, H, W) float, normalised with mean and std -> State before block 0."""
@@ -455,14 +394,13 @@ class UniFormerV2(nn.Module):
         mean = state.tokens[:, :, 0].mean(dim=1)
         if state.query is None:
             return mean
-        if self.balance is None:
+        if self.balance is None:  # also a query that fusion.py gave a model without global blocks
             return state.query[:, 0]
         share = self.balance.sigmoid()
         return (1 - share) * state.query[:, 0] + share * mean
 
     def finish(self, state):
-        """State after the last block -> (B, D), what the head sees. (fusion.py may add a query in a
-        model without global blocks; the query alone is then the feature.)"""
+        """State after the last block -> (B, D), what the head sees."""
         feature = self.combine(state)
         return self.norm(feature) if self.options.classes else feature
 
@@ -503,38 +441,18 @@ class UniFormerV2(nn.Module):
             query, state = state.query, self.run(state, i, i + 1)
             if i in self.global_layers:
                 block = self.global_blocks[self.global_layers.index(i)]
-                found = block.attention_map(query, state.tokens, self.grid)
-                maps[i] = found[:, :, 1:].unflatten(2, self.grid)
+                weights = block.attention_map(query, state.tokens, self.grid)
+                maps[i] = weights[:, :, 1:].unflatten(2, self.grid)
         return maps
 
     def with_head(self, classes, *, norm=None, rows=None, **options):
-        """A classifier for Y classes with these weights. As many classes: the head too. 400 after
-        Kinetics-710: its first 400 rows, which are Kinetics-400. Any other number: a new head.
-
-        rows     which row of the old head each class is, Y numbers; default: as above
-        norm     a LayerNorm to start the head's norm with; default: this model's, where it has one
-        options  head_dropout, drop_path, mean, std, ...: see `Options`
-        """
-        model = UniFormerV2(**vars(self.options) | options | {"classes": classes})
-        tensors = self.state_dict()
-        if norm is not None:
-            tensors |= {f"norm.{key}": value for key, value in norm.state_dict().items()}
-        old, ours = self.options.classes, model.state_dict()
-        if rows is None and (old, classes) == (710, 400):
-            rows = range(400)
-        if rows is not None:
-            tensors |= {key: tensors[key][list(rows)] for key in ("head.weight", "head.bias")}
-        elif old != classes:
-            tensors = {key: value for key, value in tensors.items()
-                       if not key.startswith("head.") and key in ours}
-        missing, unknown = model.load_state_dict(tensors, strict=False)
-        assert not unknown and all(key.startswith(("norm.", "head.")) for key in missing), \
-            (missing, unknown)
-        return model
+        """A classifier for Y classes with these weights: see weights.heads.multimodal."""
+        from weights import heads
+        return heads.multimodal(self, classes, norm, rows, options)
 
     def resized(self, image_size):
-        """The same model for frames of another size, H = W or (H, W). Its position table is
-        interpolated, bicubic, as CLIP's was for 336 pixels. ValueError where patches do not fit."""
+        """The same model for frames of another size, H = W or (H, W); its position table is
+        interpolated, as CLIP's was for 336 pixels. ValueError where patches do not fit."""
         model = UniFormerV2(**vars(replace(self.options, image_size=image_size)))
         positions = resize_positions(self.positions, self.grid, model.grid)
         model.load_state_dict(self.state_dict() | {"positions": positions})
@@ -550,51 +468,28 @@ class UniFormerV2(nn.Module):
         return cls(**{key: value for key, value in config.items() if key != "model"})
 
     @classmethod
-    def from_official(cls, source, *, heads=None, global_heads=None, global_layers=None, frames=None):
-        """Load published UniFormerV2 weights, or a run of ours.
-
-        source         path or {name: tensor}; see weights.read
-        heads, global_heads   shapes cannot tell them; default: heads of 64, and as many globally
-        global_layers  after which layers the global blocks read; default: the last ones, as in
-                       all published models
-        frames         T, for the record; default 8, with temporal downsampling 16
-        returns        the model in eval mode. Sizes and options come from names and shapes; a file
-                       without a balance is a frozen one, a file without a head gives features.
-        raises         WeightsError: not such a file, or one that does not fit to the last tensor
-        """
+    def from_official(cls, source, *, heads=None, global_heads=None, **options):
+        """Load published weights, or a run of ours, in eval mode. Arguments and errors: see
+        weights.uniformerv2.load."""
         from weights import uniformerv2
-        return uniformerv2.load(cls, source, heads=heads, global_heads=global_heads,
-                                global_layers=global_layers, frames=frames)
+        return uniformerv2.load(cls, source, heads=heads, global_heads=global_heads, **options)
 
     def to_official(self):
-        """{official name: tensor}, as UniFormerV2's own code names them. ValueError for global
-        blocks that do not stand after the last layers."""
+        """{official name: tensor}; ValueError unless global blocks stand after the last layers."""
         from weights import uniformerv2
         return uniformerv2.to_official(self)
 
     @classmethod
-    def from_clip(cls, source, *, heads=None, image_size=None, **options):
-        """Grow a video model from CLIP's image tower: its numbers, and everything new silent.
-
-        source      path or {name: tensor} of OpenAI's names; `visual.*` is used, to the last tensor
-                    but for CLIP's own last norm and projection, `visual.ln_post.*` and `visual.proj`
-        heads       default: heads of 64
-        image_size  H = W in pixels; another one than CLIP's stretches its position table
-        options     as UniFormerV2: classes, frames, global_layers, local_units, ...
-        returns     the model in eval mode
-        raises      WeightsError, as from_official
-        """
+    def from_clip(cls, source, **options):
+        """Grow a video model from CLIP's image tower: see weights.uniformerv2.grow."""
         from weights import uniformerv2
-        return uniformerv2.grow(cls, source, heads=heads, image_size=image_size, options=options)
-
+        return uniformerv2.grow(cls, source, **options)
 
 
 def place_codes(h, w, width):
-    """The start of a learned position table: (1 + h*w, width), a row of zeros for the class token.
-
-    Half of the channels hold sinusoids of the row, half of the column. CLIP started with noise and
-    had 400 million images to learn which places are neighbours; a small model does not (LOG.md).
-    """
+    """The start of a learned position table, (1 + h*w, width): sinusoids of the row in half of the
+    channels, of the column in the other half; zeros for the class token. CLIP started with noise
+    and learned from 400 million images which places are neighbours; a small model does not."""
     half = width // 4 * 2
     codes = (sinusoid_table(h, half)[:, None], sinusoid_table(w, width - half)[None])
     codes = torch.cat([code.expand(h, w, -1) for code in codes], dim=2).flatten(0, 1)
@@ -602,8 +497,8 @@ def place_codes(h, w, width):
 
 
 def resize_positions(table, old, new):
-    """A position table for another grid: (1+h*w, D), old and new (h, w) -> (1+h'*w', D), bicubic. The
-    code of the class token stays."""
+    """A position table (1+h*w, D) stretched from grid old (h, w) to new, bicubic. The code of the
+    class token stays."""
     if tuple(old) == tuple(new):
         return table
     places = table[1:].unflatten(0, old).permute(2, 0, 1)[None]
@@ -611,39 +506,25 @@ def resize_positions(table, old, new):
     return torch.cat([table[:1], places[0].flatten(1).T])
 
 
-def officially_last(layers, depth):
-    """ValueError unless global blocks stand after the last of `depth` layers: official names count them, no more."""
-    if list(layers) != list(range(depth - len(layers), depth)):
-        raise ValueError(f"global blocks after layers {list(layers)}; officially they stand after the last ones")
-
-
-# ------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def main(argv=None):
+def main():
     """`python uniformerv2.py`: the shapes of a generated clip on its way through a tiny model."""
-    import argparse
-
     from video.moving_shapes import MovingShapes
 
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     model = UniFormerV2("tiny", classes=16, frames=16, temporal_downsample=True).eval()
     clip = torch.as_tensor(MovingShapes("test", 16, (64, 64), 0)[0]["video"])
     video = (clip.permute(3, 0, 1, 2)[None] / 255 - MEAN[0]) / STD[0]
     state = model.start(video)
-    rows = [("video", "(B, C, T, H, W)", video), ("tokens", "(B, t, 1+S, D)", state.tokens)]
+    rows = [("video (B, C, T, H, W)", video), ("tokens (B, t, 1+S, D)", state.tokens)]
     for i in range(model.depth):
         state = model.run(state, i, i + 1)
-        rows.append((f"after block {i}", "(B, t, 1+S, D)", state.tokens))
+        rows.append((f"after block {i} (B, t, 1+S, D)", state.tokens))
         if i in model.global_layers:
-            rows.append(("  global token", "(B, 1, D)", state.query))
-    feature = model.finish(state)
-    rows += [("feature", "(B, D)", feature), ("logits", "(B, Y)", model.head(feature))]
-    for name, letters, x in rows:
-        print(f"{name:20s} {letters:16s} {tuple(x.shape)}")
-    return 0
+            rows.append(("  global token (B, 1, D)", state.query))
+    rows += [("feature (B, D)", model.finish(state)), ("logits (B, Y)", model(video))]
+    for name, x in rows:
+        print(f"{name:32s} {tuple(x.shape)}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

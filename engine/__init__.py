@@ -1,4 +1,4 @@
-"""What runs a stage: flags, checkpoints, processes, optimisers, log, errors, pictures.
+"""What runs a stage: its base class, checkpoints, processes, optimisers, log, errors, pictures.
 
-No model is known here.
+No file here knows a model.
 """

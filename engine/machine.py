@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-import attention
-from engine import processes
+from engine import flex, processes
 from engine.errors import UserError
 
 
@@ -95,8 +94,8 @@ def keep_memory():
 
 @functools.lru_cache(maxsize=None)
 def compiled(function):
-    """torch.compile without graph breaks, by the backend that attention.py uses."""
-    return torch.compile(function, fullgraph=True, backend=attention.BACKEND)
+    """torch.compile without graph breaks, by the backend of engine/flex.py."""
+    return torch.compile(function, fullgraph=True, backend=flex.BACKEND)
 
 
 def choose_compile(stage):
@@ -106,7 +105,7 @@ def choose_compile(stage):
         return "off", ""
     if stage.shard:
         return "off", "--shard moves weights around each block, which cannot be compiled"
-    reason = attention.no_compiler("cuda" if cuda else "cpu")
+    reason = flex.no_compiler("cuda" if cuda else "cpu")
     return ("off", f"nothing can be compiled here: {reason}") if reason else ("on", "")
 
 
@@ -120,7 +119,7 @@ def compile_blocks(model, kinds):
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in model.modules():
         if isinstance(module, kinds):
-            module.compile(fullgraph=True, backend=attention.BACKEND)
+            module.compile(fullgraph=True, backend=flex.BACKEND)
 
 
 def memory_mib(device):

@@ -209,7 +209,7 @@ def cross_attention_maps(video, tokens, grid, maps, path):
 def reconstruction(clips, path, title=""):
     """A masked clip and its reconstruction: frames as a strip (.png), moving beside it (.gif).
 
-    clips  result of mae.reconstruction_pictures: {"input", "visible", "reconstruction" and, where
+    clips  result of tasks.reconstruction: {"input", "visible", "reconstruction" and, where
            the model predicts normalised pixels, "borrowed"}, each (B, 3, T, H, W) float in [0, 1],
            torch. The first clip is drawn, a row for each name
     returns  both paths

@@ -1,1 +1,7 @@
-"""What a trained encoder is used for: each file has the metrics of a task, its model if it has one, and its card."""
+"""What encoders are used for: each file has a task's metrics, its model if any, and its stage.
+
+recognition.py, retrieval.py, captioning.py, question_answering.py, localisation.py   the tasks
+reconstruction.py       pictures of what a masked autoencoder reconstructs
+caption_search.py       captions by beam search and by nucleus sampling
+video_text.py, two_encoders.py   what stages 2 and 4 in train.py have besides their recipe
+"""

@@ -128,6 +128,22 @@ class VideoTextStage(ClipStage):
                             "where the class name goes")
         return lines
 
+    def finish(self, model, held_out, results):
+        """Multiple choice, and captions scored against all that is true of each clip."""
+        val = held_out["val"]
+        if not val.has_captions:
+            return {}
+
+        def batches():
+            return self.held_out(val, self.eval_clips, self.eval_batch)
+
+        numbers = retrieval.multiple_choice(model.clip, batches(), self.bpe, val.choices,
+                                            context=self.context, autocast=self.autocast)
+        if self.caption_weight:
+            numbers |= captioning.evaluate(model, batches(), self.bpe, val,
+                                           maximum=self.context - 1, autocast=self.autocast)
+        return numbers
+
     def protocol(self, held_out):
         """How the numbers are measured."""
         val = held_out["val"]

@@ -19,7 +19,8 @@ from torch._dynamo.utils import counters
 
 import attention as attention_file
 from attention import (Attention, Block, Context, DropPath, Mask, attention, attention_weights,
-                       choose, gelu, quick_gelu, reference_attention, run_blocks, sinusoid_table)
+                       choose, quick_gelu, reference_attention, run_blocks, sinusoid_table)
+from engine import flex
 
 
 def masks(keys):
@@ -78,12 +79,12 @@ def test_every_form_is_attention_from_first_principles(kind, queries, keys, head
 def traced(monkeypatch):
     """FlexAttention traced and run by torch's own operators, without the minute of compiling.
     Returns a function that returns how many graphs were made so far."""
-    monkeypatch.setattr(attention_file, "BACKEND", "aot_eager")
+    monkeypatch.setattr(flex, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
-    attention_file._compiled_flex.cache_clear()
+    flex.kernel.cache_clear()
     yield lambda: counters["stats"]["unique_graphs"]
-    attention_file._compiled_flex.cache_clear()
+    flex.kernel.cache_clear()
 
 
 LAYOUTS = {  # one tensor, strided in all ways that projections, heads and caches leave behind
@@ -158,8 +159,8 @@ def test_a_kernel_made_for_the_mask_is_the_reference_attention(kind, traced):
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
 @pytest.mark.parametrize("kind", masks(1))
 def test_so_is_the_compiled_one(kind, dtype, atol):
-    if attention_file.no_compiler("cpu"):
-        pytest.skip(f"nothing can be compiled here: {attention_file.no_compiler('cpu')}")
+    if flex.no_compiler("cpu"):
+        pytest.skip(f"nothing can be compiled here: {flex.no_compiler('cpu')}")
     for queries, keys in [(7, 7), (1, 9), (300, 300)]:
         q, k, v = (torch.randn(2, 3, n, 16).to(dtype) for n in (queries, keys, keys))
         try:
@@ -174,14 +175,15 @@ def test_so_is_the_compiled_one(kind, dtype, atol):
 def test_the_blocks_of_a_mask_hold_all_that_may_be_attended_to_and_little_else():
     """Three packed clips of 256 tokens: of 36 blocks of 128 x 128, 12 are computed."""
     mask = Mask(frames=torch.arange(768)[None] // 256)
-    assert mask.blocks(4, 768, 768, "cpu").to_dense().sum() == 12
+    assert flex.block_mask(mask, 4, 768, 768, "cpu").to_dense().sum() == 12
     for kind, mask in masks(400).items():
         if mask is not None and mask.kind:
-            dense = mask.blocks(2, 300, 400, "cpu").to_dense().bool()        # (2 or 1, 1, 3, 4)
+            blocks = flex.block_mask(mask, 2, 300, 400, "cpu")
+            dense = blocks.to_dense().bool()                                 # (2 or 1, 1, 3, 4)
             allowed = F.pad(mask.allowed(300, 400, "cpu"), (0, 112, 0, 84))
             needed = allowed.unflatten(3, (4, 128)).unflatten(2, (3, 128)).any(dim=(3, 5))
             assert torch.equal(dense, needed.expand_as(dense)), kind
-            assert mask.blocks(2, 300, 400, "cpu") is mask.blocks(2, 300, 400, "cpu")  # kept
+            assert flex.block_mask(mask, 2, 300, 400, "cpu") is blocks  # cached
 
 
 @pytest.mark.slow
@@ -203,7 +205,7 @@ def test_new_batches_and_lengths_make_one_more_kernel_each_and_never_fall_back(t
         for batch, length in ((4, 200), (8, 200), (4, 333), (3, 517), (16, 140)):
             assert graphs_for(kind, batch, length) == 0, (kind, batch, length)
 
-    attention_file._compiled_flex.cache_clear()
+    flex.kernel.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=1, automatic_dynamic_shapes=False):
         graphs_for("none", 4, 200)
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
@@ -220,7 +222,7 @@ def test_where_nothing_can_be_compiled_the_reason_is_one_line(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such unit\nin line 3")
     monkeypatch.setattr(torch, "compile", broken)
-    assert attention_file.no_compiler.__wrapped__("cpu") == "no such unit"
+    assert flex.no_compiler.__wrapped__("cpu") == "no such unit"
 
 
 def shape(*size, dtype=torch.float32, device="cpu", grad=False):
@@ -490,8 +492,8 @@ def test_the_block_is_torchs_own_pre_norm_layer():
 
 def test_the_two_gelus_differ_enough_to_spoil_loaded_weights():
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)
-    torch.testing.assert_close(gelu(x), x * 0.5 * (1 + torch.erf(x / 2**0.5)))
-    difference = (gelu(x) - quick_gelu(x)).abs().max()
+    torch.testing.assert_close(F.gelu(x), x * 0.5 * (1 + torch.erf(x / 2**0.5)))
+    difference = (F.gelu(x) - quick_gelu(x)).abs().max()
     assert 0.01 < difference < 0.03
 
 

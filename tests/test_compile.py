@@ -18,7 +18,7 @@ import mae
 import train
 import uniformerv2
 import weights
-from engine import machine
+from engine import flex, machine
 from engine.stage import generator
 from variants import divided_attention, dual_masking
 
@@ -34,10 +34,10 @@ STAGES = {
 @pytest.fixture(autouse=True)
 def traced(monkeypatch):
     """Traced by torch.compile and run by torch's own operators: all but the minute of compiling."""
-    monkeypatch.setattr(attention, "BACKEND", "aot_eager")
+    monkeypatch.setattr(flex, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
-    no_compiler = attention.no_compiler
+    no_compiler = flex.no_compiler
     machine.compiled.cache_clear()
     no_compiler.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=8):
@@ -108,7 +108,7 @@ def test_the_bridge_between_two_encoders_has_no_graph_break_either(tmp_path):
 def graphs(monkeypatch):
     """The graphs that torch.compile has made so far. They run as they are: only tracing costs."""
     made = []
-    monkeypatch.setattr(attention, "BACKEND",
+    monkeypatch.setattr(flex, "BACKEND",
                         lambda graph, inputs: made.append(graph) or graph.forward)
     return made
 
@@ -206,7 +206,7 @@ def test_layers_share_their_versions_with_flex_attention_inside(graphs):
         cases.append((torch.randn(2, length, 32), attention.Context(mask, last=50)))
     expected = [attention.run_blocks(blocks, *case) for case in cases]
     for block in blocks:
-        block.compile(fullgraph=True, backend=attention.BACKEND)
+        block.compile(fullgraph=True, backend=flex.BACKEND)
     counts = []
     try:
         attention.use("flex")
@@ -255,7 +255,7 @@ def test_a_compiled_block_takes_its_masked_attention_in_one_graph():
 
 def test_where_nothing_can_be_compiled_a_run_says_so_once_and_goes_on(tmp_path, capsys,
                                                                       monkeypatch):
-    monkeypatch.setattr(attention, "no_compiler", lambda device: "g++: not found")
+    monkeypatch.setattr(flex, "no_compiler", lambda device: "g++: not found")
     flags = ("--num-frames 4 --input-size 32 --mask-ratio 0.5 --batch-size 4 --eval-clips 8 "
              "--workers 0 --precision fp32 --device cpu --compile on --steps 1").split()
     assert train.main(["mae", *flags, "--out", str(tmp_path)]) == 0

@@ -4,7 +4,6 @@ happened and how to go on, and none loses what was saved.
 The lines are those of docs/failures.md, "When something goes wrong".
 """
 
-import json
 import math
 import multiprocessing
 import os

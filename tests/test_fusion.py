@@ -86,7 +86,7 @@ class PositionsInEveryBlock(VideoClassifier):
     """Adds its position codes before every block, not only before the first."""
 
     def run(self, state, start, stop):
-        codes = self.encoder.codes(self.encoder.grid)
+        codes = self.encoder.codes_of(self.encoder.grid).to(state.tokens)
         for i in range(start, stop):
             state = super().run(replace(state, tokens=state.tokens + codes), i, i + 1)
         return state

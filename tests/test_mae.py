@@ -20,9 +20,10 @@ from video import transforms
 import mae
 import weights
 from engine import pictures
+from tasks.reconstruction import put_tubelets, reconstruction_pictures
 from attention import sinusoid_table
 from mae import VideoClassifier, VideoMAE, reconstruction_loss, reconstruction_target, tube_mask
-from weights import WeightsError
+from weights import WeightsError, runs
 
 TINY = mae.Size(24, 2, 2, 96, 16, 16, 2, 2, 64)  # the toy measures of the reference numbers
 
@@ -79,10 +80,10 @@ def test_tubelets_go_out_and_come_back_unchanged():
     video = clip(4, 32)
     index = torch.stack([torch.randperm(32)[:20] for _ in range(2)])
     cut, empty = mae.take_tubelets(video, index, 8, 2), torch.zeros_like(video)
-    assert torch.equal(mae.put_tubelets(empty, index, cut, 8, 2) != 0,
-                       mae.put_tubelets(empty, index, torch.ones_like(cut), 8, 2) != 0)
+    assert torch.equal(put_tubelets(empty, index, cut, 8, 2) != 0,
+                       put_tubelets(empty, index, torch.ones_like(cut), 8, 2) != 0)
     every = torch.arange(32).expand(2, -1)
-    back = mae.put_tubelets(empty, every, mae.take_tubelets(video, None, 8, 2), 8, 2)
+    back = put_tubelets(empty, every, mae.take_tubelets(video, None, 8, 2), 8, 2)
     assert torch.equal(back, video)
 
 
@@ -162,7 +163,7 @@ def test_the_encoder_never_sees_a_hidden_pixel():
     model, video, hidden = toy().eval(), clip(), tube_mask(2, (2, 4, 4), 0.5)
     _, index = mae.split_by_mask(hidden)
     noise = torch.randn_like(mae.take_tubelets(video, index, 8, 2))
-    other = mae.put_tubelets(video, index, noise, 8, 2)
+    other = put_tubelets(video, index, noise, 8, 2)
     assert torch.equal(model(video, hidden), model(other, hidden))
 
 
@@ -261,7 +262,7 @@ def test_autocast_and_half_batches_keep_the_table_in_float32():
 
 def test_the_pictures_show_the_input_where_it_was_visible_and_the_prediction_elsewhere():
     model, video, hidden = toy().eval(), clip(batch=1), tube_mask(1, (2, 4, 4), 0.5)
-    drawn = mae.reconstruction_pictures(model, video, hidden)
+    drawn = reconstruction_pictures(model, video, hidden)
     visible, targets = mae.split_by_mask(hidden)
     pixels = mae.pixels_of(video, visible, 8, 2).clamp(0, 1)
     for name, picture in drawn.items():
@@ -280,7 +281,7 @@ def test_the_pictures_of_frames_and_of_normalised_clips_are_the_same():
     frames, model = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8), toy(normalised=False)
     hidden = tube_mask(1, model.grid, 0.5)
     video = transforms.normalise(frames, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
-    one, other = (mae.reconstruction_pictures(model, x, hidden)
+    one, other = (reconstruction_pictures(model, x, hidden)
                   for x in (video, frames.permute(0, 4, 1, 2, 3)))
     assert one.keys() == other.keys() == {"input", "visible", "reconstruction"}  # nothing borrowed
     for name in one:
@@ -291,7 +292,7 @@ def test_the_pictures_of_frames_and_of_normalised_clips_are_the_same():
 @pytest.mark.parametrize("normalised", [True, False])
 def test_drawing_writes_a_strip_and_a_moving_picture(tmp_path, normalised):
     model, hidden = toy(normalised=normalised).eval(), tube_mask(1, (2, 4, 4), 0.5)
-    drawn = mae.reconstruction_pictures(model, clip(batch=1), hidden)
+    drawn = reconstruction_pictures(model, clip(batch=1), hidden)
     pictures.reconstruction(drawn, tmp_path / "a.png", "a clip")
     from PIL import Image
     assert Image.open(tmp_path / "a.png").size[0] > 300
@@ -548,10 +549,11 @@ def test_configurations_of_older_runs_load_where_they_mean_the_same_network(cls)
     options = {} if cls is VideoMAE else {"classes": 3}
     config = cls(TINY, frames=4, image_size=32, **options).config
     assert json.loads(json.dumps(config)) == config
-    assert cls.from_config(config | {"space_time": "joint", "pool": "mean"}).config == config
-    for removed in ({"space_time": "divided"}, {"pool": "first"}):
-        with pytest.raises(ValueError, match="is no longer an option, only '(joint|mean)' is"):
-            cls.from_config(config | removed)
+    same = {"space_time": "joint"} | ({} if cls is VideoMAE else {"pool": "mean"})
+    assert runs.build(cls.from_config, config | same, "a run").config == config
+    for key in same:
+        with pytest.raises(WeightsError, match="removed, and only '(joint|mean)' can still be"):
+            runs.build(cls.from_config, config | {key: "another"}, "a run")
 
 
 def test_a_model_that_was_exported_first_still_runs():

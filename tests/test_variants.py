@@ -15,6 +15,7 @@ from test_mae import OPTIONS, clip, official, plain_forward, reference_clip, ref
 import mae
 import train
 import weights
+from weights import encoders
 from variants import cards
 from variants.divided_attention import DividedVideoClassifier, DividedVideoMAE
 from variants.dual_masking import (
@@ -128,8 +129,8 @@ def test_runs_of_older_code_with_divided_attention_load():
     config = DividedVideoMAE("tiny", frames=8, image_size=40).config
     older = config | {"model": "VideoMAE", "space_time": "divided"}
     assert DividedVideoMAE.from_config(older).config == config
-    with pytest.raises(ValueError, match="space_time='divided' is no longer an option"):
-        mae.VideoMAE.from_config(older)
+    with pytest.raises(weights.WeightsError, match="space_time='divided'; this option was removed"):
+        weights.runs.build(mae.VideoMAE.from_config, older, "a run")
 
 
 # As stages --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import mae  # noqa: E402
 import weights  # noqa: E402
 from engine import pictures  # noqa: E402
+from tasks.reconstruction import reconstruction_pictures  # noqa: E402
 from video import moving_shapes  # noqa: E402
 
 CLIP = 3  # the held-out clip in README.md; the first one with a motion across the frame
@@ -111,7 +112,7 @@ def reconstruction(run, path):
     item = moving_shapes.MovingShapes("val", model.config["frames"], size, 0)[CLIP]
     video = torch.as_tensor(item["video"])[None].permute(0, 4, 1, 2, 3)
     hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
-    clips = mae.reconstruction_pictures(model, video, hidden)
+    clips = reconstruction_pictures(model, video, hidden)
     pictures.reconstruction(clips, path, f"held-out clip: {item['caption']}")
 
 

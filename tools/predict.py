@@ -39,7 +39,7 @@ import weights  # noqa: E402
 from engine import pictures  # noqa: E402
 from engine.errors import UserError, printable  # noqa: E402
 from tasks import (  # noqa: E402
-    caption_search, captioning, localisation, question_answering, recognition)
+    caption_search, captioning, localisation, question_answering, recognition, reconstruction)
 from video import moving_shapes  # noqa: E402
 from video.clips import one_clip  # noqa: E402
 from video.decoding import Video  # noqa: E402
@@ -163,8 +163,8 @@ def reconstruct(args):
     loss = mae.reconstruction_loss(model(video, hidden), target)
     print(f"{int(hidden[0, :h * w].sum())} of {h * w} places of every frame are hidden; "
           f"loss on this clip {loss:.3f}")
-    still, moving = pictures.reconstruction(mae.reconstruction_pictures(model, video, hidden),
-                                            picture_path(args))
+    drawn = reconstruction.reconstruction_pictures(model, video, hidden)
+    still, moving = pictures.reconstruction(drawn, picture_path(args))
     print(f"drawn: {still} and {moving}")
 
 

@@ -33,33 +33,28 @@ class DividedBlock(Block):
         self.norm_time = nn.LayerNorm(width, eps=eps)
         self.attn_time = Attention(width, heads, bias=bias, cosine=cosine)
 
-    def over_time(self, x):
-        """Each place attends over the time steps. x (B, N, D), normed -> (B, N, D)."""
-        B, N, D = x.shape
-        places = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)  # (B*places, t, D)
-        return self.attn_time(places).unflatten(0, (B, -1)).transpose(1, 2).reshape(B, N, D)
-
-    def self_attention(self, x, context):
-        """Each time step attends over its places. x (B, N, D), normed -> (B, N, D)."""
-        steps = x.unflatten(1, (self.times, -1)).flatten(0, 1)                   # (B*t, places, D)
-        return self.attn(steps).view_as(x)
-
     def forward(self, x, context=None):
         """x (B, N, D) -> (B, N, D). ValueError for any mask, or for a clip of other length."""
-        context = context or Context()
-        if any(part is not None for part in vars(context).values()) or x.shape[1] % self.times:
+        masked = context is not None and context != Context()
+        if masked or x.shape[1] % self.times:
             raise ValueError(f"divided attention is for whole clips of {self.times} time steps, "
                              "the same places in each")
-        return super().forward(x + self.drop_path(self.over_time(self.norm_time(x))))
+        B, N, D = x.shape
+        time = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)    # (B*places, t, D)
+        time = self.attn_time(self.norm_time(time)).unflatten(0, (B, -1)).transpose(1, 2)
+        x = x + self.drop_path(time.reshape(B, N, D))
+        space = self.norm1(x).unflatten(1, (self.times, -1))                     # (B, t, places, D)
+        space = self.attn(space.flatten(0, 1)).view(B, N, D)
+        x = x + self.drop_path(space if self.gamma1 is None else self.gamma1 * space)
+        out = self.mlp(self.norm2(x))
+        return x + self.drop_path(out if self.gamma2 is None else self.gamma2 * out)
 
 
 class DividedEncoder(mae.Encoder):
     """mae.Encoder with divided attention, for clips of one length."""
 
-    def make_block(self, options, drop_path):
-        size = options.size
-        return DividedBlock(size.width, size.heads, self.grid[0], mlp_width=size.mlp_width,
-                            drop_path=drop_path, **options.block)
+    def block_class(self, width, heads, **options):
+        return DividedBlock(width, heads, self.grid[0], **options)
 
     def start(self, video, visible=None):
         if self.grid_of(*video.shape[2:])[0] != self.grid[0]:
@@ -71,7 +66,7 @@ class DividedEncoder(mae.Encoder):
 class Divided:
     """What the two networks below share. Older runs say space_time="divided" in their config."""
 
-    encoder_class = DividedEncoder
+    encoder_class, classifier = DividedEncoder, "DividedVideoClassifier"
 
     @classmethod
     def from_config(cls, config):
@@ -95,11 +90,6 @@ class DividedVideoMAE(Divided, mae.VideoMAE):
             raise ValueError("divided attention needs the same places hidden in every frame: "
                              "a tube mask")
         return super().forward(video, hidden)
-
-    def with_head(self, classes, **options):
-        """As VideoMAE.with_head -> DividedVideoClassifier."""
-        options = vars(self.options) | {"head_eps": mae.Options.head_eps} | options
-        return DividedVideoClassifier(classes=classes, **options).take_encoder(self)
 
 
 class DividedVideoClassifier(Divided, mae.VideoClassifier):

@@ -49,9 +49,8 @@ class DualMaskedVideoMAE(mae.VideoMAE):
         """
         if skipped is None:
             return super().forward(video, hidden)
-        visible, _ = mae.split_by_mask(hidden)
         decoded, _ = mae.split_by_mask(skipped, "skipped")
-        return self.reconstruct(video, visible.to(video.device), decoded.to(video.device))
+        return super().forward(video, hidden, decoded.to(video.device))
 
 
 def hidden_among_decoded(hidden, skipped):

@@ -7,6 +7,7 @@ official.py   one reader of official files, and how a key map is written down
 videomae.py, uniformerv2.py, clip.py, caption_decoder.py   the key map of each family
 families.py   which models there are, and which family a file belongs to
 encoders.py   `load_encoder`: either encoder out of whatever holds it
+heads.py      an encoder with a head for other classes
 tokenizer.py  text to token numbers and back
 merging.py    the average of a model and of the CLIP that it grew from
 __main__.py   `python -m weights FILE`

@@ -40,8 +40,19 @@ OFFICIAL = (
 )
 
 
-def load(cls, source, *, heads, global_heads, global_layers, frames):
-    """uniformerv2.UniFormerV2.from_official: see there."""
+def load(cls, source, *, heads=None, global_heads=None, global_layers=None, frames=None):
+    """A UniFormerV2 from a published file or a run of ours, in eval mode.
+
+    source         path or {name: tensor}; see weights.read
+    heads, global_heads   shapes cannot tell them; default: heads of 64, and as many globally
+    global_layers  layers after which global blocks stand; default: the last ones, as in all
+                   published models
+    frames         T, for the record; default 8, with temporal downsampling 16
+    raises         WeightsError: not such a file, or one that does not fit to the last tensor
+
+    Sizes and options come from names and shapes. A file without a balance is one for a frozen image
+    model. A file without a head gives features.
+    """
     file = UniFormerV2File(source)
     if file.config.get("model") == "UniFormerV2":
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
@@ -55,8 +66,16 @@ def load(cls, source, *, heads, global_heads, global_layers, frames):
     return file.fill(model, key_map(model, file.tables, conversions(model)))
 
 
-def grow(cls, source, *, heads, image_size, options):
-    """uniformerv2.UniFormerV2.from_clip: see there."""
+def grow(cls, source, *, heads=None, image_size=None, **options):
+    """A UniFormerV2 with the numbers of CLIP's image tower, in eval mode; new branches start at 0.
+
+    source      path or {name: tensor} of OpenAI's names; `visual.*` is used, to the last tensor
+                except CLIP's own last norm and projection, `visual.ln_post.*` and `visual.proj`
+    heads       default: heads of 64
+    image_size  H = W in pixels; where it is not CLIP's, the position table is interpolated
+    options     see uniformerv2.Options
+    raises      WeightsError, as `load`
+    """
     file = UniFormerV2File(source, tower="visual.")
     size, plain = file.measures(heads, global_layers=())
     tower = file.build(cls, size, **plain)
@@ -71,7 +90,8 @@ def grow(cls, source, *, heads, image_size, options):
 
 
 def to_official(model):
-    """uniformerv2.UniFormerV2.to_official: see there."""
+    """{official name: tensor}, as UniFormerV2's own code names them. ValueError for global blocks
+    that do not stand after the last layers, or for none."""
     if not model.config["global_layers"]:
         raise ValueError("a plain tower is no UniFormerV2: it has no name of its own officially")
     check_layers(model.config["global_layers"], model.config["size"]["depth"])

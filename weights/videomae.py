@@ -7,7 +7,7 @@ values apart. Sizes come from the shapes; numbers of heads and of frames do not 
 
 from dataclasses import replace
 
-from mae import Size
+from mae import Size, VideoMAE
 from weights.files import WeightsError, export, hub_config
 from weights.official import OfficialFile, as_kernel, as_matrix, key_map
 from weights.runs import rebuild
@@ -48,8 +48,19 @@ HUGGING_FACE_5 = HUGGING_FACE + ((r"attention\.q_bias", "attention.query.bias"),
 USUAL_HEADS = {640: 8, 1280: 16, 1408: 16, 1664: 16}
 
 
-def load_pretrained(cls, source, *, heads, decoder_heads, frames, image_size, positions):
-    """mae.VideoMAE.from_official: see there."""
+def load_pretrained(cls, source, *, heads=None, decoder_heads=None, frames=None, image_size=None,
+                    positions="sinusoid"):
+    """A mae.VideoMAE in eval mode, from a pretraining file or a run of ours.
+
+    source                 path or {name: tensor}; see weights.read
+    heads, decoder_heads   shapes cannot tell them; default: those of the published models
+    frames, image_size     T and H (or (H, W)) of the clips; default 16 and 224
+    positions              "resized" for InternVideo's ViT-H at 384 px, see mae.position_codes
+    raises                 WeightsError: not such a file, or some tensor that does not fit
+
+    Sizes come from the shapes. Models of Hugging Face files have Hugging Face's LayerNorm epsilons
+    (1e-12; 1e-5 before the head).
+    """
     file = VideoMAEFile(source)
     if file.config.get("model") == cls.model_name:
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
@@ -71,8 +82,10 @@ def load_pretrained(cls, source, *, heads, decoder_heads, frames, image_size, po
     return file.fill(model, rules(model, file.tables))
 
 
-def load_classifier(cls, source, *, heads, frames, image_size, positions):
-    """mae.VideoClassifier.from_official: see there."""
+def load_classifier(cls, source, *, heads=None, frames=None, image_size=None,
+                    positions="sinusoid"):
+    """A mae.VideoClassifier in eval mode, from a fine-tuned file or a run of ours. Arguments and
+    errors as `load_pretrained`. A file without a head gives a feature extractor (classes = 0)."""
     file = VideoMAEFile(source, FINE_TUNED)
     if file.config.get("model") == cls.model_name:
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
@@ -90,14 +103,11 @@ def load_classifier(cls, source, *, heads, frames, image_size, positions):
     return file.fill(model, rules(model, file.tables))
 
 
-def export_pretrained(model):
-    """mae.VideoMAE.to_official: see there."""
-    return export(model, rules(model, (OFFICIAL,), published=True))
-
-
-def export_classifier(model):
-    """mae.VideoClassifier.to_official: see there."""
-    return export(model, rules(model, (OFFICIAL, FINE_TUNED), published=True))
+def to_official(model):
+    """{official name: tensor} of either network, as VideoMAE's own code names them. ValueError for
+    position codes that its code does not have."""
+    tables = (OFFICIAL,) if isinstance(model, VideoMAE) else (OFFICIAL, FINE_TUNED)
+    return export(model, rules(model, tables, published=True))
 
 
 def rules(model, tables, published=False):

@@ -1,0 +1,62 @@
+"""What a masked autoencoder makes of a clip; engine.pictures.reconstruction draws it.
+
+    video (B, 3, T, H, W), hidden (B, N) -> {"input", "visible", "reconstruction", "borrowed"}
+"""
+
+from pathlib import Path
+
+import torch
+
+import mae
+from engine import pictures
+from engine.stage import generator
+from video.transforms import normalise
+
+
+@torch.no_grad()
+def reconstruction_pictures(model, video, hidden):
+    """The four clips, each (B, 3, T, H, W) float in [0, 1]; arguments as mae.VideoMAE.forward.
+
+    A model of normalised pixels knows structure, not brightness: "reconstruction" borrows mean and
+    contrast of each hidden tubelet from the input. "borrowed" shows the borrowed means alone, to
+    tell what the model itself added. It is left out where nothing is borrowed.
+    """
+    patch, tubelet = model.encoder.patch, model.encoder.tubelet
+    targets = mae.split_by_mask(hidden)[1].to(video.device)
+    every = torch.arange(hidden.shape[1], device=video.device).expand(len(video), -1)
+    pixels = put_tubelets(video.float(), every, mae.pixels_of(video, every, patch, tubelet),
+                          patch, tubelet)
+    true = mae.pixels_of(video, targets, patch, tubelet)                     # (B, Nm, 3, pixels)
+    predicted = model(video, hidden).float().unflatten(-1, (-1, 3)).transpose(2, 3)
+    filled = {"input": true, "visible": torch.full_like(true, 0.5), "reconstruction": predicted}
+    if model.config["normalised"]:
+        mean, contrast = mae.tubelet_statistics(true)
+        filled |= {"reconstruction": predicted * contrast + mean, "borrowed": mean.expand_as(true)}
+    return {name: put_tubelets(pixels, targets, tubelets, patch, tubelet).clamp(0, 1)
+            for name, tubelets in filled.items()}
+
+
+def put_tubelets(video, index, tubelets, patch, tubelet):
+    """The inverse of mae.take_tubelets: a copy of the video with these tubelets replaced."""
+    B, C, T, H, W = video.shape
+    t, h, w = T // tubelet, H // patch, W // patch
+    video = video.clone(memory_format=torch.contiguous_format)
+    cut = video.view(B, C, t, tubelet, h, patch, w, patch).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    row = torch.arange(B, device=index.device)[:, None]
+    cut[row, index // (h * w), index // w % h, index % w] = \
+        tubelets.reshape(*index.shape, C, tubelet, patch, patch).to(video.dtype)
+    return video
+
+
+def draw(stage, model, batch, folder):
+    """Up to four clips of a batch, hidden as `stage` hides them: reconstruction_0.png, .gif, ..."""
+    paths = []
+    for i in range(min(4, len(batch["video"]))):
+        video = normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
+        hidden = mae.MASKS[stage.mask_type](1, model.grid, stage.mask_ratio,
+                                            generator(stage.seed, "picture", i))
+        title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
+        paths += pictures.reconstruction(reconstruction_pictures(model, video, hidden),
+                                         folder / f"reconstruction_{i}.png",
+                                         f"held-out clip: {title}")
+    return paths

@@ -1,0 +1,82 @@
+"""What stage 4 has besides its recipe: two or three encoders to start from, and drawing."""
+
+import functools
+import json
+from dataclasses import dataclass
+
+import fusion
+from engine import pictures
+from engine.errors import UserError
+from engine.stage import flag
+from tasks import recognition
+from tasks.recognition import LabelledStage
+from weights import encoders
+
+
+@dataclass
+class TwoEncodersStage(LabelledStage):
+    """Base of `fuse`, which adds its recipe, the model and the loss."""
+
+    masked: str = flag("", "the masked encoder: a run of classify, or an official file",
+                       paper="VideoMAE-H")
+    multimodal: str = flag("", "the multimodal encoder: a run of classify, or an official file",
+                           paper="UniFormerV2-L")
+    second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
+    num_frames: int = flag(0, "frames per clip; 0 = the most that an encoder takes", low=0,
+                           paper="16")
+    input_size: int = flag(0, "height and width in pixels; 0 = the largest that an encoder takes",
+                           low=0)
+
+    @functools.cached_property
+    def parts(self):
+        """The masked encoder and one or two multimodal ones, with the heads that they have."""
+        if self.weights:
+            model = fusion.InternVideo.from_run(self.weights)
+            return [model.masked, *model.multimodal]
+        return self.load_encoders()
+
+    def load_encoders(self):
+        """As `parts`, from --masked, --multimodal and --second."""
+        return encoders.load_several(masked=self.masked, multimodal=self.multimodal,
+                                     second=self.second)
+
+    def datasets(self):
+        """Clips as large and as long as the encoders need."""
+        frames = max(encoder.config["frames"] for encoder in self.parts)
+        if self.num_frames and self.num_frames < frames:
+            raise UserError(f"--num-frames {self.num_frames}: the encoders look at up to {frames} "
+                            "frames")
+        self.num_frames = self.num_frames or frames
+        self.input_size = self.input_size or max(max(encoder.config["image_size"])
+                                                 for encoder in self.parts)
+        return super().datasets()
+
+    def finish(self, model, held_out, results):
+        """As all stages with labels; also, for a picture, the encoders' average before training."""
+        parts = [] if self.weights or not self.figures else self.load_encoders()
+        classes = recognition.size(self.classes)
+        if parts and all(encoder.config["classes"] == classes for encoder in parts):
+            late = fusion.InternVideo(parts[0], parts[1:], bridges=False).to(self.device).eval()
+            batches = self.held_out(held_out["val"], self.eval_clips, self.eval_batch)
+            results["before"] = self.evaluate(late, batches, held_out["val"])
+        return super().finish(model, held_out, results)
+
+    def confusions(self, results):
+        """Of the encoders' average, and after training."""
+        before = {"equal average, before": results["before"]["confusion"]} \
+            if "before" in results else {}
+        return before | {"after": results["val"]["confusion"]}
+
+    def pictures(self, model, batch, folder, results):
+        """confusion.png, gates.png, and where the masked encoder attends."""
+        paths = super().pictures(model, batch, folder, results) + [folder / "gates.png"]
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        pictures.gates([json.loads(line) for line in lines], paths[-1])
+        if model.before:
+            paths.append(folder / "looks.png")
+            grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"])
+                     for encoder in (model.masked, model.multimodal[0])]
+            maps = model.attention_maps(batch["video"][:1])[0].cpu()
+            pictures.cross_attention_maps(batch["video"][0].cpu().numpy(),
+                                          *pictures.strongest(maps, *grids), paths[-1])
+        return paths
