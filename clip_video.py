@@ -298,17 +298,6 @@ class VideoCLIP(nn.Module):
         self.visual.recompute(on)
         self.text.recompute = on
 
-    def resized(self, image_size):
-        """The same model for frames of another size: see UniFormerV2.resized. ValueError where
-        patches do not fit, and for "joint"."""
-        if self.kind == "joint":
-            raise ValueError("a joint encoder stays at its size")
-        model = VideoCLIP.from_config(self.config | {"image_size": image_size})
-        places = uniformerv2.resize_positions(
-            self.visual.positions, self.visual.grid, model.visual.grid)
-        model.load_state_dict(self.state_dict() | {"visual.positions": places})
-        return model.train(self.training)
-
     @classmethod
     def from_config(cls, config):
         """Build from the configuration that a run saved (config.json)."""

@@ -433,30 +433,10 @@ class UniFormerV2(nn.Module):
             return int(rest[0]) + 1
         return 0 if part in ("embed", "norm_pre", "class_token", "positions") else self.depth + 1
 
-    @torch.no_grad()
-    def attention_maps(self, video):
-        """{layer: what its global block attends to, (B, t, h, w)}; patches only, sum at most 1."""
-        state, maps = self.start(video), {}
-        for i in range(self.depth):
-            query, state = state.query, self.run(state, i, i + 1)
-            if i in self.global_layers:
-                block = self.global_blocks[self.global_layers.index(i)]
-                weights = block.attention_map(query, state.tokens, self.grid)
-                maps[i] = weights[:, :, 1:].unflatten(2, self.grid)
-        return maps
-
     def with_head(self, classes, *, norm=None, rows=None, **options):
         """A classifier for Y classes with these weights: see weights.heads.multimodal."""
         from weights import heads
         return heads.multimodal(self, classes, norm, rows, options)
-
-    def resized(self, image_size):
-        """The same model for frames of another size, H = W or (H, W); its position table is
-        interpolated, as CLIP's was for 336 pixels. ValueError where patches do not fit."""
-        model = UniFormerV2(**vars(replace(self.options, image_size=image_size)))
-        positions = resize_positions(self.positions, self.grid, model.grid)
-        model.load_state_dict(self.state_dict() | {"positions": positions})
-        return model.train(self.training)
 
     def recompute(self, on=True):
         """Save memory, spend time: keep no activations inside attention and MLP of the frames."""
@@ -494,16 +474,6 @@ def place_codes(h, w, width):
     codes = (sinusoid_table(h, half)[:, None], sinusoid_table(w, width - half)[None])
     codes = torch.cat([code.expand(h, w, -1) for code in codes], dim=2).flatten(0, 1)
     return torch.cat([torch.zeros(1, width), codes])
-
-
-def resize_positions(table, old, new):
-    """A position table (1+h*w, D) stretched from grid old (h, w) to new, bicubic. The code of the
-    class token stays."""
-    if tuple(old) == tuple(new):
-        return table
-    places = table[1:].unflatten(0, old).permute(2, 0, 1)[None]
-    places = F.interpolate(places, size=tuple(new), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], places[0].flatten(1).T])
 
 
 @torch.no_grad()

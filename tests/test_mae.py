@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_summary, official_fill, values
 
-import attention
 from video import transforms
 import mae
 import weights

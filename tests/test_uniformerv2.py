@@ -14,8 +14,10 @@ from torch import nn
 
 import uniformerv2
 import weights
+from engine.errors import UserError
+from tools import predict
 from uniformerv2 import UniFormerV2
-from weights import WeightsError
+from weights import WeightsError, encoders
 
 TOY = uniformerv2.Size(24, 3, 2, 96, 16, 32)  # the toy measures of the reference numbers
 MOTION = dict(local_units=2, temporal_downsample=True)
@@ -541,11 +543,12 @@ def test_the_attention_map_is_that_of_the_forward_pass():
 def test_attention_maps_follow_the_global_token_from_block_to_block():
     model, video, given = awake(toy()).eval(), clip(), []
     for block in model.global_blocks:
-        block.register_forward_hook(lambda block, inputs,
-                                    _: given.append(block.attention_map(*inputs)[:, :, 1:]))
-    maps = model.attention_maps(video)
-    assert list(maps) == [1, 2] and all(torch.equal(m.flatten(2), g) for m,
-                                        g in zip(maps.values(), given))
+        block.register_forward_hook(
+            lambda block, inputs, _: given.append(block.attention_map(*inputs)[:, :, 1:]))
+    with torch.no_grad():
+        maps = predict.global_attention(model, video)
+    assert list(maps) == [1, 2]
+    assert all(torch.equal(m.flatten(2), g) for m, g in zip(maps.values(), given))
     assert maps[1].shape == (2, 4, 2, 2)
 
 
@@ -586,7 +589,7 @@ def test_global_blocks_may_have_an_mlp_of_another_width():
 def test_a_model_for_frames_of_another_size_has_its_places_interpolated_and_all_else_untouched():
     model = UniFormerV2("tiny", classes=3, image_size=32, global_layers=(2, 3)).eval()
     torch.nn.init.normal_(model.positions)
-    same, large = model.resized(32), model.resized((64, 48))
+    same, large = encoders.resized(model, 32), encoders.resized(model, (64, 48))
     x = clip(4, 32)
     assert torch.equal(same(x), model(x))
     assert large.config["image_size"] == [64, 48]
@@ -594,8 +597,8 @@ def test_a_model_for_frames_of_another_size_has_its_places_interpolated_and_all_
     assert torch.equal(large.positions[0], model.positions[0])
     assert all(torch.equal(value, model.state_dict()[name]) for name,
                value in large.state_dict().items() if name != "positions")
-    flat = model.resized(32)
+    flat = encoders.resized(model, 32)
     flat.positions.data[1:] = 0.5  # a table that is the same everywhere stays so
-    assert torch.allclose(flat.resized(64).positions[1:], torch.tensor(0.5))
-    with pytest.raises(ValueError, match="do not divide"):
-        model.resized(30)
+    assert torch.allclose(encoders.resized(flat, 64).positions[1:], torch.tensor(0.5))
+    with pytest.raises(UserError, match="do not divide"):
+        encoders.resized(model, 30)

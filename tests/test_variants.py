@@ -15,7 +15,6 @@ from test_mae import OPTIONS, clip, official, plain_forward, reference_clip, ref
 import mae
 import train
 import weights
-from weights import encoders
 from variants import cards
 from variants.divided_attention import DividedVideoClassifier, DividedVideoMAE
 from variants.dual_masking import (

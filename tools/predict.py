@@ -177,13 +177,25 @@ def classify_multimodal(args):
     """UniFormerV2: the likeliest answers to each question, and where the global token attends."""
     model = uniformerv2.UniFormerV2.from_official(args.weights).eval()
     clip = answer_questions(args, model)
-    maps = model.attention_maps(as_input(clip, model))
+    maps = global_attention(model, as_input(clip, model))
     if maps:
         path = picture_path(args)
         pictures.attention_maps(clip, torch.cat(list(maps.values())),
                                 [f"after layer {i}" for i in maps],
                                 "where the global token attends", path)
         print(f"drawn: {path}")
+
+
+def global_attention(model, video):
+    """{layer: where its global block attends, (B, t, h, w)}; patches only, sum at most 1."""
+    state, maps = model.start(video), {}
+    for i in range(model.depth):
+        query, state = state.query, model.run(state, i, i + 1)
+        if i in model.global_layers:
+            block = model.global_blocks[model.global_layers.index(i)]
+            weights = block.attention_map(query, state.tokens, model.grid)
+            maps[i] = weights[:, :, 1:].unflatten(2, model.grid)
+    return maps
 
 
 def classify_attentively(args):

@@ -3,6 +3,7 @@
 from engine.errors import UserError
 from weights.families import class_of, describe
 from weights.files import WeightsError, read
+from weights.uniformerv2 import resize_positions
 
 
 def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0, drop_path=0.0,
@@ -141,15 +142,25 @@ def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=Tr
 
 
 def resized(model, image_size):
-    """A UniFormerV2 or VideoCLIP for frames of another size; prints that it is."""
+    """The same UniFormerV2 or VideoCLIP for frames of another size, H = W or (H, W) in pixels; its
+    position table is interpolated, as CLIP's was for 336 pixels. Prints that it is. UserError where
+    patches do not fit, and for a joint encoder, which stays at its size."""
+    if getattr(model, "kind", None) == "joint":
+        raise UserError(f"--input-size {image_size}: a joint encoder stays at its size")
     try:
-        larger = model.resized(image_size)
+        new = type(model).from_config(model.config | {"image_size": image_size})
     except ValueError as error:
         raise UserError(f"--input-size {image_size}: {error}") from None
+    prefix = "visual." if hasattr(model, "visual") else ""
+    old_grid, new_grid = (getattr(x, "visual", x).grid for x in (model, new))
+    tensors = model.state_dict()
+    name = prefix + "positions"
+    tensors[name] = resize_positions(tensors[name], old_grid, new_grid)
+    new.load_state_dict(tensors)
     height, width = model.config["image_size"]
     print(f"--input-size {image_size}: the weights' table of places, made for {height} x {width} "
           "pixels, is interpolated")
-    return larger
+    return new.train(model.training)
 
 
 def size_name(size, sizes):

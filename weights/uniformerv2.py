@@ -6,6 +6,7 @@ heads and the layers that global blocks read do not show in them.
 """
 
 import torch
+import torch.nn.functional as F
 
 import uniformerv2
 from weights.files import WeightsError, export
@@ -82,11 +83,21 @@ def grow(cls, source, *, heads=None, image_size=None, **options):
     file.fill(tower, key_map(tower, file.tables, conversions(tower)))
     model = cls(size, image_size=image_size, **options)
     ours = tower.state_dict()
-    ours["positions"] = uniformerv2.resize_positions(ours["positions"], tower.grid, model.grid)
+    ours["positions"] = resize_positions(ours["positions"], tower.grid, model.grid)
     kernel = ours["embed.weight"].unflatten(1, (-1, size.patch, size.patch))
     ours["embed.weight"] = uniformerv2.inflate(kernel, window_of(model.config)).flatten(1)
     model.load_state_dict({**model.state_dict(), **ours}, strict=True)
     return model.eval()
+
+
+def resize_positions(table, old, new):
+    """A position table (1+h*w, D) stretched from grid old (h, w) to new, bicubic. The code of the
+    class token stays."""
+    if tuple(old) == tuple(new):
+        return table
+    places = table[1:].unflatten(0, old).permute(2, 0, 1)[None]
+    places = F.interpolate(places, size=tuple(new), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], places[0].flatten(1).T])
 
 
 def to_official(model):
