@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on the path, one thread, and the deterministic official fill."""
+"""Shared by all tests: the repository on the path, one thread, the official deterministic fill."""
 
 import signal
 import sys
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 @pytest.fixture(autouse=True, scope="session")
 def ctrl_c_is_heard():
-    """A shell's background jobs do not hear it, nor would what they start; the tests send it themselves."""
+    """Background jobs of a shell do not hear it, nor does what they start; the tests send it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

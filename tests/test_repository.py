@@ -130,7 +130,8 @@ def test_every_file_and_target_that_a_page_names_exists(page):
     for name in set(re.findall(r"python -m ([\w.]+)", text)) - {"pytest"}:
         place = ROOT / name.replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), name
-    for name in set(re.findall(r"`((?:tools|tests|tasks|video|weights|engine|variants)/\w+\.py)", text)):
+    folders = "tools|tests|tasks|video|weights|engine|variants"
+    for name in set(re.findall(rf"`((?:{folders})/\w+\.py)", text)):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     for target in set(re.findall(r"`make ([a-z]+)`|^ *make ([a-z]+)", text, re.M)):

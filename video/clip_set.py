@@ -2,8 +2,8 @@
 
     item   {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, "bad": [...],
             and where there are any "caption", "captions", "question", "answer", "candidates"}
-    batch  the same of several clips: "video" uint8 (B, T, H, W, 3), "labels" {question: int64 (B,)},
-           lists of the rest; see data.batches
+    batch  the same of several clips: "video" uint8 (B, T, H, W, 3),
+           "labels" {question: int64 (B,)}, lists of the rest; see data.batches
 
 A stage that knows only this interface runs on any of them.
 """
@@ -53,8 +53,8 @@ class ClipSet:
 
     def training_questions(self):
         """Pairs (question, answer). DataError where one is missing."""
-        raise DataError(f"{self.source}: a question or an answer is missing; give JSON, JSONL or CSV "
-                        "with video, question and answer")
+        raise DataError(f"{self.source}: a question or an answer is missing; give JSON, JSONL or "
+                        "CSV with video, question and answer")
 
     def sentences(self, prompts):
         """Sentences for zero-shot recognition: {question: [[sentence of each class], ...]}.

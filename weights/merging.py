@@ -11,7 +11,8 @@ import torch
 
 # What CLIP contributed to the video model, by our names.
 FROM_CLIP = re.compile(
-    r"text\.(positions|embed\.weight|proj\.weight)|text\.norm\..*|visual_norm\..*|visual_proj\.weight"
+    r"text\.(positions|embed\.weight|proj\.weight)|text\.norm\..*"
+    r"|visual_norm\..*|visual_proj\.weight"
     r"|visual\.(class_token|positions|embed\.weight)|visual\.norm_pre\..*"
     r"|(visual|text)\.blocks\.\d+\.(norm1|norm2|attn|mlp)\..*")
 

@@ -116,7 +116,7 @@ class Tokenizer:
         return ids, is_token
 
     def decode(self, ids):
-        """Token numbers up to the first end, as text: (B, L) or lists -> list of str, (L,) -> str"""
+        """Token numbers up to the first end, as text: (B, L), lists -> list of str; (L,) -> str"""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         if ids and isinstance(ids[0], (list, torch.Tensor)):
             return [self.decode(row) for row in ids]
