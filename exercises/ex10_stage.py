@@ -3,9 +3,9 @@
 ("Learning and Using the Arrow of Time", CVPR 2018.)
 
 A stage of train.py is a dataclass: its fields become flags, its methods say what is learned. The
-loop does the rest, checkpoints and resuming included. Write a stage that plays clips backwards, each
-with probability one half, and learns to tell which. Take random numbers from `rng` only; then a
-resumed run repeats the whole run. Evaluation gives "val_accuracy" in percent.
+loop does the rest, checkpoints and resuming included. Write a stage that plays clips backwards,
+each with probability one half, and learns to tell which. Take random numbers from `rng` only; then
+a resumed run repeats the whole run. Evaluation gives "val_accuracy" in percent.
 
 On all moving shapes this must fail! Every motion has a twin that is its reverse and equally likely,
 see video/moving_shapes.py. So use `MovingShapes(...).only("motion", ["grow"])`, where time shows,
