@@ -1,16 +1,29 @@
 """The base of all stages: fields that become flags, and the methods that the loop calls.
 
 A stage is a dataclass. Its fields are the recipe, its methods are the behaviour; `train.train` runs
-any stage and knows none by name. A stage registers itself, once:
+any stage and knows none by name. A stage of your own is one file in tasks/, with the imports it
+needs; train.py imports every file there, and the class registers itself:
 
     @dataclass
-    class Distill(Stage, name="distill"):
+    class Distill(ClipStage, name="distill"):            # python train.py distill --teacher RUN
+        # its docstring is the line in `python train.py --help`
         steps: int = flag(500, paper="800 epochs")       # help and range are those of Stage.steps
         teacher: str = flag("", "a run or an official file: the frozen teacher")
 
-        def datasets(self): ...
+        def datasets(self): ...                          # self.open_sets()
+        def build(self, train_set): ...                  # weights.encoders.load_encoder(...)
+        def loss(self, model, batch, rng): ...
 
-See `Stage` for the methods.
+To write one, read `Stage` and `ClipStage` here and the card MaskedModelling in train.py. The loop
+then trains, evaluates, saves and resumes it.
+
+- What `build` returns is trained and saved. A frozen network that belongs to no file of the run,
+  such as a teacher, stays outside: keep it on `self`, and move it to the device in `loss`.
+- --resume compares all flags but those of checkpoints.FREE_TO_CHANGE. It may go on with another
+  --weights, since a checkpoint holds all that was loaded. A teacher needs a flag of its own.
+- Other stages load a run by the model's name in its `config`: a new class of model needs a row in
+  MODELS (weights/families.py), and an encoder one in ENCODERS (weights/encoders.py).
+- tests/test_runs.py has a table of stages; a row there tests that a killed run resumes bit by bit.
 """
 
 import dataclasses

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import caption_decoder
 import clip_video
 import data
+import engine.run
 import mae
 import train
 import uniformerv2
@@ -38,7 +39,7 @@ TINY = mae.Size(24, 2, 2, 48, 8, 12, 1, 2, 24)
 
 def run(*flags, out, steps=3, stage="classify"):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.pictures, "curve", lambda *_: [])
+        patch.setattr(engine.run.pictures, "curve", lambda *_: [])
         return train.main([stage, *FLAGS, "--out", str(out), "--steps", str(steps), *flags])
 
 

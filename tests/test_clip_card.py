@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import caption_decoder
 import clip_video
 import data
+import engine.run
 import train
 from engine.stage import generator
 from test_train import lines, write_video
@@ -32,7 +33,7 @@ def run(*flags, out, steps=3, draw=False):
     with pytest.MonkeyPatch.context() as patch:
         if not draw:  # pictures take longer than all the rest
             patch.setattr(train.VideoLanguage, "pictures", lambda *_: [])
-            patch.setattr(train.pictures, "curve", lambda *_: [])
+            patch.setattr(engine.run.pictures, "curve", lambda *_: [])
         return train.main(["clip", *SMALL, "--out", str(out), "--steps", str(steps), *flags])
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import engine.run
 import fusion
 import train
 import weights
@@ -28,7 +29,7 @@ FLAGS = "--batch-size 6 --eval-clips 10 --workers 0 --precision fp32 --device cp
 
 def run(*flags, out, steps=3):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.pictures, "curve", lambda *_: [])
+        patch.setattr(engine.run.pictures, "curve", lambda *_: [])
         return train.main(["fuse", *FLAGS, "--out", str(out), "--steps", str(steps), *flags])
 
 

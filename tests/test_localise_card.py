@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import engine.run
 import train
 from tasks import localisation, recognition
 from test_classify_card import encoders  # noqa: F401, a fixture
@@ -32,7 +33,7 @@ FLAGS = ("--videos 6 --eval-clips 4 --batch-size 3 --width 16 --depth 2 --precis
 
 def run(*flags, out, steps=5):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.pictures, "curve", lambda *_: [])
+        patch.setattr(engine.run.pictures, "curve", lambda *_: [])
         return train.main(["localise", *FLAGS, "--out", str(out), "--steps", str(steps), *flags])
 
 

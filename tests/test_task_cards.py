@@ -15,6 +15,7 @@ import torch
 import caption_decoder
 import clip_video
 import data
+import engine.run
 import train
 from tasks import retrieval
 from tasks.question_answering import (AnswerHead, QuestionOnly, VideoQA, answer_table,
@@ -29,7 +30,7 @@ SMALL = "--batch-size 4 --eval-clips 10 --workers 0 --precision fp32 --device cp
 
 def run(stage, *flags, out, steps=2):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.pictures, "curve", lambda *_: [])
+        patch.setattr(engine.run.pictures, "curve", lambda *_: [])
         return train.main([stage, *SMALL, "--out", str(out), "--steps", str(steps), *flags])
 
 

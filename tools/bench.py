@@ -51,7 +51,7 @@ import fusion  # noqa: E402
 import mae  # noqa: E402
 import uniformerv2  # noqa: E402
 from engine import large_batches, machine  # noqa: E402
-from tasks.captioning import VideoText  # noqa: E402
+from caption_decoder import VideoText  # noqa: E402
 from video import decoding, sampling, transforms  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
