@@ -317,8 +317,9 @@ class VideoText(nn.Module):
 
         video    (B, C, T, H, W) float, normalised with clip.mean and clip.std
         ids      (B, L) int64
-        returns  video and text embedding (B, E) for `contrastive_loss`, with `clip.logit_scale`;
-                 hidden (B, L-1, W), whose `caption_decoder.logits` are for `caption_loss`
+        returns  video and text embedding (B, E), which with `clip.logit_scale` are for
+                 `contrastive_loss`; hidden (B, L-1, W): `caption_decoder.logits` of it is for
+                 `caption_loss`
         """
         if self.training:
             self.clip.clamp_scale()

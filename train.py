@@ -295,13 +295,8 @@ class VideoLanguage(VideoTextStage, name="clip"):
         if self.cache_size and torch.is_grad_enabled():  # the same numbers, piece by piece
             encode = functools.partial(large_batches.in_pieces, encode, self.cache_size)
         video_features, text_features, *hidden = encode(video, ids)
-        pairs = len(video) * processes.world() if model.training else len(video)
-        # The same numbers, block by block.
-        contrast = large_batches.blocked_contrastive_loss if pairs > large_batches.BLOCKED_ABOVE \
-            else clip_video.contrastive_loss
-        contrastive = contrast(video_features, text_features, model.clip.logit_scale,
-                               targets=retrieval.caption_numbers(captions, video.device),
-                               gather=model.training)
+        contrastive = retrieval.pair_loss(video_features, text_features, model.clip.logit_scale,
+                                          captions, gather=model.training)
         kind = "image_" if image else ""
         metrics = {"loss": contrastive.detach(), kind + "contrastive": contrastive.detach()}
         if not hidden:

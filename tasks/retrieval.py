@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import clip_video
-from engine import processes
+from engine import large_batches, processes
 from engine.errors import UserError
 from engine.stage import TEST_CLIPS, ClipStage, flag
 from video import transforms
@@ -122,6 +122,15 @@ def caption_numbers(captions, device="cpu"):
     """
     hashes = [hashlib.blake2b(text.encode(), digest_size=7).digest() for text in captions]
     return torch.tensor([int.from_bytes(part, "big") for part in hashes], device=device)
+
+
+def pair_loss(video, text, scale, captions, *, gather):
+    """`clip_video.contrastive_loss` of embeddings (B, E) and the B captions that `text` embeds;
+    beyond BLOCKED_ABOVE pairs block by block, with equal numbers. gather: over all processes."""
+    pairs = len(video) * (processes.world() if gather else 1)
+    loss = large_batches.blocked_contrastive_loss if pairs > large_batches.BLOCKED_ABOVE \
+        else clip_video.contrastive_loss
+    return loss(video, text, scale, targets=caption_numbers(captions, video.device), gather=gather)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -239,9 +248,8 @@ class Retrieval(ClipStage, name="retrieve"):
         ids, _ = self.bpe.encode(batch["caption"], self.context, trim=True)
         with self.autocast():
             video_features, text_features, scale = model(video, ids.to(video.device))
-        loss = clip_video.contrastive_loss(
-            video_features, text_features, scale, gather=model.training,
-            targets=caption_numbers(batch["caption"], video.device))
+        loss = pair_loss(video_features, text_features, scale, batch["caption"],
+                         gather=model.training)
         return loss, {"loss": loss.detach(), "contrastive": loss.detach()}
 
     def evaluate(self, model, batches, dataset):

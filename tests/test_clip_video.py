@@ -376,17 +376,17 @@ def test_strangers_cost_about_ln_b():
 def test_pairs_with_one_caption_share_the_truth():
     """Two clips of the same caption are no negatives of each other (ViCLIP, VTC with shared
     ids)."""
-    video, text = torch.randn(2, 4, 8), torch.tensor(1.5)
-    targets, video, words = torch.tensor([4, 9, 4, 2]), video[0], video[1]
-    logits = text.exp() * F.normalize(video, dim=-1) @ F.normalize(words, dim=-1).T
+    (video, text), scale = torch.randn(2, 4, 8), torch.tensor(1.5)
+    targets = torch.tensor([4, 9, 4, 2])
+    logits = scale.exp() * F.normalize(video, dim=-1) @ F.normalize(text, dim=-1).T
     truth = torch.eye(4)
     truth[0, 2] = truth[2, 0] = 1
     truth /= truth.sum(dim=1, keepdim=True)
     rows, columns = (truth * logits.log_softmax(1)).sum(), (truth * logits.T.log_softmax(1)).sum()
     expected = -(rows + columns) / 8
-    close(contrastive_loss(video, words, text, targets=targets), expected)
-    close(contrastive_loss(video, words, text, targets=torch.arange(4)),
-          contrastive_loss(video, words, text))
+    close(contrastive_loss(video, text, scale, targets=targets), expected)
+    close(contrastive_loss(video, text, scale, targets=torch.arange(4)),
+          contrastive_loss(video, text, scale))
 
 
 def test_under_autocast_the_loss_stays_in_float32():
