@@ -14,7 +14,7 @@ needs; train.py imports every file there, and the class registers itself:
         def build(self, train_set): ...                  # weights.encoders.load_encoder(...)
         def loss(self, model, batch, rng): ...
 
-To write one, read `Stage` and `ClipStage` here and the card MaskedModelling in train.py. The loop
+To write one, read `Stage` and `ClipStage` here, and the first card in train.py. The loop
 then trains, evaluates, saves and resumes it.
 
 - What `build` returns is trained and saved. A frozen network that belongs to no file of the run,
