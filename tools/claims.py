@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import mae  # noqa: E402, for what hiding costs; all else goes through train.py
 import train  # noqa: E402
-import variants.cards  # noqa: E402,F401: the stage mae-divided
+import variants.cards  # noqa: E402,F401
 from video import moving_shapes  # noqa: E402
 
 # Student's t, two-sided 95 %, by number of seeds
@@ -345,10 +345,10 @@ def costs():
     with torch.device("meta"):
         base = mae.VideoMAE("base").eval()
     for ratio in (0.0, 0.5, 0.75, 0.9, 0.95):
-        visible, wanted = (index.to("meta") for index in
-                           mae.split_by_mask(mae.tube_mask(1, base.grid, ratio)))
+        hidden = mae.tube_mask(1, base.grid, ratio)
+        visible = mae.split_by_mask(hidden)[0].to("meta")
         video, counts = torch.empty(1, 3, 16, 224, 224, device="meta"), []
-        for part, given in ((base.encoder, [visible]), (base.reconstruct, [visible, wanted])):
+        for part, given in ((base.encoder, [visible]), (base, [hidden])):
             with FlopCounterMode(display=False) as counter:
                 part(video, *given)
             counts.append(counter.get_total_flops() / 1e9)
