@@ -623,10 +623,11 @@ def main(argv=None):
     return exit_code(lambda: command(sys.argv[1:] if argv is None else argv))
 
 
-# Every file in tasks/ may define stages; importing it registers them.
+# Every file in tasks/ may define stages; importing it registers them. "train" is this file for
+# them, even where it was started as a command.
+sys.modules["train"] = sys.modules[__name__]
 TASKS = {module.name: importlib.import_module(f"tasks.{module.name}")
          for module in pkgutil.iter_modules(tasks.__path__)}
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]  # for `import train` in a file of a stage
     raise SystemExit(main())

@@ -1,8 +1,9 @@
 """The base of all stages: fields that become flags, and the methods that the loop calls.
 
 A stage is a dataclass. Its fields are the recipe, its methods are the behaviour; `train.train` runs
-any stage and knows none by name. A stage of your own is one file in tasks/, with the imports it
-needs; train.py imports every file there, and the class registers itself:
+any stage and knows none by name. A stage of your own is one file in tasks/, and two rows of tables
+if its model is a new class (below). train.py imports every file there, and the class registers
+itself:
 
     @dataclass
     class Distill(ClipStage, name="distill"):            # python train.py distill --teacher RUN
@@ -11,7 +12,7 @@ needs; train.py imports every file there, and the class registers itself:
         teacher: str = flag("", "a run or an official file: the frozen teacher")
 
         def datasets(self): ...                          # self.open_sets()
-        def build(self, train_set): ...                  # weights.encoders.load_encoder(...)
+        def build(self, train_set): ...                  # self.frozen = load_encoder(self.teacher)
         def loss(self, model, batch, rng): ...
 
 To write one, read `Stage` and `ClipStage` here, and the first card in train.py. The loop
@@ -20,7 +21,8 @@ then trains, evaluates, saves and resumes it.
 - What `build` returns is trained and saved. A frozen network that belongs to no file of the run,
   such as a teacher, stays outside: keep it on `self`, and move it to the device in `loss`.
 - --resume compares all flags but those of checkpoints.FREE_TO_CHANGE. It may go on with another
-  --weights, since a checkpoint holds all that was loaded. A teacher needs a flag of its own.
+  --weights, since a checkpoint holds all that was loaded. A teacher needs a flag of its own, and
+  its files must stay what they are until the run has ended.
 - Other stages load a run by the model's name in its `config`: a new class of model needs a row in
   MODELS (weights/families.py), and an encoder one in ENCODERS (weights/encoders.py).
 - tests/test_runs.py has a table of stages; a row there tests that a killed run resumes bit by bit.

@@ -16,7 +16,8 @@ def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0
                 replaced
     rows        which row of the file's head each class is; see `with_head` of the encoders
     positions   of official VideoMAE files: see mae.position_codes
-    returns     mae.VideoClassifier or uniformerv2.UniFormerV2
+    returns     mae.VideoClassifier or uniformerv2.UniFormerV2. A teacher or a feature extractor
+                needs no head: take `tokens(video)`, before any last norm, or `feature(video)`
     raises      WeightsError: no such file, or one without such an encoder
     """
     tensors, config = read(source)
