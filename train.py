@@ -55,9 +55,10 @@ from engine.dry_run import dry_run
 from engine.errors import UserError
 from engine.optimisers import build_optimizer, clip_gradients, learning_rate
 from engine.run import Run, add_means, one_line_errors
-from engine.stage import STAGES, TEST_CLIPS, ClipStage, build_model, flag, generator
+from engine.stage import STAGES, TEST_CLIPS, build_model, flag, generator
 from tasks import captioning, recognition, reconstruction, retrieval
 from tasks.recognition import ClassifierStage
+from tasks.reconstruction import MaskedStage
 from tasks.two_encoders import TwoEncodersStage
 from tasks.video_text import VideoTextStage
 from video.transforms import normalise
@@ -69,7 +70,7 @@ from weights.tokenizer import load_tokenizer, train_tokenizer
 
 
 @dataclass
-class MaskedModelling(ClipStage, name="mae"):
+class MaskedModelling(MaskedStage, name="mae"):
     """Stage 1: hide most of each clip, reconstruct it, keep the encoder.
 
     VideoMAE (arXiv 2203.12602), Sec. 3; InternVideo (arXiv 2212.03191), Sec. 3.2."""
@@ -83,9 +84,8 @@ class MaskedModelling(ClipStage, name="mae"):
     beta2: float = flag(0.95, paper="0.95")
     model: str = flag("tiny", "network size", paper="base, large, huge", choices=tuple(mae.SIZES))
     mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places here",
-                             paper="0.9, leaves 20 of 196", low=0, high=1)
-    mask_type: str = flag("tube", "tube = same places in every frame", paper="tube",
-                          choices=tuple(mae.MASKS))
+                             paper="0.9, leaves 20 of 196")
+    mask_type: str = flag("tube", paper="tube")
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel",
                            paper="yes")
     positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of "
@@ -96,17 +96,11 @@ class MaskedModelling(ClipStage, name="mae"):
                               paper="half of the encoder's")
     drop_path: float = flag(0.0, "share of samples that skip a block", paper="0", low=0, high=1)
     num_frames: int = flag(8, paper="16")
-    sampling_rate: int = flag(4, "a clip takes every n-th frame of a video", low=1, group="clips",
-                              paper="4; 2 on Something-Something")
+    sampling_rate: int = flag(4, paper="4; 2 on Something-Something")
     sampling: str = flag("dense", paper="videomae-pretrain")
     transform: str = flag("plain", paper="videomae-pretrain")
 
     network = mae.VideoMAE  # what `build` makes
-
-    def datasets(self):
-        """Clips alone; labels and sentences are not used."""
-        train_set, held_out = self.open_sets(stride=self.sampling_rate)
-        return train_set, {"val": held_out["val"]}
 
     def build(self, train_set):
         """From --weights, or from scratch."""
@@ -139,18 +133,10 @@ class MaskedModelling(ClipStage, name="mae"):
                            decoder_mlp_width=4 * self.decoder_width)
         return size
 
-    def check_mask(self, grid):
-        """UserError unless the mask hides something and leaves something."""
-        t, h, w = grid
-        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
-        if not 0 < int(self.mask_ratio * places) < places:
-            raise UserError(f"--mask-ratio {self.mask_ratio}: must hide at least one of the "
-                            f"{places} {unit} and leave at least one")
-
     def loss(self, model, batch, rng):
         """Reconstruct the hidden tubelets (VideoMAE, Sec. 3.3)."""
         video = batch["video"].permute(0, 4, 1, 2, 3)                    # (B, 3, T, H, W), uint8
-        hidden = self.draw_mask(len(video), model, rng)
+        hidden = self.draw_mask(len(video), model.grid, rng, model.training)
         target = mae.reconstruction_target(video, hidden, self.normalise,
                                            tubelet=model.encoder.tubelet)
         with self.autocast():
@@ -160,11 +146,6 @@ class MaskedModelling(ClipStage, name="mae"):
         if self.normalise and not model.training:  # the cost of predicting the mean alone
             metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target)
         return loss, metrics
-
-    def draw_mask(self, clips, model, rng):
-        """(B, N) bool, True = hidden; of several processes each gets its rows of one draw."""
-        rows, mine = processes.joined(clips) if model.training else (clips, slice(None))
-        return mae.MASKS[self.mask_type](rows, model.grid, self.mask_ratio, rng)[mine]
 
     def protocol(self, held_out):
         """What the loss is to be compared with."""

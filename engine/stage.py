@@ -15,8 +15,9 @@ itself:
         def build(self, train_set): ...                  # self.frozen = load_encoder(self.teacher)
         def loss(self, model, batch, rng): ...
 
-To write one, read `Stage` and `ClipStage` here, and the first card in train.py. The loop
-then trains, evaluates, saves and resumes it.
+To write one, read `Stage` and `ClipStage` here, and the first card in train.py. Other bases are
+MaskedStage in tasks/reconstruction.py, which hides a part of each clip, and ClassifierStage in
+tasks/recognition.py. The loop then trains, evaluates, saves and resumes what you wrote.
 
 - What `build` returns is trained and saved. A frozen network that belongs to no file of the run,
   such as a teacher, stays outside: keep it on `self`, and move it to the device in `loss`.

@@ -1,7 +1,7 @@
 """What encoders are used for: each file has a task's metrics, its model if any, and its stage.
 
 recognition.py, retrieval.py, captioning.py, question_answering.py, localisation.py   the tasks
-reconstruction.py       pictures of what a masked autoencoder reconstructs
+reconstruction.py       stages that hide a part of each clip, and pictures of what is predicted
 caption_search.py       captions by beam search and by nucleus sampling
 video_text.py, two_encoders.py   what stages 2 and 4 in train.py have besides their recipe
 """

@@ -1,16 +1,49 @@
-"""What a masked autoencoder makes of a clip; engine.pictures.reconstruction draws it.
+"""The base of stages that hide a part of each clip, and pictures of what a model makes of it.
 
     video (B, 3, T, H, W), hidden (B, N) -> {"input", "visible", "reconstruction", "borrowed"}
+
+engine.pictures.reconstruction draws these clips.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import mae
-from engine import pictures
-from engine.stage import generator
+from engine import pictures, processes
+from engine.errors import UserError
+from engine.stage import ClipStage, flag, generator
 from video.transforms import normalise
+
+
+@dataclass
+class MaskedStage(ClipStage):
+    """A stage that hides a part of each clip and uses no labels."""
+
+    mask_ratio: float = flag(0.75, "share of each frame that is hidden", low=0, high=1)
+    mask_type: str = flag("tube", "tube = same places in every frame", choices=tuple(mae.MASKS))
+    sampling_rate: int = flag(4, "a clip takes every n-th frame of a video", low=1, group="clips")
+    sampling: str = flag("dense")
+
+    def datasets(self):
+        """Clips alone; labels and sentences are not used."""
+        train_set, held_out = self.open_sets(stride=self.sampling_rate)
+        return train_set, {"val": held_out["val"]}
+
+    def check_mask(self, grid):
+        """UserError unless the mask hides something of a grid (t, h, w) and leaves something."""
+        t, h, w = grid
+        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
+        if not 0 < int(self.mask_ratio * places) < places:
+            raise UserError(f"--mask-ratio {self.mask_ratio}: must hide at least one of the "
+                            f"{places} {unit} and leave at least one")
+
+    def draw_mask(self, clips, grid, rng, training):
+        """(clips, t*h*w) bool, True = hidden; in training, each of several processes gets its rows
+        of one draw."""
+        rows, mine = processes.joined(clips) if training else (clips, slice(None))
+        return mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
 
 
 @torch.no_grad()
