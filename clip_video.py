@@ -43,6 +43,7 @@ from torch import nn
 
 import uniformerv2
 from attention import Block, Context, Mask, attention, quick_gelu, run_blocks
+from engine.large_batches import BlockedLoss
 from engine.processes import gather_with_gradient
 from uniformerv2 import UniFormerV2
 
@@ -318,7 +319,7 @@ class VideoCLIP(nn.Module):
         return clip.to_official(self)
 
 
-def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False):
+def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False, rows=None):
     """Find the sentence of each video and the video of each sentence (CLIP, Sec. 2.3, Fig. 3).
 
     loss = mean of CE(s * v @ t.T) and CE(s * t @ v.T), s = exp(logit_scale), with the truth on the
@@ -328,6 +329,8 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False):
     targets      (B,) int: pairs with equal numbers are right answers to each other and share the
                  probability evenly (ViCLIP: several clips with one caption). None: all differ
     gather       join the batches of all processes first; every process needs the same B
+    rows         compute so many rows of the logits at a time: the same numbers in less memory, for
+                 batches of thousands. None: all at once
     returns      () float32 (float64 for float64 inputs), also under autocast
     """
     if video.shape != text.shape or video.ndim != 2:
@@ -340,6 +343,8 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False):
             targets = None if targets is None else gather_with_gradient(targets)
         targets = torch.arange(len(v), device=v.device) if targets is None else targets
         scale = torch.as_tensor(logit_scale, dtype=v.dtype, device=v.device)
+        if rows:
+            return BlockedLoss.apply(v, t, scale, targets, rows)
         logits = scale.exp() * v @ t.T                                       # (B, B)
         truth = (targets[:, None] == targets).to(v.dtype)
         truth = truth / truth.sum(dim=1, keepdim=True)                       # rows sum to 1

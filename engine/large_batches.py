@@ -1,12 +1,12 @@
 """Losses for large batches and vocabularies: the same numbers as the plain forms, in less memory.
 
     plain form, in the components                  form here                    never in memory
-    clip_video.contrastive_loss                    blocked_contrastive_loss     (B, B) logits
+    clip_video.contrastive_loss                    BlockedLoss                  (B, B) logits
     caption_decoder.caption_loss                   chunked_caption_loss         (B*L, V) logits
     model(video, ids), all of the batch at once    in_pieces(model, ...)        activations of all B
 
 The idea, in steps:
-1. `blocked_contrastive_loss`: a softmax over rows and columns needs their log-sum-exp alone, B + B
+1. `BlockedLoss`: a softmax over rows and columns needs their log-sum-exp alone, B + B
    numbers. Blocks of rows give these one after the other.
 2. `chunked_caption_loss`: the gradient of a softmax cross entropy is known as soon as the logits
    are, so each chunk of logits becomes a gradient at once and is dropped.
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from engine.processes import gather_with_gradient, piece
+from engine.processes import piece
 
 CHUNKED_ABOVE = 4096  # tokens of a vocabulary; below, the logits of a batch are small
 BLOCKED_ABOVE = 2048  # pairs; below, the plain contrastive loss is as fast and its logits are small
@@ -39,20 +39,6 @@ BLOCKED_ABOVE = 2048  # pairs; below, the plain contrastive loss is as fast and 
 
 # ------------------------------------------------------------------------------------------------
 # Contrastive loss in blocks
-
-
-def blocked_contrastive_loss(video, text, logit_scale, *, targets=None, gather=False, rows=256):
-    """`clip_video.contrastive_loss`, same arguments and result, from blocks of `rows` rows of the
-    (B, B) logits."""
-    with torch.autocast(video.device.type, enabled=False):
-        v, t = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-                for x in (video, text))
-        if gather:
-            v, t = gather_with_gradient(v), gather_with_gradient(t)
-            targets = None if targets is None else gather_with_gradient(targets)
-        targets = torch.arange(len(v), device=v.device) if targets is None else targets
-        scale = torch.as_tensor(logit_scale, dtype=v.dtype, device=v.device)
-        return BlockedLoss.apply(v, t, scale, targets, rows)
 
 
 def shared_truth(targets, start, rows, dtype):

@@ -126,11 +126,11 @@ def caption_numbers(captions, device="cpu"):
 
 def pair_loss(video, text, scale, captions, *, gather):
     """`clip_video.contrastive_loss` of embeddings (B, E) and the B captions that `text` embeds;
-    beyond BLOCKED_ABOVE pairs block by block, with equal numbers. gather: over all processes."""
+    beyond BLOCKED_ABOVE pairs block by block. gather: over all processes."""
     pairs = len(video) * (processes.world() if gather else 1)
-    loss = large_batches.blocked_contrastive_loss if pairs > large_batches.BLOCKED_ABOVE \
-        else clip_video.contrastive_loss
-    return loss(video, text, scale, targets=caption_numbers(captions, video.device), gather=gather)
+    return clip_video.contrastive_loss(
+        video, text, scale, targets=caption_numbers(captions, video.device), gather=gather,
+        rows=256 if pairs > large_batches.BLOCKED_ABOVE else None)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import attention
 from caption_decoder import caption_loss
 from clip_video import VideoCLIP, contrastive_loss
-from engine.large_batches import blocked_contrastive_loss, chunked_caption_loss, in_pieces
+from engine.large_batches import chunked_caption_loss, in_pieces
 from engine.processes import gather_with_gradient
 from test_caption_decoder import make, sentences
 from test_clip_video import IDS, clip, close, load_internvideo, viclip_state
@@ -21,7 +21,7 @@ from test_clip_video import IDS, clip, close, load_internvideo, viclip_state
 def test_in_blocks_the_loss_and_its_gradients_are_the_same(rows, targets):
     """To rounding in float64, the scale's gradient included."""
     found = []
-    for loss_of in (contrastive_loss, functools.partial(blocked_contrastive_loss, rows=rows)):
+    for loss_of in (contrastive_loss, functools.partial(contrastive_loss, rows=rows)):
         torch.manual_seed(1)
         video, text = (torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
                        for _ in range(2))
@@ -38,7 +38,7 @@ def test_under_autocast_the_blocked_loss_stays_in_float32():
     video = torch.randn(6, 16).bfloat16().requires_grad_()
     text, scale = torch.randn(6, 16).bfloat16(), torch.tensor(4.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = blocked_contrastive_loss(video, text, scale, rows=2)
+        loss = contrastive_loss(video, text, scale, rows=2)
         loss.backward()
     assert loss.dtype == torch.float32
     close(loss.detach(), contrastive_loss(video.detach().float(), text.float(), scale), atol=1e-5)
@@ -54,7 +54,7 @@ def two_processes(rank, folder, world):
     mine = slice(3 * rank, 3 * rank + 3)
     found = []
     for shared in (None, targets[mine]):
-        for loss_of in (contrastive_loss, functools.partial(blocked_contrastive_loss, rows=2)):
+        for loss_of in (contrastive_loss, functools.partial(contrastive_loss, rows=2)):
             loss = loss_of(towers[0](video[mine]), towers[1](text[mine]), scale, targets=shared,
                            gather=True)
             parameters = [*towers.parameters(), scale]
