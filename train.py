@@ -28,7 +28,8 @@ The idea, in steps:
    fail, 130 where the run was interrupted.
 
 A run leaves in --out: log.jsonl (a line for every tenth step), metrics.json (the last evaluation
-and all settings), model.safetensors with config.json, last.pt, last.1.pt (for --resume), pictures.
+and all settings), model.safetensors with config.json (and tokenizer.json or questions.json, where
+words or classes have names), last.pt, last.1.pt (for --resume), pictures.
 """
 
 import functools
@@ -340,7 +341,7 @@ class PostPretraining(ClassifierStage, name="classify"):
                         "masked = VideoMAE's, multimodal = UniFormerV2",
                         choices=("masked", "multimodal"))
     model: str = flag("small", "its size; small is ours: `tiny` of mae.py, the encoder of the clip "
-                      "stage", choices=("small", *mae.SIZES, *uniformerv2.SIZES))
+                      "stage", choices=("small", *dict.fromkeys((*mae.SIZES, *uniformerv2.SIZES))))
     layer_decay: float = flag(1.0, "each layer further from the head learns at this fraction of "
                               "the rate of the next", paper="0.75", low=0, high=1)
     drop_path: float = flag(0.0, "share of samples that skip the last block, fewer in earlier ones",

@@ -5,7 +5,7 @@ r"""Several processes, one run: what every file needs to know about the others.
         --rdzv-endpoint HOST:29500 train.py mae ...             several machines
     python train.py mae ...                                     one process: this file does nothing
 
-Dropout (attention.py), batch statistics (uniformerv2.py) and the contrastive loss (clip_video.py)
+Dropout (attention.py), batch statistics (batch_norm.py) and the contrastive loss (clip_video.py)
 depend on the joined batch of all processes. They import this file and not the training loop.
 
 The promise: W processes with B clips each take the same step as one process with W * B clips. Loss

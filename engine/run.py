@@ -1,7 +1,8 @@
 """A run of a stage: folder, device, log, signals, progress bar, bad files, checkpoints, results.
 
 `train.train` is the loop; it calls these methods at the places where they act. What a run leaves in
---out: log.jsonl, metrics.json, model.safetensors, config.json, last.pt, last.1.pt, pictures.
+--out: log.jsonl, metrics.json, model.safetensors, config.json, last.pt, last.1.pt, pictures; some
+stages add tokenizer.json or questions.json.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What encoders are used for: each file has a task's metrics, its model if any, and its stage.
+"""What encoders are used for: metrics of tasks, their models and stages, and bases of stages.
 
 recognition.py, retrieval.py, captioning.py, question_answering.py, localisation.py   the tasks
 reconstruction.py       stages that hide a part of each clip, and pictures of what is predicted

@@ -134,6 +134,9 @@ def test_every_file_and_target_that_a_page_names_exists(page):
     folders = "tools|tests|tasks|video|weights|engine|variants"
     for name in set(re.findall(rf"`((?:{folders})/\w+\.py)", text)):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in set(re.findall(r"::(test_\w+)", text)):
+        assert f"def {name}(" in tests, f"{page.name} names {name}"
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     for target in set(re.findall(r"`make ([a-z]+)`|^ *make ([a-z]+)", text, re.M)):
         assert (target[0] or target[1]) in targets, f"{page.name} names make {target}"

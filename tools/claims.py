@@ -2,9 +2,9 @@
 
     python tools/claims.py [--seeds 5]      make claims; a run that is there is not done again
 
-Every experiment is one line of train.py on moving shapes. `--jobs` of them run at a time with one
-thread each, in processes forked from one that has imported train.py. A clip that one run has
-rendered is read by the others (`moving_shapes.keep`).
+Every experiment is one line of train.py (mae-divided: of variants/cards.py) on moving shapes.
+`--jobs` of them run at a time with one thread each, in processes forked from one that has imported
+train.py. A clip that one run has rendered is read by the others (`moving_shapes.keep`).
 
 The two sides of a comparison see the same number of clips and differ in what the claim is about. In
 most that is one flag; where the claim is about more pretraining or another encoder, it is that.
@@ -448,7 +448,8 @@ def as_text(facts):
         if row["number"] == "1":
             lines += about_costs(facts["costs"])
     lines += ["## The runs", "", wrapped(
-        "`{name}` is the folder of that run. Each run also has `--seed` and `--no-figures`."), ""]
+        "`{name}` is the folder of that run. Each run also has `--seed` and `--no-figures`. "
+        "`mae-divided` is a stage of `python -m variants.cards`, the others of `train.py`."), ""]
     lines += [wrapped(f"- {name}: `{RUNS[name]}`", "  ") for name in wanted()]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,6 @@
 """Make the figures of README.md and docs/ from runs/default: `make figures`.
 
-    figures/system.png          the four stages, and which file holds what
+    figures/system.png          the four stages, and which file holds what; BOXES says
     figures/moving_shapes.png   the generated world, a clip of each of eight motions
     figures/reconstruction.png  what the masked autoencoder predicts on a held-out clip
     figures/loss.png            its loss, the held-out loss and the trivial baseline
@@ -9,7 +9,7 @@
     figures/table.png           what each encoder can do alone, and both together
     figures/claims.png          with docs/claims.md: the results of `make claims`
 
-Every figure comes from the weights and logs of a run, never by hand. Refuses to run without one.
+The last six come from weights and logs of runs, never by hand. Refuses to run without one.
 """
 
 import shutil
