@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,12 +371,20 @@ def edited(folder, change):
     torch.save(saved, folder / "last.pt")
 
 
-def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(tmp_path, capsys):
-    assert run(out=tmp_path, steps=2) == 0
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_steps")
+    assert run("--no-figures", out=folder, steps=2) == 0
+    return folder
+
+
+def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(two_steps, tmp_path, capsys):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     edited(tmp_path, lambda settings: settings.pop("normalise"))
     assert run("--resume", "--no-normalise", out=tmp_path) == 2
     assert "was made with --normalise True: resume with the same" in capsys.readouterr().err
-    assert run("--resume", out=tmp_path) == 0 and lines(tmp_path)[-1]["step"] == 4
+    assert run("--resume", "--no-figures", out=tmp_path) == 0
+    assert lines(tmp_path)[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("flag, value, code", [
@@ -383,10 +392,10 @@ def test_a_flag_that_the_checkpoint_does_not_know_had_its_default(tmp_path, caps
     ("keep", 7, 0), ("onednn", "off", 0), ("max_bad", 0.9, 0), ("space_time", "joint", 0),
     ("space_time", "divided", 2), ("dual_mask", True, 2), ("pack_frames", "2,4", 2)])
 def test_a_checkpoint_of_older_code_goes_on_where_its_removed_flags_had_their_defaults(
-        tmp_path, capsys, flag, value, code):
-    assert run(out=tmp_path, steps=2) == 0
+        two_steps, tmp_path, capsys, flag, value, code):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     edited(tmp_path, lambda settings: settings.update({flag: value}))
-    assert run("--resume", out=tmp_path) == code
+    assert run("--resume", "--no-figures", out=tmp_path) == code
     error = capsys.readouterr().err
     named = f"--{flag.replace('_', '-')} {value}, which this version does not have"
     assert code == 0 or named in error
@@ -394,8 +403,8 @@ def test_a_checkpoint_of_older_code_goes_on_where_its_removed_flags_had_their_de
 
 def test_flags_that_weights_fix_may_stand_as_they_were_typed_in_checkpoints_of_older_code(
         tmp_path, capsys):
-    assert run("--positions", "sinusoid", out=tmp_path / "first", steps=1) == 0
-    flags = ("--weights", str(tmp_path / "first"))
+    assert run("--no-figures", "--positions", "sinusoid", out=tmp_path / "first", steps=1) == 0
+    flags = ("--no-figures", "--weights", str(tmp_path / "first"))
     assert run(*flags, out=tmp_path / "run", steps=2) == 0
     edited(tmp_path / "run", lambda settings: settings.update(positions="axes"))
     assert run(*flags, "--resume", out=tmp_path / "run") == 2
