@@ -1,6 +1,5 @@
 """--dry-run: what a step costs, without taking one."""
 
-import data
 import torch
 
 from engine import processes
@@ -20,7 +19,7 @@ def dry_run(stage, model, train_set):
 
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_cpu_kernel}
     model.to(stage.device).train()
-    batch = to_device(next(iter(data.batches(train_set, 1, stage.seed, 1))), stage.device)
+    batch = to_device(stage.example(model, train_set), stage.device)
     kept = {}
 
     def pack(tensor):

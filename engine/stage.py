@@ -175,6 +175,10 @@ class Stage:
                             start=first * self.accum, workers=self.workers, repeats=repeats,
                             rank=processes.rank(), world=processes.world())
 
+    def example(self, model, train_set):
+        """A training batch of one clip, for --dry-run: nothing was prepared."""
+        return next(iter(data.batches(train_set, 1, self.seed, 1)))
+
     def evaluate(self, model, batches, held_out_set):
         """Measure the model on one held-out set -> {name: value}.
 

@@ -684,15 +684,27 @@ class Localisation(Stage, name="localise"):
             for part, items in zip(sets, self.features(model, sets)):
                 part.items = items
         for item in itertools.chain(*(part.items for part in sets)):
-            item["features"] = torch.as_tensor(item["features"])
-            item["steps"] = [(*np.interp(segment[:2], *clock(item["times"])[::-1]), segment[2])
-                             for segment in item["segments"]]
+            self.add_targets(item)
         if self.parts[1] is None:
             model.head.measure(torch.cat([item["features"] for item in train_set.items])
                                .to(self.device))
         self.baseline = MeanSegments([item["segments"] for item in train_set.items],
                                      [item["duration"] for item in train_set.items])
         return train_set
+
+    def add_targets(self, item):
+        """Give an item with features its segments in "steps", and the features as a tensor."""
+        item["features"] = torch.as_tensor(item["features"])
+        item["steps"] = [(*np.interp(segment[:2], *clock(item["times"])[::-1]), segment[2])
+                         for segment in item["segments"]]
+
+    def example(self, model, train_set):
+        """The first video; of a generated one the features are computed."""
+        item = train_set.items[0]
+        if not self.data:
+            item = self.item(model.encoder, item, 0)
+        self.add_targets(item)
+        return self.gather([item])
 
     def features(self, model, sets):
         """[items of each set] with features of an eval-mode encoder, kept in --out/features.pt."""
@@ -705,7 +717,7 @@ class Localisation(Stage, name="localise"):
                 if saved["settings"] == settings:
                     return saved["sets"]
         encoder, stored, started = model.encoder.eval(), [], time.monotonic()
-        counts = [1 if self.dry_run else len(part) for part in sets]
+        counts = [len(part) for part in sets]
         with tqdm(total=sum(counts), desc="features", unit="video",
                   disable=processes.rank() > 0 or None) as bar:
             for part, count in zip(sets, counts):
@@ -714,7 +726,7 @@ class Localisation(Stage, name="localise"):
                     rows.append((i, self.item(encoder, part.items[i], i)))
                     bar.update(processes.world())
                 stored.append([item for _, item in processes.collect(rows)])
-        if not self.dry_run and processes.rank() == 0:
+        if processes.rank() == 0:
             weights.write_torch(path, dict(sets=stored, settings=settings))
         print(f"features of {sum(counts)} videos: {time.monotonic() - started:.0f} s")
         return stored

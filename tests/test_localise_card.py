@@ -66,6 +66,12 @@ def test_a_run_keeps_its_encoder_loads_alone_and_names_segments_of_a_file(encode
     assert any(f"%  {name}" in out for name in model.names)
 
 
+def test_a_dry_run_computes_the_features_of_one_video_and_writes_nothing(encoders, tmp_path,
+                                                                         capsys):
+    assert run("--weights", encoders["masked"][0], "--dry-run", out=tmp_path / "run") == 0
+    assert "FLOPs per clip" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
 def test_the_segments_of_a_video_do_not_depend_on_how_it_streams_by(encoders, tmp_path):
     assert run("--weights", encoders["masked"][0], out=tmp_path / "run") == 0
     model = localisation.Localiser.from_run(tmp_path / "run")
