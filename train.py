@@ -608,8 +608,8 @@ def main(argv=None):
 # Every file in tasks/ may define stages; importing it registers them. "train" is this file for
 # them, even where it was started as a command.
 sys.modules["train"] = sys.modules[__name__]
-TASKS = {module.name: importlib.import_module(f"tasks.{module.name}")
-         for module in pkgutil.iter_modules(tasks.__path__)}
+for _, module, _ in pkgutil.iter_modules(tasks.__path__):
+    importlib.import_module(f"tasks.{module}")
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -480,10 +480,11 @@ def place_codes(h, w, width):
 def main():
     """`python uniformerv2.py`: the shapes of a generated clip on its way through a tiny model."""
     from video.moving_shapes import MovingShapes
+    from video.transforms import normalise
 
     model = UniFormerV2("tiny", classes=16, frames=16, temporal_downsample=True).eval()
     clip = torch.as_tensor(MovingShapes("test", 16, (64, 64), 0)[0]["video"])
-    video = (clip.permute(3, 0, 1, 2)[None] / 255 - MEAN[0]) / STD[0]
+    video = normalise(clip[None], MEAN, STD)
     state = model.start(video)
     rows = [("video (B, C, T, H, W)", video), ("tokens (B, t, 1+S, D)", state.tokens)]
     for i in range(model.depth):

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import os
 import re
 import resource
@@ -90,12 +89,6 @@ def keep_memory():
         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             library.mallopt(option, value)
-
-
-@functools.lru_cache(maxsize=None)
-def compiled(function):
-    """torch.compile without graph breaks, by the backend of engine/flex.py."""
-    return torch.compile(function, fullgraph=True, backend=flex.BACKEND)
 
 
 def choose_compile(stage):

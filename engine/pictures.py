@@ -7,7 +7,6 @@
     captions              frames of a clip, the model's caption and a true one
     attention_maps        where something (a word, a layer) attends in a clip
     cross_attention_maps  where tokens of one model attend in another
-    masks                 which queries may attend to which keys
     confusion             true classes against answers
     gates                 gates and shares of the fusion over training
     segments              segments of long videos: true and predicted
@@ -142,23 +141,6 @@ def attention_maps(video, maps, labels, title, path, most=8):
         panel.imshow(strip(lit(frames, attention, 0.25), steps))
         panel.set_ylabel(plain(label), fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     figure.suptitle(plain(title), fontsize=9)
-    finish(figure, path)
-
-
-def masks(tables, path):
-    """{name: (Nq, Nk) bool}: a cell for each query (row) and key (column), filled if visible."""
-    columns = (len(tables) + 1) // 2
-    figure, panels = new_figure(2, columns, 2.6 * columns, 5.6)
-    for panel, (name, table) in zip(panels.flat, tables.items()):
-        queries, keys = table.shape
-        panel.imshow(table.numpy(), cmap="Blues", vmin=-0.3, vmax=1.3, extent=(0, keys, queries, 0))
-        panel.set_xticks(range(keys + 1), [""] * (keys + 1))
-        panel.set_yticks(range(queries + 1), [""] * (queries + 1))
-        panel.grid(color="white", lw=1)
-        panel.tick_params(length=0)
-        panel.set_title(name, fontsize=9)
-        panel.set_xlabel("keys", fontsize=8)
-        panel.set_ylabel("queries", fontsize=8)
     finish(figure, path)
 
 

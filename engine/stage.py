@@ -40,7 +40,7 @@ import torch
 
 import data
 from attention import FORMS
-from engine import evaluation, machine, processes
+from engine import evaluation, processes
 from engine.errors import UserError
 from video.sampling import SAMPLINGS
 from video.transforms import TRANSFORMS
@@ -248,10 +248,6 @@ class Stage:
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def faster(self, function):
-        """The function, compiled into one kernel where --compile says so."""
-        return machine.compiled(function) if self.compile == "on" else function
-
     def held_out(self, dataset, count, batch_size, shared=True):
         """Batches of a data set for evaluation, on the device, each with its "number".
 
@@ -262,6 +258,7 @@ class Stage:
         for batch in data.held_out(dataset, count, batch_size, self.workers, rank, world):
             if batch["video"] is not None:
                 yield evaluation.to_device(batch, self.device)
+
 
 # The flag of stages whose generated world has a test split.
 TEST_CLIPS = flag(0, "at the end also measure so many clips of the test split, which no choice has "

@@ -59,6 +59,7 @@ from engine.stage import Stage, flag, generator
 from video import moving_shapes
 from video.annotations import read_segments
 from video.features import read_features
+from video.transforms import normalise
 from weights import encoders
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)  # of temporal IoU, as on THUMOS14
@@ -437,12 +438,9 @@ def slide(encoder, frames, stride, batch_size=16):
     encoder  in eval mode; it runs on its device
     """
     device = next(encoder.parameters()).device
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1, 1)
-                 for x in (encoder.mean, encoder.std))
     for clips in in_batches(windows(frames, encoder.config["frames"], stride), batch_size):
-        clips = torch.from_numpy(np.stack(clips)).to(device)
-        video = clips.permute(0, 4, 1, 2, 3)                                 # (B, C, T, H, W)
-        yield window_feature(encoder, (video / 255 - mean) / std)
+        clips = torch.from_numpy(np.stack(clips)).to(device)                 # (B, T, H, W, C)
+        yield window_feature(encoder, normalise(clips, encoder.mean, encoder.std))
 
 
 @torch.no_grad()

@@ -38,11 +38,9 @@ def traced(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     no_compiler = flex.no_compiler
-    machine.compiled.cache_clear()
     no_compiler.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=8):
         yield
-    machine.compiled.cache_clear()
     no_compiler.cache_clear()
     torch._dynamo.reset()
 
