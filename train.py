@@ -608,8 +608,8 @@ def main(argv=None):
 # Every file in tasks/ may define stages; importing it registers them. "train" is this file for
 # them, even where it was started as a command.
 sys.modules["train"] = sys.modules[__name__]
-for _, module, _ in pkgutil.iter_modules(tasks.__path__):
-    importlib.import_module(f"tasks.{module}")
+TASKS = {module.name: importlib.import_module(f"tasks.{module.name}")
+         for module in pkgutil.iter_modules(tasks.__path__)}
 
 if __name__ == "__main__":
     raise SystemExit(main())
