@@ -86,8 +86,7 @@ def draw(stage, model, batch, folder):
     paths = []
     for i in range(min(4, len(batch["video"]))):
         video = normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)
-        hidden = mae.MASKS[stage.mask_type](1, model.grid, stage.mask_ratio,
-                                            generator(stage.seed, "picture", i))
+        hidden = stage.draw_mask(1, model.grid, generator(stage.seed, "picture", i), training=False)
         title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
         paths += pictures.reconstruction(reconstruction_pictures(model, video, hidden),
                                          folder / f"reconstruction_{i}.png",

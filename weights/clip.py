@@ -212,9 +212,6 @@ class CLIPFile(OfficialFile):
         layers = tuple(range(depth - count, depth)) if layers is None else layers
         return dict(global_heads=heads, global_layers=layers)
 
-    def width(self, block):
-        return self.size(block + "norm1.weight", block + "norm2.weight", block + "mlp.fc2.bias")
-
     def measures(self, heads, text_heads):
         """The arguments of VideoCLIP, read off the shapes."""
         visual, text = "visual.blocks.#.", "text.blocks.#."

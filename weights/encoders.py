@@ -35,25 +35,24 @@ def masked(cls, source, classes, rows, *, frames, image_size, drop, drop_path, p
     """From a VideoMAE or a VideoClassifier."""
     model = cls.from_official(source, frames=frames, image_size=image_size, positions=positions)
     old = model.config.get("classes", 0)
-    options = {"rows": rows} if uses_rows(source, old, classes, rows) else {}
+    check_rows(source, old, classes, rows)
     return model.with_head(classes or old or 1, frames=frames or model.config["frames"],
                            image_size=image_size or model.config["image_size"],
-                           drop=drop, drop_path=drop_path, **options)
+                           drop=drop, drop_path=drop_path, rows=rows)
 
 
 def multimodal(cls, source, classes, rows, *, frames, image_size, drop, drop_path, positions):
     """From a UniFormerV2. Its frames stay as large as they were."""
     model = cls.from_official(source, frames=frames)
     old = model.config["classes"]
-    options = {"rows": rows} if uses_rows(source, old, classes, rows) else {}
-    return model.with_head(classes or old or 1, head_dropout=drop, drop_path=drop_path, **options)
+    check_rows(source, old, classes, rows)
+    return model.with_head(classes or old or 1, head_dropout=drop, drop_path=drop_path, rows=rows)
 
 
 def video_text(cls, source, classes, rows, *, frames, image_size, drop, drop_path, positions):
     """From the visual encoder of a VideoCLIP; official CLIP grows into a UniFormerV2."""
-    uses_rows(source, 0, classes, rows)
-    tensors, config = read(source)
-    grow = not config and (describe(tensors)[0] or "").startswith("CLIP,")
+    check_rows(source, 0, classes, rows)
+    grow = is_official_clip(*read(source))
     clip = class_of("VideoCLIP").from_official(source, frames=frames, grow=grow)
     if clip.kind == "joint":
         raise WeightsError(f"{source}: ViCLIP's joint tower has no classifier here; use "
@@ -68,8 +67,13 @@ ENCODERS = {"VideoMAE": masked, "VideoClassifier": masked, "UniFormerV2": multim
             "DividedVideoMAE": masked, "DividedVideoClassifier": masked}
 
 
-def uses_rows(source, old, classes, rows):
-    """True where `rows` names rows of a head of `old` classes; WeightsError where it cannot.
+def is_official_clip(tensors, config):
+    """True for what `read` gave of OpenAI's or Hugging Face's CLIP, an image model."""
+    return not config and (describe(tensors)[0] or "").startswith("CLIP,")
+
+
+def check_rows(source, old, classes, rows):
+    """WeightsError unless `rows`, where given, names a row of a head of `old` classes for each.
 
     Prints which of 710 classes are taken for 400, which no shape tells."""
     if rows is None:
@@ -77,11 +81,9 @@ def uses_rows(source, old, classes, rows):
             print(f"{source}: the first 400 of its 710 classes are taken for Kinetics-400, as in "
                   "InternVideo and UniFormerV2; VideoMAE V2's are in another order, for which see "
                   "--head-rows")
-        return False
-    if len(rows) != classes or not old or not all(0 <= row < old for row in rows):
+    elif len(rows) != classes or not old or not all(0 <= row < old for row in rows):
         raise WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes out of a head "
                            f"with {old} of {source}")
-    return True
 
 
 def load_several(**sources):
@@ -120,8 +122,7 @@ def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=Tr
     tensors, config = read(source)
     config = config.get("clip", config)
     ours = config.get("kind") == "frames"
-    official = not config and (describe(tensors)[0] or "").startswith("CLIP,")
-    grow = grow and (official or ours and grow_runs)
+    grow = grow and (is_official_clip(tensors, config) or ours and grow_runs)
     if layers is not None and not grow:
         raise UserError(f"--global-layers: {source} is no image model that grows; it keeps the "
                         "blocks it has")

@@ -123,6 +123,10 @@ class OfficialFile:
             raise WeightsError(f"{self.name}: missing: {missing}")
         return commonest(found)
 
+    def width(self, block):
+        """D of the blocks whose names begin so, as "encoder.blocks.#."."""
+        return self.size(block + "norm1.weight", block + "norm2.weight", block + "mlp.fc2.bias")
+
     def rows(self, *names):
         """The length that all these tensors must agree on: 0 where the file has none of them."""
         keys = [self.spell(name) for name in names]

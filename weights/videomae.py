@@ -151,9 +151,6 @@ class VideoMAEFile(OfficialFile):
         self.activation(told, "gelu")
         return told
 
-    def width(self, block):
-        return self.size(block + "norm1.weight", block + "norm2.weight", block + "mlp.fc2.bias")
-
     def mlp_width(self, block):
         return self.size(block + "mlp.fc1.bias", block + "mlp.fc1.weight",
                          (block + "mlp.fc2.weight", 1))
