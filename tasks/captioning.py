@@ -33,7 +33,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from engine import processes
+from engine import pictures, processes
 from video import transforms
 
 
@@ -213,6 +213,18 @@ def attention_maps(model, video, ids):
     text = model.clip.encode_text_tokens(ids)[1][:, :-1]
     maps = decoder_maps(model.caption_decoder, tokens.flatten(1, 2).float(), text.float())
     return maps.unflatten(2, tokens.shape[1:3])[..., 1:].unflatten(3, model.clip.visual.grid)
+
+
+def draw_attention(model, clip, video, sentence, bpe, path):
+    """Where a VideoText attends as it writes each word of a sentence: a picture.
+
+    clip  uint8 (T, H, W, 3) numpy; video (1, C, T, H, W), the same as `attention_maps` takes it
+    """
+    ids, _ = bpe.encode([sentence], model.clip.config["context"], trim=True)
+    words = [bpe.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
+    maps = attention_maps(model, video, ids.to(video.device))[0].cpu()
+    pictures.attention_maps(clip, maps, words,
+                            f'where the decoder attends as it writes "{sentence}"', path)
 
 
 @torch.no_grad()

@@ -470,9 +470,8 @@ class ClassifierStage(LabelledStage):
             tuple(dict.fromkeys(self.unknown.split(",")))
         known = tuple(name for name in names if name not in unknown)
         if set(unknown) - set(names) or not unknown or len(known) < 2:
-            raise UserError(
-                f"--unknown {self.unknown}: give some of {', '.join(names)}, or how many "
-                            "of the last; two or more must remain")
+            raise UserError(f"--unknown {self.unknown}: give some of {', '.join(names)}, or how "
+                            "many of the last; two or more must remain")
         others = copy.copy(held_out["val"]).only(question, unknown)
         for part in (train_set, *held_out.values()):
             part.only(question, known)

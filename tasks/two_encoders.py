@@ -74,9 +74,16 @@ class TwoEncodersStage(LabelledStage):
         pictures.gates([json.loads(line) for line in lines], paths[-1])
         if model.before:
             paths.append(folder / "looks.png")
-            grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"])
-                     for encoder in (model.masked, model.multimodal[0])]
-            maps = model.attention_maps(batch["video"][:1])[0].cpu()
-            pictures.cross_attention_maps(batch["video"][0].cpu().numpy(),
-                                          *pictures.strongest(maps, *grids), paths[-1])
+            draw_attention(model, batch["video"][:1], paths[-1])
         return paths
+
+
+def draw_attention(model, clip, path):
+    """Where tokens of the masked encoder attend in the first multimodal one: a picture.
+
+    model  fusion.InternVideo with bridges; clip uint8 (1, T, H, W, 3)
+    """
+    grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"])
+             for encoder in (model.masked, model.multimodal[0])]
+    tokens = pictures.strongest(model.attention_maps(clip)[0].cpu(), *grids)
+    pictures.cross_attention_maps(clip[0].cpu().numpy(), *tokens, path)

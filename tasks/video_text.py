@@ -46,9 +46,8 @@ class VideoTextStage(ClipStage):
                 f"{self.batch_size * self.accum} --cache-size {self.batch_size} --local-units 0, "
                 "which takes the same memory")
         if self.image_data and not self.image_every:
-            raise UserError(
-                "--image-data: --image-every 0 asks for no images; leave out one of the "
-                            "two")
+            raise UserError("--image-data: --image-every 0 asks for no images; leave out one of "
+                            "the two")
         if self.merge and (self.steps or not self.weights):
             raise UserError("--merge: averages the weights of --weights for evaluation; give both, "
                             "and --steps 0")
@@ -187,11 +186,7 @@ class VideoTextStage(ClipStage):
         if not self.caption_weight:
             return paths[:2]
         pictures.captions(raw, captions, written, paths[2])
-        ids, _ = self.bpe.encode(written[:1], self.context, trim=True)
-        maps = captioning.attention_maps(model, video[:1], ids.to(video.device))[0].cpu()
-        words = [self.bpe.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
-        pictures.attention_maps(raw[0], maps, words,
-                                f'where the decoder attends as it writes "{written[0]}"', paths[3])
+        captioning.draw_attention(model, raw[0], video[:1], written[0], self.bpe, paths[3])
         return paths
 
     def extras(self, folder):

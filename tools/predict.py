@@ -39,7 +39,8 @@ import weights  # noqa: E402
 from engine import pictures  # noqa: E402
 from engine.errors import UserError, printable  # noqa: E402
 from tasks import (  # noqa: E402
-    caption_search, captioning, localisation, question_answering, recognition, reconstruction)
+    caption_search, captioning, localisation, question_answering, recognition, reconstruction,
+    two_encoders)
 from video import moving_shapes  # noqa: E402
 from video.clips import one_clip  # noqa: E402
 from video.decoding import Video  # noqa: E402
@@ -251,12 +252,8 @@ def caption(args, model, tokenizer, clip):
     print(sentence)
     if model.clip.kind == "joint":  # its tokens do not belong to single frames
         return
-    ids = tokenizer.encode([sentence], context, trim=True)[0]
-    words = [tokenizer.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
     path = picture_path(args)
-    title = f'where the decoder attends as it writes "{sentence}"'
-    maps = captioning.attention_maps(model, video, ids)[0]
-    pictures.attention_maps(clip, maps, words, title, path)
+    captioning.draw_attention(model, clip, video, sentence, tokenizer, path)
     print(f"drawn: {path}")
 
 
@@ -266,8 +263,7 @@ def fuse(args):
     encoders = (model.masked, *model.multimodal)
     T = max(encoder.config["frames"] for encoder in encoders)
     H, W = map(max, zip(*(encoder.config["image_size"] for encoder in encoders)))
-    frames = clip_for(args, T, (H, W))
-    clip = torch.as_tensor(frames)[None]                                    # (1, T, H, W, 3)
+    clip = torch.as_tensor(clip_for(args, T, (H, W)))[None]                 # (1, T, H, W, 3)
     scores = model.scores(clip)
     questions = questions_of(args.weights, scores[0].shape[1])
     for name, gate in model.named_parameters():
@@ -279,10 +275,7 @@ def fuse(args):
         print_answers(score[0], questions, args.top or 3, f"{name:11s} ")
     if model.before:
         path = picture_path(args)
-        grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"])
-                 for encoder in encoders[:2]]
-        strongest = pictures.strongest(model.attention_maps(clip)[0], *grids)
-        pictures.cross_attention_maps(frames, *strongest, path)
+        two_encoders.draw_attention(model, clip, path)
         print(f"drawn: {path}")
 
 
