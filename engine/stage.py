@@ -29,16 +29,19 @@ tasks/recognition.py. The loop then trains, evaluates, saves and resumes what yo
 - tests/test_runs.py has a table of stages; a row there tests that a killed run resumes bit by bit.
 """
 
+import contextlib
 import dataclasses
 import json
 import types
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
+import weights
 from attention import FORMS
 from engine import evaluation, processes
 from engine.errors import UserError
@@ -242,6 +245,20 @@ class Stage:
                                 f"own, {value}; leave it out")
             setattr(self, name, value)
         self.fixed |= values.keys()
+
+    def kept(self, settings, compute):
+        """compute(), a dict of tensors and lists, kept in --out/features.pt. A resumed run reads it
+        again, unless the file is damaged or was made with other settings."""
+        path = Path(self.out) / "features.pt"
+        if self.resume and path.exists():
+            with contextlib.suppress(Exception):  # computing it again costs little
+                saved = weights.load(path)
+                if saved.pop("settings") == settings:
+                    return saved
+        found = compute()
+        if processes.rank() == 0:
+            weights.write_torch(path, found | {"settings": settings})
+        return found
 
     def autocast(self):
         """Run networks, not losses, in bfloat16 where --precision says so."""

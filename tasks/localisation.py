@@ -37,13 +37,11 @@ InternVideo's mAP: 71.58 on THUMOS14, 39.00 on ActivityNet 1.3, 17.57 on FineAct
 """
 
 import collections
-import contextlib
 import functools
 import itertools
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -705,15 +703,13 @@ class Localisation(Stage, name="localise"):
         return self.gather([item])
 
     def features(self, model, sets):
-        """[items of each set] with features of an eval-mode encoder, kept in --out/features.pt."""
-        path = Path(self.out) / "features.pt"
+        """[items of each set] with features of an eval-mode encoder; see Stage.kept."""
         settings = {name: getattr(self, name) for name in
                     ("weights", "videos", "eval_clips", "stride", "seed", "precision")}
-        if self.resume and path.exists():
-            with contextlib.suppress(Exception):  # damaged, or of another recipe: computed again
-                saved = weights.load(path)
-                if saved["settings"] == settings:
-                    return saved["sets"]
+        return self.kept(settings, lambda: self.compute_features(model, sets))["sets"]
+
+    def compute_features(self, model, sets):
+        """{"sets": [items of each set]} of generated videos, shared among the processes."""
         encoder, stored, started = model.encoder.eval(), [], time.monotonic()
         counts = [len(part) for part in sets]
         with tqdm(total=sum(counts), desc="features", unit="video",
@@ -724,10 +720,8 @@ class Localisation(Stage, name="localise"):
                     rows.append((i, self.item(encoder, part.items[i], i)))
                     bar.update(processes.world())
                 stored.append([item for _, item in processes.collect(rows)])
-        if processes.rank() == 0:
-            weights.write_torch(path, dict(sets=stored, settings=settings))
         print(f"features of {sum(counts)} videos: {time.monotonic() - started:.0f} s")
-        return stored
+        return {"sets": stored}
 
     def item(self, encoder, world, i):
         """Generated video i, with features in place of its frames."""

@@ -48,9 +48,9 @@ import weights
 from attention import Dropout
 from engine import pictures, processes
 from engine.errors import UserError
-from engine.stage import ClipStage, flag
+from engine.stage import flag
+from tasks.sentences import SentenceStage
 from video import transforms
-from weights.tokenizer import tokenizer_of
 
 
 def normalise_answer(answer):
@@ -169,7 +169,7 @@ def evaluate(scores_of, batches, answers):
 
 
 @dataclass
-class Answering(ClipStage, name="answer"):
+class Answering(SentenceStage, name="answer"):
     """Questions about videos: a head on the caption decoder and both encoders, all of them trained.
 
     InternVideo, Sec. 4.4, video question answering. On generated questions about moving shapes, or
@@ -187,8 +187,6 @@ class Answering(ClipStage, name="answer"):
     answers: int = flag(1500, "the most frequent answers of training; only these can be given",
                         paper="1,000 to 1,540", low=2)
     drop: float = flag(0.1, "dropout in the head", paper="0.5", low=0, high=1)
-    tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
-                          "one beside --weights")
     data: str = flag("", "a file with questions: JSON, JSONL or CSV with video, question and "
                      "answer; default: questions about moving shapes")
     num_frames: int = flag(0, "frames per clip; 0 = as --weights", low=0, paper="8")
@@ -228,7 +226,7 @@ class Answering(ClipStage, name="answer"):
     def build(self, train_set):
         """The finished model, or a new head on the video-text model."""
         clip, decoder, model = self.parts
-        self.bpe = tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
+        self.read_tokenizer(clip.config)
         pairs = train_set.training_questions()
         self.baseline = QuestionOnly(*zip(*pairs))
         table = answer_table((answer for _, answer in pairs), self.answers)
@@ -299,7 +297,3 @@ class Answering(ClipStage, name="answer"):
         pairs = [" ".join(pair) for pair in zip(batch["question"], batch["answer"])]
         pictures.captions(batch["video"].cpu().numpy(), pairs, answers, folder / "answers.png")
         return [folder / "answers.png"]
-
-    def extras(self, folder):
-        """tokenizer.json"""
-        self.bpe.save(folder)

@@ -262,17 +262,14 @@ def features_of(model, video, autocast):
 
 
 def stored_features(stage, model, train_set):
-    """(features bfloat16, targets) of the training clips, each seen once; kept in features.pt.
-
-    A resumed run reads them again, unless the file is damaged or of another recipe.
-    """
-    path = Path(stage.out) / "features.pt"
+    """(features bfloat16, targets) of the training clips, each seen once; see Stage.kept."""
     settings = recipe_of(stage) | {"weights": stage.weights, "precision": stage.precision}
-    if stage.resume and path.exists():
-        with contextlib.suppress(Exception):  # computing them again costs little
-            saved = weights.load(path)
-            if saved["settings"] == settings:
-                return saved["features"], saved["targets"]
+    found = stage.kept(settings, lambda: compute_features(stage, model, train_set))
+    return found["features"], found["targets"]
+
+
+def compute_features(stage, model, train_set):
+    """{"features": bfloat16, "targets"} of --probe-clips training clips."""
     finite = hasattr(train_set, "__len__")
     count = stage.probe_clips or (len(train_set) if finite else 2000)
     count = min(count, len(train_set)) if finite else count
@@ -283,10 +280,7 @@ def stored_features(stage, model, train_set):
         features = features_of(model.eval(), batch["video"], stage.autocast)
         rows.append((batch["number"], features.cpu(), stage.target(batch).cpu()))
     _, features, targets = zip(*processes.collect(rows))
-    features, targets = torch.cat(features).to(torch.bfloat16), torch.cat(targets)
-    if processes.rank() == 0:
-        weights.write_torch(path, dict(features=features, targets=targets, settings=settings))
-    return features, targets
+    return {"features": torch.cat(features).to(torch.bfloat16), "targets": torch.cat(targets)}
 
 
 def feature_batches(stage, stored, first):

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 import clip_video
 from engine import large_batches, processes
 from engine.errors import UserError
-from engine.stage import TEST_CLIPS, ClipStage, flag
+from engine.stage import TEST_CLIPS, flag
+from tasks.sentences import SentenceStage
 from video import transforms
 from weights import encoders
-from weights.tokenizer import tokenizer_of
 
 # The sentences into which InternVideo puts the names of actions.
 PROMPTS = (
@@ -196,7 +196,7 @@ def multiple_choice(model, batches, bpe, choices, *, context=None,
 
 
 @dataclass
-class Retrieval(ClipStage, name="retrieve"):
+class Retrieval(SentenceStage, name="retrieve"):
     """Fine-tuned retrieval: contrast alone, from the weights of stage 2 (InternVideo, Sec. 4.4).
 
     Generated clips show two acts, which stage 2 never shows; the sentences say which came first."""
@@ -207,8 +207,6 @@ class Retrieval(ClipStage, name="retrieve"):
     warmup: float = flag(0.1, paper="0.1")
     weight_decay: float = flag(0.2, paper="0.2")
     beta2: float = flag(0.98, paper="0.98")
-    tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
-                          "one beside --weights")
     context: int = flag(32, "most tokens of a caption, start and end included", paper="77", low=3)
     num_frames: int = flag(16, paper="12; LSMDC, MSVD, VATEX 8, DiDeMo 32, ActivityNet 64")
     sampling: str = flag("segment", paper="internvideo")
@@ -235,10 +233,7 @@ class Retrieval(ClipStage, name="retrieve"):
         """Both encoders, without a caption decoder."""
         model = encoders.load_clip(self.weights, frames=self.num_frames,
                                    image_size=self.input_size, usual_size=type(self).input_size)
-        if self.context > model.config["context"]:
-            raise UserError(f"--context {self.context}: the weights read at most "
-                            f"{model.config['context']} tokens")
-        self.bpe = tokenizer_of(self.weights, self.tokenizer, model.config["vocabulary"])
+        self.read_tokenizer(model.config, self.context)
         model.recompute(self.recompute)
         return model
 
@@ -277,7 +272,3 @@ class Retrieval(ClipStage, name="retrieve"):
         val = held_out["val"]
         return self.clips_protocol(held_out) | gallery_protocol(val, self.evaluated(val)) | (
             {"limit": val.limit} if val.limit else {})
-
-    def extras(self, folder):
-        """tokenizer.json"""
-        self.bpe.save(folder)

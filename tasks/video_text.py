@@ -13,15 +13,15 @@ from caption_decoder import CaptionDecoder, VideoText
 from engine import pictures
 from engine.command_line import numbers, text_of
 from engine.errors import UserError
-from engine.stage import ClipStage, flag
+from engine.stage import flag
 from tasks import captioning, retrieval
+from tasks.sentences import SentenceStage
 from video.transforms import normalise
 from weights import encoders, merging
-from weights.tokenizer import tokenizer_of
 
 
 @dataclass
-class VideoTextStage(ClipStage):
+class VideoTextStage(SentenceStage):
     """Base of `clip`, which adds its recipe, the model from scratch, and the loss."""
 
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
@@ -96,10 +96,7 @@ class VideoTextStage(ClipStage):
             grow=self.kind == "video", grow_runs=bool(self.steps), layers=self.layers())
         if self.merge:
             merging.merge(clip, clip_video.VideoCLIP.from_official(self.merge), self.merge_share)
-        if self.context > clip.config["context"]:
-            raise UserError(f"--context {self.context}: the weights read at most "
-                            f"{clip.config['context']} tokens")
-        self.bpe = tokenizer_of(self.weights, self.tokenizer, clip.config["vocabulary"])
+        self.read_tokenizer(clip.config, self.context)
         self.check_against_weights(
             kind=clip.kind, local_units=clip.config["local_units"],
             temporal_downsample=clip.config["temporal_downsample"],
@@ -188,7 +185,3 @@ class VideoTextStage(ClipStage):
         pictures.captions(raw, captions, written, paths[2])
         captioning.draw_attention(model, raw[0], video[:1], written[0], self.bpe, paths[3])
         return paths
-
-    def extras(self, folder):
-        """tokenizer.json"""
-        self.bpe.save(folder)
