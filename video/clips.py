@@ -6,7 +6,7 @@ import numpy as np
 from torchvision.transforms import v2
 
 from video.annotations import DataError
-from video.decoding import Video
+from video.decoding import open_video
 from video.loading import in_hand
 from video.moving_shapes import height_width
 from video.sampling import SAMPLINGS, choose_frames
@@ -22,7 +22,8 @@ class Clips:
     """
 
     def prepare(self, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True,
-                transform="plain", area=None, operations=0, magnitude=7, erasing=0.0, views=None):
+                transform="plain", area=None, operations=0, magnitude=7, erasing=0.0, views=None,
+                frame_rate=25.0):
         """Keep the recipe. DataError where it is impossible.
 
         frames     T
@@ -32,6 +33,7 @@ class Clips:
         train      True: a random window and crop and (with flip=True) mirroring, the same for all
                    frames, a function of (seed, index, epoch). False: the centre of each, or `views`
         transform  one of TRANSFORMS; "plain" is ours
+        frame_rate   frames a second of folders of pictures, which have no rate of their own
 
         With train=True:
         area       smallest share of a frame that a random crop keeps; None = the transform's own
@@ -51,21 +53,25 @@ class Clips:
         if frames < 1 or stride < 1 or seed < 0:
             raise DataError("clips need frames >= 1, stride >= 1 and seed >= 0, "
                             f"got frames={frames}, stride={stride}, seed={seed}")
+        if not 0 < frame_rate < float("inf"):
+            raise DataError(f"folders of pictures need frame_rate > 0, got {frame_rate}")
         self.frames, self.size, self.stride = frames, height_width(size), stride
+        self.frame_rate = frame_rate
         self.sampling, self.transform, self.area = sampling, transform, area
         self.train, self.seed, self.flip, self.views = train, seed, flip, views
         self.before_crop = v2.RandAugment(operations, magnitude) if operations else None
         self.after_crop = v2.RandomErasing(erasing, value=GREY) if erasing else None
 
-    def clip(self, path, key):
+    def clip(self, path, key, part=None):
         """The clip of one file: uint8 (T, H, W, 3), or (1 + views, T, H, W, 3) with `views`.
 
-        path  of the file, or a `video.decoding.Bytes`
+        path  of the file or folder of pictures, or a `video.decoding.Bytes`
         key   numbers that seed the random draws of training; None for evaluation
+        part  a `video.decoding.Part`, inside of which all frames lie; None = the whole video
         """
         rng = None if key is None else np.random.default_rng(key)
         clips, crops = self.views if self.views and rng is None else (0, 0)
-        with in_hand(path), Video(path) as file:
+        with in_hand(path), open_video(path, None, part, self.frame_rate) as file:
             info = file.info
             choose = functools.partial(choose_frames, self.sampling, info.frames, self.frames,
                                        self.stride, fps=info.fps)
@@ -97,12 +103,12 @@ class Clips:
         return tuple(max(round(side * scale), least) for side, least in zip(sides, self.size))
 
 
-def one_clip(path, frames, size, sampling="segment"):
+def one_clip(path, frames, size, sampling="segment", part=None):
     """(T, H, W, 3) uint8: the clip of a file that evaluation with the plain transform takes.
 
     The frames are resized to cover `size`, and the centre is cropped. "segment" spreads them over
-    the whole video.
+    the whole video, or over its `part`.
     """
     clips = Clips()
     clips.prepare(frames, size, sampling=sampling, train=False)
-    return clips.clip(path, None)
+    return clips.clip(path, None, part)
