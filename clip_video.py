@@ -326,8 +326,9 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False, ro
     diagonal, in nats; about ln B for an untrained model.
 
     video, text  (B, E) embeddings, not normalised
-    targets      (B,) int: pairs with equal numbers are right answers to each other and share the
-                 probability evenly (ViCLIP: several clips with one caption). None: all differ
+    targets      (B,) or (B, K) int: pairs with an equal number in the same place are right answers
+                 to each other and share the probability evenly (ViCLIP: several clips with one
+                 caption; ours also: several captions of one clip). None: all differ
     gather       join the batches of all processes first; every process needs the same B
     rows         compute so many rows of the logits at a time: the same numbers in less memory, for
                  batches of thousands. None: all at once
@@ -346,7 +347,8 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False, ro
         if rows:
             return BlockedLoss.apply(v, t, scale, targets, rows)
         logits = scale.exp() * v @ t.T                                       # (B, B)
-        truth = (targets[:, None] == targets).to(v.dtype)
+        same = targets[:, None] == targets                                   # (B, B) or (B, B, K)
+        truth = (same if same.ndim == 2 else same.any(dim=2)).to(v.dtype)
         truth = truth / truth.sum(dim=1, keepdim=True)                       # rows sum to 1
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
 

@@ -278,7 +278,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
             encode = functools.partial(large_batches.in_pieces, encode, self.cache_size)
         video_features, text_features, *hidden = encode(video, ids)
         contrastive = retrieval.pair_loss(video_features, text_features, model.clip.logit_scale,
-                                          captions, gather=model.training)
+                                          batch, gather=model.training)
         kind = "image_" if image else ""
         metrics = {"loss": contrastive.detach(), kind + "contrastive": contrastive.detach()}
         if not hidden:

@@ -41,17 +41,33 @@ BLOCKED_ABOVE = 2048  # pairs; below, the plain contrastive loss is as fast and 
 # Contrastive loss in blocks
 
 
-def shared_truth(targets, start, rows, dtype):
-    """Rows start .. start + rows - 1 of the (B, B) truth: each spreads a probability of 1 evenly
-    over the targets equal to its own."""
-    same = (targets[start:start + rows, None] == targets).to(dtype)
-    return same / same.sum(dim=1, keepdim=True)
+def equal_targets(targets, start, rows):
+    """(rows, B) bool: which pairs are right answers to the pairs start .. start + rows - 1."""
+    same = targets[start:start + rows, None] == targets
+    return same if same.ndim == 2 else same.any(dim=2)
+
+
+def right_answers(targets, rows):
+    """(B,) int: how many right answers each pair has, itself included."""
+    return torch.cat([equal_targets(targets, start, rows).sum(dim=1)
+                      for start in range(0, len(targets), rows)])
+
+
+def shared_truth(targets, counts, start, rows):
+    """Rows start .. start + rows - 1 of (P + Q) / 2. In row i of P video i spreads a probability of
+    1 evenly over its right sentences, in column j of Q sentence j over its right videos.
+
+    counts  of `right_answers`, as floats
+    """
+    share = (1 / counts[start:start + rows, None] + 1 / counts) / 2
+    return share * equal_targets(targets, start, rows)
 
 
 class BlockedLoss(torch.autograd.Function):
-    """The contrastive loss of normalised v, t (B, E), scale (), targets (B,).
+    """The contrastive loss of normalised v, t (B, E), scale (), targets (B,) or (B, K).
 
-    With r_i and c_j the log-sum-exp of row i and column j of the logits Z, and P the truth,
+    With r_i and c_j the log-sum-exp of row i and column j of the logits Z, and P the truth of both
+    directions on average (`shared_truth`),
         loss = (mean r + mean c) / 2 - sum(P * Z) / B
         dloss/dZ = (exp(Z - r) + exp(Z - c)) / 2B - P / B
     The backward pass keeps r and c and computes each block of Z a second time. Columns are summed
@@ -60,28 +76,28 @@ class BlockedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, t, scale, targets, rows):
-        B = len(v)
+        B, counts = len(v), right_answers(targets, rows).to(v.dtype)
         r, c, hits = v.new_empty(B), v.new_full((B,), -math.inf), v.new_zeros(())
         for start in range(0, B, rows):
             Z = scale.exp() * v[start:start + rows] @ t.T
-            hits += (Z * shared_truth(targets, start, rows, Z.dtype)).sum()
+            hits += (Z * shared_truth(targets, counts, start, rows)).sum()
             r[start:start + rows] = Z.logsumexp(dim=1)
             c = torch.logaddexp(c, Z.logsumexp(dim=0))
-        ctx.save_for_backward(v, t, scale, targets, r, c)
+        ctx.save_for_backward(v, t, scale, targets, counts, r, c)
         ctx.rows = rows
         return (r.mean() + c.mean()) / 2 - hits / B
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        v, t, scale, targets, r, c = ctx.saved_tensors
+        v, t, scale, targets, counts, r, c = ctx.saved_tensors
         B, rows, factor = len(v), ctx.rows, scale.exp() * grad
         dv, dt, dscale = torch.empty_like(v), torch.zeros_like(t), torch.zeros_like(scale)
         with torch.autocast(v.device.type, enabled=False):
             for start in range(0, B, rows):
                 Z = scale.exp() * v[start:start + rows] @ t.T
                 d = (Z - r[start:start + rows, None]).exp_().add_((Z - c).exp_()).mul_(0.5 / B)
-                d -= shared_truth(targets, start, rows, Z.dtype) / B
+                d -= shared_truth(targets, counts, start, rows) / B
                 dv[start:start + rows] = factor * (d @ t)
                 dt.addmm_(d.T, v[start:start + rows])
                 dscale += (d * Z).sum()

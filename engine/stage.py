@@ -295,6 +295,11 @@ class ClipStage(Stage):
     transform: str = flag("plain", "how frames are resized and cropped; plain is ours, the others "
                           "are those of the published models", only="files",
                           choices=tuple(TRANSFORMS), group="clips")
+    video_folder: str = flag("", "where the files of --data lie, if not in its folder or below it",
+                             only="files", group="clips")
+    frame_rate: float = flag(25.0, "frames a second of videos that are folders of pictures; 0 = "
+                             "each picture is a clip", only="files", low=0, high=1000,
+                             group="clips")
     world = "MovingShapes"  # the class of video.moving_shapes that generates its clips
 
     def open_sets(self, **options):
@@ -302,7 +307,7 @@ class ClipStage(Stage):
         train_set, held_out = data.open_sets(
             self.data, self.val_data, world=self.world, frames=self.num_frames,
             size=self.input_size, seed=self.seed, sampling=self.sampling, transform=self.transform,
-            **options)
+            video_folder=self.video_folder, frame_rate=self.frame_rate, **options)
         if not self.test:
             held_out.pop("test", None)
         return train_set, held_out

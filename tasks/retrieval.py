@@ -124,12 +124,21 @@ def caption_numbers(captions, device="cpu"):
     return torch.tensor([int.from_bytes(part, "big") for part in hashes], device=device)
 
 
-def pair_loss(video, text, scale, captions, *, gather):
-    """`clip_video.contrastive_loss` of embeddings (B, E) and the B captions that `text` embeds;
-    beyond BLOCKED_ABOVE pairs block by block. gather: over all processes."""
+def pair_loss(video, text, scale, batch, *, gather):
+    """`clip_video.contrastive_loss` of embeddings (B, E) of a batch; beyond BLOCKED_ABOVE pairs
+    block by block.
+
+    Pairs with the same caption are no negatives of each other, nor are captions of the same clip.
+
+    batch   with "caption", B sentences, and where clips may come twice "clip", their B numbers
+    gather  True: over all processes
+    """
     pairs = len(video) * (processes.world() if gather else 1)
+    targets = caption_numbers(batch["caption"], video.device)                # (B,)
+    if "clip" in batch:
+        targets = torch.stack([targets, torch.tensor(batch["clip"]).to(targets)], dim=1)  # (B, 2)
     return clip_video.contrastive_loss(
-        video, text, scale, targets=caption_numbers(captions, video.device), gather=gather,
+        video, text, scale, targets=targets, gather=gather,
         rows=256 if pairs > large_batches.BLOCKED_ABOVE else None)
 
 
@@ -243,8 +252,7 @@ class Retrieval(SentenceStage, name="retrieve"):
         ids, _ = self.bpe.encode(batch["caption"], self.context, trim=True)
         with self.autocast():
             video_features, text_features, scale = model(video, ids.to(video.device))
-        loss = pair_loss(video_features, text_features, scale, batch["caption"],
-                         gather=model.training)
+        loss = pair_loss(video_features, text_features, scale, batch, gather=model.training)
         return loss, {"loss": loss.detach(), "contrastive": loss.detach()}
 
     def evaluate(self, model, batches, dataset):

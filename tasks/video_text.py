@@ -61,7 +61,8 @@ class VideoTextStage(SentenceStage):
         images, _ = data.open_sets(
             self.image_data or self.data, self.image_data or self.val_data, world="StillShapes",
             frames=1 if self.image_data or self.data else self.num_frames, size=self.input_size,
-            seed=self.seed, sampling="segment", flip=False, transform=self.transform)
+            seed=self.seed, sampling="segment", flip=False, transform=self.transform,
+            video_folder=self.video_folder, frame_rate=0)
         return images
 
     def captions(self, train_set):

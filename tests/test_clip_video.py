@@ -389,6 +389,19 @@ def test_pairs_with_one_caption_share_the_truth():
           contrastive_loss(video, text, scale))
 
 
+def test_captions_of_one_clip_and_clips_of_one_caption_are_no_negatives():
+    """The second column says which clip it is; pairs agree where either number is equal."""
+    (video, text), scale = torch.randn(2, 4, 8), torch.tensor(1.5)
+    targets = torch.tensor([[4, 1], [9, 1], [4, 2], [2, 3]])
+    logits = scale.exp() * F.normalize(video, dim=-1) @ F.normalize(text, dim=-1).T
+    truth = torch.eye(4)
+    for i, j in ((0, 1), (0, 2)):
+        truth[i, j] = truth[j, i] = 1
+    truth /= truth.sum(dim=1, keepdim=True)
+    rows, columns = (truth * logits.log_softmax(1)).sum(), (truth * logits.T.log_softmax(1)).sum()
+    close(contrastive_loss(video, text, scale, targets=targets), -(rows + columns) / 8)
+
+
 def test_under_autocast_the_loss_stays_in_float32():
     """bfloat16 has 8 bits: logits up to 100 would be off by 0.4."""
     video = torch.randn(6, 16).bfloat16().requires_grad_()

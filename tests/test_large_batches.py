@@ -16,7 +16,11 @@ from test_caption_decoder import make, sentences
 from test_clip_video import IDS, clip, close, load_internvideo, viclip_state
 
 
-@pytest.mark.parametrize("targets", [None, torch.tensor([0, 1, 2, 0, 3, 0, 1, 5, 6, 7, 8])])
+CAPTIONS = torch.tensor([0, 1, 2, 0, 3, 0, 1, 5, 6, 7, 8])
+CLIPS = torch.tensor([0, 1, 2, 3, 0, 4, 1, 1, 5, 6, 7])
+
+
+@pytest.mark.parametrize("targets", [None, CAPTIONS, torch.stack([CAPTIONS, CLIPS], dim=1)])
 @pytest.mark.parametrize("rows", [1, 4, 11, 64])
 def test_in_blocks_the_loss_and_its_gradients_are_the_same(rows, targets):
     """To rounding in float64, the scale's gradient included."""

@@ -106,17 +106,19 @@ def extract(model, video, stride, pool, batch_size, device):
     return (rows if pool == "all" else rows.reshape(-1, *rows.shape[2:])), middles.reshape(-1)
 
 
-def places(paths, out, suffix):
-    """{path of a video: path of its features}. Sub-folders are kept, and suffixes where two videos
-    differ in nothing else."""
-    common = os.path.commonpath([Path(path).parent for path in paths])
-    below = {path: Path(os.path.relpath(path, common)) for path in paths}
+def places(clips, out, suffix):
+    """{`Row.clip`: path of its features}. Sub-folders are kept, and suffixes where two videos
+    differ in nothing else. A part of a video has its start and end in the name."""
+    common = os.path.commonpath([Path(clip[0]).parent for clip in clips])
+    below = {clip[0]: Path(os.path.relpath(clip[0], common)) for clip in clips}
     count = collections.Counter(name.with_suffix("") for name in below.values())
 
-    def stem(name):
-        return name if count[name.with_suffix("")] > 1 else name.with_suffix("")
+    def stem(path, part=None):
+        name = below[path]
+        name = name if count[name.with_suffix("")] > 1 else name.with_suffix("")
+        return f"{name}_{part.start:g}_{part.end:g}" if part else name
 
-    return {path: Path(out) / f"{stem(name)}{suffix}" for path, name in below.items()}
+    return {clip: Path(out) / f"{stem(*clip)}{suffix}" for clip in clips}
 
 
 def check_settings(out, settings):
@@ -143,32 +145,34 @@ def write_features(target, feats, facts):
 
 
 def run(args):
-    """Extract what is missing; returns {path: reason} of what cannot be read."""
+    """Extract what is missing; returns {clip: reason} of what cannot be read."""
     if args.stride < 1 or args.batch_size < 1:
         raise UserError("--stride and --batch-size must be at least 1")
-    paths = list(dict.fromkeys(row.path for row in annotations.read(args.data).rows))
+    found = annotations.read(args.data, args.video_folder, args.frame_rate > 0)
+    clips = list(dict.fromkeys(row.clip for row in found.rows))
     model, out, device = load(args.model), Path(args.out), choose_device(args.device)
     model.to(device)
     settings = dict(model=weights.fingerprint(args.model), window=model.config["frames"],
                     stride=args.stride, pool=args.pool, format=args.format)
     check_settings(out, settings)
-    targets = places(paths, out, "." + args.format)
-    waiting, bad = [path for path in paths if not targets[path].exists()], {}
-    print(f"{args.data}: {len(paths):,} videos, {len(paths) - len(waiting):,} done already; window "
+    targets = places(clips, out, "." + args.format)
+    waiting, bad = [clip for clip in clips if not targets[clip].exists()], {}
+    print(f"{args.data}: {len(clips):,} videos, {len(clips) - len(waiting):,} done already; window "
           f"of {settings['window']} frames, model {settings['model']}")
-    for path in tqdm(waiting, unit="video", dynamic_ncols=True):
+    for clip in tqdm(waiting, unit="video", dynamic_ncols=True):
         try:
-            with decoding.Video(path) as video:
+            with decoding.open_video(clip[0], None, *clip[1:] or (None,),
+                                     rate=args.frame_rate or 25.0) as video:
                 feats, timestamps = extract(model, video, args.stride, args.pool, args.batch_size,
                                             device)
                 info = video.info
         except annotations.DataError as error:
-            bad[path] = str(error)
+            bad[clip] = str(error)
             continue
         facts = {key: settings[key] for key in ("window", "stride", "pool", "model")}
         facts |= dict(timestamps=timestamps, fps=info.fps, duration=info.duration,
                       frames=info.frames)
-        write_features(targets[path], feats, facts)
+        write_features(targets[clip], feats, facts)
     return bad
 
 
@@ -176,6 +180,11 @@ def main(argv=None):
     """Returns the exit code: 0, 1 where videos could not be read, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder or list, as --data of train.py")
+    parser.add_argument("--video-folder", default="",
+                        help="where the files lie, if not in the list's folder or below it")
+    parser.add_argument("--frame-rate", type=float, default=25.0,
+                        help="frames a second of videos that are folders of pictures; 0 = each "
+                             "picture is a clip (default: 25)")
     parser.add_argument("--model", required=True,
                         help="a run's folder, or an official file of weights")
     parser.add_argument("--out", default="runs/features", help="folder (default: runs/features)")

@@ -1,7 +1,8 @@
 """Checking a data set, and small copies of its files: `python data.py PATH`.
 
-`check` decodes every frame of every file. `shrink` writes a small copy that decodes fast.
-`write_list` lists the readable files. `main` is the command line.
+`check` decodes every frame of every clip: of every file, or of the part of it that a row names.
+`shrink` writes a small copy that decodes fast. `write_list` lists the readable clips. `main` is the
+command line.
 """
 
 import argparse
@@ -20,15 +21,16 @@ from tqdm import tqdm
 from engine import pictures
 from video import annotations
 from video.annotations import DataError
-from video.decoding import Video, shown_size
+from video.decoding import open_video, shown_size
 from video.loading import start_worker
 from video.sampling import segment_indices
 
 
-def shrink(path, target, side=256):
-    """Write a small copy of a video: H.264 in mp4, upright, with square pixels.
+def shrink(path, target, side=256, part=None, rate=25.0):
+    """Write a small copy of a video, or of a part of it: H.264 in mp4, upright, square pixels.
 
     side  pixels of its short side, or the video's own if that is less
+    rate  frames a second of a folder of pictures
 
     Frame n of the copy is frame n of the original, shown at the same time. A keyframe every 12
     frames keeps seeks short. The file is written under another name, then renamed. An existing copy
@@ -40,7 +42,7 @@ def shrink(path, target, side=256):
     if Path(target).exists():
         return
     aside, ticks = f"{target}.{os.getpid()}.part", 90000  # ticks a second, as in MPEG
-    with Video(path) as video:
+    with open_video(path, None, part, rate) as video:
         info = video.info
         # Colours are stored for squares of two by two pixels, so sides must be even.
         size = shown_size(info, min(side, info.height, info.width))
@@ -67,19 +69,20 @@ def shrink(path, target, side=256):
 
 
 class _Check(torch.utils.data.Dataset):
-    """Item: what `check` yields about a file. Good files are copied."""
+    """Item: what `check` yields about a clip. Good clips are copied."""
 
-    def __init__(self, paths, copies=None, side=256):
-        self.paths, self.copies, self.side = paths, copies, side
+    def __init__(self, clips, rate, copies=None, side=256):
+        self.clips, self.rate, self.copies, self.side = clips, rate, copies, side
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.clips)
 
     def __getitem__(self, index):
-        path = self.paths[index]
-        result = {"path": path, "bad": None, "info": None, "picture": None}
+        clip = self.clips[index]
+        path, part = clip[0], clip[1] if len(clip) > 1 else None
+        result = {"clip": clip, "bad": None, "info": None, "picture": None}
         try:
-            with Video(path) as video:
+            with open_video(path, None, part, self.rate) as video:
                 result["info"] = video.info
                 count = video.count()
                 if count != video.info.frames:
@@ -87,7 +90,7 @@ class _Check(torch.utils.data.Dataset):
                                     "can be decoded")
                 result["picture"] = video.read([count // 2], 96)[0]
             if self.copies:
-                shrink(path, self.copies[path], self.side)
+                shrink(path, self.copies[clip], self.side, part, self.rate)
         except DataError as error:
             result["bad"] = str(error)
         return result
@@ -97,31 +100,33 @@ def _as_it_is(item):
     return item
 
 
-def copies_of(source, folder):
-    """{path of each file that a source names: path of its copy in a folder}.
+def copies_of(rows, folder):
+    """{`Row.clip` of each row: path of its copy in a folder}.
 
-    A checksum of the path tells files of the same name apart.
+    A checksum of path and part tells files of the same name apart.
     """
-    def copy_of(path):
-        checksum = zlib.crc32(os.path.abspath(path).encode())
-        return str(Path(folder) / f"{Path(path).stem}-{checksum:08x}.mp4")
+    def copy_of(clip):
+        text = os.path.abspath(clip[0]) + "".join(map(str, clip[1:]))
+        return str(Path(folder) / f"{Path(clip[0]).stem}-{zlib.crc32(text.encode()):08x}.mp4")
 
-    return {row.path: copy_of(row.path) for row in annotations.read(source).rows}
+    return {row.clip: copy_of(row.clip) for row in rows}
 
 
-def check(source, workers=0, copies=None, side=256):
-    """Decode every frame of every file that a source names.
+def check(rows, workers=0, copies=None, side=256, rate=25.0):
+    """Decode every frame of every clip.
 
+    rows     of `annotations.read`
     workers  processes; 0 = this one
-    copies   None, or the result of `copies_of`: where a small copy of each good file goes
+    copies   None, or the result of `copies_of`: where a small copy of each good clip goes
     side     of the copies, pixels; see `shrink`
-    yields   in order, {"path": str, "bad": reason or None, "info": `VideoInfo` or None,
+    rate     frames a second of folders of pictures
+    yields   in order, {"clip": Row.clip, "bad": reason or None, "info": `VideoInfo` or None,
              "picture": uint8 (h, w, 3) of its middle frame, short side 96 pixels, or None}
     """
-    paths = list(dict.fromkeys(row.path for row in annotations.read(source).rows))
+    clips = list(dict.fromkeys(row.clip for row in rows))
     yield from torch.utils.data.DataLoader(
-        _Check(paths, copies, side), batch_size=None, collate_fn=_as_it_is, num_workers=workers,
-        worker_init_fn=start_worker, generator=torch.Generator())
+        _Check(clips, rate, copies, side), batch_size=None, collate_fn=_as_it_is,
+        num_workers=workers, worker_init_fn=start_worker, generator=torch.Generator())
 
 
 def statistics(infos):
@@ -148,24 +153,32 @@ def statistics(infos):
             f"codec      {most([info.codec for info in infos])}"]
 
 
-def write_list(source, bad, path, copies=None):
-    """Write what a source says of its readable files as JSON lines, which every stage reads.
+def write_list(found, bad, path, copies=None):
+    """Write what a source says of its readable clips as JSON lines, which every stage reads.
 
-    bad     paths to leave out
+    found   of `annotations.read`
+    bad     clips to leave out
     path    of the new list; its entries are relative to its folder. Labels that the source numbers
             in an order of its own are written as numbers
-    copies  None or {path: the path to write in its place}
+    copies  None or {clip: the path to write in its place}; a copy holds its part alone
     """
-    found, folder = annotations.read(source), Path(path).resolve().parent
-    number = {name: place for place, name in enumerate(found.classes or ())}
+    folder, number = Path(path).resolve().parent, {}
+    names = found.classes if isinstance(found.classes, list) else []
+    if names != sorted(names) or all(map(str.isdecimal, names)):
+        number = {name: place for place, name in enumerate(names)}
     with open(path, "w", encoding="utf-8") as file:
         for row in found.rows:
-            if row.path in bad:
+            if row.clip in bad:
                 continue
-            entry = {key: value for key, value in row._asdict().items() if value is not None}
-            target = Path(copies[row.path] if copies else row.path)
+            entry = {key: value for key, value in row._asdict().items()
+                     if value is not None and key not in ("part", "frames_part")}
+            target = Path(copies[row.clip] if copies else row.path)
             entry["path"] = os.path.relpath(target.resolve(), folder)
-            if row.label in number:
+            if row.part and not copies:
+                start, end, in_frames = row.part
+                entry |= {"start_frame": start, "end_frame": end} if in_frames else {
+                    "start": start, "end": end}
+            if isinstance(row.label, str) and row.label in number:
                 entry["label"] = number[row.label]
             if row.candidates:
                 entry["answer"] = row.candidates.index(row.answer)
@@ -176,6 +189,11 @@ def parser():
     """The command line."""
     parser = argparse.ArgumentParser(prog="data.py", description="Check a data set.")
     parser.add_argument("path", help="folder or list, as --data of train.py")
+    parser.add_argument("--video-folder", default="",
+                        help="where the files lie, if not in the list's folder or below it")
+    parser.add_argument("--frame-rate", type=float, default=25.0,
+                        help="frames a second of videos that are folders of pictures; 0 = each "
+                             "picture is a clip (default: 25)")
     parser.add_argument("--out", default="runs/check",
                         help="folder for the contact sheet (default: runs/check)")
     parser.add_argument("--fix-list", default="",
@@ -204,7 +222,8 @@ def main(open_files, argv=None):
             raise DataError(f"--short-side {args.short_side}: give at least 16 pixels")
         if annotations.is_shards(args.path):
             raise DataError(f"{args.path}: tar shards are not checked; unpack one to look into it")
-        print(open_files(args.path, 1, 32, train=False).summary())
+        print(open_files(args.path, 1, 32, train=False, video_folder=args.video_folder,
+                         frame_rate=args.frame_rate).summary())
         return report(args)
     except (DataError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
@@ -212,34 +231,36 @@ def main(open_files, argv=None):
 
 
 def report(args):
-    """Check the files and write what `args` ask for. Returns 1 where files are bad, else 0."""
-    copies = None
+    """Check the clips and write what `args` ask for. Returns 1 where some are bad, else 0."""
+    found, copies = annotations.read(args.path, args.video_folder, args.frame_rate > 0), None
     if args.cache:
         Path(args.cache).mkdir(parents=True, exist_ok=True)
-        copies = copies_of(args.path, args.cache)
-    count = len({row.path for row in annotations.read(args.path).rows})
+        copies = copies_of(found.rows, args.cache)
+    clips = {row.clip for row in found.rows}
+    unit = "clips" if any(row.part for row in found.rows) else "files"
     results = []
-    for result in tqdm(check(args.path, args.workers, copies, args.short_side), total=count,
-                       unit="file", dynamic_ncols=True):
+    checked = check(found.rows, args.workers, copies, args.short_side, args.frame_rate or 25.0)
+    for result in tqdm(checked, total=len(clips), unit=unit[:-1], dynamic_ncols=True):
         results.append(result)
         if result["bad"]:
             tqdm.write(f"bad: {result['bad']}")
-    bad = {result["path"] for result in results if result["bad"]}
+    bad = {result["clip"] for result in results if result["bad"]}
     good = [result for result in results if not result["bad"]]
-    print(f"{count - len(bad):,} of {count:,} files are good")
+    print(f"{len(clips) - len(bad):,} of {len(clips):,} {unit} are good")
     if good:
         print("\n".join(statistics([result["info"] for result in good])))
         chosen = [good[i] for i in segment_indices(len(good), min(60, len(good)))]
         Path(args.out).mkdir(parents=True, exist_ok=True)
         pictures.sheet([result["picture"] for result in chosen], Path(args.out) / "sheet.png",
-                       [Path(result["path"]).name[:24] for result in chosen], columns=10)
+                       [Path(result["clip"][0]).name[:24] for result in chosen], columns=10)
         print(f"wrote {args.out}/sheet.png")
     if args.cache and good:
-        write_list(args.path, bad, Path(args.cache) / "list.jsonl", copies)
-        before, after = (sum(map(os.path.getsize, paths)) / 2**20 for paths in zip(
-            *((result["path"], copies[result["path"]]) for result in good)))
+        write_list(found, bad, Path(args.cache) / "list.jsonl", copies)
+        before = sum(os.path.getsize(path) for path in {one["clip"][0] for one in good}
+                     if os.path.isfile(path)) / 2**20
+        after = sum(os.path.getsize(copies[one["clip"]]) for one in good) / 2**20
         print(f"wrote {args.cache}/list.jsonl: {before:,.0f} MiB became {after:,.0f} MiB")
     if args.fix_list:
-        write_list(args.path, bad, args.fix_list)
+        write_list(found, bad, args.fix_list)
         print(f"wrote {args.fix_list}")
     return int(bool(bad))

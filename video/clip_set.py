@@ -1,6 +1,7 @@
 """The one interface of all data sets: files, tar shards, the generated world.
 
     item   {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, "bad": [...],
+            "part": of the video or None, "clip": a number that tells clips apart,
             and where there are any "caption", "captions", "question", "answer", "candidates"}
     batch  the same of several clips: "video" uint8 (B, T, H, W, 3),
            "labels" {question: int64 (B,)}, lists of the rest; see data.batches
@@ -41,6 +42,10 @@ class ClipSet:
     def by_video(self):
         """One item for each video, with all its captions. Returns self."""
         return self
+
+    def absent_classes(self):
+        """Names of the classes that no clip has; [] where that is not known."""
+        return []
 
     def captions_of(self, places):
         """How many captions the items with these numbers have together."""

@@ -31,51 +31,16 @@ import itertools
 import math
 import os
 import time
-from typing import NamedTuple
 
 import numpy as np
 
-from video.annotations import DataError
+from video.rows import CLOSE, DataError, Part
 
 TIME_LIMIT = 60.0  # seconds for opening a file, and again for each request
 MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more means a broken header and would fill memory
 CAN_SKIP = ("h264", "hevc", "mpeg4", "mpeg2video")  # decoders that can leave out single frames
 WORTH_A_SEEK = 8  # frames that a jump to a later keyframe must save; a seek costs about as many
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")  # formats that say where frames are
-CLOSE = 1e-6  # seconds: 0.1 may lie a rounding error before the frame at 1/10 s
-
-
-class Part(NamedTuple):
-    """A part of a video, half-open [start, end)."""
-
-    start: float
-    end: float  # math.inf = to the end
-    in_frames: bool = False  # True: frame numbers, in the order of presentation, the first is 0;
-    #                          False: seconds from the first shown frame
-
-    def __str__(self):
-        what = "frames" if self.in_frames else "seconds"
-        return f"{what} {self.start:g} to {'the end' if self.end == math.inf else f'{self.end:g}'}"
-
-    def numbers(self, path, timestamps, duration):
-        """(first, last): the frames of a video that lie in this part, half-open.
-
-        A frame lies in a part in seconds if it appears in it. DataError where no frame does.
-
-        path        for messages
-        timestamps  (frames,) float, of the whole video; duration of it, seconds
-        """
-        if not 0 <= self.start < self.end:
-            raise DataError(f"{path}: cannot take {self}: a part starts at 0 or later and ends "
-                            "after its start")
-        if self.in_frames:
-            first, last = (math.ceil(min(x, len(timestamps))) for x in self[:2])
-        else:
-            first, last = (bisect.bisect_left(timestamps, x - CLOSE) for x in self[:2])
-        if first == last:
-            raise DataError(f"{path}: no frame in {self}; the video has {len(timestamps)} frames "
-                            f"in {duration:.3f} s")
-        return first, last
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ import re
 
 import numpy as np
 
-from video.annotations import DataError
 from video.decoding import Video, VideoInfo, _frame_numbers, shown_size
+from video.rows import DataError
 
 NUMBERED = re.compile(r"([^.].*?|)(\d+)\.(?:jpe?g|png|bmp|webp|tiff?|ppm)", re.IGNORECASE)
 PICTURES = ("img", "image", "frame")  # names that are taken where there are others

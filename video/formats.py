@@ -1,0 +1,840 @@
+"""The annotation formats of lists: one table, a row each.
+
+    Source --> the first row of FORMATS that recognises it --> its reader --> Found(kind, rows)
+
+Each benchmark writes "this clip shows that" in its own way. Conversion by hand is where labels
+shift by one and paths with spaces break. So lists are read as their authors publish them, and the
+content decides the format, never a flag.
+
+A format is one `Format` below: its name, the columns by which it is recognised (or a function), a
+reader, and an example. To add one, write a row and its reader; docs/formats.md and the tests take
+the example from the row. Most readers are calls of `read_records` with the names of their columns.
+"""
+
+import functools
+import re
+from typing import Callable, NamedTuple
+
+from video.rows import DataError, Found, Row, is_media
+from video.texts import PATH_COLUMNS, decode, parse_json, part, read_source, split_lines, whole
+
+COLUMNS = {  # what a column of a table, or a key of JSON, may be called
+    "path": PATH_COLUMNS,
+    "label": ("label", "class", "category", "tag", "labels", "classes", "tags"),
+    "caption": ("caption", "text", "sentence", "description", "captions", "sentences"),
+    "question": ("question",),
+    "answer": ("answer", "correct"),
+    "candidates": ("candidates", "options", "choices"),
+    "split": ("split",),
+    "start": ("start", "start_time", "start_timestamp", "time_start", "start_sec", "begin"),
+    "end": ("end", "end_time", "end_timestamp", "time_end", "end_sec", "stop", "stop_time",
+            "stop_timestamp"),
+    "first_frame": ("start_frame", "frame_start", "begin_frame"),
+    "last_frame": ("end_frame", "stop_frame", "frame_end"),
+    "parts": ("timestamps", "times", "segments", "segment", "timestamp"),
+}
+SEVERAL = ("labels", "classes", "tags")  # columns whose text may hold several labels
+MARKS = re.compile(r"[|;,]")  # between these
+NUMBERED = re.compile(r"(?:a|option|candidate)_?\d+")  # a column with one candidate
+
+
+class Format(NamedTuple):
+    """One format of lists."""
+
+    name: str
+    needs: tuple  # columns by which it is recognised, lower case; () = by `matches` alone
+    read: Callable  # Source -> Found
+    file: str  # a usual name of the list
+    example: str  # the list, in three lines or fewer
+    videos: tuple  # files, or folders/ of pictures, as they may lie beside such a list
+    matches: Callable | None = None  # Source -> bool; None = it has the columns `needs`
+    about: str = ""  # what the user should know, for docs/formats.md
+
+    def recognises(self, source):
+        """True where the source is of this format."""
+        if self.matches:
+            return self.matches(source)
+        return bool(source.records) and set(self.needs) <= set(source.columns)
+
+
+def nearest(source):
+    """What a source of no known format resembles most, and what it lacks: text for a message."""
+    columns = {key.lower() for key in source.content} if isinstance(source.content, dict) else \
+        set(source.columns)
+    known = [one for one in FORMATS if one.needs]
+    best = max(known, key=lambda one: (len(columns & set(one.needs)), -len(one.needs)))
+    if not columns & set(best.needs):
+        return "give a list with 'path label' on each line, or a table with a column 'path'"
+    lacks = [name for name in best.needs if name not in columns]
+    return f"nearest is {best.name}; missing: {', '.join(lacks)}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Records: tables, JSON lists, JSON lines
+
+
+def read_records(source, kind=None, names=None, **columns):
+    """Found, a row for each caption (or else each part) of each record.
+
+    names    (record, what its path column holds, place) -> possible names of its file
+    columns  field=(names of its column): in place of those of COLUMNS; () = no such column
+    """
+    chosen, used, rows, places = COLUMNS | columns, set(), [], []
+    for place, record in source.records:
+        found = _rows_of(f"{source.path}, {place}", record, chosen, used, names)
+        rows += found
+        places += [place] * len(found)
+    if rows[0].candidates:
+        kind = kind or "multiple choice"
+    elif rows[0].question:
+        kind = kind or "question answering"
+    elif source.container == "JSON":
+        captions = rows[0].caption
+        kind = kind or ("captions in JSON, as VINDLU and UMT have them" if captions else "JSON")
+    all_have_the_same(source.path, rows, places)
+    return Found(kind or source.container, rows,
+                 unused=tuple(name for name in source.columns if name not in used))
+
+
+def all_have_the_same(source, rows, places):
+    """DataError where some rows lack what others have; places: of the rows, in words."""
+    for what in ("label", "caption", "question", "answer", "candidates", "split", "part"):
+        has = [getattr(row, what) is not None for row in rows]
+        if any(has) and not all(has):
+            raise DataError(f"{source}, {places[has.index(False)]}: has no {what}, "
+                            "other lines have")
+
+
+def _rows_of(place, record, columns, used, names):
+    """The rows of one record; `used` collects the columns that something was made of."""
+    name_of = {field: next((name for name in choices if record.get(name) is not None), None)
+               for field, choices in columns.items()}
+    field = {key: record[name] if name else None for key, name in name_of.items()}
+    used |= set(name_of.values())
+    numbered = [name for name in record if NUMBERED.fullmatch(name)]
+    if field["candidates"] is None and numbered and field["answer"] is not None:
+        field["candidates"] = [record[name] for name in numbered]
+        used |= set(numbered)
+    path, caption, question, split = (field[key] for key in ("path", "caption", "question",
+                                                             "split"))
+    answer, candidates = field["answer"], field["candidates"]
+    if (name_of["path"] or "").endswith("id") and whole(path) is not None:
+        path = str(path)
+    if isinstance(caption, list) and isinstance(answer, int) and candidates is None:
+        caption, candidates = None, caption  # UMT's multiple choice
+    captions = _as_list(caption)
+    texts = [path, *captions, *_as_list(candidates),
+             *(text for text in (question, split) if text is not None)]
+    label, valid = _label(field["label"], name_of["label"] in SEVERAL)
+    if not all(isinstance(text, str) for text in texts) or not valid or not path.strip() \
+            or caption == []:
+        raise DataError(f"{place}: needs a \"path\", and path and caption must be text, label text "
+                        f"or a whole number, got {str(record)[:60]}")
+    if candidates is not None:
+        answer, candidates = _chosen(place, answer, candidates)
+        captions = [answer]
+    elif answer is not None:
+        answer = _most_frequent(place, answer)
+    path = names(record, path.strip(), place) if names else as_name(path)
+    row = Row(path, label, None, split_of(split and split.strip()), question or None, answer,
+              candidates)
+    return _with_parts(place, row, [text.strip() for text in captions], field)
+
+
+def _with_parts(place, row, captions, field):
+    """The row, once for each caption and its part."""
+    first, last = field["first_frame"], field["last_frame"]
+    if first not in (None, "") or last not in (None, ""):
+        row = row._replace(frames_part=part(place, first, last, in_frames=True))
+        row = row._replace(part=row.frames_part)
+    start, end, parts = field["start"], field["end"], field["parts"]
+    if start not in (None, "") or end not in (None, ""):
+        row = row._replace(part=part(place, start, end))
+    elif isinstance(parts, list) and parts:
+        parts = parts if isinstance(parts[0], list) else [parts]
+        if any(not isinstance(pair, list) or len(pair) != 2 for pair in parts) or (
+                len(parts) > 1 and captions and len(parts) != len(captions)):
+            raise DataError(f"{place}: parts are pairs [start, end], one for each caption, "
+                            f"got {str(field['parts'])[:60]}")
+        rows = [row._replace(part=part(place, *pair)) for pair in parts]
+        captions = captions or [None] * len(rows)
+        rows = rows if len(rows) > 1 else rows * len(captions)
+        return [one._replace(caption=text) for one, text in zip(rows, captions)]
+    return [row._replace(caption=text) for text in captions or [None]]
+
+
+def as_name(path):
+    """A path as a list has it; an id without a suffix is a tuple: any video suffix may follow."""
+    return path.strip() if is_media(path) else (path.strip(),)
+
+
+def split_of(text):
+    """"train" for train, Training ...; None for none; else, as for validate and test, "val"."""
+    return ("train" if text.lower().startswith("train") else "val") if text else None
+
+
+def _as_list(value):
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _label(value, several=False):
+    """(the label of a row, True where it is one): text, several of them, or one of each
+    question."""
+    if isinstance(value, dict):
+        parts = {key: _label(one) for key, one in value.items()}
+        return {key: one for key, (one, _) in parts.items()}, all(ok for _, ok in parts.values())
+    if isinstance(value, str) and several:
+        value = [one for one in map(str.strip, MARKS.split(value)) if one]
+    if isinstance(value, list):
+        parts = [_label(one) for one in value]
+        return tuple(one for one, _ in parts), all(ok and isinstance(one, str)
+                                                   for one, ok in parts)
+    if isinstance(value, str) or value is None:
+        return value and value.strip() or None, True
+    return str(whole(value)), whole(value) is not None
+
+
+def _chosen(place, answer, candidates):
+    """(the right one, all candidates) of a multiple choice whose answer is an index."""
+    if not isinstance(candidates, list) or not candidates:
+        raise DataError(f"{place}: the candidates of a multiple choice are a list of texts, "
+                        f"got {str(candidates)[:60]}")
+    right = whole(answer)
+    if right is None or right >= len(candidates):
+        raise DataError(f"{place}: the answer of a multiple choice is the place of the right one, "
+                        f"0 to {len(candidates) - 1}, got {str(answer)[:60]!r}")
+    return candidates[right], tuple(candidates)
+
+
+def _most_frequent(place, answer):
+    """The answer in words; of a list of answers the most frequent one."""
+    answers = _as_list(answer)
+    if not answers or not all(isinstance(text, str) or whole(text) is not None
+                              for text in answers):
+        raise DataError(f"{place}: an answer is a text, a whole number, or a list of these, "
+                        f"got {str(answer)[:60]!r}")
+    answers = [text if isinstance(text, str) else str(whole(text)) for text in answers]
+    return max(answers, key=answers.count)
+
+
+# ------------------------------------------------------------------------------------------------
+# Retrieval and captions
+
+
+def _read_msrvtt(source):
+    return Found("MSR-VTT", _msrvtt_rows(source.path, source.content))
+
+
+def _read_msrvtt_ids(source):
+    """A list of MSR-VTT's video ids, like its 9k list; the sentences are in the JSON beside it."""
+    path, ids = source.path, [str(record["video_id"]) for _, record in source.records]
+    found = [(file, parse_json(decode(file), file)) for file in source.beside("*.json")]
+    found = [(file, content) for file, content in found
+             if isinstance(content, dict) and {"videos", "sentences"} <= content.keys()]
+    if not found:
+        raise DataError(f"{path}: lists video ids alone; put MSRVTT_data.json, which has the "
+                        "sentences, beside it")
+
+    def unknown(content):
+        return len(set(ids) - {sentence["video_id"] for sentence in content["sentences"]})
+
+    # Two files are published, of different videos: take the one that knows most of these.
+    file, content = min(found, key=lambda pair: unknown(pair[1]))
+    rows = _msrvtt_rows(file, content, set(ids))
+    return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
+                 [row._replace(split=None) for row in rows])
+
+
+def _msrvtt_rows(path, content, wanted=None):
+    """A row for each sentence, or for those of the wanted ids."""
+    try:
+        splits = {video["video_id"]: video.get("split") for video in content["videos"]}
+        pairs = [(sentence["video_id"], sentence["caption"]) for sentence in content["sentences"]]
+        texts = [*splits, *(split for split in splits.values() if split is not None),
+                 *(text for pair in pairs for text in pair)]
+    except (KeyError, TypeError, AttributeError):
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{path}: MSR-VTT needs video_id in videos, video_id and caption in "
+                        "sentences, all of them text")
+    named = {name for name, _ in pairs}
+    unknown = sorted((wanted or set()) - named) or sorted(named - splits.keys())
+    if unknown:
+        raise DataError(f"{path}: {unknown[0]!r} is not both among its videos and in its sentences")
+    return [Row((name,), caption=caption.strip(), split=split_of(splits[name]))
+            for name, caption in pairs if wanted is None or name in wanted]
+
+
+def _read_msvd(source):
+    """Lines of an id and a sentence; the split lists of the field, where they lie beside it."""
+    splits = {line: split for split in ("train", "val", "test")
+              for file in source.beside(f"{split}_list.txt")
+              for line in map(str.strip, split_lines(decode(file))) if line}
+    rows = []
+    for number, line in source.lines:
+        name, _, caption = line.partition(" ")
+        if line.startswith("#") or splits and name not in splits:
+            continue
+        if not caption.strip():
+            raise DataError(f"{source.path}, line {number}: expected a video's id and a sentence, "
+                            f"got {line[:60]!r}")
+        rows.append(Row((name,), caption=caption.strip(), split=split_of(splits.get(name))))
+    notes = () if splits else ("the split lists train_list.txt, val_list.txt and test_list.txt "
+                               "are not beside it",)
+    return Found("MSVD", rows, notes=notes)
+
+
+def _paragraphs(source, kind, pairs, unused, notes):
+    """Found, a row for each video: its sentences joined, the field's protocol of these sets."""
+    sentences = {}
+    for names, text in pairs:
+        if not isinstance(text, str) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{source.path}: {kind} needs text in each sentence and name, got "
+                            f"{str(text)[:40]!r} of {str(names[0])[:40]!r}")
+        sentences.setdefault(names, []).append(text.strip())
+    return Found(kind, [Row(names, caption=" ".join(texts)) for names, texts in sentences.items()],
+                 unused=unused, notes=notes)
+
+
+def _read_didemo(source):
+    pairs = [((record["video"], str(record["video"]).rsplit(".", 1)[0]), record["description"])
+             for _, record in source.records]
+    unused = tuple(name for name in source.columns if name not in ("video", "description"))
+    return _paragraphs(source, "DiDeMo", pairs, unused, (
+        "all sentences of a video are one paragraph; their times are not used",))
+
+
+def _is_activitynet_captions(source):
+    content = source.content
+    return isinstance(content, dict) and bool(content) and all(
+        isinstance(one, dict) and {"timestamps", "sentences"} <= one.keys()
+        for one in content.values())
+
+
+def _read_activitynet_captions(source):
+    pairs = [((name, name.removeprefix("v_")), text) for name, one in source.content.items()
+             for text in one["sentences"]]
+    return _paragraphs(source, "ActivityNet Captions", pairs, ("timestamps", "duration"), (
+        "all sentences of a video are one paragraph; their times are not used",))
+
+
+def _read_lsmdc(source):
+    """Tab-separated, without header: id, two pairs of times in the film, sentence."""
+    rows = []
+    for number, line in source.lines:
+        fields = line.split("\t")
+        if len(fields) != 6:
+            raise DataError(f"{source.path}, line {number}: LSMDC has 6 columns, separated by "
+                            f"tabs, got {len(fields)}")
+        film = fields[0].rpartition("_")[0]
+        rows.append(Row((f"{film}/{fields[0]}", fields[0]), caption=fields[-1].strip()))
+    return Found("LSMDC", rows, notes=("its files are cut already: the times, which are those of "
+                                       "the film, are not used",))
+
+
+def _cut(name, part):
+    """Possible names of a clip: cut already, under two spellings, or a part of the whole video."""
+    start, end = int(part.start), int(part.end)
+    return f"{name}_{start:06d}_{end:06d}", f"{name}_{start}_{end}", (name, part)
+
+
+def _read_vatex(source):
+    def names(record, name, place):
+        match = re.fullmatch(r"(.+)_(\d+)_(\d+)", name)
+        return (name, (match[1], part(place, match[2], match[3]))) if match else (name,)
+    return read_records(source, "VATEX", names, path=("videoid",), caption=("encap",))
+
+
+def _read_internvid(source):
+    def names(record, name, place):
+        times = record["start_timestamp"], record["end_timestamp"]
+        return (f"{name}_{times[0]}_{times[1]}", (name, part(place, *times)))
+    found = read_records(source, "InternVid", names)
+    return found._replace(rows=[row._replace(part=None) for row in found.rows])
+
+
+def _read_coco(source):
+    content = source.content
+    try:
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        rows = [Row((files[one["image_id"]],), caption=one["caption"].strip())
+                for one in content["annotations"]]
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{source.path}: COCO captions need id and file_name in images, image_id "
+                        "and caption in annotations") from None
+    return Found("COCO captions", rows)
+
+
+def _read_webvid(source):
+    return read_records(
+        source, "WebVid", lambda record, name, _: (f"{record['page_dir']}/{name}", name),
+        path=("videoid",), caption=("name",), label=())
+
+
+# ------------------------------------------------------------------------------------------------
+# Questions
+
+
+def _is_numbered_qa(source):
+    return {"video_id", "question", "answer"} <= set(source.columns) and all(
+        whole(record.get("video_id")) is not None for _, record in source.records)
+
+
+def _read_numbered_qa(source):
+    """MSRVTT-QA and MSVD-QA tell videos by numbers; MSVD's map file gives their names."""
+    mapped = {}
+    for file in source.beside("youtube_mapping.txt"):
+        pairs = [line.split() for line in split_lines(decode(file)) if line.strip()]
+        mapped = {pair[-1]: pair[0] for pair in pairs}
+
+    def names(record, number, place):
+        known = mapped.get(f"vid{number}")
+        return (known,) if known else (f"video{number}", f"vid{number}", number)
+    return read_records(source, "MSVD-QA" if mapped else "MSRVTT-QA", names, path=("video_id",))
+
+
+def _read_nextqa(source):
+    folders = {}
+    for file in source.beside("map_vid_vidorID.json"):
+        folders = parse_json(decode(file), file)
+    return read_records(source, "NExT-QA", lambda record, name, _: (
+        *((folders[name],) if name in folders else ()), name), path=("video",))
+
+
+# ------------------------------------------------------------------------------------------------
+# Recognition
+
+
+def _read_kinetics(source):
+    """Files are id_start_end.mp4 as they are usually cut, or the whole video as id.mp4."""
+    def names(record, name, place):
+        cut = part(place, *(str(record.get(key)) for key in ("time_start", "time_end")))
+        label, split = record.get("label") or None, record.get("split") or None
+        folders = [label, label and label.replace(" ", "_"), split,
+                   label and split and f"{split}/{label}"]
+        *stems, whole_video = _cut(name, cut)
+        return (*(f"{folder}/{stem}" for stem in stems[:1] for folder in folders if folder),
+                *stems, whole_video)
+    found = read_records(source, "Kinetics", names, path=("youtube_id",))
+    return found._replace(rows=[row._replace(part=None) for row in found.rows])
+
+
+def _read_hvu(source):
+    """Kinetics' columns and several tags; a table of their categories makes them questions."""
+    category = {record["tag"]: record["category"] for file in source.beside("*Categories*.csv")
+                for _, record in read_source(file).records}
+    found = _read_kinetics(source._replace(columns=source.columns))
+    rows = [row if not category else row._replace(label={
+        question: tuple(tag for tag in row.label if category.get(tag) == question)
+        for question in sorted(set(category.values()))}) for row in found.rows]
+    return found._replace(kind="HVU", rows=rows)
+
+
+def _is_numbered_frames(source):
+    return not source.records and source.content is None and all(
+        re.fullmatch(r"\d+(;.*)?", line) for _, line in source.lines)
+
+
+def _read_numbered_frames(source):
+    """Jester and Something-Something V1: `id;label`, videos as folders of pictures."""
+    classes = [line for file in source.beside("*labels.csv")[:1]
+               for line in map(str.strip, split_lines(decode(file))) if line]
+    pairs = [line.partition(";")[::2] for _, line in source.lines]
+    return Found("Jester and Something-Something V1",
+                 [Row((name,), label.strip() or None) for name, label in pairs], classes or None)
+
+
+def _read_diving48(source):
+    classes = [parse_json(decode(file), file) for file in source.beside("*vocab*.json")[:1]]
+    names = ["_".join(words) for words in classes[0]] if classes else None
+    return read_records(source, "Diving48", path=("vid_name",))._replace(classes=names)
+
+
+def _read_epic(source):
+    """Three questions: the verb, the noun, and both together."""
+    names = {what: [record["key"] for file in source.beside(f"EPIC_100_{what}_classes.csv")
+                    for _, record in read_source(file).records] for what in ("verb", "noun")}
+
+    def label(record):
+        pair = {}
+        for what, known in names.items():
+            number = whole(record[f"{what}_class"])
+            if number is None or known and number >= len(known):
+                raise DataError(f"{source.path}: {record[f'{what}_class']!r} is no {what}_class")
+            pair[what] = known[number] if known else str(number)
+        return pair | {"action": " ".join(pair.values())}
+
+    def files(record, name, place):
+        person = name.split("_")[0]
+        return f"{person}/videos/{name}", f"{person}/rgb_frames/{name}", f"{person}/{name}", name
+    labels = [label(record) for _, record in source.records]
+    found = read_records(source, "EPIC-Kitchens-100", files, path=("video_id",), label=(),
+                         caption=("narration",))
+    used = ("verb_class", "noun_class")
+    return found._replace(
+        rows=[row._replace(label=one) for row, one in zip(found.rows, labels)],
+        classes={what: known for what, known in names.items() if known} or None,
+        unused=tuple(name for name in found.unused if name not in used))
+
+
+def _read_charades(source):
+    """Several classes a video: `c092 11.90 21.20;c147 0.00 12.60`."""
+    known = dict(line.split(" ", 1) for file in source.beside("Charades_v1_classes.txt")
+                 for line in map(str.strip, split_lines(decode(file))) if line)
+    rows = []
+    for place, record in source.records:
+        codes = dict.fromkeys(one.split()[0] for one in record["actions"].split(";") if one.strip())
+        unknown = [code for code in codes if known and code not in known]
+        if unknown:
+            raise DataError(f"{source.path}, {place}: the class {unknown[0]!r} is not in "
+                            "Charades_v1_classes.txt")
+        rows.append(Row((record["id"],), tuple(known.get(code, code) for code in codes)))
+    return Found("Charades", rows, list(known.values()) or None,
+                 unused=tuple(name for name in source.columns if name not in ("id", "actions")),
+                 notes=("a video has the classes of all its actions; their times are not used",))
+
+
+def _read_something(source):
+    """Something-Something V2: labels are templates without brackets; a labels file numbers them."""
+    path, classes = source.path, None
+    for file in source.beside("*labels.json"):
+        classes = _numbered_templates(file)
+    known, rows = set(classes or ()), []
+    for place, item in source.records:
+        name, template, caption = item.get("id"), item.get("template"), item.get("label")
+        name = name if isinstance(name, str) else whole(name)
+        if name in (None, "") or not all(text is None or isinstance(text, str)
+                                         for text in (template, caption)):
+            raise DataError(f"{path}, {place}: needs an \"id\", and template and label must "
+                            "be text")
+        label = template and template.replace("[", "").replace("]", "")
+        if label and classes and label not in known:
+            raise DataError(f"{path}, {place}: its template {label!r} is not in the labels "
+                            "file beside it")
+        rows.append(Row((str(name),), label or None, caption))
+    if classes is None and any(row.label for row in rows):
+        raise DataError(f"{path}: put something-something-v2-labels.json, which numbers the "
+                        "templates, beside it")
+    all_have_the_same(path, rows, [place for place, _ in source.records])
+    return Found("Something-Something V2", rows, classes)
+
+
+def _numbered_templates(file):
+    """The templates of a labels file, in the order of their numbers."""
+    numbers = parse_json(decode(file), file)
+    if isinstance(numbers, dict):
+        whole_numbers = {name: whole(number) for name, number in numbers.items()}
+        if set(whole_numbers.values()) == set(range(len(whole_numbers))):
+            return sorted(whole_numbers, key=whole_numbers.get)
+    raise DataError(f"{file}: does not number the templates, 0 to one less than there are, "
+                    "each once")
+
+
+def _is_label_names(source):
+    content = source.content
+    return isinstance(content, dict) and bool(content) and all(
+        str(value).isdecimal() for value in content.values())
+
+
+def _refuse_label_names(source):
+    raise DataError(f"{source.path}: this is the file of label names; give the list of videos "
+                    "that lies beside it")
+
+
+def read_hmdb51(source):
+    """All classes of the split that this file belongs to; 1 = train, 2 = test, 0 = in neither."""
+    path = source.path
+    number = re.search(r"_test_split(\d)\.txt$", path.name)[1]
+    ending, rows, classes = f"_test_split{number}.txt", [], []
+    for file in source.beside("*" + ending):
+        label = file.name[:-len(ending)]
+        classes.append(label)
+        for at, line in enumerate(split_lines(decode(file)), 1):
+            name, _, flag = line.strip().rpartition(" ")
+            if line.strip() and (flag not in ("0", "1", "2") or not is_media(name)):
+                raise DataError(f"{file}, line {at}: expected a video's name and 0, 1 or 2, "
+                                f"got {line[:60]!r}")
+            if line.strip() and flag != "0":
+                rows.append(Row((f"{label}/{name.strip()}", name.strip()), label,
+                                split="train" if flag == "1" else "val"))
+    return Found(f"HMDB51, split {number}", rows, classes)
+
+
+def _read_ucf101(source):
+    name = source.path.name
+    stems = [line.split(" ")[0] for _, line in source.lines]
+    split = {"train": "train", "testl": "val"}.get(name[:5])
+    number = re.search(r"list0?(\d)", name)
+    rows = [Row((stem, stem.split("/")[-1]), stem.split("/")[-2], split=split) for stem in stems]
+    return Found("UCF101" + (f", split {number[1]}" if number else ""), rows,
+                 ucf101_classes(source.path.parent))
+
+
+def ucf101_classes(folder):
+    """Names in the order of classInd.txt, None where there is no such file."""
+    path = folder / "classInd.txt"
+    if not path.is_file():
+        return None
+    pairs = [line.split(maxsplit=1) for line in split_lines(decode(path)) if line.strip()]
+    if any(len(pair) != 2 or whole(pair[0]) is None for pair in pairs):
+        raise DataError(f"{path}: expected lines like '1 ApplyEyeMakeup'")
+    named = {whole(number): name.strip() for number, name in pairs}
+    if sorted(named) != list(range(1, len(pairs) + 1)):
+        raise DataError(f"{path}: its numbers are not 1 to {len(pairs)}, each once")
+    return [named[number] for number in sorted(named)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Lists without a header
+
+_WHOLE = re.compile(r"(.+?)[ ,]+0[ ,]+-1(?:[ ,]+(\d+))?")
+_NUMBERS = re.compile(r"(.+\.\w{2,5})((?:[ ,;\t]+\d+){2,})")
+_FOLDER = re.compile(r"(.+?)[ ,;\t]+(\d+)(?:[ ,;\t]+(\d+))?")
+
+
+def _lines_match(pattern, media):
+    def matches(source):
+        found = [pattern.fullmatch(line) for _, line in source.lines]
+        return not source.records and source.content is None and all(
+            match and is_media(match[1]) == media for match in found)
+    return matches
+
+
+def _read_whole(source):
+    matches = [_WHOLE.fullmatch(line) for _, line in source.lines]
+    return Found("VideoMAE V2's list of whole videos",
+                 [Row(match[1], match[2]) for match in matches])
+
+
+def _read_several(source):
+    """`path 1 5 7`: classes of one video. Refused where it could be `path start end label`."""
+    matches = [_NUMBERS.fullmatch(line) or re.fullmatch(r"(.+\.\w{2,5})[ ,;\t]+(\d+)", line)
+               for _, line in source.lines]
+    labels = [tuple(re.findall(r"\d+", match[2])) for match in matches]
+    commas = all("," in match[2].strip(" ,;\t") for match in matches if len(match[2].split()) > 1)
+    if len({len(one) for one in labels}) == 1 and not commas:
+        raise DataError(f"{source.path}: {len(labels[0])} numbers behind each path may be classes, "
+                        "or a part and a class; write a header, 'path,labels' or "
+                        "'path,start,end,label'")
+    return Found("list of paths with several labels",
+                 [Row(match[1].strip().strip('"'), label) for match, label in zip(matches, labels)])
+
+
+def _is_several(source):
+    one = re.compile(r"(.+\.\w{2,5})([ ,;\t]+\d+)+")
+    return _lines_match(one, True)(source) and any(_NUMBERS.fullmatch(line)
+                                                   for _, line in source.lines)
+
+
+def _read_frame_folders(source):
+    """`folder frames label`, as TSN and mmaction2 have it; VideoMAE V2: `folder 0 frames`."""
+    rows, matches = [], [_FOLDER.fullmatch(line) for _, line in source.lines]
+    from_zero = all(match[2] == "0" and match[3] not in (None, "0") for match in matches)
+    for (number, _), match in zip(source.lines, matches):
+        count, label = (match[3], None) if from_zero else (match[2], match[3])
+        cut = part(f"{source.path}, line {number}", 0, count, in_frames=True)
+        rows.append(Row(match[1].strip().strip('"'), label, part=cut))
+    return Found("list of `folder frames label` lines", rows)
+
+
+def _read_list(source):
+    """`path` or `path label` lines."""
+    path, lines = source.path, source.lines
+    if all(is_media(line) for _, line in lines):
+        return Found("list of paths", [Row(line.strip('"')) for _, line in lines])
+
+    def splits_off_a_video(separator):
+        return sum(separator in line and is_media(line.rsplit(separator, 1)[0])
+                   for _, line in lines)
+    # Split at the last separator: a path may contain it too. A quoted label may contain it as well.
+    separator = max(("::", "\t", ";", ",", " "), key=splits_off_a_video)
+    quoted = re.compile(r'(.+?)\s*[;,\t ]\s*"([^"]*)"')
+    rows = [(number, match[1], match[2]) if (match := quoted.fullmatch(line)) else
+            (number, *line.rpartition(separator)[::2]) for number, line in lines]
+    if rows[0][1].strip().lower() in PATH_COLUMNS:
+        del rows[0]
+    for number, name, label in rows:
+        if not is_media(name):
+            raise DataError(f"{path}, line {number}: expected 'path label', a video's name and "
+                            f"then a space, comma, tab or '::', got {(name or label)[:60]!r}")
+    return Found("list of `path label` lines",
+                 [Row(name.strip().strip('"'), label.strip() or None) for _, name, label in rows])
+
+
+def _keys(*names):
+    def matches(source):
+        return isinstance(source.content, dict) and set(names) <= source.content.keys()
+    return matches
+
+
+def _named(pattern):
+    return lambda source: re.fullmatch(pattern, source.path.name) is not None
+
+
+def _lines(pattern):
+    def matches(source):
+        return not source.records and source.content is None and all(
+            re.match(pattern, line) for _, line in source.lines if line[0] != "#")
+    return matches
+
+
+def _table(kind):
+    return functools.partial(read_records, kind=kind)
+
+
+# The first that recognises a source reads it: special formats before general ones.
+FORMATS = (
+    Format("MSR-VTT", ("videos", "sentences"), _read_msrvtt, "MSRVTT_data.json",
+           '{"videos": [{"video_id": "video0", "split": "train"}],\n'
+           ' "sentences": [{"video_id": "video0", "caption": "a car drives"}]}',
+           ("TrainValVideo/video0.mp4",), _keys("videos", "sentences"),
+           "captions; the videos may lie in two folders, as TrainValVideo and TestVideo"),
+    Format("MSR-VTT ids", ("video_id",), _read_msrvtt_ids, "MSRVTT_train.9k.csv",
+           "video_id\nvideo0", ("videos/video0.mp4",),
+           lambda source: source.columns == ("video_id",),
+           "the list of the 9k split; MSRVTT_data.json lies beside it"),
+    Format("MSR-VTT 1k-A", ("vid_key", "video_id", "sentence"), _table("MSR-VTT 1k-A"),
+           "MSRVTT_JSFUSION_test.csv",
+           'key,vid_key,video_id,sentence\nret0,msr9770,video9770,"a cat, asleep"',
+           ("videos/video9770.mp4",), None, "captions of the usual test set"),
+    Format("MSRVTT-QA and MSVD-QA", ("video_id", "question", "answer"), _read_numbered_qa,
+           "val_qa.json",
+           '[{"category_id": 1, "video_id": 6513, "question": "what is he doing?",\n'
+           '  "answer": "cook", "id": 1}]', ("videos/video6513.mp4",), _is_numbered_qa,
+           "video_id is a number; MSVD-QA's youtube_mapping.txt lies beside it"),
+    Format("MSVD", (), _read_msvd, "AllVideoDescriptions.txt",
+           "mv89psg6zh4_33_46 a bird is bathing in a sink\n"
+           "mv89psg6zh4_33_46 a bird splashes",
+           ("YouTubeClips/mv89psg6zh4_33_46.avi",),
+           lambda source: _named("AllVideoDescriptions.txt")(source)
+           or _lines(r"[\w-]{11}_\d+_\d+ [^\d\s]")(source),
+           "lines of an id and a sentence; train_list.txt, val_list.txt and test_list.txt beside it "
+           "are its splits"),
+    Format("DiDeMo", ("video", "description", "times"), _read_didemo, "test_data.json",
+           '[{"video": "user1_1.avi", "description": "a dog runs in", "times": [[0, 0]]},\n'
+           ' {"video": "user1_1.avi", "description": "it leaves", "times": [[1, 1]]}]',
+           ("videos/user1_1.avi",), None, "all sentences of a video are one paragraph"),
+    Format("ActivityNet Captions", ("v_...", "timestamps", "sentences"),
+           _read_activitynet_captions, "val_1.json",
+           '{"v_ab": {"duration": 9.5, "timestamps": [[0, 4], [4, 9]],\n'
+           '          "sentences": ["A dog runs in.", "It leaves."]}}',
+           ("videos/v_ab.mp4",), _is_activitynet_captions,
+           "all sentences of a video are one paragraph"),
+    Format("LSMDC", (), _read_lsmdc, "LSMDC16_annos_test.csv",
+           "1004_Juno_00.00.32.238-00.00.37.202\t00.00.32.238\t00.00.37.202\t00.00.32.238\t"
+           "00.00.37.202\tSomeone walks.",
+           ("1004_Juno/1004_Juno_00.00.32.238-00.00.37.202.avi",),
+           _lines(r"\S+_\d\d\.\d\d\.\d\d\.\d+-\S+\t"), "tab-separated, without header"),
+    Format("VATEX", ("videoid", "encap"), _read_vatex, "vatex_training_v1.0.json",
+           '[{"videoID": "Ptf_2VRj-V0_000122_000132", "enCap": ["A boy climbs.", "A wall."],\n'
+           '  "chCap": []}]', ("videos/Ptf_2VRj-V0_000122_000132.mp4",), None,
+           "English captions; files are cut already, or parts of ID.mp4"),
+    Format("InternVid", ("youtubeid", "start_timestamp", "end_timestamp", "caption"),
+           _read_internvid, "InternVid-10M-FLT.jsonl",
+           '{"YoutubeID": "aaa", "Start_timestamp": "00:00:04.000", "End_timestamp": '
+           '"00:00:08.000",\n "Caption": "a field"}'.replace("\n ", " "), ("aaa.mp4",), None,
+           "parts of whole videos; or files called aaa_00:00:04.000_00:00:08.000.mp4"),
+    Format("COCO captions", ("images", "annotations"), _read_coco, "captions_val2014.json",
+           '{"images": [{"id": 9, "file_name": "COCO_val2014_000000000009.jpg"}],\n'
+           ' "annotations": [{"image_id": 9, "caption": "a plate"}]}',
+           ("val2014/COCO_val2014_000000000009.jpg",), _keys("images", "annotations"),
+           "image-text data, for --images of stage clip"),
+    Format("HVU", ("tags", "youtube_id", "time_start", "time_end"), _read_hvu,
+           "HVU_Train_V1.0.csv", "Tags,youtube_id,time_start,time_end\n"
+           "running|dog|park,ab,5,15", ("ab_000005_000015.mp4",), None,
+           "several labels a video; HVU_Tags_Categories_V1.0.csv beside it makes one question of "
+           "each category"),
+    Format("Kinetics", ("youtube_id", "time_start", "time_end"), _read_kinetics, "train.csv",
+           "label,youtube_id,time_start,time_end,split\nriding a bike,ab,5,15,train",
+           ("train/riding a bike/ab_000005_000015.mp4",), None,
+           "files are ID_start_end.mp4, in class folders or not, or parts of ID.mp4"),
+    Format("WebVid", ("videoid", "page_dir", "name"), _read_webvid, "results_2M_train.csv",
+           "videoid,contentUrl,duration,page_dir,name\n"
+           "12,https://x/12.mp4,PT00H00M09S,006001_006050,A wave breaks.",
+           ("videos/006001_006050/12.mp4",), None, "captions"),
+    Format("TGIF-QA", ("gif_name", "question", "answer"), _table(None), "Test_frameqa_question.csv",
+           "gif_name\tquestion\tanswer\ntumblr_1\twhat runs ?\tdog", ("gifs/tumblr_1.gif",), None,
+           "tab-separated; a1 to a5 are the candidates of a multiple choice"),
+    Format("NExT-QA", ("video", "question", "answer", "qid", "a0"), _read_nextqa, "val.csv",
+           "video,frame_count,question,answer,qid,type,a0,a1,a2\n"
+           "4010069381,369,how does he move,1,6,CH,runs,walks,jumps",
+           ("videos/4010069381.mp4",), None,
+           "multiple choice; map_vid_vidorID.json beside it tells the folders"),
+    Format("Jester and Something-Something V1", (), _read_numbered_frames,
+           "jester-v1-train.csv", "100;Swiping Left\n101;Thumb Up",
+           ("20bn-jester-v1/100/", "20bn-jester-v1/101/"), _is_numbered_frames,
+           "folders of pictures; the file *labels.csv beside it fixes the order of classes"),
+    Format("Something-Something V2", ("id", "template"), _read_something,
+           "something-something-v2-train.json",
+           '[{"id": "7", "label": "dropping a pen", "template": "Dropping [something]"}]',
+           ("videos/7.webm",), lambda source: source.container == "JSON" and "id" in source.columns
+           and not set(source.columns) & set(PATH_COLUMNS),
+           "something-something-v2-labels.json beside it numbers the templates"),
+    Format("Diving48", ("vid_name", "label", "start_frame", "end_frame"), _read_diving48,
+           "Diving48_V2_train.json",
+           '[{"vid_name": "2x00lRzlTVQ_00000", "label": 34, "start_frame": 0, "end_frame": 139}]',
+           ("rgb/2x00lRzlTVQ_00000.mp4",), None,
+           "Diving48_vocab.json beside it names the classes"),
+    Format("EPIC-Kitchens-100", ("narration_id", "video_id", "verb_class", "noun_class"),
+           _read_epic, "EPIC_100_train.csv",
+           "narration_id,video_id,start_timestamp,stop_timestamp,start_frame,stop_frame,narration,"
+           "verb,verb_class,noun,noun_class\nP01_01_0,P01_01,00:00:00.14,00:00:03.37,8,202,open "
+           "door,open,3,door,3", ("P01/videos/P01_01.MP4",), None,
+           "three questions: verb, noun, action; EPIC_100_verb_classes.csv and "
+           "EPIC_100_noun_classes.csv beside it name the classes"),
+    Format("Charades", ("id", "actions"), _read_charades, "Charades_v1_train.csv",
+           "id,subject,actions,length\n46GP8,HR43,c092 11.90 21.20;c147 0.00 12.60,24.83",
+           ("Charades_v1/46GP8.mp4",), None,
+           "several classes a video; Charades_v1_classes.txt beside it names them"),
+    Format("HMDB51", (), read_hmdb51, "wave_test_split1.txt", "a.avi 1\nb.avi 2",
+           ("wave/a.avi", "wave/b.avi"),
+           lambda source: _named(r".+_test_split\d\.txt")(source)
+           and source.lines[0][1][-1] in "012",
+           "1 = train, 2 = test; the files of all classes lie in one folder"),
+    Format("UCF101", (), _read_ucf101, "trainlist01.txt",
+           "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1",
+           ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi",),
+           _lines(r"(.+)/v_\w+_g\d\d_c\d\d\.\w+(?: \d+)?$"),
+           "classInd.txt beside it fixes the order of classes"),
+    Format("VideoMAE V2's list of whole videos", (), _read_whole, "k710.csv",
+           "a.mp4 0 -1 3\nb.mp4 0 -1 1", ("a.mp4", "b.mp4"), _lines_match(_WHOLE, True),
+           "`path 0 -1`, with or without a class"),
+    Format("list of paths with several labels", (), _read_several, "multi.txt",
+           "a.mp4 1 5 7\nb.mp4 5", ("a.mp4", "b.mp4"), _is_several,
+           "as mmaction2 has it"),
+    Format("list of `folder frames label` lines", (), _read_frame_folders, "rawframes.txt",
+           "data/clap_0 12 0\ndata/wave_0 12 1", ("data/clap_0/", "data/wave_0/"),
+           _lines_match(_FOLDER, False),
+           "folders of numbered pictures, as TSN and mmaction2 have them"),
+    Format("file of label names", (), _refuse_label_names, "labels.json",
+           '{"Dropping something": "0"}', (), _is_label_names, "refused: it lists no video"),
+    Format("table, JSON list or JSON lines", ("path",), read_records, "train.csv",
+           "path,start,end,label\nlong.mp4,0,4,red\nlong.mp4,0:04,00:00:08.000,blue",
+           ("long.mp4",),
+           lambda source: bool(source.records) and any(
+               set(record) & set(PATH_COLUMNS) for _, record in source.records),
+           "any column names of the table below"),
+    Format("list of `path label` lines", (), _read_list, "train.txt", "a.mp4 0\nb.mp4 1",
+           ("a.mp4", "b.mp4"),
+           lambda source: not source.records and source.content is None,
+           "separated by space, tab, comma, semicolon or `::`; or `path` alone"),
+)
+
+
+def read_list(source):
+    """Source -> Found, by the first format that recognises it. DataError where none does."""
+    for one in FORMATS:
+        if one.recognises(source):
+            return one.read(source)
+    raise DataError(f"{source.path}: no known format; {nearest(source)}")
+
+
+def as_text():
+    """docs/formats.md below its head: each format with its example."""
+    def page():
+        for one in FORMATS:
+            yield f"## {one.name}\n\n{one.about[:1].upper()}{one.about[1:]}.\n"
+            lies = ", ".join(f"`{name}`" for name in one.videos)
+            yield f"`{one.file}`" + (f", beside {lies}" if lies else "") + ":\n"
+            yield "\n".join("    " + line for line in one.example.splitlines()) + "\n"
+    return "\n".join(page())

@@ -1,0 +1,216 @@
+"""A list as text, before its format is known: lines, a table with a header, JSON, JSON lines.
+
+    file --> decode --> Source(lines, content of JSON, columns, records)
+
+A table, JSON lines and a JSON list of objects become the same: records of named values, in lower
+case. So one reader of a format serves all three (video/formats.py).
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from video.rows import DataError, Part, is_media
+
+_TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".list")
+PATH_COLUMNS = ("path", "file_name", "filename", "file", "video_path", "clip_path", "image_path",
+                "video", "image", "video_name", "vid_name", "clip_name", "gif_name", "video_id",
+                "vid_id", "vid", "youtubeid", "youtube_id", "videoid")
+
+
+class Source(NamedTuple):
+    """A list that was read, of any format."""
+
+    path: Path
+    lines: list  # of (line number, stripped line), without empty ones
+    content: object = None  # of JSON
+    container: str = "list"  # list, table with a header, JSON, JSON lines
+    columns: tuple = ()  # names of the records' values, lower case, as they come
+    records: list = ()  # of (place in words, {column: value})
+
+    def beside(self, pattern):
+        """Files in the list's folder whose names match a pattern, sorted."""
+        return sorted(self.path.parent.glob(pattern))
+
+
+def must_be_a_file(path):
+    """DataError where there is no readable regular file. Reading a pipe could wait for ever."""
+    try:
+        kind = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: it can be no name
+        raise DataError(f"{path}: no such file or folder") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(kind):
+        raise DataError(f"{path}: a folder, a pipe or a device in place of a file")
+
+
+def decode(path):
+    """The text of a file: UTF-8, or UTF-16 with its mark. DataError where it is no text."""
+    must_be_a_file(path)
+    raw = path.read_bytes()
+    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return raw.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        if path.suffix.lower() in _TEXT_SUFFIXES and (wide or b"\0" not in raw):
+            line = raw[:error.start].count(b"\n") + 1
+            raise DataError(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not "
+                            f"{'UTF-16' if wide else 'UTF-8; save the list with that encoding'}"
+                            ) from None
+        raise DataError(f"{path}: neither a video nor a text file; give a folder of videos, one "
+                        "video, or a list with 'path label' on each line") from None
+
+
+def split_lines(text):
+    """The lines of a text. str.splitlines would also split captions, at U+2028 or form feeds."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def parse_json(text, place):
+    """What a JSON text holds; DataError that names the place where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error})") from None
+
+
+def read_source(path):
+    """Read a list -> Source. Raises DataError: no text, empty, broken JSON, a broken row."""
+    text = decode(path)
+    lines = [(number, line)
+             for number, line in enumerate(map(str.strip, split_lines(text)), 1) if line]
+    if not lines:
+        raise DataError(f"{path}: the list is empty; write 'path label' on each line")
+    if path.suffix.lower() == ".jsonl":
+        return _json_lines(path, lines)
+    if lines[0][1][0] in "[{":
+        return _json(path, text, lines)
+    for delimiter in "\t;,":
+        names = [name.strip().strip('"').lower() for name in lines[0][1].split(delimiter)]
+        if not any(map(is_media, names)) and (set(names) & set(PATH_COLUMNS) or "id" in names[:1]
+                                              and len(names) > 1):
+            return _table(path, text, lines, delimiter)
+    return Source(path, lines)
+
+
+def _json(path, text, lines):
+    try:
+        content = parse_json(text, path)
+    except DataError as error:
+        if "Extra data" in str(error):
+            return _json_lines(path, lines)
+        raise
+    if isinstance(content, dict) and {key.lower() for key in content} & set(PATH_COLUMNS):
+        content = [content]
+    if isinstance(content, list) and content and all(isinstance(one, dict) for one in content):
+        records = [(f"entry {number}", one) for number, one in enumerate(content, 1)]
+        return _with_columns(Source(path, lines, content, "JSON", records=records))
+    return Source(path, lines, content, "JSON")
+
+
+def _json_lines(path, lines):
+    """An object on each line, with the same names for the keys as columns have."""
+    records = []
+    for number, line in lines:
+        item = parse_json(line, f"{path}, line {number}")
+        if not isinstance(item, dict):
+            raise DataError(f"{path}, line {number}: expected an object like "
+                            '{"path": "dog.mp4", "caption": "a dog runs"}, got ' + line[:40])
+        records.append((f"line {number}", item))
+    return _with_columns(Source(path, lines, None, "JSON lines", records=records))
+
+
+def _with_columns(source):
+    """The source with its columns, and with the keys of all records in lower case."""
+    columns, records = {}, []
+    for place, record in source.records:
+        small = {key.strip().lower(): value for key, value in record.items()}
+        if len(small) < len(record):
+            raise DataError(f"{source.path}, {place}: two of its keys differ in case alone")
+        columns |= dict.fromkeys(small)
+        records.append((place, small))
+    return source._replace(columns=tuple(columns), records=records)
+
+
+def _table(path, text, lines, delimiter, quoting=csv.QUOTE_MINIMAL):
+    """A table whose header names its columns."""
+    # Strict: otherwise an unclosed quote makes the rest of the file one caption.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting,
+                        strict=True)
+    names, records = None, []
+    while True:
+        line = reader.line_num + 1  # the first of the row; quoted text may hold line breaks
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            if delimiter == "\t" and quoting != csv.QUOTE_NONE:  # such files often have no quoting
+                return _table(path, text, lines, delimiter, csv.QUOTE_NONE)
+            raise DataError(f"{path}, line {line}: not a row of a table ({error}); quoted text "
+                            "ends with a quote, and a quote within it is doubled") from None
+        if row is None:
+            break
+        if not row or len(row) == 1 and not row[0].strip():
+            continue
+        if names is None:
+            names = [name.strip().lower() for name in row]
+            twice = next((name for name in names if name and names.count(name) > 1), None)
+            if twice:
+                raise DataError(f"{path}, line {line}: two columns are called {twice!r}")
+            continue
+        if len(row) != len(names):
+            raise DataError(f"{path}, line {line}: {len(row)} columns, but the header has "
+                            f"{len(names)}; put quotes around text that contains the separator")
+        values = zip(names, map(str.strip, row))
+        records.append((f"line {line}", {name: value for name, value in values if name}))
+    if not records:
+        raise DataError(f"{path}: has a header and no line below it")
+    columns = tuple(name for name in names if name)
+    return Source(path, lines, None, "table with a header", columns, records)
+
+
+# ------------------------------------------------------------------------------------------------
+# Values
+
+
+def whole(value):
+    """The whole number >= 0 that a value of JSON or a text means, or None.
+
+    7, "7", and 7.0 (where a column had gaps) are 7. true, 7.5 and what fits no int64 are none.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() and len(value) <= 18 else None
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_int and 0 <= value < 10**18 else None
+
+
+def seconds(value):
+    """A time in seconds: 7, 7.5, "7.5", "1:07", "0:01:07.250". None where it is none."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(?:(?:(\d+):)?(\d{1,2}):)?(\d+(?:[.,]\d*)?)", value.strip())
+        if not match:
+            return None
+        hours, minutes, rest = match.groups()
+        value = int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(rest.replace(",", "."))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) and value >= 0 else None
+
+
+def part(place, start, end, in_frames=False):
+    """Part from two values as written. DataError where they are none, or name nothing."""
+    read = whole if in_frames else seconds
+    first, last = read(start), read(end)
+    if first is None or last is None or last <= first:
+        unit = "frame numbers" if in_frames else "seconds, or hh:mm:ss.mmm"
+        raise DataError(f"{place}: a part of a video needs a start and a later end, in {unit}, got "
+                        f"{str(start)[:30]!r} and {str(end)[:30]!r}")
+    return Part(first, last, in_frames)
