@@ -317,11 +317,21 @@ def collate(items):
     good = [item for item in items if item["video"] is not None]
     batch = {key: [item[key] for item in good] for key in BATCH_LISTS if good and key in good[0]}
     questions = dict.fromkeys(question for item in good for question in item.get("labels", ()))
-    batch["labels"] = {question: torch.tensor([item["labels"].get(question, -1) for item in good])
+    batch["labels"] = {question: collate_labels([item["labels"].get(question) for item in good])
                        for question in questions}
     batch["bad"] = [entry for item in items for entry in item.get("bad", ())]
     batch["video"] = torch.from_numpy(np.stack([item["video"] for item in good])) if good else None
     return batch
+
+
+def collate_labels(labels):
+    """The answers of several clips to one question, None = none: int64 (B,), -1 = none; where a
+    clip may have several answers, float32 (B, Y) with a one for each, no one = none."""
+    several = next((label for label in labels if np.ndim(label)), None)
+    if several is None:
+        return torch.tensor([-1 if label is None else label for label in labels])
+    rows = [np.zeros(len(several)) if label is None else label for label in labels]
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
 def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, rank=0, world=1,
@@ -336,7 +346,7 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
     workers  processes that load ahead; 0 = load in this one
     repeats  clips of each file side by side, each with its own random draws (repeated augmentation,
              arXiv 1901.09335, as VideoMAE uses it); finite data sets only
-    yields   dict: "video" uint8 (B, T, H, W, 3), "labels" {question: int64 (B,)}, -1 = none, "bad"
+    yields   dict: "video" uint8 (B, T, H, W, 3), "labels" {question: see `collate_labels`}, "bad"
              list of (path, reason), and lists such as "caption" and "path", see BATCH_LISTS
     raises   DataError where the data set does, or for a batch of nothing but unreadable files
     """

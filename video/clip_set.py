@@ -1,10 +1,13 @@
 """The one interface of all data sets: files, tar shards, the generated world.
 
     item   {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, "bad": [...],
-            "part": of the video or None, "clip": a number that tells clips apart,
+            "part": a video.rows.Part or None = all of it, "clip": a number that tells clips apart,
             and where there are any "caption", "captions", "question", "answer", "candidates"}
     batch  the same of several clips: "video" uint8 (B, T, H, W, 3),
            "labels" {question: int64 (B,)}, lists of the rest; see data.batches
+
+A clip may have several answers to the questions in `several`. Its label is then a uint8 or float32
+vector (Y,) with a one for each, in a batch float32 (B, Y).
 
 A stage that knows only this interface runs on any of them.
 """
@@ -17,6 +20,7 @@ class ClipSet:
 
     source = ""  # the name for messages
     classes = {}  # {question: names in label order}; {} = no labels
+    several = frozenset()  # the questions to which a clip may have several answers
     captions = None  # of files: parallel to the items; None = none
     states_facts = False  # True: `facts_in` can tell what a sentence states
     prompts_combine_by = "probabilities"  # how `sentences` are averaged: see clip_video.zero_shot
