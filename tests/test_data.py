@@ -638,7 +638,7 @@ def test_a_check_decodes_to_the_end(tmp_path):
     content = bytearray(whole.read_bytes())
     content[packet.pos:packet.pos + packet.size] = b"\xff" * packet.size
     whole.write_bytes(content)
-    result, = check(read(whole).rows)
+    result, = check(annotations.read(whole).rows)
     assert "damaged" in result["bad"] and result["info"].frames == 30
 
 

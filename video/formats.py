@@ -13,10 +13,11 @@ the example from the row. Most readers are calls of `read_records` with the name
 
 import functools
 import re
+import textwrap
 from typing import Callable, NamedTuple
 
 from video.rows import DataError, Found, Row, is_media
-from video.texts import PATH_COLUMNS, decode, parse_json, part, read_source, split_lines, whole
+from video.texts import PATH_COLUMNS, decode, parse_json, part, read_table, split_lines, whole
 
 COLUMNS = {  # what a column of a table, or a key of JSON, may be called
     "path": PATH_COLUMNS,
@@ -422,8 +423,8 @@ def _read_kinetics(source):
 def _read_hvu(source):
     """Kinetics' columns and several tags; a table of their categories makes them questions."""
     category = {record["tag"]: record["category"] for file in source.beside("*Categories*.csv")
-                for _, record in read_source(file).records}
-    found = _read_kinetics(source._replace(columns=source.columns))
+                for _, record in read_table(file)}
+    found = _read_kinetics(source)
     rows = [row if not category else row._replace(label={
         question: tuple(tag for tag in row.label if category.get(tag) == question)
         for question in sorted(set(category.values()))}) for row in found.rows]
@@ -453,7 +454,7 @@ def _read_diving48(source):
 def _read_epic(source):
     """Three questions: the verb, the noun, and both together."""
     names = {what: [record["key"] for file in source.beside(f"EPIC_100_{what}_classes.csv")
-                    for _, record in read_source(file).records] for what in ("verb", "noun")}
+                    for _, record in read_table(file)] for what in ("verb", "noun")}
 
     def label(record):
         pair = {}
@@ -688,7 +689,7 @@ FORMATS = (
            '{"videos": [{"video_id": "video0", "split": "train"}],\n'
            ' "sentences": [{"video_id": "video0", "caption": "a car drives"}]}',
            ("TrainValVideo/video0.mp4",), _keys("videos", "sentences"),
-           "captions; the videos may lie in two folders, as TrainValVideo and TestVideo"),
+           "captions; the videos may lie in two folders, TrainValVideo and TestVideo"),
     Format("MSR-VTT ids", ("video_id",), _read_msrvtt_ids, "MSRVTT_train.9k.csv",
            "video_id\nvideo0", ("videos/video0.mp4",),
            lambda source: source.columns == ("video_id",),
@@ -701,7 +702,7 @@ FORMATS = (
            "val_qa.json",
            '[{"category_id": 1, "video_id": 6513, "question": "what is he doing?",\n'
            '  "answer": "cook", "id": 1}]', ("videos/video6513.mp4",), _is_numbered_qa,
-           "video_id is a number; MSVD-QA's youtube_mapping.txt lies beside it"),
+           "videos have numbers; MSVD-QA's youtube_mapping.txt, which names them, lies beside it"),
     Format("MSVD", (), _read_msvd, "AllVideoDescriptions.txt",
            "mv89psg6zh4_33_46 a bird is bathing in a sink\n"
            "mv89psg6zh4_33_46 a bird splashes",
@@ -738,7 +739,7 @@ FORMATS = (
            '{"images": [{"id": 9, "file_name": "COCO_val2014_000000000009.jpg"}],\n'
            ' "annotations": [{"image_id": 9, "caption": "a plate"}]}',
            ("val2014/COCO_val2014_000000000009.jpg",), _keys("images", "annotations"),
-           "image-text data, for --images of stage clip"),
+           "image-text data, for --image-data of stage clip"),
     Format("HVU", ("tags", "youtube_id", "time_start", "time_end"), _read_hvu,
            "HVU_Train_V1.0.csv", "Tags,youtube_id,time_start,time_end\n"
            "running|dog|park,ab,5,15", ("ab_000005_000015.mp4",), None,
@@ -829,12 +830,57 @@ def read_list(source):
     raise DataError(f"{source.path}: no known format; {nearest(source)}")
 
 
-def as_text():
-    """docs/formats.md below its head: each format with its example."""
-    def page():
-        for one in FORMATS:
-            yield f"## {one.name}\n\n{one.about[:1].upper()}{one.about[1:]}.\n"
-            lies = ", ".join(f"`{name}`" for name in one.videos)
-            yield f"`{one.file}`" + (f", beside {lies}" if lies else "") + ":\n"
-            yield "\n".join("    " + line for line in one.example.splitlines()) + "\n"
-    return "\n".join(page())
+HEAD = """# Formats of lists
+
+`--data` of every stage, and `python data.py PATH`, take what follows. The content decides the
+format, never a flag. What a list says is used. What is not used is named once, when the run starts.
+What cannot be understood is refused in one line.
+
+Videos lie in the list's folder, or one or two folders below it, or in the folder that
+`--video-folder` names. Nothing else is searched, unless the path in the list says so. An id may
+stand for a file with any video suffix, or for a folder of numbered pictures.
+
+This page is printed by `python -m video.formats`.
+
+## Folders
+
+- Videos in class folders: `run/a.mp4`, `jump/b.mp4`. The names of folders are names, also where
+  they are numbers.
+- Videos with a text beside each: `a.mp4`, `a.txt`. The text is the caption.
+- Folders of numbered pictures in class folders: `clap/clap_0/img_00001.jpg`. Each folder is one
+  video, in the order of the numbers, at `--frame-rate` frames a second (25 where nothing is said;
+  0 = each picture is a clip of its own).
+- A folder with `metadata.csv` or `metadata.jsonl`, as the Hugging Face hub has it: the column
+  `file_name` names the files.
+- UCF101 and HMDB51: a folder with the official split lists in it or one folder below. The first
+  split is read; a list of another one is read where it is given itself. Without lists, a tenth is
+  held out in whole groups (`g01`), which is no official split.
+
+## Tables and records
+
+A CSV, a table separated by tabs or semicolons, a JSON list of objects and JSON lines are read
+alike. UTF-8 and UTF-16 are known. Names may be in any case.
+Long lines of the examples below are broken:
+
+"""
+
+
+def page():
+    """docs/formats.md: each format with its example."""
+    lines = [HEAD + "| what | names of its column |", "| --- | --- |"]
+    for what, names in COLUMNS.items():
+        some = ", ".join(f"`{name}`" for name in names[:5]) + ", ..." * (len(names) > 5)
+        lines.append(f"| {what.replace('_', ' ')} | {some} |")
+    for one in FORMATS:
+        lies = ", ".join(f"`{name}`" for name in one.videos)
+        lines += [f"\n## {one.name}\n", textwrap.fill(f"{one.about[:1].upper()}{one.about[1:]}.", 99),
+                  f"\n`{one.file}`" + (f", and beside it {lies}" if lies else "") + ":\n"]
+        lines += ["    " + line for part in one.example.splitlines()
+                  for line in textwrap.wrap(
+                      part, 90, subsequent_indent="  ", expand_tabs=False,
+                      replace_whitespace=False, drop_whitespace=False)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -100,6 +100,11 @@ def read_source(path):
     return Source(path, lines)
 
 
+def read_table(path):
+    """The records of a table that lies beside a list, whatever its columns are called."""
+    return _table(path, decode(path), [], ",").records
+
+
 def _json(path, text, lines):
     try:
         content = parse_json(text, path)
