@@ -108,7 +108,7 @@ def test_joined_streams_have_all_their_frames_in_order_or_are_refused():
 def test_groups_of_ucf101_are_not_split():
     train, val = (data.VideoFiles(CASES / "ucfgroups/UCF-101", 2, 32, part=part)
                   for part in ("train", "val"))
-    groups = [{Path(row.path).name.rsplit("_c", 1)[0] for row in part.rows} for part in (train, val)]
+    groups = [{Path(row.path).name.rsplit("_c", 1)[0] for row in one.rows} for one in (train, val)]
     assert groups[0] and groups[1] and not groups[0] & groups[1]
     assert "no official split" in train.summary() and len(val.absent_classes()) == 1
 

@@ -709,8 +709,8 @@ FORMATS = (
            ("YouTubeClips/mv89psg6zh4_33_46.avi",),
            lambda source: _named("AllVideoDescriptions.txt")(source)
            or _lines(r"[\w-]{11}_\d+_\d+ [^\d\s]")(source),
-           "lines of an id and a sentence; train_list.txt, val_list.txt and test_list.txt beside it "
-           "are its splits"),
+           "lines of an id and a sentence; train_list.txt, val_list.txt and test_list.txt beside "
+           "it are its splits"),
     Format("DiDeMo", ("video", "description", "times"), _read_didemo, "test_data.json",
            '[{"video": "user1_1.avi", "description": "a dog runs in", "times": [[0, 0]]},\n'
            ' {"video": "user1_1.avi", "description": "it leaves", "times": [[1, 1]]}]',
@@ -873,8 +873,8 @@ def page():
         lines.append(f"| {what.replace('_', ' ')} | {some} |")
     for one in FORMATS:
         lies = ", ".join(f"`{name}`" for name in one.videos)
-        lines += [f"\n## {one.name}\n", textwrap.fill(f"{one.about[:1].upper()}{one.about[1:]}.", 99),
-                  f"\n`{one.file}`" + (f", and beside it {lies}" if lies else "") + ":\n"]
+        about = f"{one.about[:1].upper()}{one.about[1:]}."
+        lines += [f"\n## {one.name}\n", textwrap.fill(about, 99), f"\n`{one.file}`" + (f", and beside it {lies}" if lies else "") + ":\n"]
         lines += ["    " + line for part in one.example.splitlines()
                   for line in textwrap.wrap(
                       part, 90, subsequent_indent="  ", expand_tabs=False,
