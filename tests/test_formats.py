@@ -202,7 +202,8 @@ def test_videos_of_msvd_qa_are_named_by_its_map(tmp_path, clip):
 def test_next_qa_finds_its_folders_by_the_map_and_tgif_its_candidates(tmp_path, clip):
     one = FORMATS["NExT-QA"]
     mapped = '{"4010069381": "1106/4010069381"}'
-    lay(tmp_path, {one.file: one.example, "map_vid_vidorID.json": mapped}, ["videos/1106/4010069381.mp4"], clip)
+    lay(tmp_path, {one.file: one.example, "map_vid_vidorID.json": mapped},
+        ["videos/1106/4010069381.mp4"], clip)
     row, = read(tmp_path / one.file).rows
     assert row.candidates == ("runs", "walks", "jumps") and row.answer == "walks"
     assert row.path.endswith("1106/4010069381.mp4")

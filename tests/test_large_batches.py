@@ -57,7 +57,7 @@ def two_processes(rank, folder, world):
     towers, video, text, targets, scale = distributed_case()
     mine = slice(3 * rank, 3 * rank + 3)
     found = []
-    for shared in (None, targets[mine]):
+    for shared in (None, targets[mine], in_two_ways(targets)[mine]):
         for loss_of in (contrastive_loss, functools.partial(contrastive_loss, rows=2)):
             loss = loss_of(towers[0](video[mine]), towers[1](text[mine]), scale, targets=shared,
                            gather=True)
@@ -68,6 +68,11 @@ def two_processes(rank, folder, world):
             found.append([loss.detach()] + [grad / world for grad in grads])
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def in_two_ways(targets):
+    """(6, 2): the numbers of captions, and those of clips."""
+    return torch.stack([targets, torch.tensor([0, 0, 3, 2, 3, 4])], dim=1)
 
 
 def distributed_case():
@@ -81,7 +86,8 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
     """Negatives are global, and the gradient flows back through the gathering."""
     torch.multiprocessing.spawn(two_processes, (str(tmp_path), 2), nprocs=2)
     towers, video, text, targets, scale = distributed_case()
-    for i, shared in enumerate((None, None, targets, targets)):
+    both = in_two_ways(targets)
+    for i, shared in enumerate((None, None, targets, targets, both, both)):
         loss = contrastive_loss(towers[0](video), towers[1](text), scale, targets=shared)
         expected = [loss.detach(), *torch.autograd.grad(loss, [*towers.parameters(), scale])]
         for rank in range(2):

@@ -874,7 +874,8 @@ def page():
     for one in FORMATS:
         lies = ", ".join(f"`{name}`" for name in one.videos)
         about = f"{one.about[:1].upper()}{one.about[1:]}."
-        lines += [f"\n## {one.name}\n", textwrap.fill(about, 99), f"\n`{one.file}`" + (f", and beside it {lies}" if lies else "") + ":\n"]
+        lines += [f"\n## {one.name}\n", textwrap.fill(about, 99),
+                  f"\n`{one.file}`" + (f", and beside it {lies}" if lies else "") + ":\n"]
         lines += ["    " + line for part in one.example.splitlines()
                   for line in textwrap.wrap(
                       part, 90, subsequent_indent="  ", expand_tabs=False,
