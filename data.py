@@ -123,8 +123,9 @@ class VideoFiles(Clips, ClipSet):
     def labels_at(self, place):
         """{question: class number, or uint8 (Y,) of several} of the clip at this place."""
         labels = {}
-        for question, (label,) in annotations.by_question(self.rows[place:place + 1]).items():
-            number = self.numbers[question]
+        of_row = annotations.by_question(self.rows[place:place + 1])
+        for question, number in self.numbers.items():
+            label, = of_row.get(question, (None,))
             if question in self.several:
                 labels[question] = np.zeros(len(self.classes[question]), np.uint8)
                 labels[question][[number[name] for name in annotations.labels_of(label)]] = 1
@@ -134,10 +135,9 @@ class VideoFiles(Clips, ClipSet):
 
     def absent_classes(self):
         """Names of the classes that no clip has."""
-        rows = [(question, label) for row in self.rows
-                for question, (one,) in annotations.by_question([row]).items()
-                for label in annotations.labels_of(one)]
-        there = {(question, self.numbers[question][label]) for question, label in set(rows)}
+        there = {(question, self.numbers[question][label]) for row in self.rows
+                 for question, (one,) in annotations.by_question([row]).items()
+                 if question in self.numbers for label in annotations.labels_of(one)}
         return [name for question, names in self.classes.items()
                 for number, name in enumerate(names) if (question, number) not in there]
 
@@ -157,12 +157,13 @@ class VideoFiles(Clips, ClipSet):
         """Keep only files of these classes, numbered in this order. Returns self."""
         old = self.classes[question]
         self.keep([i for i in range(len(self))
-                   if old[self.labels_at(i).get(question, -1)] in names])
+                   if (label := self.labels_at(i).get(question)) is not None
+                   and old[label] in names])
         if not self.rows:
             raise DataError(f"{self.source}: no file of the classes {', '.join(names)}")
-        self.numbers[question] = {label: names.index(old[number])
-                                  for label, number in self.numbers[question].items()
-                                  if old[number] in names}
+        numbers = {label: names.index(old[number])
+                   for label, number in self.numbers[question].items() if old[number] in names}
+        self.numbers = {question: numbers}
         self.classes = {question: tuple(names)}
         return self
 
@@ -216,7 +217,7 @@ class VideoFiles(Clips, ClipSet):
         videos, clips = ({key(row) for row in self.rows} for key in (
             lambda row: row.path, lambda row: row.clip))
         counts = (f"{len(clips):,} clips of " if len(clips) > len(videos) or row.part else "")
-        counts += f"{len(videos):,} videos"
+        counts += f"{len(videos):,} video{'s' * (len(videos) > 1)}"
         counts += (f", {len(self):,} captions" if self.captions else
                    f", {len(self):,} questions" if row.question else "")
         for question, names in self.classes.items():

@@ -103,7 +103,7 @@ def test_a_row_that_names_a_part_is_a_clip_of_that_part(tmp_path, clip, text, pa
         frames = train[1, epoch]["video"]
         first, last = parts[1][:2] if parts[1][2:] else (2 * parts[1][0], 2 * parts[1][1])
         assert all(first <= round(frame.mean() / 12) < last for frame in frames)
-    assert "2 clips of 1 videos" in files.summary() and str(found.rows[0].part) in files.summary()
+    assert "2 clips of 1 video," in files.summary() and str(found.rows[0].part) in files.summary()
 
 
 def test_times_and_sentences_go_in_pairs(tmp_path, clip):
