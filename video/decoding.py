@@ -297,7 +297,7 @@ class Video:
         """
         frames, number = self.info.frames, 0
         self._start_clock()
-        for found, frame in self._decode(self._packets_from(0), range(frames)):
+        for found, frame in self._all_frames():
             if found == number:  # else a frame before it is missing
                 yield self._convert(frame, size)
                 number += 1
@@ -308,24 +308,28 @@ class Video:
 
     def count(self):
         """Decode everything; the number of frames. DataError at the first damaged one."""
-        frames = range(self.info.frames)
         self._start_clock(extra=self.info.duration)  # decoding slower than playback is too slow
         if self.part:
-            return sum(1 for _ in self._decode(self._packets_from(0), frames))
+            return sum(1 for _ in self._all_frames())
         self._rewind()
         return sum(len(packet.decode()) for packet in self._packets())
 
     def _seek(self, pts):
         """Packets from the last keyframe up to a time; None if the file does not lead there."""
-        try:
-            self.container.seek(pts, stream=self.stream)
-        except self.error:
-            return None
-        packets = self._packets()
-        first = next(packets, None)
-        if first is None or first.pts is None or first.pts > pts:
-            return None
-        return itertools.chain([first], packets)
+        target = pts
+        for _ in range(2):
+            try:
+                self.container.seek(target, stream=self.stream)
+            except self.error:
+                return None
+            packets = self._packets()
+            first = next(packets, None)
+            if first is not None and first.pts is not None and first.pts <= pts:
+                return itertools.chain([first], packets)
+            if first is None or first.dts is None:
+                return None
+            target = first.dts - 1  # an index by dts led to a keyframe too late: the one before
+        return None
 
     def _rewind(self):
         # Open the file again: a format without an index may not be able to seek to its start.
@@ -343,6 +347,16 @@ class Video:
             self._rewind()
             packets = self._packets()
         return packets
+
+    def _all_frames(self):
+        """Yield (number, frame) for all frames of `info`, in order."""
+        numbers = range(self.info.frames)
+        found = self._decode(self._packets_from(0), numbers)
+        first = next(found, None)
+        if first is None or first[0] != 0:  # the seek went too far
+            self._rewind()
+            return self._decode(self._packets(), numbers)
+        return itertools.chain([first], found)
 
     def _decode(self, packets, numbers):
         """Yield (number, frame) for those of the frame numbers that the packets hold, each once."""
