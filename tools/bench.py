@@ -787,6 +787,46 @@ def decode_file(path, what, choose, forms):
     return seconds
 
 
+def repeated(path, source, times):
+    """Write a file of `times` copies of the video of another, one after the other; not encoded."""
+    import av
+    with av.open(str(source)) as once, av.open(str(path), "w") as copy:
+        stream = copy.add_stream_from_template(once.streams.video[0])
+        clock = once.streams.video[0].time_base
+        packets = [packet for packet in once.demux(video=0) if packet.size]
+        length = round(decoding.probe(source).duration / clock)
+        for number in range(times):
+            for packet in packets:
+                again = av.Packet(bytes(packet))
+                again.pts, again.dts = packet.pts + number * length, packet.dts + number * length
+                again.time_base, again.is_keyframe = clock, packet.is_keyframe
+                again.stream = stream
+                copy.mux(again)
+    return path
+
+
+def bench_parts():
+    """The last 10 s of an hour of 640x360 H.264, against the same 10 s in a file of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        alone = made_video(Path(folder) / "alone.mp4", 640, 360, 300)
+        hour = repeated(Path(folder) / "hour.mp4", alone, 360)
+
+        def clip(path, *part):
+            with decoding.open_video(path, None, decoding.Part(*part) if part else None) as video:
+                return video.read(sampling.segment_indices(video.info.frames, 16), 256)
+        forms = {"a file of its own": lambda: clip(alone),
+                 "part in seconds": lambda: clip(hour, 3590.0, 3600.0),
+                 "part in frames": lambda: clip(hour, 359 * 300, 360 * 300, True)}
+        same = all((form() == clip(alone)).all() for form in forms.values())
+        seconds = times(forms, 15)
+    least = seconds["a file of its own"]
+    for name, value in seconds.items():
+        print(f"parts: {name:18} {1e3 * value:8.1f} ms {value / least:6.2f} x"
+              + "  other frames" * (not same), flush=True)
+        ROWS.append(dict(table="parts", form=name, ms=1e3 * value, times_alone=value / least,
+                         same_frames=bool(same)))
+
+
 def bench_memory():
     """Resident memory over 10,000 decodes of a small file: flat, or something is never freed."""
     page = resource.getpagesize() / 2**20
@@ -853,7 +893,8 @@ def bench_fuse():
 
 CASES = {"mae": bench_mae, "clip": bench_clip, "video": bench_video, "caption": bench_caption,
          "fuse": bench_fuse, "attention": bench_attention, "decode": bench_decode,
-         "cache": bench_cache, "contrastive": bench_contrastive, "memory": bench_memory}
+         "cache": bench_cache, "contrastive": bench_contrastive, "memory": bench_memory,
+         "parts": bench_parts}
 
 
 def allocator():

@@ -278,7 +278,7 @@ class Video:
         """Frames as shown, upright: uint8 (T, H, W, 3) RGB; arguments and errors as `read_clip`."""
         info = self.info
         self._start_clock()
-        numbers = _frame_numbers(info, times_or_indices).tolist()
+        numbers = frame_numbers(info, times_or_indices).tolist()
         frames, wanted = {}, sorted(set(numbers))
         for group in _groups(info, wanted):
             frames |= self._converted(self._packets_from(group[0]), group, size)
@@ -289,6 +289,13 @@ class Video:
                 raise DataError(f"{self.path}: damaged, its frame {min(set(group) - set(frames))} "
                                 f"of {info.frames} cannot be decoded")
         return np.stack([frames[number] for number in numbers])
+
+    def first_frame(self, size=None):
+        """As read([0], size)[0], without decoding again what was decoded for `info`."""
+        self.info  # finds the first frame of the file, if it was not known
+        if self.part or self._first is None:
+            return self.read([0], size)[0]
+        return self._convert(self._first, size)
 
     def play(self, size=None):
         """Yield every frame once, in order: uint8 (H, W, 3) RGB, one for each of info.timestamps.
@@ -451,7 +458,8 @@ def shown_size(info, size):
     return tuple(max(1, round(side * scale)) for side in (info.height, info.width))
 
 
-def _frame_numbers(info, wanted):
+def frame_numbers(info, wanted):
+    """Frame numbers or seconds, as `read_clip` takes them -> (T,) int. DataError if outside."""
     wanted = np.atleast_1d(np.asarray(wanted))
     if wanted.dtype.kind not in "iuf" or not wanted.size:
         raise DataError(f"{info.path}: ask for frame numbers or seconds, not {wanted.tolist()}")

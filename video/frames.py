@@ -17,10 +17,10 @@ import re
 
 import numpy as np
 
-from video.decoding import Video, VideoInfo, _frame_numbers, shown_size
+from video.decoding import Video, VideoInfo, frame_numbers
 from video.rows import DataError
 
-NUMBERED = re.compile(r"([^.].*?|)(\d+)\.(?:jpe?g|png|bmp|webp|tiff?|ppm)", re.IGNORECASE)
+NUMBERED = re.compile(r"(|[^.].*?)([0-9]+)\.(?:jpe?g|png|bmp|webp|tiff?|ppm)", re.IGNORECASE)
 PICTURES = ("img", "image", "frame")  # names that are taken where there are others
 
 
@@ -87,7 +87,10 @@ class PictureVideo:
         self.path, self._info, self.part, self.rate = str(path), info, part, rate
 
     def __enter__(self):
-        found = picture_numbers(os.listdir(self.path), self.path)
+        try:
+            found = picture_numbers(os.listdir(self.path), self.path)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
         if not found:
             raise DataError(f"{self.path}: holds no numbered pictures, such as img_00001.jpg")
         first, last = 0, len(found)
@@ -113,7 +116,7 @@ class PictureVideo:
 
     def read(self, times_or_indices, size=None):
         """Frames as shown, upright: uint8 (T, H, W, 3) RGB; as video.decoding.read_clip."""
-        numbers = _frame_numbers(self.info, times_or_indices).tolist()
+        numbers = frame_numbers(self.info, times_or_indices).tolist()
         frames = {number: self._picture(number, size) for number in sorted(set(numbers))}
         return np.stack([frames[number] for number in numbers])
 
@@ -133,4 +136,4 @@ class PictureVideo:
             if (found.height, found.width) != (info.height, info.width):
                 raise DataError(f"{path}: has {found.width} x {found.height} pixels, but the first "
                                 f"picture of its folder has {info.width} x {info.height}")
-            return picture.read([0], shown_size(info, size))[0]
+            return picture.first_frame(size)
