@@ -280,7 +280,7 @@ from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 from video.annotations import DataError
-from video.decoding import probe, read_clip
+from video.decoding import Part, open_video, probe, read_clip
 from video.sampling import choose_frames
 target, sources = Path(sys.argv[2]), [Path(x) for x in sys.argv[5:]]
 first, last = int(sys.argv[3]), int(sys.argv[4])
@@ -312,6 +312,8 @@ for number in range(first, last):
         numbers = choose_frames("segment", info.frames, 4)
         frames = read_clip(path, numbers, 32, info)
         assert frames.shape[0] == 4 and frames.dtype == np.uint8
+        with open_video(path, None, Part(info.duration / 3, 1.5)) as video:
+            assert len(list(video.play(32))) == video.info.frames
         good += 1
     except DataError as error:
         assert "\\n" not in str(error) and str(error).startswith(str(path)), error

@@ -165,7 +165,7 @@ def test_parts_of_the_sample_videos_are_selections():
         if not known.get("frames") or "error" in known or sample["file"] == "portrait_4k60.mp4":
             continue
         info = probe(path)
-        for first, last in places(info):
+        for first, last in places(info)[::4]:
             wanted = sorted({first, (first + last) // 2, last - 1})
             expected = read_clip(path, wanted, 48, info)
             for part in parts(info, first, last):
