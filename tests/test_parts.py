@@ -116,6 +116,7 @@ def test_a_part_in_seconds_of_a_file_with_an_index_reads_only_what_is_around_it(
 @pytest.mark.parametrize("name", ["x.mp4", "x.ts", "pictures"])
 @pytest.mark.parametrize("part, reason", [
     (Part(3, 4), "no frame in seconds 3 to 4; the video has 30 frames in 3.000 s"),
+    (Part(1e300, 2e300), "no frame in seconds 1e+300"),
     (Part(30, 40, True), "no frame in frames 30 to 40; the video has 30 frames"),
     (Part(1.01, 1.02), "no frame in seconds 1.01 to 1.02"),
     (Part(2, 2), "cannot take seconds 2 to 2"), (Part(2, 1, True), "cannot take frames 2 to 1"),

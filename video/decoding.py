@@ -327,7 +327,7 @@ class Video:
         for _ in range(2):
             try:
                 self.container.seek(target, stream=self.stream)
-            except self.error:
+            except (self.error, OverflowError):  # no such time in any file
                 return None
             packets = self._packets()
             first = next(packets, None)
