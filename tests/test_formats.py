@@ -229,6 +229,27 @@ def test_pictures_that_lie_in_a_folder_are_one_video_and_carry_the_rate(tmp_path
     assert len(single) == 36 and single.kind == "folder of pictures"
 
 
+def test_photos_with_numbers_are_no_frames_and_a_mixture_is_refused(tmp_path, clip):
+    """ImageNet's names are numbers with gaps. One folder without frames would be lost in silence."""
+    lay(tmp_path / "frames", {}, ["run/a/", "run/b/"], clip)
+    picture = (tmp_path / "frames/run/a/00001.png").read_bytes()
+    for number in (4, 900, 17000):
+        for name in ("photos/cat/n01_%d.png", "frames/run/c/n01_%d.png"):
+            (tmp_path / name % number).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name % number).write_bytes(picture)
+    assert read(tmp_path / "photos").kind == "folder of pictures"
+    with pytest.raises(DataError, match="2 of its folders hold.*run/c does not"):
+        read(tmp_path / "frames")
+
+
+def test_a_part_that_is_mostly_not_there_is_refused_and_an_end_that_is_near_is_cut(tmp_path, clip):
+    """A list that counts frames under the name of seconds would train on something else."""
+    lay(tmp_path, {"x.csv": "path,start,end\nx.mp4,0,250\nx.mp4,4,10.8\n"}, ["x.mp4"], clip)
+    files = data.VideoFiles(tmp_path / "x.csv", 2, 16, sampling="segment", train=False)
+    assert "numbers of frames start_frame" in files[0]["bad"][0][1] and files[0]["video"] is None
+    assert greys(files, 1) == [10, 16]
+
+
 def test_a_list_of_folders_takes_the_frames_that_it_counts(tmp_path, clip):
     lay(tmp_path, {"x.txt": "data/a 4 0\ndata/b 12 1\n", "v2.txt": "data/a 0 4\ndata/b 0 12\n"},
         ["data/a/", "data/b/"], clip)

@@ -307,9 +307,15 @@ def _media_below(folder, pictures_are_videos):
     if videos:
         return videos, "videos"
     places = sorted({name.parent for name in files})
-    if pictures_are_videos and all(is_frames_folder(folder / place) for place in places):
-        return places, "folders of numbered pictures"
-    return files, "pictures"
+    frames = [place for place in places if pictures_are_videos and is_frames_folder(folder / place)]
+    if 2 * len(frames) <= len(places):
+        return files, "pictures"
+    if len(frames) < len(places):
+        others = sorted(set(places) - set(frames))
+        raise DataError(f"{folder}: {len(frames)} of its folders hold the pictures of a video, but "
+                        f"{others[0]} does not; take it out, or say --frame-rate 0: then each "
+                        "picture is a clip")
+    return places, "folders of numbered pictures"
 
 
 def _read_ucf101(folder, number):

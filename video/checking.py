@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from engine import pictures
 from video import annotations
-from video.annotations import DataError
 from video.decoding import open_video, shown_size
 from video.loading import start_worker
+from video.rows import DataError, check_part
 from video.sampling import segment_indices
 
 
@@ -84,6 +84,7 @@ class _Check(torch.utils.data.Dataset):
         try:
             with open_video(path, None, part, self.rate) as video:
                 result["info"] = video.info
+                check_part(part, video.info)
                 count = video.count()
                 if count != video.info.frames:
                     raise DataError(f"{path}: has {video.info.frames} frames, of which {count} "

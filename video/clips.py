@@ -5,10 +5,10 @@ import functools
 import numpy as np
 from torchvision.transforms import v2
 
-from video.annotations import DataError
 from video.decoding import open_video
 from video.loading import in_hand
 from video.moving_shapes import height_width
+from video.rows import DataError, check_part
 from video.sampling import SAMPLINGS, choose_frames
 from video.transforms import TRANSFORMS, crop_frames, draw_with
 
@@ -73,6 +73,7 @@ class Clips:
         clips, crops = self.views if self.views and rng is None else (0, 0)
         with in_hand(path), open_video(path, None, part, self.frame_rate) as file:
             info = file.info
+            check_part(part, info)
             choose = functools.partial(choose_frames, self.sampling, info.frames, self.frames,
                                        self.stride, fps=info.fps)
             numbers = [choose(rng=rng)] + [choose(view=(clip, clips)) for clip in range(clips)]

@@ -27,13 +27,20 @@ PICTURES = ("img", "image", "frame")  # names that are taken where there are oth
 def is_frames_folder(folder):
     """Whether a folder directly holds two or more numbered pictures whose names begin alike.
 
-    One look at the names; no picture is opened. False where there is no such folder.
+    Their numbers follow each other: at least half of those from the first to the last are there.
+    Photos of a class, which have numbers with large gaps, are no frames. One look at the names; no
+    picture is opened. False where there is no such folder.
     """
     try:
         stems = _by_stem(os.listdir(folder))
     except OSError:
         return False
-    return any(len(numbered) > 1 for numbered in stems.values())
+    return any(_is_dense(sorted(number for number, _ in numbered)) for numbered in stems.values())
+
+
+def _is_dense(numbers):
+    steps = [after - before for before, after in zip(numbers, numbers[1:])]
+    return bool(steps) and 2 * len(numbers) * max(min(steps), 1) > numbers[-1] - numbers[0]
 
 
 def picture_numbers(names, folder="pictures"):

@@ -56,6 +56,18 @@ class Part(NamedTuple):
         return first, last
 
 
+def check_part(part, info):
+    """DataError where less than half of a part is in its video: its list may count otherwise.
+
+    info  `VideoInfo` of the part, without what lies behind the end of the video
+    """
+    if part and part.end < math.inf:
+        wanted, there = part.end - part.start, info.frames if part.in_frames else info.duration
+        if 2 * there < wanted and wanted - there > 1:
+            raise DataError(f"{info.path}: of {part} only {there:.4g} are there; times in seconds "
+                            "are called start and end, numbers of frames start_frame and end_frame")
+
+
 class Row(NamedTuple):
     """One thing that a source says about one clip.
 
