@@ -234,15 +234,15 @@ def test_photos_with_numbers_are_no_frames_and_a_mixture_is_refused(tmp_path, cl
     lay(tmp_path / "frames", {}, ["run/a/", "run/b/"], clip)
     picture = (tmp_path / "frames/run/a/00001.png").read_bytes()
     for number in (4, 900, 17000):
-        for name in ("photos/cat/n01_%d.png", "frames/run/c/n01_%d.png"):
-            (tmp_path / name % number).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name % number).write_bytes(picture)
+        for folder in (tmp_path / "photos/cat", tmp_path / "frames/run/c"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"n01_{number}.png").write_bytes(picture)
     assert read(tmp_path / "photos").kind == "folder of pictures"
     with pytest.raises(DataError, match="2 of its folders hold.*run/c does not"):
         read(tmp_path / "frames")
 
 
-def test_a_part_that_is_mostly_not_there_is_refused_and_an_end_that_is_near_is_cut(tmp_path, clip):
+def test_a_part_of_which_most_is_not_there_is_refused_and_an_end_is_cut(tmp_path, clip):
     """A list that counts frames under the name of seconds would train on something else."""
     lay(tmp_path, {"x.csv": "path,start,end\nx.mp4,0,250\nx.mp4,4,10.8\n"}, ["x.mp4"], clip)
     files = data.VideoFiles(tmp_path / "x.csv", 2, 16, sampling="segment", train=False)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from test_odd_files import ROOT, VIDEOS, write
-from video.annotations import DataError
+from video.annotations import DataError, read
 from video.checking import check
 from video.clips import Clips, one_clip
 from video.decoding import Bytes, Part, Video, open_video, probe, read_clip
@@ -199,7 +199,8 @@ def test_joined_transport_streams_count_in_the_order_of_decoding(tmp_path, later
     for part in (Part(25, 40, True), Part(2.5, 4)):
         is_selected(path, part, 25, 40, info, frames)
     (tmp_path / "list.txt").write_text("joined.ts 0\n")
-    assert [result["bad"] for result in check(tmp_path / "list.txt")] == [None]
+    rows = read(tmp_path / "list.txt").rows
+    assert [result["bad"] for result in check(rows)] == [None]
 
 
 @pytest.mark.skipif(not (CASES / "video").is_dir(), reason="no cases beside the repository")

@@ -773,7 +773,7 @@ FORMATS = (
            "something-something-v2-labels.json beside it numbers the templates"),
     Format("Diving48", ("vid_name", "label", "start_frame", "end_frame"), _read_diving48,
            "Diving48_V2_train.json",
-           '[{"vid_name": "2x00lRzlTVQ_00000", "label": 34, "start_frame": 0, "end_frame": 139}]',
+           '[{"vid_name": "2x00lRzlTVQ_00000", "label": 34, "start_frame": 0, "end_frame": 24}]',
            ("rgb/2x00lRzlTVQ_00000.mp4",), None,
            "Diving48_vocab.json beside it names the classes"),
     Format("EPIC-Kitchens-100", ("narration_id", "video_id", "verb_class", "noun_class"),
