@@ -80,7 +80,9 @@ def read_records(source, kind=None, names=None, **columns):
     names    (record, what its path column holds, place) -> possible names of its file
     columns  field=(names of its column): in place of those of COLUMNS; () = no such column
     """
-    chosen, used, rows, places = COLUMNS | columns, set(), [], []
+    chosen = {field: [name for name in choices if name in source.columns]
+              for field, choices in (COLUMNS | columns).items()}
+    used, rows, places = set(), [], []
     for place, record in source.records:
         found = _rows_of(f"{source.path}, {place}", record, chosen, used, names)
         rows += found

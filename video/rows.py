@@ -6,7 +6,7 @@ data.VideoFiles turns them into items.
 
 import bisect
 import math
-from pathlib import Path
+import os
 from typing import NamedTuple
 
 from engine.errors import UserError
@@ -107,5 +107,5 @@ class Found(NamedTuple):
 
 def is_media(name):
     """True for the name of a video or picture, judged by its suffix."""
-    suffix = Path(str(name).strip().strip('"')).suffix.lower()
+    suffix = os.path.splitext(str(name).strip().strip('"'))[1].lower()
     return suffix in VIDEO_SUFFIXES or suffix in IMAGE_SUFFIXES
