@@ -55,8 +55,8 @@ from engine import pictures, processes
 from engine.errors import UserError, printable
 from engine.stage import Stage, flag, generator
 from video import moving_shapes
-from video.annotations import read_segments
-from video.features import read_features
+from video.features import Grid, read_features
+from video.segments import read_segments
 from video.transforms import normalise
 from weights import encoders
 
@@ -577,22 +577,26 @@ class Localisation(Stage, name="localise"):
     computed once, or real ones, whose features tools/extract.py has computed. Then, for one video:
     python tools/predict.py VIDEO --weights RUN"""
 
-    data: str = flag("", "folder of .npz features by tools/extract.py, with --annotations; "
-                     "default: long generated videos")
+    data: str = flag("", "folder of features, with --annotations: .npz by tools/extract.py, or "
+                     ".npy by others; default: long generated videos")
     val_data: str = flag("", "the same for evaluation; default: also in --data")
     weights: str = flag("", "the encoder: a run of mae, clip or classify, or an official file; or "
                         "a run of this stage. With --data it is not needed, but the run can then "
                         "predict on videos")
-    annotations: str = flag("", "JSON in the form of ActivityNet: what happens when in the videos "
-                            "of --data", group="clips")
-    train_subset: str = flag("training", "subset of --annotations to train on",
-                             paper="validation on THUMOS14", group="clips")
-    val_subset: str = flag("validation", "subset to evaluate on, all of it",
-                           paper="test on THUMOS14", group="clips")
+    annotations: str = flag("", "what happens when in the videos of --data, see docs/formats.md: "
+                            "of ActivityNet, HACS, FineAction, THUMOS14, or alike", group="clips")
+    train_subset: str = flag("", "subset of --annotations to train on; default: training, on "
+                             "THUMOS14 Validation", only="files", group="clips")
+    val_subset: str = flag("", "subset to evaluate on, all of it; default: validation, on THUMOS14 "
+                           "Test", only="files", group="clips")
     videos: int = flag(300, "generated videos to train on", low=1, group="clips")
     eval_clips: int = flag(100, "generated videos per evaluation")
-    stride: int = flag(4, "frames from one window to the next", low=1, group="clips",
-                       paper="VideoMAE V2: 4 on THUMOS14, 16 on FineAction")
+    stride: int = flag(4, "frames from one window to the next; .npz by tools/extract.py know it",
+                       low=1, group="clips", paper="VideoMAE V2: 4 on THUMOS14, 16 on FineAction")
+    window: int = flag(0, "frames that a feature of .npy files has seen; 0 = --stride", low=0,
+                       only="files", group="clips")
+    rate: float = flag(0.0, "frames a second of the videos of .npy files; 0 = as --annotations "
+                       "says", low=0, only="files", group="clips")
     steps: int = flag(400)
     batch_size: int = flag(16, "videos per step")
     lr: float = flag(2e-3, paper="1e-4")
@@ -637,28 +641,54 @@ class Localisation(Stage, name="localise"):
             raise UserError("--annotations: --data is a folder of features; name the JSON that "
                             "says what happens when")
         encoder, model = self.parts
-        rows, names = read_segments(self.annotations), model and model.names
+        annotation, names = read_segments(self.annotations), model and model.names
+        print(f"--annotations {self.annotations}: {printable(annotation.summary())}")
+        self.train_subset = self.train_subset or annotation.subsets[0]
+        self.val_subset = self.val_subset or annotation.subsets[1]
+        grid = Grid(self.stride if "stride" in self.typed else 0, self.window, self.rate)
         sets = []
         for folder, subset in ((self.data, self.train_subset),
                                (self.val_data or self.data, self.val_subset)):
-            items, names, missing = read_features(folder, rows, subset, names)
+            items, names, missing = read_features(folder, annotation.videos, subset, names, grid)
             absent = f"; the features of {len(missing)} are MISSING, e.g. " \
                      f"{printable(str(missing[0]))}" if missing else ""
+            odd = [item["misfit"] for item in items if item["misfit"]]
+            absent += f"; {len(odd)} do not fit the annotation, e.g. {printable(odd[0])}" \
+                if odd else ""
             print(f"--data {folder}: {len(items)} videos of the subset {subset}, {len(names)} "
                   f"classes{absent}")
             sets.append(Videos(items, names, folder))
+        self.check_features(sets)
+        self.stride, self.eval_clips = sets[0].items[0]["stride"], len(sets[1])
+        return sets
+
+    def check_features(self, sets):
+        """UserError where features were made in different ways, or do not fit a flag."""
+        encoder, model = self.parts
         first = sets[0].items[0]
         for item in itertools.chain(*(part.items for part in sets)):
             if any(item[key] != first[key] for key in ("model", "window", "stride")) or \
                     item["features"].shape[1] != first["features"].shape[1]:
                 raise UserError(f"--data: {item['path']} was extracted with another model, window "
                                 f"or stride than {first['path']}")
+        known = {"stride": first["stride"], "window": first["window"]} if first["model"] else {}
+        for name, value in known.items():
+            if name in self.typed and getattr(self, name) not in (0, value):
+                raise UserError(f"--{name} {getattr(self, name)}: {first['path']} was extracted "
+                                f"with a {name} of {value}; leave it out")
+        if self.rate and first["model"]:
+            raise UserError(f"--rate: {first['path']} has the times of its features; leave it out")
+        if encoder is not None and model is None and not first["model"]:
+            raise UserError(f"--weights {self.weights}: {first['path']} does not say which model "
+                            "it was extracted with; leave --weights out")
         if encoder is not None and model is None and \
                 weights.fingerprint(self.weights) != first["model"]:
             raise UserError(f"--weights {self.weights}: is not the model {first['model']} that the "
                             "features were extracted with")
-        self.stride, self.eval_clips = first["stride"], len(sets[1])
-        return sets
+        if model is not None and model.head.config["features"] != first["features"].shape[1]:
+            raise UserError(f"--weights {self.weights}: was trained on features of "
+                            f"{model.head.config['features']} numbers, {first['path']} has "
+                            f"{first['features'].shape[1]}")
 
     def build(self, train_set):
         """The finished model, or a new head; its encoder is frozen."""

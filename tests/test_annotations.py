@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from video import annotations
+from video import annotations, segments
 import data
 import train
 from video.annotations import DataError, read
@@ -303,7 +303,7 @@ VIDEO = '{"video_id": "v", "split": %s}'
 def test_values_of_an_odd_kind_are_one_line(tmp_path, name, text, reason):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError) as error:
-        (annotations.read_segments if name == "a.json" else read)(tmp_path / name)
+        (segments.read_segments if name == "a.json" else read)(tmp_path / name)
     assert name in str(error.value) and reason in str(error.value) and "\n" not in str(error.value)
 
 
@@ -351,7 +351,7 @@ def test_a_folders_files_are_its_own_and_nobody_waits_for_a_pipe(tmp_path, clip)
     os.mkfifo(tmp_path / "x.csv")
     for source, reason in ((tmp_path / "x.csv", "pipe"), (tmp_path / "mine" / "b.mp4", "pipe"),
                            ("a" * 300, "too long"), ("a\0b", "no such")):
-        for reader in (read, annotations.read_segments,
+        for reader in (read, segments.read_segments,
                        lambda source: data.open_clips(source, 2, 16)):
             with pytest.raises(DataError, match=reason):
                 reader(source)

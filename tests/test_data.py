@@ -22,7 +22,7 @@ import torch
 
 import data
 from data import VideoFiles, batches, held_out, spread, split_files
-from video import annotations, loading
+from video import annotations, loading, segments
 from video.annotations import DataError
 from video.checking import check
 from video.clips import GREY
@@ -674,8 +674,8 @@ def one_array(array):
 
 def test_features_are_what_was_written(tmp_path):
     (tmp_path / "a.npz").write_bytes(features())
-    segments = {"a": annotations.Timed("train", [(0.0, 1.0, "x")])}
-    items, classes, missing = read_features(tmp_path, segments, "Train")
+    timed = {"a": segments.Timed("train", [(0.0, 1.0, "x")])}
+    items, classes, missing = read_features(tmp_path, timed, "Train")
     assert items[0]["features"].shape == (3, 4) and items[0]["segments"] == [(0.0, 1.0, 0)]
     assert classes == ["x"] and not missing
 
@@ -695,7 +695,7 @@ def test_features_are_what_was_written(tmp_path):
 def test_a_damaged_file_of_features_is_one_line(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(DataError, match="a.npz: ") as error:
-        read_features(tmp_path, {"a": annotations.Timed("train", [])}, "train")
+        read_features(tmp_path, {"a": segments.Timed("train", [])}, "train")
     assert "\n" not in str(error.value)
 
 

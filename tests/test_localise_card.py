@@ -20,7 +20,7 @@ from tasks import localisation, recognition
 from test_classify_card import encoders  # noqa: F401, a fixture
 from test_classify_card import run as run_classify
 from test_train import write_video
-from video import annotations, moving_shapes
+from video import moving_shapes, segments
 from video.decoding import Video
 from weights.encoders import load_encoder
 
@@ -142,12 +142,13 @@ def test_mistakes_about_files_get_one_line(extracted, encoders, tmp_path, capsys
         assert err.count("\n") == 1 and complaint in err, err
 
 
-def test_segments_of_no_length_are_left_out_and_counted(tmp_path, capsys):
+def test_segments_of_no_length_are_left_out_and_counted(tmp_path):
     (tmp_path / "a.json").write_text(
         json.dumps({"database": {"a": {"subset": "Test", "annotations": [
         {"segment": [3, 3], "label": "x"}, {"segment": [1, 2], "label": "x"}]}}}))
-    assert annotations.read_segments(tmp_path / "a.json") == {"a": ("Test", [(1.0, 2.0, "x")])}
-    assert "1 segments end where they start" in capsys.readouterr().err
+    found = segments.read_segments(tmp_path / "a.json")
+    assert found.videos == {"a": segments.Timed("Test", [(1.0, 2.0, "x")])}
+    assert "1 segments end where they start" in found.summary()
 
 
 # ------------------------------------------------------------------------------------------------

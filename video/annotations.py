@@ -36,12 +36,10 @@ read unless a file of another one is named, and the summary says which.
 import csv
 import functools
 import itertools
-import math
 import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -50,19 +48,12 @@ from video import formats
 from video.frames import is_frames_folder
 from video.rows import (IMAGE_SUFFIXES, LIKELY_SUFFIXES, VIDEO_SUFFIXES, DataError, Found, Row,
                         is_media)
-from video.texts import decode, must_be_a_file, parse_json, read_source, whole
+from video.texts import decode, must_be_a_file, read_source, whole
 
 MOST_CLASSES = 1_000_000  # a larger label is no class number but a date, or an id
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")  # a label that is meant as a number
 _GROUP = re.compile(r"(v_.+_g\d+)_c\d+\.\w+")  # UCF101: clips of one group are cut from one video
 _LISTS = (".csv", ".tsv", ".txt", ".json", ".jsonl")
-
-
-class Timed(NamedTuple):
-    """What happens when in one long video."""
-
-    subset: str  # as written: training, Validation, ...
-    segments: list  # of (start s, end s, label as written)
 
 
 def is_shards(source):
@@ -411,44 +402,6 @@ def split_files(items, fraction=0.1, seed=0):
 def _group(path):
     match = _GROUP.fullmatch(os.path.basename(path))
     return os.path.join(os.path.dirname(path), match[1]) if match else path
-
-
-def read_segments(path):
-    """Temporal annotations in the format of ActivityNet; THUMOS14, HACS and FineAction use it too.
-
-    {"database": {id: {"subset": ..., "annotations": [
-        {"segment": [start s, end s], "label": ...}]}}}
-
-    returns  {id: Timed}. Segments that end where they start, or earlier, are left out and counted
-             on standard error
-    raises   DataError: no such file, or another format
-    """
-    path, found = Path(path), {}
-    try:
-        for name, row in parse_json(decode(path), path)["database"].items():
-            segments = [(*entry["segment"], entry["label"]) for entry in row.get("annotations", ())]
-            for text in (name, row["subset"], *(label for *_, label in segments)):
-                text.encode()  # AttributeError: no text; ValueError: it holds half a character
-            for start, end, _ in segments:
-                if not all(type(moment) in (int, float) and math.isfinite(moment)
-                           for moment in (start, end)):
-                    raise ValueError(f"{name}: a segment from {start!r} to {end!r}")
-            found[name] = Timed(row["subset"], [(float(start), float(end), label)
-                                                for start, end, label in segments])
-    except DataError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise DataError(f"{path}: not an annotation as ActivityNet has them: JSON with a "
-                        "`database` of id, `subset` and `annotations` of `segment` and `label` "
-                        f"({type(error).__name__}: {error})") from None
-    if not found:
-        raise DataError(f"{path}: names no video")
-    empty = sum(end <= start for row in found.values() for start, end, _ in row.segments)
-    if empty:
-        print(f"{path}: {empty} segments end where they start, or earlier, and are left out",
-              file=sys.stderr)
-    return {name: row._replace(segments=[s for s in row.segments if s[1] > s[0]])
-            for name, row in found.items()}
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ import re
 import textwrap
 from typing import Callable, NamedTuple
 
+from video import segments
 from video.rows import DataError, Found, Row, is_media
 from video.texts import PATH_COLUMNS, decode, parse_json, part, read_table, split_lines, whole
 
@@ -874,15 +875,24 @@ def page():
         some = ", ".join(f"`{name}`" for name in names[:5]) + ", ..." * (len(names) > 5)
         lines.append(f"| {what.replace('_', ' ')} | {some} |")
     for one in FORMATS:
-        lies = ", ".join(f"`{name}`" for name in one.videos)
-        about = f"{one.about[:1].upper()}{one.about[1:]}."
-        lines += [f"\n## {one.name}\n", textwrap.fill(about, 99),
-                  f"\n`{one.file}`" + (f", and beside it {lies}" if lies else "") + ":\n"]
-        lines += ["    " + line for part in one.example.splitlines()
-                  for line in textwrap.wrap(
-                      part, 90, subsequent_indent="  ", expand_tabs=False,
-                      replace_whitespace=False, drop_whitespace=False)]
+        lines += _entry(f"## {one.name}", one.about, one.file, one.videos, one.example)
+    refused = ", ".join(f"`{key}`" for key in segments.CHANGES)
+    lines += [segments.HEAD, textwrap.fill("A key of a video or a segment that would change its "
+                                           f"meaning is refused: {refused}.", 99)]
+    for one in segments.FORMATS:
+        about = f"{one.about}. Subsets: {one.subsets[0]} and {one.subsets[1]}"
+        lines += _entry(f"### {one.name}", about, one.file, one.beside, one.example)
     return "\n".join(lines) + "\n"
+
+
+def _entry(title, about, file, beside, example):
+    """The lines of one format."""
+    lies = ", and beside it " + ", ".join(f"`{name}`" for name in beside) if beside else ""
+    return [f"\n{title}\n", textwrap.fill(f"{about[:1].upper()}{about[1:]}.", 99), "",
+            textwrap.fill(f"`{file}`{lies}:", 99, break_on_hyphens=False), "",
+            *("    " + line for part in example.splitlines() for line in textwrap.wrap(
+                part, 90, subsequent_indent="  ", expand_tabs=False, replace_whitespace=False,
+                drop_whitespace=False))]
 
 
 if __name__ == "__main__":
