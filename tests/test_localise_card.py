@@ -6,6 +6,7 @@ scored; mistakes get one line.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -123,6 +124,11 @@ def test_mistakes_about_files_get_one_line(extracted, encoders, tmp_path, capsys
     (tmp_path / "odd.json").write_text('{"database": {"a": {"annotations": []}}}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "0.npz").write_bytes(b"no")
+    alone = str(tmp_path / "alone")
+    os.mkdir(alone)
+    (tmp_path / "empty").mkdir()
+    for i in range(5):
+        np.save(f"{alone}/{i}.npy", np.ones((25, 6), np.float32))
     for flags, complaint in (
             ((), "needs an encoder"), (("--data", features), "--annotations"),
             (("--data", features, "--annotations", "nowhere.json"), "no such file"),
@@ -130,13 +136,18 @@ def test_mistakes_about_files_get_one_line(extracted, encoders, tmp_path, capsys
              "as ActivityNet has them"),
             (("--data", features, "--annotations", annotation, "--train-subset", "Test"),
              "it has training, validation"),
-            (("--data", str(tmp_path), "--annotations", annotation, "--train-subset", "VALIDATION"),
+            (("--data", str(tmp_path / "empty"), "--annotations", annotation, "--train-subset", "VALIDATION"),
              "none of the 2 videos"),
             (("--data", str(tmp_path / "broken"), "--annotations", annotation),
              "not a file of tools/extract.py"),
             (("--data", features, "--annotations", annotation, "--weights",
               encoders["multimodal"][0]),
-             "is not the model")):
+             "is not the model"),
+            (("--data", features, "--annotations", annotation, "--stride", "4"),
+             "was extracted with a stride of 2"),
+            (("--data", features, "--annotations", annotation, "--rate", "30"), "has the times"),
+            (("--data", alone, "--annotations", annotation, "--stride", "2", "--rate", "50",
+              "--weights", encoders["masked"][0]), "does not say which model")):
         assert run(*flags, out=tmp_path / "run") == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and complaint in err, err

@@ -3,13 +3,7 @@
     tools/extract.py      .npz with features, times, window, stride and the model
     other people          .npy, or .npz with one array: (T', F) alone; a `Grid` says the times
 
-| features | stride | window | rate |
-| --- | --- | --- | --- |
-| I3D of THUMOS14, of ActionFormer | 4 | 16 | `fps` of thumos14.json, about 30 |
-| TSP of ActivityNet 1.3 | 16 | 16 | 15 |
-| SlowFast of HACS, of TCANet | 8 | 32 | 15 |
-| VideoMAE V2 of THUMOS14 | 4 | 16 | as for I3D |
-| VideoMAE and VideoMAE V2 of FineAction | 16 | 16 | 30, as OpenTAD reads them |
+docs/tasks.md has the stride, the window and the rate of published features.
 """
 
 import math
