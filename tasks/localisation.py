@@ -585,10 +585,10 @@ class Localisation(Stage, name="localise"):
                         "predict on videos")
     annotations: str = flag("", "what happens when in the videos of --data, see docs/formats.md: "
                             "of ActivityNet, HACS, FineAction, THUMOS14, or alike", group="clips")
-    train_subset: str = flag("", "subset of --annotations to train on; default: training, on "
-                             "THUMOS14 Validation", only="files", group="clips")
-    val_subset: str = flag("", "subset to evaluate on, all of it; default: validation, on THUMOS14 "
-                           "Test", only="files", group="clips")
+    train_subset: str = flag("training", "subset of --annotations to train on; where it is left "
+                             "out, Validation on THUMOS14", group="clips")
+    val_subset: str = flag("validation", "subset to evaluate on, all of it; where it is left out, "
+                           "Test on THUMOS14", group="clips")
     videos: int = flag(300, "generated videos to train on", low=1, group="clips")
     eval_clips: int = flag(100, "generated videos per evaluation")
     stride: int = flag(4, "frames from one window to the next; .npz by tools/extract.py know it",
@@ -643,8 +643,9 @@ class Localisation(Stage, name="localise"):
         encoder, model = self.parts
         annotation, names = read_segments(self.annotations), model and model.names
         print(f"--annotations {self.annotations}: {printable(annotation.summary())}")
-        self.train_subset = self.train_subset or annotation.subsets[0]
-        self.val_subset = self.val_subset or annotation.subsets[1]
+        for name, subset in zip(("train_subset", "val_subset"), annotation.subsets):
+            if name not in self.typed:
+                setattr(self, name, subset)
         grid = Grid(self.stride if "stride" in self.typed else 0, self.window, self.rate)
         sets = []
         for folder, subset in ((self.data, self.train_subset),

@@ -192,7 +192,7 @@ def test_features_are_held_against_the_duration_or_the_last_segment(tmp_path, du
     if fits:
         assert not read_features(folder, videos, "Test", grid=grid)[0][0]["misfit"]
         return
-    with pytest.raises(DataError, match="a.npy: 47 features, .* check --stride and --rate") as error:
+    with pytest.raises(DataError, match="a.npy: 47 features, .* check --stride") as error:
         read_features(folder, videos, "Test", grid=grid)
     assert "\n" not in str(error.value) and "1 of 1 videos" in str(error.value)
 
@@ -313,7 +313,8 @@ def test_mistakes_about_features_of_others_are_one_line(thumos, tmp_path, capsys
     lay(tmp_path / "other", {path.stem: 60 for path in (thumos / "features").iterdir()}, width=5)
     capsys.readouterr()
     for flags, reason in (
-            (flags_of(thumos)[:4], "--stride"), (flags_of(thumos, "--rate", "15"), "check --stride"),
+            (flags_of(thumos)[:4], "--stride"),
+            (flags_of(thumos, "--rate", "15"), "check --stride"),
             (["--rate", "15"], "video files"),
             ([*flags_of(thumos), "--weights", str(tmp_path / "run"), "--data",
               str(tmp_path / "other")], "was trained on features of 6 numbers")):
