@@ -282,6 +282,17 @@ class InternVideo(nn.Module):
         t, _, _ = model.grid_of(model.config["frames"], *model.config["image_size"])
         return layer.attention_maps(*inputs).unflatten(2, (t, -1))
 
+    @torch.no_grad()
+    def with_head(self, classes, *, rows=None):
+        """The same for Y classes. rows: which row of both heads each class is, None = a new one."""
+        masked, *others = (encoder.with_head(classes, rows=rows)
+                           for encoder in (self.masked, *self.multimodal))
+        new = type(self)(masked, others, **asdict(self.options))
+        for name in ("bridges", "last"):
+            getattr(new, name).load_state_dict(getattr(self, name).state_dict())
+        new.balance.copy_(self.balance)
+        return new
+
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks. All other blocks are frozen and read
         nothing that trains, so autograd keeps nothing of them."""

@@ -373,7 +373,7 @@ class PostPretraining(ClassifierStage, name="classify"):
         if self.weights:
             model = encoders.load_encoder(
                 self.weights, classes, frames=self.num_frames, image_size=self.input_size,
-                drop=self.drop, drop_path=self.drop_path, rows=self.rows_of_head(),
+                drop=self.drop, drop_path=self.drop_path, rows=self.rows[0],
                 positions=self.positions)
             if model.config["image_size"] != [self.input_size] * 2 and \
                     self.input_size != type(self).input_size:
@@ -467,12 +467,12 @@ class CrossModel(TwoEncodersStage, name="fuse"):
             self.check_against_weights(
                 masked="", multimodal="", second="", before="", layers="", way="both", bridges=True,
                 gates=model.config["gates"])
-            if model.masked.config["classes"] != classes:
-                raise UserError(f"--weights {self.weights}: names {model.masked.config['classes']} "
-                                f"classes, the data has {classes}")
+            model = model.with_head(classes, rows=self.rows[0])
         else:
-            model = self.fresh([encoder if encoder.config["classes"] == classes else
-                                encoder.with_head(classes) for encoder in self.parts])
+            model = self.fresh([
+                encoder if rows == list(range(encoder.config["classes"])) else
+                encoder.with_head(classes, rows=rows)
+                for encoder, rows in zip(self.parts, self.rows)])
         model.recompute(self.recompute)
         return model.requires_grad_(True) if self.thaw else model
 

@@ -25,7 +25,7 @@ import data
 import weights
 from engine import checkpoints, evaluation, machine, optimisers, pictures, processes
 from engine.errors import Interrupted, RunError, UserError
-from engine.stage import check_model, check_stage
+from engine.stage import check_model, check_stage, check_trained
 from video.loading import dead_worker
 
 MOST_BAD = 0.5  # share of unreadable clips above which a run stops, once there are ten
@@ -130,6 +130,8 @@ class Run:
         stage, self.optimizer = self.stage, optimizer
         own = checkpoints.tensors_of(self.model, None, self.average)
         last = checkpoints.resume_from(self.out, stage, own) if stage.resume else None
+        if not last:
+            check_trained(stage)
         if last:
             saved, tensors = last
             checkpoints.restore(tensors, self.model, optimizer, self.average)

@@ -204,6 +204,12 @@ class Stage:
         """
         return train_set
 
+    def untrained(self):
+        """What --steps 0 would measure though nothing has trained it; "" = nothing is untrained.
+
+        Asked after `build`."""
+        return "" if self.weights else "a network from scratch"
+
     def training_mode(self, model):
         """Put the model in training mode; a stage with frozen parts leaves them in eval mode."""
         model.train()
@@ -346,11 +352,22 @@ def check_stage(stage):
 def build_model(stage, train_set):
     """stage.build(train_set). UserError where the network refuses what the flags or weights say."""
     try:
-        return stage.build(train_set)
+        model = stage.build(train_set)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+    if not (stage.resume or stage.dry_run):  # a checkpoint may hold it trained
+        check_trained(stage)
+    return model
+
+
+def check_trained(stage):
+    """UserError where --steps 0 would measure what nothing has trained."""
+    what = "" if stage.steps else stage.untrained()
+    if what:
+        raise UserError(f"--steps 0: would measure {what}, which nothing has trained; give "
+                        "--weights of a finished run of this stage, or train it with --steps N")
 
 
 def check_model(stage, model):

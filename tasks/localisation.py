@@ -704,6 +704,10 @@ class Localisation(Stage, name="localise"):
                             f"stride of {model.stride}")
         return model
 
+    def untrained(self):
+        """A new head, where --weights hold but an encoder."""
+        return "" if self.parts[1] else "a new head"
+
     def prepare(self, model, train_set, held_out):
         """Features of generated videos, and the targets of all videos, in steps."""
         sets = (train_set, held_out["val"])

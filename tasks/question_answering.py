@@ -235,6 +235,10 @@ class Answering(SentenceStage, name="answer"):
         model.clip.recompute(self.recompute)
         return model
 
+    def untrained(self):
+        """A new head, where --weights hold a video-text model."""
+        return "" if self.parts[2] else "a new head"
+
     def scale_of(self, model, name):
         """The head learns faster."""
         return self.head_scale if name.startswith("head.") else 1.0

@@ -35,8 +35,9 @@ from engine.checkpoints import recipe_of
 from engine.command_line import text_of
 from engine.errors import UserError
 from engine.stage import TEST_CLIPS, ClipStage, flag, generator
+from tasks import class_names
 from video import transforms
-from weights import encoders
+from weights import encoders, heads
 
 # ------------------------------------------------------------------------------------------------
 # Metrics
@@ -229,6 +230,16 @@ class AttentiveProbe(torch.nn.Module):
         return weights.load_run(cls.from_config, folder, "AttentiveProbe",
                                 "classify --mode attentive")
 
+    @torch.no_grad()
+    def with_head(self, classes, *, rows=None):
+        """The same for Y classes. rows: which row of this head each class is, None = a new one."""
+        new = type(self)(self.encoder, classes, self.config["heads"])
+        new.query.copy_(self.query)
+        for part in ("norm", "attn"):
+            getattr(new, part).load_state_dict(getattr(self, part).state_dict())
+        heads.copy_rows(new.head, self.head, rows or range(classes))
+        return new
+
     def classify(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
         query = self.query.expand(len(tokens), -1, -1)
@@ -360,7 +371,28 @@ class LabelledStage(ClipStage):
                             "folder of class folders, or a list of `path label` lines, with two or "
                             "more (shards serve mae and clip)")
         self.classes = train_set.classes
+        self.choose_classes(train_set, held_out)
         return train_set, held_out
+
+    def choose_classes(self, train_set, held_out):
+        """Number the classes of all sets as the heads of the weights need them; `rows` says which
+        row of each head they are. See tasks.class_names."""
+        self.classes, self.rows = class_names.match(self.heads(), self.classes, not self.steps)
+        for part in (train_set, *held_out.values()):
+            for question, names in self.classes.items():
+                if tuple(part.classes[question]) != tuple(names):
+                    part.only(question, names)
+
+    def heads(self):
+        """The trained heads of the weights, as a list of class_names.Head."""
+        return []
+
+    def untrained(self):
+        """What --steps 0 would measure though nothing has trained it; "" = nothing."""
+        if not self.rows:
+            return "a network from scratch"
+        known = all(rows is not None and None not in rows for rows in self.rows)
+        return "" if known else f"a new head for {size(self.classes)} classes"
 
     def target(self, batch):
         """(B, Y): a one at the right answer to each question."""
@@ -411,9 +443,7 @@ class LabelledStage(ClipStage):
 
     def extras(self, folder):
         """questions.json: the class names, in the order of the logits."""
-        text = json.dumps({question: list(names) for question, names in self.classes.items()})
-        weights.write_aside(Path(folder) / "questions.json",
-                            lambda path: Path(path).write_text(text + "\n"))
+        class_names.write(folder, self.classes)
 
     def pictures(self, model, batch, folder, results):
         """confusion.png: what the last evaluation took for what, of the first question."""
@@ -435,8 +465,9 @@ class ClassifierStage(LabelledStage):
                      "a query that attends to the tokens, and a linear layer, on frozen features",
                      choices=("finetune", "probe", "attentive"))
     head_rows: str = flag("", "a JSON list: which row of the head of --weights each class is, as "
-                          "VideoMAE V2's label_710to400.json; default: the first 400 of 710, the "
-                          "same where there are as many, else a fresh head")
+                          "VideoMAE V2's label_710to400.json; default: by the names of the "
+                          "classes; where --weights tell none, the same where there are as many, "
+                          "the first 400 of 710, else a new head")
     probe_clips: int = flag(2000, "with a probe: training clips whose features are computed; 0 = "
                             "all files of --data", low=0)
     unknown: str = flag("", "open-set recognition: classes (or motions) to leave out of training, "
@@ -449,10 +480,25 @@ class ClassifierStage(LabelledStage):
             if 0 < getattr(self, name) < 1e-3:  # a beta distribution that float32 cannot hold
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for "
                                 "none")
-        train_set, held_out = super().datasets()
+        return super().datasets()
+
+    def choose_classes(self, train_set, held_out):
+        """As all stages with labels; with --unknown some classes are set aside, with --head-rows
+        the user says which row of the head each class is."""
         if self.unknown:
             self.set_aside(train_set, held_out)
-        return train_set, held_out
+        if self.head_rows:
+            self.rows = [self.rows_of_head()]
+        else:
+            super().choose_classes(train_set, held_out)
+
+    def heads(self):
+        """The head of --weights; none where an attentive probe is yet to be trained."""
+        if not self.weights:
+            return []
+        probe = weights.read(self.weights)[1].get("model") == "AttentiveProbe"
+        count = encoders.made_for(self.weights)[2] if probe or self.mode != "attentive" else 0
+        return [class_names.head_of("weights", self.weights, count)]
 
     def set_aside(self, train_set, held_out):
         """Leave the classes of --unknown out; held_out["val"].unknown has their held-out clips."""
@@ -473,9 +519,7 @@ class ClassifierStage(LabelledStage):
         self.classes = train_set.classes
 
     def rows_of_head(self):
-        """The numbers in --head-rows, or None."""
-        if not self.head_rows:
-            return None
+        """The numbers in --head-rows."""
         try:
             rows = json.loads(text_of(self.head_rows, "head-rows"))
         except (ValueError, RecursionError) as error:
@@ -492,11 +536,7 @@ class ClassifierStage(LabelledStage):
         if self.mode != "attentive":
             raise UserError(f"--weights {self.weights}: is an attentive probe; add --mode "
                             "attentive")
-        model = AttentiveProbe.from_run(self.weights)
-        if model.config["classes"] != classes:
-            raise UserError(f"--weights {self.weights}: names {model.config['classes']} classes, "
-                            f"the data has {classes}")
-        return model
+        return AttentiveProbe.from_run(self.weights).with_head(classes, rows=self.rows[0])
 
     def training_mode(self, model):
         """A probe's encoder stays in eval mode: no dropout, no batch statistics."""

@@ -8,7 +8,7 @@ import fusion
 from engine import pictures
 from engine.errors import UserError
 from engine.stage import flag
-from tasks import recognition
+from tasks import class_names, recognition
 from tasks.recognition import LabelledStage
 from weights import encoders
 
@@ -34,6 +34,19 @@ class TwoEncodersStage(LabelledStage):
             model = fusion.InternVideo.from_run(self.weights)
             return [model.masked, *model.multimodal]
         return self.load_encoders()
+
+    def heads(self):
+        """Those of the fused model, which are alike, or of each encoder."""
+        if self.weights:
+            count = self.parts[0].config["classes"]
+            return [class_names.head_of("weights", self.weights, count)]
+        return [class_names.head_of(name, source, encoders.made_for(source)[2])
+                for name in ("masked", "multimodal", "second") if (source := getattr(self, name))]
+
+    def untrained(self):
+        """As all stages with labels; without gates the start is not the encoders' average."""
+        fresh = not self.weights and self.bridges and not self.gates
+        return super().untrained() or "cross-model attention without gates" * fresh
 
     def load_encoders(self):
         """As `parts`, from --masked, --multimodal and --second."""

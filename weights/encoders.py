@@ -14,21 +14,43 @@ def load_encoder(source, classes=None, *, frames=None, image_size=None, drop=0.0
                 fine-tuned, UniFormerV2, CLIP (which grows), InternVideo-MM. Its names tell which
     classes     Y; None: the head that it has, or where it has none a fresh one of one class, to be
                 replaced
-    rows        which row of the file's head each class is; see `with_head` of the encoders
+    rows        which row of the file's head each class is, None = a new one; see `with_head` of the
+                encoders
     positions   of official VideoMAE files: see mae.position_codes
     returns     mae.VideoClassifier or uniformerv2.UniFormerV2. A teacher or a feature extractor
                 needs no head: take `tokens(video)`, before any last norm, or `feature(video)`
     raises      WeightsError: no such file, or one without such an encoder
     """
-    tensors, config = read(source)
-    kind = config.get("model")
-    if not kind:
-        kind = (describe(tensors)[1] or ("VideoCLIP",))[0]
-    load = ENCODERS.get(kind) if isinstance(kind, str) else None
-    if load is None:
+    kind = kind_of(source, *read(source))
+    return ENCODERS[kind](class_of(kind), source, classes, rows, frames=frames,
+                          image_size=image_size, drop=drop, drop_path=drop_path,
+                          positions=positions)
+
+
+def kind_of(source, tensors, config):
+    """Name of the model with an encoder that `read(source)` gave. WeightsError where it has none.
+    """
+    kind = config.get("model") or (describe(tensors)[1] or ("VideoCLIP",))[0]
+    if not isinstance(kind, str) or kind not in ENCODERS:
         raise WeightsError(f"{source}: holds a {kind}, which is no encoder that `classify` knows")
-    return load(class_of(kind), source, classes, rows, frames=frames, image_size=image_size,
-                drop=drop, drop_path=drop_path, positions=positions)
+    return kind
+
+
+def made_for(source):
+    """For what clips and classes weights with an encoder were made.
+
+    returns  (frames, height = width in pixels, rows of the head; 0 = it has none)
+    raises   WeightsError, as `load_encoder`
+    """
+    tensors, config = read(source)
+    probe = config.get("model") == "AttentiveProbe"
+    kind = "AttentiveProbe" if probe else kind_of(source, tensors, config)
+    classes = config.get("classes", 0)
+    if not config:  # of an official file the whole is built: its names do not tell all
+        config = load_encoder(source).config
+        classes = config["classes"] if kind in ("VideoClassifier", "UniFormerV2") else 0
+    config = config.get("clip") or config.get("encoder") or config
+    return config["frames"], max(config["image_size"]), classes
 
 
 def masked(cls, source, classes, rows, *, frames, image_size, drop, drop_path, positions):
@@ -73,15 +95,10 @@ def is_official_clip(tensors, config):
 
 
 def check_rows(source, old, classes, rows):
-    """WeightsError unless `rows`, where given, names a row of a head of `old` classes for each.
-
-    Prints which of 710 classes are taken for 400, which no shape tells."""
-    if rows is None:
-        if (old, classes) == (710, 400):
-            print(f"{source}: the first 400 of its 710 classes are taken for Kinetics-400, as in "
-                  "InternVideo and UniFormerV2; VideoMAE V2's are in another order, for which see "
-                  "--head-rows")
-    elif len(rows) != classes or not old or not all(0 <= row < old for row in rows):
+    """WeightsError unless `rows`, where given, names a row of a head of `old` classes, or None, for
+    each."""
+    if rows is not None and (len(rows) != classes or not old or not all(
+            row is None or 0 <= row < old for row in rows)):
         raise WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes out of a head "
                            f"with {old} of {source}")
 

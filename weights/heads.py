@@ -12,7 +12,8 @@ from weights.families import class_of
 def rows_of(old, classes, rows):
     """Which rows of a head for `old` classes a head for Y classes starts with; None = a new head.
 
-    rows  as the user gave them, Y numbers. Default: the whole head for as many classes. 400 classes
+    rows  Y numbers, None for a class that starts anew. Default: the whole head for as many
+          classes, whatever they are called (tasks.class_names matches names). 400 classes
           after the 710 of Kinetics-710: its first 400 rows, which are Kinetics-400 in InternVideo's
           and UniFormerV2's order (not in VideoMAE V2's, and no shape tells them apart).
           Any other number: a new head.
@@ -20,6 +21,15 @@ def rows_of(old, classes, rows):
     if rows is None and classes and (classes == old or (old, classes) == (710, 400)):
         return list(range(classes))
     return None if rows is None else list(rows)
+
+
+@torch.no_grad()
+def copy_rows(new, old, rows):
+    """Copy these rows of the linear layer `old` into `new`, one after another; None: leave it."""
+    kept = [(place, row) for place, row in enumerate(rows) if row is not None]
+    if kept:
+        places, rows = map(list, zip(*kept))
+        new.weight[places], new.bias[places] = old.weight[rows], old.bias[rows]
 
 
 @torch.no_grad()
@@ -44,8 +54,7 @@ def masked(model, classes, rows, options):
         new.fc_norm.load_state_dict(model.fc_norm.state_dict())
         rows = rows_of(model.config["classes"], classes, rows)
         if rows is not None:
-            new.head.weight.copy_(model.head.weight[rows])
-            new.head.bias.copy_(model.head.bias[rows])
+            copy_rows(new.head, model.head, rows)
     return new
 
 
@@ -58,14 +67,13 @@ def multimodal(model, classes, norm, rows, options):
     new = type(model)(**vars(model.options) | options | {"classes": classes})
     # A model without a head has no norm either.
     tensors = {key: x for key, x in model.state_dict().items()
-               if classes or not key.startswith("norm.")}
-    rows = rows_of(model.options.classes, classes, rows)
-    head = {key: tensors.pop(key) for key in ("head.weight", "head.bias") if key in tensors}
-    if rows is not None:
-        tensors |= {key: x[rows] for key, x in head.items()}
+               if not key.startswith("head.") and (classes or not key.startswith("norm."))}
     if norm is not None:
         tensors |= {f"norm.{key}": x for key, x in norm.state_dict().items()}
     missing, unknown = new.load_state_dict(tensors, strict=False)
     assert not unknown and all(key.startswith(("norm.", "head.")) for key in missing), \
         (missing, unknown)
+    rows = rows_of(model.options.classes, classes, rows)
+    if rows is not None:
+        copy_rows(new.head, model.head, rows)
     return new
