@@ -167,6 +167,13 @@ class VideoFiles(Clips, ClipSet):
         self.classes = {question: tuple(names)}
         return self
 
+    def labels_of(self, question):
+        """The labels of all items, in order. DataError where an item has none."""
+        unlabelled = [path for path, label in self.items if label is None]
+        if unlabelled or question not in self.classes:
+            raise DataError(f"{self.source}: no {question} of {(unlabelled or [self.source])[0]}")
+        return [label for _, label in self.items]
+
     def first(self, count):
         """Keep `count` files, drawn at random but always the same. Returns self."""
         return self.keep(sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist()))

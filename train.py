@@ -57,8 +57,8 @@ from engine.errors import UserError
 from engine.optimisers import build_optimizer, clip_gradients, learning_rate
 from engine.run import Run, add_means, one_line_errors
 from engine.stage import STAGES, TEST_CLIPS, build_model, flag, generator
-from tasks import captioning, recognition, reconstruction, retrieval
-from tasks.recognition import ClassifierStage
+from tasks import captioning, labelled, probes, recognition, reconstruction, retrieval
+from tasks.labelled import ClassifierStage
 from tasks.reconstruction import MaskedStage
 from tasks.two_encoders import TwoEncodersStage
 from tasks.video_text import VideoTextStage
@@ -364,9 +364,9 @@ class PostPretraining(ClassifierStage, name="classify"):
         if self.mode == "finetune":
             model.recompute(self.recompute)
             return model
-        if self.mode == "attentive" and not isinstance(model, recognition.AttentiveProbe):
-            model = recognition.AttentiveProbe(model.with_head(0), classes, model.heads)
-        return recognition.freeze_all_but_the_probe(model)
+        if self.mode == "attentive" and not isinstance(model, probes.AttentiveProbe):
+            model = probes.AttentiveProbe(model.with_head(0), classes, model.heads)
+        return probes.freeze_all_but_the_probe(model)
 
     def encoder_for(self, classes):
         """From --weights, or from scratch, with a head for so many classes."""
@@ -408,7 +408,7 @@ class PostPretraining(ClassifierStage, name="classify"):
     def logits(self, model, batch):
         """Logits (B, Y) of a batch of clips or of stored features."""
         if "features" in batch:
-            return recognition.probe_of(model)(batch["features"])
+            return probes.probe_of(model)(batch["features"])
         return self.run(model, normalise(batch["video"], model.mean, model.std))
 
     def run(self, model, video):
@@ -421,12 +421,11 @@ class PostPretraining(ClassifierStage, name="classify"):
         target = self.target(batch)
         if model.training and self.mixup + self.cutmix > 0 and "video" in batch:
             video = normalise(batch["video"], model.mean, model.std)
-            video, target = recognition.mix(video, target, self.mixup, self.cutmix)
+            video, target = labelled.mix(video, target, self.mixup, self.cutmix)
             logits = self.run(model, video)
         else:
             logits = self.logits(model, batch)
-        loss = recognition.cross_entropy(logits, target, self.classes,
-                                         self.smoothing if model.training else 0.0)
+        loss = self.loss_of(logits, target, model.training)
         return loss, {"loss": loss.detach()}
 
 
@@ -499,7 +498,7 @@ class CrossModel(TwoEncodersStage, name="fuse"):
     def loss(self, model, batch, rng):
         """Cross entropy of the summed scores; shares and gates are logged."""
         logits, target = self.logits(model, batch), self.target(batch)
-        loss = recognition.cross_entropy(logits, target, self.classes)
+        loss = recognition.cross_entropy(logits, target, self.classes, several=self.several)
         metrics = {"loss": loss.detach()}
         for name, share in zip(("masked", "multimodal", "second"), model.shares().detach()):
             metrics[f"share_{name}"] = share

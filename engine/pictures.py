@@ -8,6 +8,7 @@
     attention_maps        where something (a word, a layer) attends in a clip
     cross_attention_maps  where tokens of one model attend in another
     confusion             true classes against answers
+    predictions           frames of each clip, and bars for its likeliest classes
     gates                 gates and shares of the fusion over training
     segments              segments of long videos: true and predicted
     table                 numbers of several runs
@@ -252,6 +253,32 @@ def confusion(tables, names, path):
         panel.set(xlabel="said", ylabel="true")
         right = 100 * counts.diagonal().sum() / counts.sum().clamp(min=1)
         panel.set_title(f"{title}: {right:.1f} % right", fontsize=9)
+    finish(figure, path)
+
+
+def predictions(videos, answers, path):
+    """A row for each clip: four of its frames, and for each question bars of its likeliest classes.
+
+    answers  (title, {question: [(class, probability), ...]}) of each clip
+    """
+    questions = len(answers[0][1])
+    plt = pyplot()
+    figure, axes = plt.subplots(len(videos), 1 + questions, squeeze=False, facecolor="white",
+                                figsize=(5 + 3 * questions, 1.35 * len(videos) + 0.2),
+                                layout="constrained", width_ratios=[5] + [3] * questions)
+    for (picture, *panels), video, (title, said) in zip(axes, videos, answers):
+        picture.imshow(strip(video))
+        picture.axis("off")
+        picture.set_title(plain(title), fontsize=7, loc="left")
+        for panel, (question, best) in zip(panels, said.items()):
+            names, shares = zip(*reversed(best))
+            panel.barh(range(len(best)), shares, color="tab:blue", alpha=0.5)
+            for place, name in enumerate(names):
+                panel.text(0.02, place, f"{plain(name)[:30]}  {shares[place]:.0%}", fontsize=7,
+                           va="center")
+            panel.set(xlim=(0, 1), xticks=[], yticks=[])
+            panel.set_title(plain(question) * (questions > 1), fontsize=7, loc="left")
+            panel.spines[:].set_visible(False)
     finish(figure, path)
 
 

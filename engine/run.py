@@ -395,6 +395,7 @@ class Run:
         unreadable = dict(pair for clips in self.sets.values() for pair in clips.bad)
         return dict(stage=self.stage.name, step=self.step, protocol=self.protocol, **self.metrics,
                     **self.initial, parameters=self.parameters, trained=self.trained,
+                    **self.stage.tables(self.results),
                     seconds=round(self.seconds(), 1), processes=processes.world(),
                     bad_files=self.bad | unreadable, settings=dataclasses.asdict(self.stage))
 

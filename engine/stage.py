@@ -17,7 +17,7 @@ itself:
 
 To write one, read `Stage` and `ClipStage` here, and the first card in train.py. Other bases are
 MaskedStage in tasks/reconstruction.py, which hides a part of each clip, and ClassifierStage in
-tasks/recognition.py. The loop then trains, evaluates, saves and resumes what you wrote.
+tasks/labelled.py. The loop then trains, evaluates, saves and resumes what you wrote.
 
 - What `build` returns is trained and saved. A frozen network that belongs to no file of the run,
   such as a teacher, stays outside: keep it on `self`, and move it to the device in `loss`.
@@ -227,6 +227,12 @@ class Stage:
 
         held_out: {name: data set}; results: {name of the set: what `evaluate` returned}.
         """
+        return {}
+
+    def tables(self, results):
+        """What is no number and belongs into metrics.json -> {name: what JSON holds}.
+
+        results: {name of the set: what `evaluate` returned}."""
         return {}
 
     def pictures(self, model, batch, folder, results):

@@ -9,7 +9,7 @@ from engine import pictures
 from engine.errors import UserError
 from engine.stage import flag
 from tasks import class_names, recognition
-from tasks.recognition import LabelledStage
+from tasks.labelled import LabelledStage
 from weights import encoders
 
 

@@ -18,7 +18,7 @@ import train
 import uniformerv2
 import weights
 from conftest import official_fill
-from tasks import class_names, recognition
+from tasks import class_names, probes
 from test_classify_card import TINY, encoders, run, save  # noqa: F401
 from test_fusion import encoders as two_encoders
 from test_mae import block_shapes
@@ -66,7 +66,7 @@ def classifiers(tmp_path_factory):
     masked = says(mae.VideoClassifier(TINY, classes=3, frames=4, image_size=16), 0.0, 1.0, 2.0)
     multimodal = says(uniformerv2.UniFormerV2(uniformerv2.Size(24, 2, 2, 48, 8, 16), classes=3,
                                               frames=4), 0.0, 1.0, 2.0)
-    probe = says(recognition.AttentiveProbe(masked.with_head(0), 3, 2), 0.0, 1.0, 2.0)
+    probe = says(probes.AttentiveProbe(masked.with_head(0), 3, 2), 0.0, 1.0, 2.0)
     first, (second,) = two_encoders(classes=3)
     fused = fusion.InternVideo(says(first, 0.0, 1.0, 2.0), says(second, 0.0, 1.0, 2.0))
     models = {"masked": masked, "multimodal": multimodal, "probe": probe, "fused": fused}

@@ -22,7 +22,7 @@ import uniformerv2
 import weights
 from conftest import official_fill
 from engine.optimisers import build_optimizer
-from tasks import recognition
+from tasks import labelled, recognition
 from test_clip_video import clip_state
 from test_mae import block_shapes
 from test_train import write_video
@@ -165,14 +165,14 @@ def test_mixed_targets_still_sum_to_one_per_question_and_share_their_partner_wit
     target = torch.eye(30)[[0, 3, 5, 9]]
     for seed in range(5):
         torch.manual_seed(seed)
-        mixed, soft = recognition.mix(video, target, 0.8, 0.0)
+        mixed, soft = labelled.mix(video, target, 0.8, 0.0)
         assert torch.allclose(soft.sum(dim=1), torch.ones(4)) and mixed.shape == video.shape
         share = soft[torch.arange(4), [0, 3, 5, 9]]
         assert torch.allclose(mixed[:, 0, 0, 0, 0],
                               share * torch.arange(4.0) + (1 - share) * torch.arange(4.0).roll(1),
                               atol=1e-5)
     torch.manual_seed(0)
-    mixed, soft = recognition.mix(video, target, 0.0, 1.0)
+    mixed, soft = labelled.mix(video, target, 0.0, 1.0)
     pasted = (mixed[1] != video[1])
     assert torch.equal(pasted[:, 0], pasted[:, 1]), "the box is the same in all frames"
     assert math.isclose(float(soft[1, 0]), float(pasted.float().mean()), abs_tol=1e-5)

@@ -21,7 +21,7 @@ import mae  # noqa: E402
 import predict  # noqa: E402
 import uniformerv2  # noqa: E402
 import weights  # noqa: E402
-from tasks import localisation, question_answering, recognition  # noqa: E402
+from tasks import localisation, question_answering, probes  # noqa: E402
 from video import moving_shapes  # noqa: E402
 from weights.tokenizer import train_tokenizer  # noqa: E402
 
@@ -59,7 +59,7 @@ def runs(tmp_path_factory):
     models = {
         "VideoMAE": mae.VideoMAE("tiny", frames=4, image_size=32),
         "VideoClassifier": masked(), "UniFormerV2": multimodal(),
-        "AttentiveProbe": recognition.AttentiveProbe(masked(), 5, 2),
+        "AttentiveProbe": probes.AttentiveProbe(masked(), 5, 2),
         "VideoCLIP": clip, "VideoText": caption_decoder.VideoText(clip, decoder(tokenizer)),
         "InternVideo": fusion.InternVideo(masked(), multimodal()),
         "Localiser": localisation.Localiser(masked(0), localisation.Head(96, len(names)), names, 4),

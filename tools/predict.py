@@ -18,8 +18,6 @@ the model was made for; frames are spread over the video. A mistake is one line,
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -32,14 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
-import fusion  # noqa: E402
 import mae  # noqa: E402
-import uniformerv2  # noqa: E402
 import weights  # noqa: E402
 from engine import pictures  # noqa: E402
 from engine.errors import UserError, printable  # noqa: E402
 from tasks import (  # noqa: E402
-    caption_search, captioning, localisation, question_answering, recognition, reconstruction,
+    caption_search, captioning, localisation, predictions, question_answering, reconstruction,
     two_encoders)
 from video import moving_shapes  # noqa: E402
 from video.clips import one_clip  # noqa: E402
@@ -117,31 +113,6 @@ def picture_path(args):
     return path
 
 
-def questions_of(source, classes):
-    """{question: names of its answers}, side by side in the logits; numbers where none are known.
-
-    classes  Y, number of logits
-    """
-    folder = Path(source) if os.path.isdir(source) else Path(source).parent
-    if not (folder / "questions.json").exists():
-        return {"class": [str(i) for i in range(classes)]}
-    questions = json.loads((folder / "questions.json").read_text())
-    named = sum(map(len, questions.values()))
-    if named != classes:
-        raise UserError(f"{folder / 'questions.json'}: names {named} answers, the weights have "
-                        f"{classes}")
-    return questions
-
-
-def print_answers(logits, questions, top, who=""):
-    """The likeliest answers to each question; logits (Y,)."""
-    parts = logits.split([len(names) for names in questions.values()])
-    for (question, names), part in zip(questions.items(), parts):
-        best = part.softmax(dim=0).topk(min(top, len(names)))
-        print(f"{who}{question:8s} " + ", ".join(
-            f"{names[i]} {share:.0%}" for share, i in zip(*map(torch.Tensor.tolist, best))))
-
-
 # ------------------------------------------------------------------------------------------------
 # One function a model
 
@@ -169,15 +140,14 @@ def reconstruct(args):
     print(f"drawn: {still} and {moving}")
 
 
-def classify_masked(args):
-    """VideoClassifier: the likeliest answers to each question."""
-    answer_questions(args, mae.VideoClassifier.from_official(args.weights).eval())
+def classify(args):
+    """VideoClassifier, AttentiveProbe: the likeliest answers to each question."""
+    answer_questions(args)
 
 
 def classify_multimodal(args):
     """UniFormerV2: the likeliest answers to each question, and where the global token attends."""
-    model = uniformerv2.UniFormerV2.from_official(args.weights).eval()
-    clip = answer_questions(args, model)
+    model, clip = answer_questions(args)
     maps = global_attention(model, as_input(clip, model))
     if maps:
         path = picture_path(args)
@@ -199,25 +169,14 @@ def global_attention(model, video):
     return maps
 
 
-def classify_attentively(args):
-    """AttentiveProbe: the likeliest answers to each question."""
-    model = recognition.AttentiveProbe.from_run(args.weights)
-    answer_questions(args, model, model.encoder.config)
-
-
-def answer_questions(args, model, config=None):
-    """Print the likeliest answers of a classifier; returns the clip.
-
-    config  "frames" and "image_size" of its clips; None: its own
-    """
-    config = config or model.config
-    if not model.config["classes"]:
-        raise UserError(f"{args.weights}: has no classifier; train one: train.py classify "
-                        "--weights ...")
-    questions = questions_of(args.weights, model.config["classes"])
-    clip = clip_for(args, config["frames"], config["image_size"])
-    print_answers(model(as_input(clip, model))[0], questions, args.top or 3)
-    return clip
+def answer_questions(args):
+    """Print the likeliest answers of a classifier; returns the model and the clip."""
+    classifier = predictions.Classifier(args.weights)
+    clip = clip_for(args, classifier.frames, classifier.size)
+    said = classifier.probabilities(classifier.scores(clip[None]))
+    predictions.print_likeliest({question: x[0] for question, x in said.items()},
+                                classifier.classes, args.top or 3)
+    return classifier.model, clip
 
 
 def describe(args):
@@ -259,20 +218,18 @@ def caption(args, model, tokenizer, clip):
 
 def fuse(args):
     """InternVideo: answers of each encoder and together, gates, and cross-model attention."""
-    model = fusion.InternVideo.from_run(args.weights).eval()
-    encoders = (model.masked, *model.multimodal)
-    T = max(encoder.config["frames"] for encoder in encoders)
-    H, W = map(max, zip(*(encoder.config["image_size"] for encoder in encoders)))
-    clip = torch.as_tensor(clip_for(args, T, (H, W)))[None]                 # (1, T, H, W, 3)
-    scores = model.scores(clip)
-    questions = questions_of(args.weights, scores[0].shape[1])
+    classifier = predictions.Classifier(args.weights)
+    model = classifier.model
+    clip = torch.as_tensor(clip_for(args, classifier.frames, classifier.size))[None]
+    scores = model.scores(clip)                                             # (1, Y) each
     for name, gate in model.named_parameters():
         if "gate_" in name:
             print(f"{name:45s} tanh = {float(gate.tanh()):+.3f}")
     print("shares of the scores: " + ", ".join(f"{share:.2f}" for share in model.shares().tolist()))
     names = ["masked", *["multimodal"] * len(model.multimodal), "together"]
     for name, score in zip(names, [*scores, model.combine(scores)]):
-        print_answers(score[0], questions, args.top or 3, f"{name:11s} ")
+        said = {question: x[0] for question, x in classifier.probabilities(score).items()}
+        predictions.print_likeliest(said, classifier.classes, args.top or 3, f"{name:11s} ")
     if model.before:
         path = picture_path(args)
         two_encoders.draw_attention(model, clip, path)
@@ -356,9 +313,9 @@ def answer(args):
 
 MODELS = {  # name in a run's configuration -> function of the arguments
     "VideoMAE": reconstruct,
-    "VideoClassifier": classify_masked,
+    "VideoClassifier": classify,
     "UniFormerV2": classify_multimodal,
-    "AttentiveProbe": classify_attentively,
+    "AttentiveProbe": classify,
     "VideoCLIP": describe,
     "VideoText": describe,
     "InternVideo": fuse,

@@ -21,6 +21,7 @@ class ClipSet:
     source = ""  # the name for messages
     classes = {}  # {question: names in label order}; {} = no labels
     several = frozenset()  # the questions to which a clip may have several answers
+    weights = None  # how often each item is drawn in training, (items,), sum 1; None = all alike
     captions = None  # of files: parallel to the items; None = none
     states_facts = False  # True: `facts_in` can tell what a sentence states
     prompts_combine_by = "probabilities"  # how `sentences` are averaged: see clip_video.zero_shot
@@ -42,6 +43,10 @@ class ClipSet:
     def only(self, question, names):
         """Keep only clips of these classes, numbered in this order. Returns self."""
         raise DataError(f"{self.source}: cannot leave out classes; give a folder or a list")
+
+    def labels_of(self, question):
+        """The labels of all items, in order. DataError where an item has none."""
+        raise DataError(f"{self.source}: its classes cannot be counted; give a folder or a list")
 
     def by_video(self):
         """One item for each video, with all its captions. Returns self."""

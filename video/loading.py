@@ -26,20 +26,21 @@ class Plan:
     """Iterates over the indices of each step, computed as they are needed; see data.batches.
 
     Step k of rank r takes the places from (k * world + r) * B on. An epoch of a finite data set is
-    a permutation drawn from (seed, epoch).
+    a permutation drawn from (seed, epoch); where the data set has `weights`, it is as many draws by
+    these, and each draw of an item has a number of its own, as an epoch has.
     """
 
     def __init__(self, dataset, batch_size, seed, steps, start, shuffle, rank, world, repeats):
         self.length = len(dataset) if hasattr(dataset, "__len__") else None
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
         self.shuffle, self.rank, self.world, self.repeats = shuffle, rank, world, repeats
+        self.weights = getattr(dataset, "weights", None) if shuffle else None
 
     def __len__(self):
         return max(self.steps - self.start, 0)
 
     def __iter__(self):
-        order = functools.lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng((self.seed, epoch)).permutation(self.length))
+        order = functools.lru_cache(maxsize=2)(self.order)
         for step in range(self.start, self.steps):
             first = (step * self.world + self.rank) * self.batch_size
             places = range(first, first + self.batch_size)
@@ -48,8 +49,15 @@ class Plan:
                 continue
             turns = [(*divmod(place // self.repeats, self.length), place % self.repeats)
                      for place in places]
-            yield [(int(order(epoch)[i]) if self.shuffle else i, epoch * self.repeats + again)
-                   for epoch, i, again in turns]
+            yield [(int(order(epoch)[i]) if self.shuffle else i,
+                    (epoch if self.weights is None else epoch * self.length + i) * self.repeats
+                    + again) for epoch, i, again in turns]
+
+    def order(self, epoch):
+        """The items of an epoch, in order."""
+        rng = np.random.default_rng((self.seed, epoch))
+        return rng.permutation(self.length) if self.weights is None else \
+            rng.choice(self.length, self.length, p=self.weights)
 
 
 def load(dataset, plan, workers, collate, **options):

@@ -1,0 +1,129 @@
+"""Probes: a small classifier on the features of a frozen encoder, which are computed once.
+
+    clip -> frozen encoder -> features --+--> linear layer, on the mean           (linear probe)
+                                         +--> one query attends to all tokens     (attentive probe)
+
+The linear probe is the head of either encoder. Both train on stored features, drawn at random.
+"""
+
+import torch
+from tqdm import tqdm
+
+import weights
+from attention import Attention
+from engine import processes
+from engine.checkpoints import recipe_of
+from engine.stage import generator
+from tasks import recognition
+from video import transforms
+from weights import encoders, heads
+
+
+class AttentiveProbe(torch.nn.Module):
+    """One query attends to a frozen encoder's tokens; a linear layer names the class.
+
+    The attentive probe of V-JEPA (arXiv 2404.08471, Sec. 3.2), for encoders whose mean token was
+    never trained to represent the clip.
+
+    encoder  either encoder; its own head is not used
+    classes  Y
+    """
+
+    def __init__(self, encoder, classes, heads):
+        super().__init__()
+        self.encoder, self.mean, self.std = encoder, encoder.mean, encoder.std
+        self.config = {"model": "AttentiveProbe", "encoder": encoder.config, "classes": classes,
+                       "heads": heads}
+        self.query = torch.nn.Parameter(torch.randn(1, 1, encoder.width) * encoder.width**-0.5)
+        self.norm = torch.nn.LayerNorm(encoder.width)
+        self.attn = Attention(encoder.width, heads, context_width=encoder.width)
+        self.head = torch.nn.Linear(encoder.width, classes)
+
+    @classmethod
+    def from_config(cls, config):
+        """Build from the configuration that a run saved (config.json)."""
+        return cls(encoders.from_config(config["encoder"]), config["classes"], config["heads"])
+
+    @classmethod
+    def from_run(cls, folder):
+        """Load a run of `classify --mode attentive`, in eval mode. Raises WeightsError."""
+        return weights.load_run(cls.from_config, folder, "AttentiveProbe",
+                                "classify --mode attentive")
+
+    @torch.no_grad()
+    def with_head(self, classes, *, rows=None):
+        """The same for Y classes. rows: which row of this head each class is, None = a new one."""
+        new = type(self)(self.encoder, classes, self.config["heads"])
+        new.query.copy_(self.query)
+        for part in ("norm", "attn"):
+            getattr(new, part).load_state_dict(getattr(self, part).state_dict())
+        heads.copy_rows(new.head, self.head, rows or range(classes))
+        return new
+
+    def classify(self, tokens):
+        """tokens (B, N, D) -> logits (B, Y)"""
+        query = self.query.expand(len(tokens), -1, -1)
+        return self.head(self.attn(query, keys_from=self.norm(tokens))[:, 0])
+
+    def forward(self, video):
+        """video (B, C, T, H, W) float, normalised with self.mean and self.std -> logits (B, Y)"""
+        return self.classify(self.encoder.tokens(video))
+
+
+def probe_of(model):
+    """The trained part of a model in probe mode, as a function of frozen features -> logits."""
+    return model.classify if isinstance(model, AttentiveProbe) else model.head
+
+
+def freeze_all_but_the_probe(model):
+    """Only the probe trains. Returns the model."""
+    model.requires_grad_(False)
+    attentive = isinstance(model, AttentiveProbe)
+    for part in (model.head, *((model.query, model.norm, model.attn) if attentive else ())):
+        part.requires_grad_(True)
+    return model
+
+
+def features_of(model, video, autocast):
+    """Input of the probe: video (B, T, H, W, 3) uint8 -> (B, D), of an attentive one (B, N, D)."""
+    video = transforms.normalise(video, model.mean, model.std)
+    with autocast(), torch.no_grad():
+        read = model.encoder.tokens if isinstance(model, AttentiveProbe) else model.feature
+        return read(video).float()
+
+
+def stored_features(stage, model, train_set):
+    """(features bfloat16, targets) of the training clips, each seen once; see Stage.kept."""
+    settings = recipe_of(stage) | {"weights": stage.weights, "precision": stage.precision}
+    found = stage.kept(settings, lambda: compute_features(stage, model, train_set))
+    return found["features"], found["targets"]
+
+
+def compute_features(stage, model, train_set):
+    """{"features": bfloat16, "targets"} of --probe-clips training clips."""
+    finite = hasattr(train_set, "__len__")
+    count = stage.probe_clips or (len(train_set) if finite else 2000)
+    count = min(count, len(train_set)) if finite else count
+    rows = []
+    for batch in tqdm(stage.held_out(train_set, count, stage.eval_batch), desc="features",
+                      unit="batch", total=-(-count // stage.eval_batch // processes.world()),
+                      disable=processes.rank() > 0 or None):
+        features = features_of(model.eval(), batch["video"], stage.autocast)
+        rows.append((batch["number"], features.cpu(), stage.target(batch).cpu()))
+    _, features, targets = zip(*processes.collect(rows))
+    return {"features": torch.cat(features).to(torch.bfloat16), "targets": torch.cat(targets)}
+
+
+def feature_batches(stage, stored, first):
+    """Batches of stored features and their targets, drawn at random; a function of (seed, step)."""
+    features, targets = stored
+    answers = recognition.answers_in(targets, stage.classes, stage.several)
+    balanced = stage.balance == "sampler"
+    shares = recognition.clip_weights(answers, stage.classes) if balanced else None
+    for step in range(first * stage.accum, stage.steps * stage.accum):
+        rows, mine = processes.joined(stage.batch_size)
+        rng = generator(stage.seed, "probe", step)
+        chosen = torch.randint(len(features), (rows,), generator=rng) if shares is None else \
+            torch.multinomial(shares, rows, replacement=True, generator=rng)
+        chosen = chosen[mine]
+        yield {"features": features[chosen].float(), "target": targets[chosen]}
