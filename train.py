@@ -355,6 +355,13 @@ class PostPretraining(ClassifierStage, name="classify"):
                           "grid: sinusoid = computed for it, resized = stretched (InternVideo's "
                           "ViT-H at 384 px)", choices=("sinusoid", "resized"))
 
+    def usual_clips(self):
+        """(frames, pixels) of a network from scratch: on files, of a published one its own."""
+        size = uniformerv2.SIZES.get(self.model)
+        if self.data and self.model != "small":
+            return (8, size.image_size) if size else (16, 224)
+        return super().usual_clips()
+
     def build(self, train_set):
         """The encoder with a head, or a probe on it; frozen but for the probe."""
         classes = recognition.size(self.classes)
@@ -375,8 +382,7 @@ class PostPretraining(ClassifierStage, name="classify"):
                 self.weights, classes, frames=self.num_frames, image_size=self.input_size,
                 drop=self.drop, drop_path=self.drop_path, rows=self.rows[0],
                 positions=self.positions)
-            if model.config["image_size"] != [self.input_size] * 2 and \
-                    self.input_size != type(self).input_size:
+            if model.config["image_size"] != [self.input_size] * 2:
                 model = encoders.resized(model, self.input_size)
             sizes = mae.SIZES if model.family == "masked" else uniformerv2.SIZES
             self.check_against_weights(encoder=model.family,

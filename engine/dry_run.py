@@ -1,5 +1,7 @@
 """--dry-run: what a step costs, without taking one."""
 
+import time
+
 import torch
 
 from engine import processes
@@ -8,9 +10,9 @@ from engine.stage import generator
 
 
 def dry_run(stage, model, train_set):
-    """Print size, FLOPs and memory of a step, counted on one clip.
+    """Print size, FLOPs, memory and time of a step, counted on one clip.
 
-    Returns {"parameters", "forward_flops", "expected_bytes"}.
+    Returns {"parameters", "forward_flops", "expected_bytes", "seconds"}.
     """
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -45,4 +47,18 @@ def dry_run(stage, model, train_set):
     print(f"activations          {activations * stage.batch_size / 2**20:10.0f} MiB for "
           f"{stage.batch_size} clips")
     print(f"expected memory      {total / 2**20:10.0f} MiB, plus the framework's own")
-    return dict(parameters=parameters, forward_flops=forward, expected_bytes=total)
+    seconds = seconds_of(stage, model, batch) * stage.batch_size * stage.accum
+    print(f"expected time        {seconds:10.2f} s a step at most, {seconds * stage.steps / 60:.1f} "
+          f"minutes for {stage.steps} steps, if clips come one by one; reading them is not in it")
+    return dict(parameters=parameters, forward_flops=forward, expected_bytes=total,
+                seconds=seconds)
+
+
+def seconds_of(stage, model, batch):
+    """Seconds that forward and backward pass of this batch take, the second time."""
+    for _ in range(2):
+        began = time.monotonic()
+        stage.loss(model, batch, generator(stage.seed, "dry run"))[0].backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.monotonic() - began

@@ -150,7 +150,7 @@ class Stage:
                            group="run")
     save_every: int = flag(100, "steps between checkpoints", low=1, group="run")
     log_every: int = flag(10, "steps between lines of log.jsonl", low=1, group="run")
-    dry_run: bool = flag(False, "print parameters, FLOPs per clip and memory, then stop",
+    dry_run: bool = flag(False, "print parameters, FLOPs per clip, memory and time, then stop",
                          group="run")
 
     def __init_subclass__(cls, name=None, **options):

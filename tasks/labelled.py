@@ -88,12 +88,13 @@ class LabelledStage(ClipStage):
             operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
         if self.train_clips:
             train_set.first(self.train_clips)
-        if size(train_set.classes) < 2:
-            raise UserError(f"--data {self.data}: {size(train_set.classes)} classes; needs a "
+        self.classes, self.several = train_set.classes, train_set.several
+        if self.classes:
+            self.choose_classes(train_set, held_out)
+        if size(self.classes) < 2:
+            raise UserError(f"--data {self.data}: {size(self.classes)} classes; needs a "
                             "folder of class folders, or a list of `path label` lines, with two or "
                             "more (shards serve mae and clip)")
-        self.classes, self.several = train_set.classes, train_set.several
-        self.choose_classes(train_set, held_out)
         return train_set, held_out
 
     def choose_classes(self, train_set, held_out):
@@ -218,6 +219,11 @@ class LabelledStage(ClipStage):
 class ClassifierStage(LabelledStage):
     """What `classify` has besides fine-tuning: probes of a frozen encoder, and open sets."""
 
+    num_frames: int = flag(0, "frames per clip; 0 = those of --weights; from scratch 8, on files "
+                           "with a published --model its own", low=0)
+    input_size: int = flag(0, "height and width in pixels; 0 = those of --weights; from scratch 40 "
+                           "on moving shapes and 112 on files, with a published --model its own",
+                           low=0)
     mode: str = flag("finetune", "finetune = train everything; probe = a linear layer, attentive = "
                      "a query that attends to the tokens, and a linear layer, on frozen features",
                      choices=("finetune", "probe", "attentive"))
@@ -240,6 +246,9 @@ class ClassifierStage(LabelledStage):
             if 0 < getattr(self, name) < 1e-3:  # a beta distribution that float32 cannot hold
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for "
                                 "none")
+        frames, pixels = self.made_for[:2] if self.weights else self.usual_clips()
+        self.num_frames = self.num_frames or frames
+        self.input_size = self.input_size or pixels
         train_set, held_out = super().datasets()
         self.class_weight = None
         if self.balance != "none":
@@ -261,12 +270,21 @@ class ClassifierStage(LabelledStage):
         else:
             super().choose_classes(train_set, held_out)
 
+    @functools.cached_property
+    def made_for(self):
+        """(frames, pixels, rows of the head) of --weights."""
+        return encoders.made_for(self.weights)
+
+    def usual_clips(self):
+        """(frames, pixels) of a network from scratch."""
+        return 8, 112 if self.data else 40
+
     def heads(self):
         """The head of --weights; none where an attentive probe is yet to be trained."""
         if not self.weights:
             return []
         probe = weights.read(self.weights)[1].get("model") == "AttentiveProbe"
-        count = encoders.made_for(self.weights)[2] if probe or self.mode != "attentive" else 0
+        count = self.made_for[2] if probe or self.mode != "attentive" else 0
         return [class_names.head_of("weights", self.weights, count)]
 
     def set_aside(self, train_set, held_out):
@@ -310,8 +328,9 @@ class ClassifierStage(LabelledStage):
         return AttentiveProbe.from_run(self.weights).with_head(classes, rows=self.rows[0])
 
     def loss_of(self, logits, target, training):
-        """Cross entropy; in training with --smoothing and the weights of --balance loss."""
-        weight = self.class_weight if training else None
+        """Cross entropy with the weights of --balance loss; where the network is in training mode,
+        with --smoothing. Evaluation has a loss of its own, see recognition.evaluate."""
+        weight = self.class_weight
         return cross_entropy(logits, target, self.classes, self.smoothing if training else 0.0,
                              self.several, weight if weight is None else weight.to(logits.device))
 

@@ -125,6 +125,12 @@ def test_training_on_other_classes_keeps_the_rows_of_known_names(classifiers, cl
         assert not weight[:2].any() and (weight[2].any() or tensors[key][2])
 
 
+def test_clips_of_one_class_alone_are_evaluated_with_the_whole_head(classifiers, tmp_path):
+    data = folder_of(tmp_path / "data", "wave")
+    assert evaluate("masked", classifiers, data, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["val_top1"] == 100.0
+
+
 def test_classes_in_another_order_take_their_own_rows(classifiers, tmp_path, capsys):
     other = named(tmp_path / "run", says(mae.VideoClassifier(TINY, classes=3, frames=4,
                                                             image_size=16), 2.0, 0.0, 1.0),
@@ -215,8 +221,7 @@ def test_names_lie_beside_official_weights_as_ours_or_as_transformers_write_them
     ("clip", (), "a network from scratch"),
     ("classify", (), "a network from scratch"),
     ("classify", ("--weights", "{masked}"), "a new head for 30 classes"),
-    ("classify", ("--weights", "{multimodal}", "--mode", "probe", "--input-size", "16"),
-     "a new head for 30 classes"),
+    ("classify", ("--weights", "{multimodal}", "--mode", "probe"), "a new head for 30 classes"),
     ("classify", ("--weights", "{masked}", "--mode", "attentive"), "a new head for 30 classes"),
     ("localise", ("--weights", "{masked}"), "a new head"),
     ("fuse", ("--masked", "{masked}", "--multimodal", "{multimodal}"), "a new head for 30 classes"),

@@ -350,3 +350,48 @@ def test_a_flag_that_would_change_nothing_is_a_mistake(tmp_path, capsys):
         assert expected in capsys.readouterr().err
     assert run("--data", "x", "--test", "4", out=tmp_path) == 2
     assert "--test: is for moving shapes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, files, expected", [
+    ({}, False, (8, 40)), ({}, True, (8, 112)),
+    ({"model": "base"}, True, (16, 224)),
+    ({"encoder": "multimodal", "model": "b16"}, True, (8, 224)),
+    ({"weights": "masked"}, True, (4, 16)), ({"weights": "multimodal"}, False, (4, 16)),
+    ({"weights": "masked", "input_size": 32}, True, (4, 32)),
+])
+def test_clips_have_the_size_of_the_weights_or_the_usual_one_of_their_kind(encoders, flags, files,
+                                                                           expected, tmp_path):
+    if files:
+        for name in ("wave", "jump"):
+            (tmp_path / name).mkdir()
+            write_video(tmp_path / name / "0.mp4", frames=4)
+        flags = flags | {"data": str(tmp_path), "val_data": str(tmp_path)}
+    if "weights" in flags:
+        flags = flags | {"weights": encoders[flags["weights"]][0]}
+    stage = train.PostPretraining(**flags)
+    stage.datasets()
+    assert (stage.num_frames, stage.input_size) == expected
+
+
+def test_official_weights_on_files_take_clips_as_they_were_trained_on(tmp_path, capsys):
+    for name in ("wave", "jump"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        write_video(tmp_path / "videos" / name / "0.mp4", frames=4)
+    torch.save({"model_state": uniformer(D=64, reduced=42, classes=400)}, tmp_path / "k400.pyth")
+    stage = train.PostPretraining(weights=str(tmp_path / "k400.pyth"),
+                                  data=str(tmp_path / "videos"))
+    train_set, _ = stage.datasets()
+    model = stage.build(train_set)
+    assert [stage.input_size] * 2 == model.config["image_size"]
+    assert stage.num_frames == model.config["frames"] == 8
+    assert "the head for 2 classes is new" in capsys.readouterr().out
+
+
+def test_a_dry_run_on_files_tells_time_and_memory(tmp_path, capsys):
+    for name in ("wave", "jump"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        write_video(tmp_path / "videos" / name / "0.mp4", frames=4)
+    assert run("--data", str(tmp_path / "videos"), "--dry-run", out=tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "expected memory" in out and "s a step at most" in out and "minutes for 3 steps" in out
+    assert not (tmp_path / "run").exists()
