@@ -48,8 +48,9 @@ def dry_run(stage, model, train_set):
           f"{stage.batch_size} clips")
     print(f"expected memory      {total / 2**20:10.0f} MiB, plus the framework's own")
     seconds = seconds_of(stage, model, batch) * stage.batch_size * stage.accum
-    print(f"expected time        {seconds:10.2f} s a step at most, {seconds * stage.steps / 60:.1f} "
-          f"minutes for {stage.steps} steps, if clips come one by one; reading them is not in it")
+    minutes = seconds * stage.steps / 60
+    print(f"expected time        {seconds:10.2f} s a step at most, {minutes:.1f} minutes for "
+          f"{stage.steps} steps, clip by clip; reading them is not in it")
     return dict(parameters=parameters, forward_flops=forward, expected_bytes=total,
                 seconds=seconds)
 

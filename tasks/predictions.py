@@ -200,7 +200,8 @@ def parser():
                         "the run evaluates, of official files segment")
     parser.add_argument("--transform", choices=tuple(TRANSFORMS), help="how they are cropped; "
                         "default: as the run evaluates, of official files plain")
-    parser.add_argument("--top", type=int, default=TOP, help=f"classes to print, at most {TOP} (default: {TOP})")
+    parser.add_argument("--top", type=int, default=TOP,
+                        help=f"classes to print, at most {TOP} (default: {TOP})")
     parser.add_argument("--eval-batch", type=int, default=8, help="clips at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser

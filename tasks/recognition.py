@@ -202,9 +202,9 @@ def auroc(known, unknown):
 def merge_views(logits, form="softmax"):
     """Scores of several views of one video (n, Y) -> (Y,).
 
-    "sigmoid": the mean of the probabilities of each class by itself; "softmax": the mean of their probabilities (VideoMAE, Sec. 4; UniFormerV2 on Kinetics), so that
-    one very sure view cannot outvote the others; "logits": the mean of the logits (UniFormerV2 on
-    Something-Something).
+    "softmax": the mean of their probabilities (VideoMAE, Sec. 4; UniFormerV2 on Kinetics), so that
+    one very sure view cannot outvote the others; "sigmoid": the same where each class has a
+    probability of its own; "logits": the mean of the logits (UniFormerV2 on Something-Something).
     """
     return (logits.softmax(dim=1) if form == "softmax" else
             logits.sigmoid() if form == "sigmoid" else logits).mean(dim=0)

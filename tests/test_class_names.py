@@ -23,6 +23,7 @@ from test_classify_card import TINY, encoders, run, save  # noqa: F401
 from test_fusion import encoders as two_encoders
 from test_mae import block_shapes
 from test_train import write_video
+from weights.__main__ import publish
 
 KNOWN = ("clap", "jump", "wave")
 
@@ -181,7 +182,7 @@ def of_list(place, *labels):
 @pytest.mark.parametrize("labels, steps, complaint, said", [
     ((0, 3), 0, "", ""),  # numbers are rows
     ((0, 7), 0, "does not know 5, 6, 7", ""),
-    (("a", "b", "c", "d", "e"), 0, "", "its 5 rows are taken for the data's classes in their order"),
+    (tuple("abcde"), 0, "", "its 5 rows are taken for the data's classes in their order"),
     (("a", "b"), 0, "has 5 classes without names", ""),
     (("a", "b"), 1, "", "the head for 2 classes is new"),
 ])
@@ -214,6 +215,11 @@ def test_names_lie_beside_official_weights_as_ours_or_as_transformers_write_them
     assert run("--weights", str(place / "vit.pth"), "--data", data, "--val-data", data,
                "--input-size", "32", out=tmp_path / "out", steps=0) == 2
     assert "must hold {question: names of its answers}" in capsys.readouterr().err
+
+
+def test_an_export_says_where_the_names_are(classifiers, tmp_path):
+    said = publish(classifiers["multimodal"], tmp_path / "x.pth")
+    assert f"the class names lie in {classifiers['multimodal']}/questions.json" in said
 
 
 @pytest.mark.parametrize("stage, flags, complaint", [

@@ -58,8 +58,8 @@ def test_each_question_has_a_block_of_columns(encoders, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", FLAGS)
-def test_one_command_says_what_is_in_videos_folders_and_lists(classifiers, clips, kind,  # noqa: F811
-                                                              tmp_path, capsys):
+def test_one_command_says_what_is_in_videos_folders_and_lists(
+        classifiers, clips, kind, tmp_path, capsys):  # noqa: F811
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("a.mp4", "b.mp4"):
@@ -92,8 +92,8 @@ def test_the_command_says_of_a_run_what_the_runs_own_evaluation_says(clips, tmp_
     assert recipe == {"sampling": "videomae-dense", "transform": "plain", "stride": 4}
 
 
-def test_an_official_classifier_says_numbers_where_it_tells_no_names(official, tmp_path,  # noqa: F811
-                                                                     capsys):
+def test_an_official_classifier_says_numbers_where_it_tells_no_names(
+        official, tmp_path, capsys):  # noqa: F811
     write_video(tmp_path / "a.mp4", frames=6)
     assert predictions.main([str(tmp_path / "a.mp4"), "--weights", official,
                              "--device", "cpu"]) == 0

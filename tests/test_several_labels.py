@@ -131,7 +131,8 @@ def test_a_head_that_says_the_same_of_all_has_the_share_of_each_class_as_map(lig
     ("--mode", "attentive", "--steps", "3"),
     ("--mode", "probe", "--steps", "60", "--lr", "0.1"),
 ])
-def test_classifiers_and_probes_learn_several_labels(lights, encoders, flags, tmp_path):  # noqa: F811
+def test_classifiers_and_probes_learn_several_labels(
+        lights, encoders, flags, tmp_path):  # noqa: F811
     lights()
     assert run("--weights", encoders["masked"][0], "--eval-clips", "24", *flags,
                out=tmp_path / "out") == 0

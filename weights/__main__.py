@@ -65,6 +65,10 @@ def publish(source, target):
         write_aside(target, lambda aside: save_file(tensors, aside))
     lines = [f"{target}: {len(tensors)} tensors of {kind} under official names, family: "
              f"{describe(unwrap(tensors, str(target)))[0]}"]
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    if (folder / "questions.json").exists():
+        lines.append(f"the class names lie in {folder / 'questions.json'}; official files have no "
+                     "place for them; put it beside the file")
     unsaid = untold(model.config)
     if unsaid:
         lines.append("no name or shape says this, so tell whoever loads it: " + "; ".join(unsaid))
