@@ -2,7 +2,7 @@
 
 `train.train` is the loop; it calls these methods at the places where they act. What a run leaves in
 --out: log.jsonl, metrics.json, model.safetensors, config.json, last.pt, last.1.pt, pictures; some
-stages add tokenizer.json or questions.json.
+stages add tokenizer.json, or questions.json and predictions.csv.
 """
 
 import contextlib

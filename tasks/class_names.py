@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import weights
 from engine.errors import UserError
+from weights.files import MODEL_FILES
 
 
 class Head(NamedTuple):
@@ -49,7 +50,8 @@ def write(folder, classes, several=()):
 def read(source, count):
     """({question: names}, questions that may have several answers) beside weights.
 
-    From questions.json, or from the config.json of transformers. (None, ()) where neither is there.
+    From questions.json, or from the config.json that transformers writes beside its two file names.
+    (None, ()) where neither is there.
 
     source  path of a run, of its model, or of a file with official weights
     count   rows of the head
@@ -58,7 +60,8 @@ def read(source, count):
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
     path = folder / "questions.json"
     if not path.exists():
-        names = weights.hub_config(folder).get("id2label")
+        theirs = Path(source).name in MODEL_FILES or os.path.isdir(source)
+        names = weights.hub_config(folder).get("id2label") if theirs else None
         names = [names.get(str(i)) for i in range(count)] if isinstance(names, dict) else []
         told = names and all(isinstance(name, str) for name in names) and names[0] != "LABEL_0"
         return ({"label": tuple(names)} if told else None), frozenset()

@@ -42,9 +42,9 @@ DRAWN = 20  # clips in a picture
 
 
 def likeliest(probabilities, names, top=TOP):
-    """probabilities (answers,) -> [(name, probability), ...] of the highest, the highest first."""
-    best = probabilities.topk(min(top, len(names)))
-    return [(names[i], share) for share, i in zip(*map(torch.Tensor.tolist, best))]
+    """probabilities (B, answers) -> for each clip [(name, probability), ...], the highest first."""
+    best = map(torch.Tensor.tolist, probabilities.topk(min(top, len(names)), dim=1))
+    return [[(names[i], share) for share, i in zip(*clip)] for clip in zip(*best)]
 
 
 def rows_of(found, classes):
@@ -52,16 +52,19 @@ def rows_of(found, classes):
 
     found  "names", "answers" and "probabilities", see recognition.evaluate
     """
-    rows = []
-    for i, (path, part) in enumerate(found["names"]):
-        said = {}
-        for question, names in classes.items():
-            answer = found["answers"][question][i]
-            true = [names[int(answer)]] if answer.ndim == 0 else \
-                [names[j] for j in answer.nonzero()[:, 0].tolist()]
-            said[question] = true, likeliest(found["probabilities"][question][i], names)
-        rows.append((path, part, said))
-    return rows
+    said = {question: zip(true_names(found["answers"][question], names),
+                          likeliest(found["probabilities"][question], names))
+            for question, names in classes.items()}
+    return [(path, part, {question: next(rows) for question, rows in said.items()})
+            for path, part in found["names"]]
+
+
+def true_names(labels, names):
+    """Labels int (B,), -1 = none, or (B, answers) with a one for each -> a list of names for each
+    clip."""
+    if labels.ndim == 2:
+        return [[names[j] for j in row.nonzero()[:, 0].tolist()] for row in labels.cpu()]
+    return [[names[i]] if i >= 0 else [] for i in labels.tolist()]
 
 
 def write(path, rows, classes):
@@ -139,11 +142,10 @@ class Classifier:
 
 
 def print_likeliest(probabilities, classes, top, who=""):
-    """A line for each question: the likeliest answers of one clip {question: (answers,)}."""
+    """A line for each question: the likeliest answers of one clip {question: (1, answers)}."""
     for question, names in classes.items():
-        print(f"{who}{question:8s} " + ", ".join(
-            f"{name} {share:.0%}" for name, share in likeliest(probabilities[question], names,
-                                                               top)))
+        best, = likeliest(probabilities[question], names, top)
+        print(f"{who}{question:8s} " + ", ".join(f"{name} {share:.0%}" for name, share in best))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,21 +172,15 @@ def predict(classifier, source, recipe, batch_size):
     clips = data.open_clips(source, classifier.frames, classifier.size, train=False, **recipe)
     for batch in data.held_out(clips, None, batch_size):
         said = classifier.probabilities(classifier.scores(batch["video"]))
-        for i, (path, part) in enumerate(recognition.names_of(batch)):
-            best = {question: (true_of(batch, i, question, clips.classes),
-                               likeliest(said[question][i], names))
-                    for question, names in classifier.classes.items()}
-            yield (path, part, best), batch["video"][i].numpy(), []
+        names, count = recognition.names_of(batch), len(batch["video"])
+        # True classes have the names that the data set gives them.
+        true = {question: true_names(batch["labels"][question], clips.classes[question])
+                for question in clips.classes if question in batch["labels"]}
+        best = {question: zip(true.get(question, [[]] * count), likeliest(said[question], known))
+                for question, known in classifier.classes.items()}
+        for (path, part), clip in zip(names, batch["video"].numpy()):
+            yield (path, part, {question: next(rows) for question, rows in best.items()}), clip, []
         yield None, None, batch["bad"]
-
-
-def true_of(batch, i, question, classes):
-    """Names of the true answers of clip i of a batch, as its data set calls them; [] = unknown."""
-    label = batch["labels"].get(question)
-    if label is None or question not in classes:
-        return []
-    chosen = label[i].nonzero()[:, 0].tolist() if label.ndim == 2 else [int(label[i])]
-    return [classes[question][j] for j in chosen if j >= 0]
 
 
 def parser():

@@ -111,13 +111,15 @@ def average_precision(scores, positive):
 
     scores (B,), positive bool (B,). Clips with equal scores come at once: their order in the data
     does not matter."""
-    at_least = scores[None] >= scores[positive][:, None]                 # (positives, B)
-    return float(((at_least & positive).sum(dim=1) / at_least.sum(dim=1)).mean())
+    ranked, wanted = scores.sort().values, scores[positive].sort().values
+    found = len(wanted) - torch.searchsorted(wanted, wanted)  # positives with this score or more
+    return float((found / (len(ranked) - torch.searchsorted(ranked, wanted))).mean())
 
 
 def average_precisions(scores, target):
     """scores, target (B, answers) -> list of each class's average precision, nan without clips."""
-    return [average_precision(*column) for column in zip(scores.T, target.T.bool())]
+    columns = zip(scores.T.contiguous(), target.T.bool())
+    return [average_precision(*column) for column in columns]
 
 
 def mean_average_precision(scores, target):

@@ -20,6 +20,7 @@ import weights
 from conftest import official_fill
 from tasks import class_names, probes
 from test_classify_card import TINY, encoders, run, save  # noqa: F401
+from test_clip_card import finished  # noqa: F401
 from test_fusion import encoders as two_encoders
 from test_mae import block_shapes
 from test_train import write_video
@@ -205,7 +206,8 @@ def test_names_lie_beside_official_weights_as_ours_or_as_transformers_write_them
     place.mkdir()
     (place / "vit.pth").write_bytes(open(official, "rb").read())
     (place / "config.json").write_text(json.dumps({"id2label": dict(enumerate("vwxyz"))}))
-    assert class_names.read(place / "vit.pth", 5) == ({"label": tuple("vwxyz")}, frozenset())
+    assert class_names.read(place, 5) == ({"label": tuple("vwxyz")}, frozenset())
+    assert class_names.read(place / "vit.pth", 5) == (None, frozenset())
     class_names.write(place, {"label": tuple("abcde")})
     data = of_list(tmp_path, "b", "z")
     assert run("--weights", str(place / "vit.pth"), "--data", data, "--val-data", data,
@@ -220,6 +222,12 @@ def test_names_lie_beside_official_weights_as_ours_or_as_transformers_write_them
 def test_an_export_says_where_the_names_are(classifiers, tmp_path):
     said = publish(classifiers["multimodal"], tmp_path / "x.pth")
     assert f"the class names lie in {classifiers['multimodal']}/questions.json" in said
+
+
+def test_a_new_head_for_answers_is_not_evaluated(finished, tmp_path, capsys):  # noqa: F811
+    assert train.main(["answer", "--weights", str(finished), "--steps", "0", "--device", "cpu",
+                       "--workers", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "would measure a new head, which nothing has trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage, flags, complaint", [

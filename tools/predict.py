@@ -174,8 +174,7 @@ def answer_questions(args):
     classifier = predictions.Classifier(args.weights)
     clip = clip_for(args, classifier.frames, classifier.size)
     said = classifier.probabilities(classifier.scores(clip[None]))
-    predictions.print_likeliest({question: x[0] for question, x in said.items()},
-                                classifier.classes, args.top or 3)
+    predictions.print_likeliest(said, classifier.classes, args.top or 3)
     return classifier.model, clip
 
 
@@ -228,8 +227,8 @@ def fuse(args):
     print("shares of the scores: " + ", ".join(f"{share:.2f}" for share in model.shares().tolist()))
     names = ["masked", *["multimodal"] * len(model.multimodal), "together"]
     for name, score in zip(names, [*scores, model.combine(scores)]):
-        said = {question: x[0] for question, x in classifier.probabilities(score).items()}
-        predictions.print_likeliest(said, classifier.classes, args.top or 3, f"{name:11s} ")
+        predictions.print_likeliest(classifier.probabilities(score), classifier.classes,
+                                    args.top or 3, f"{name:11s} ")
     if model.before:
         path = picture_path(args)
         two_encoders.draw_attention(model, clip, path)

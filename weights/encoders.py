@@ -50,7 +50,11 @@ def made_for(source):
         config = load_encoder(source).config
         classes = config["classes"] if kind in ("VideoClassifier", "UniFormerV2") else 0
     config = config.get("clip") or config.get("encoder") or config
-    return config["frames"], max(config["image_size"]), classes
+    try:
+        return int(config["frames"]), max(map(int, config["image_size"])), int(classes)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{source}: its configuration does not tell for what clips it was made "
+                           f"({type(error).__name__}: {error})") from None
 
 
 def masked(cls, source, classes, rows, *, frames, image_size, drop, drop_path, positions):
