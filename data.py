@@ -128,7 +128,8 @@ class VideoFiles(Clips, ClipSet):
             label, = of_row.get(question, (None,))
             if question in self.several:
                 labels[question] = np.zeros(len(self.classes[question]), np.uint8)
-                labels[question][[number[name] for name in annotations.labels_of(label)]] = 1
+                labels[question][[number[name] for name in annotations.labels_of(label)
+                                  if name in number]] = 1
             elif label is not None:
                 labels[question] = number[label]
         return labels
@@ -137,7 +138,8 @@ class VideoFiles(Clips, ClipSet):
         """Names of the classes that no clip has."""
         there = {(question, self.numbers[question][label]) for row in self.rows
                  for question, (one,) in annotations.by_question([row]).items()
-                 if question in self.numbers for label in annotations.labels_of(one)}
+                 if question in self.numbers for label in annotations.labels_of(one)
+                 if label in self.numbers[question]}
         return [name for question, names in self.classes.items()
                 for number, name in enumerate(names) if (question, number) not in there]
 
@@ -156,23 +158,27 @@ class VideoFiles(Clips, ClipSet):
     def only(self, question, names):
         """Keep only files of these classes, numbered in this order. Returns self."""
         old = self.classes[question]
-        self.keep([i for i in range(len(self))
-                   if (label := self.labels_at(i).get(question)) is not None
-                   and old[label] in names])
+        if not set(old) <= set(names):
+            labels = annotations.by_question(self.rows)[question]
+            kept = {label for label, number in self.numbers[question].items()
+                    if old[number] in names}
+            self.keep([i for i, label in enumerate(labels)
+                       if kept & set(annotations.labels_of(label))])
         if not self.rows:
             raise DataError(f"{self.source}: no file of the classes {', '.join(names)}")
-        numbers = {label: names.index(old[number])
-                   for label, number in self.numbers[question].items() if old[number] in names}
-        self.numbers = {question: numbers}
-        self.classes = {question: tuple(names)}
+        self.numbers = self.numbers | {question: {
+            label: names.index(old[number]) for label, number in self.numbers[question].items()
+            if old[number] in names}}
+        self.classes = self.classes | {question: tuple(names)}
         return self
 
     def labels_of(self, question):
         """The labels of all items, in order. DataError where an item has none."""
-        unlabelled = [path for path, label in self.items if label is None]
-        if unlabelled or question not in self.classes:
-            raise DataError(f"{self.source}: no {question} of {(unlabelled or [self.source])[0]}")
-        return [label for _, label in self.items]
+        labels = [self.labels_at(i).get(question) for i in range(len(self))]
+        if question not in self.classes or any(label is None for label in labels):
+            first = self.rows[next((i for i, label in enumerate(labels) if label is None), 0)]
+            raise DataError(f"{self.source}: no {question} of {first.path}")
+        return labels
 
     def first(self, count):
         """Keep `count` files, drawn at random but always the same. Returns self."""

@@ -9,9 +9,10 @@ and pixels as the model was made for, cut out as in the run's own evaluation.
 
 With --out it writes predictions.csv and predictions.png. Runs of `classify` and `fuse` write the
 same table about their held-out clips. Its columns: path; part, where a clip is a part of a video,
-as `start-end` in seconds; true; class1, p1, ... class5, p5: the likeliest classes and their
-probabilities. Where there are several questions, the last eleven come once for each, and begin with
-its name, as shape_true. A clip with several true classes has them joined by ";".
+as `start-end` in seconds (`frames start-end` in frames); true; class1, p1, ... class5, p5: the
+likeliest classes and their probabilities. Where there are several questions, the last eleven come
+once for each, and begin with its name, as shape_true. A clip with several true classes has them
+joined by ";".
 """
 
 import argparse
@@ -92,8 +93,10 @@ def write(path, rows, classes):
 
 
 def spelled(part):
-    """(12.5, 20.0) -> "12.5-20", None -> ""."""
-    return "" if part is None else "-".join(f"{moment:g}" for moment in part)
+    """A part in seconds as "12.5-20", in frames as "frames 12-20"; None -> ""."""
+    if part is None:
+        return ""
+    return "frames " * part.in_frames + f"{part.start:g}-{part.end:g}"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def evaluate(predict, target_of, batches, classes, several=(), device="cpu"):
 
 
 def names_of(batch):
-    """[(path, (start s, end s) of a part or None) of each clip]; generated ones have a number."""
+    """[(path, Part or None) of each clip]; generated ones have a number."""
     paths = batch.get("path") or [f"generated clip {i}" for i in batch["index"]]
     return list(zip(paths, batch.get("part") or [None] * len(paths)))
 

@@ -230,7 +230,7 @@ def test_pictures_that_lie_in_a_folder_are_one_video_and_carry_the_rate(tmp_path
 
 
 def test_photos_with_numbers_are_no_frames_and_a_mixture_is_refused(tmp_path, clip):
-    """ImageNet's names are numbers with gaps. One folder without frames would be lost in silence."""
+    """ImageNet's names are numbers with gaps. A folder without frames would be lost in silence."""
     lay(tmp_path / "frames", {}, ["run/a/", "run/b/"], clip)
     picture = (tmp_path / "frames/run/a/00001.png").read_bytes()
     for number in (4, 900, 17000):

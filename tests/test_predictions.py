@@ -18,6 +18,7 @@ from test_class_names import FLAGS, KNOWN, classifiers, clips, evaluate, officia
 from test_classify_card import encoders, run  # noqa: F401
 from test_fuse_card import pair  # noqa: F401
 from test_train import write_video
+from video.rows import Part
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -142,7 +143,7 @@ def test_the_command_starts_as_a_file_and_as_a_module(how):
 def test_names_and_parts_are_those_of_the_batch():
     batch = {"path": ["a.mp4", "a.mp4"], "part": [(0, 2.5), None]}
     assert recognition.names_of(batch) == [("a.mp4", (0, 2.5)), ("a.mp4", None)]
-    assert predictions.spelled((0, 2.5)) == "0-2.5" and predictions.spelled(None) == ""
+    assert predictions.spelled(Part(0, 2.5)) == "0-2.5" and predictions.spelled(None) == ""
 
 
 def test_names_travel_through_a_later_run_and_into_the_fused_model(classifiers, clips,  # noqa: F811

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from video.rows import Part
 import mae
 import train
 from tasks import class_names, predictions, recognition
@@ -62,7 +63,7 @@ class Lights(ClipSet):
         video[..., :] += 200 * self.on(index)[:3]
         labels = {"colours": self.on(index)} | ({"place": index % 2} if self.both else {})
         return {"video": video, "labels": labels, "path": f"{index}.mp4", "bad": [],
-                "part": (index, index + 1.5)}
+                "part": Part(index, index + 1.5)}
 
 
 @pytest.fixture
