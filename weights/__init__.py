@@ -1,6 +1,8 @@
 """Weights of neural networks: read and written strictly, from safe files.
 
 files.py      read, fill a model, write; it knows no model
+places.py     where files of weights lie, whole, in parts or in folders
+hub.py        what Hugging Face writes beside its weights
 pickles.py    take tensors out of a pickle without running it
 runs.py       from a run of ours to its model
 official.py   one reader of official files, and how a key map is written down
@@ -17,7 +19,7 @@ The modules of the families import the networks, so nothing here imports them.
 
 from weights.families import FAMILIES, MODELS, class_of, describe  # noqa: F401
 from weights.files import (  # noqa: F401
-    DAMAGE, ENVELOPES, PREFIXES, Rule, WeightsError, checksum, export, fill, fingerprint,
-    hub_config, listed, load, name_of, part, read, save, settle, translate, unwrap, write_aside,
-    write_torch)
+    AVERAGES, DAMAGE, ENVELOPES, PREFIXES, Rule, WeightsError, checksum, export, fill, fingerprint,
+    listed, load, name_of, part, read, save, settle, translate, unwrap, write_aside, write_torch)
+from weights.hub import hub_clips, hub_config, hub_pixels  # noqa: F401
 from weights.runs import build, load_run, rebuild  # noqa: F401

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from weights import places
 from weights.families import MODELS, class_of, describe
 from weights.files import DAMAGE, WeightsError, listed, read, unwrap, write_aside, write_torch
 from weights.pickles import take_out
@@ -29,10 +30,10 @@ def convert(path, target):
         tensors = read(path)[0]
     except WeightsError as error:
         try:
-            found, strange = take_out(path)
+            found, strange = take_out(places.find(path))
         except DAMAGE:
             raise error from None
-        tensors = unwrap(found, str(path))
+        tensors = unwrap(found, str(path), places.split(path)[1])
         print(f"warning: left out of {path}, and not run: {listed(sorted(strange))}",
               file=sys.stderr)
     write_aside(target, lambda aside: save_file(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import clip_video
 import uniformerv2
-from weights.files import WeightsError, export, hub_config
+from weights.files import WeightsError, export
+from weights.hub import hub_config
 from weights.official import OfficialFile, as_kernel, as_matrix, key_map, under
 from weights.runs import rebuild
 from weights.uniformerv2 import OFFICIAL as TOWER, check_layers, conversions

@@ -8,8 +8,8 @@ unknown or of another shape.
     file or dict --read--> {official name: tensor} --translate--> {our name: tensor} --fill--> model
 
 1. `read` opens safetensors and torch files and never runs code from them. It removes the usual
-   dictionaries around the tensors ("model", "module", "state_dict", "model_state") and widens half
-   precision. `pickles.py` takes tensors out of files that hold more.
+   dictionaries around the tensors (ENVELOPES) and widens half precision. `places.py` knows where
+   files lie; `pickles.py` takes tensors out of files that hold more.
 2. A `Rule` names one of our tensors and the official tensors that it is made of. Each family of
    official files has a key map, a list of rules: `official.py`.
 3. `fill` applies the rules. `export` applies them backwards, for other people's code.
@@ -28,12 +28,12 @@ unknown or of another shape.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import pickle
 import re
-import stat
 import struct
 import zipfile
 import zlib
@@ -44,12 +44,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from engine.errors import UserError
+from weights import places
 from weights.pickles import is_program, take_out
+from weights.places import WeightsError
 
-ENVELOPES = ("model", "module", "state_dict", "model_state")
+# The keys of the dictionaries around the tensors; those of averages over the steps of a training.
+# mmengine's "ema_state_dict" is none: it swaps the two, so its "state_dict" is the average.
+ENVELOPES = ("model", "module", "state_dict", "model_state", "model_state_dict", "net")
+AVERAGES = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "model.", "_orig_mod.")  # DataParallel, Hugging Face remote code, compile
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder
 
 # What torch, safetensors, zipfile and pickle raise at a damaged file.
 DAMAGE = (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError,
@@ -57,27 +60,39 @@ DAMAGE = (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.Un
           AssertionError, struct.error, zlib.error)
 
 
-class WeightsError(UserError):
-    """A file of weights cannot be used; the message is one line and says why."""
-
-
 # ------------------------------------------------------------------------------------------------
 # Read
 
 
 def read(source):
-    """Tensors and configuration of a file, a run folder or a dict of tensors.
+    """Tensors and configuration of a file, a folder or a dict of tensors.
 
-    source   path of a .safetensors or torch file; a folder with model.safetensors or
-             pytorch_model.bin; or {name: tensor}
+    source   path of a .safetensors or torch file, or of a folder; with ::NAME behind it for a part
+             (see places.py, unwrap); or {name: tensor}
     returns  ({name: tensor}, {configuration}); the latter is empty for files that are not ours.
              float16 and bfloat16 tensors come back as float32, which is exact.
     raises   WeightsError: no such file, not a file of weights, or one that needs to run code
     """
     if isinstance(source, dict):
         return unwrap(source, name_of(source)), {}
-    path, config = find(source), {}
+    path, wanted = places.find(source), places.split(source)[1]
+    if not places.is_index(path):
+        tensors, config = open_file(path)
+        return unwrap(tensors, str(source), wanted), config
+    tensors = {}
+    for place, names in places.parts(path).items():
+        held = open_file(place)[0]
+        if lacking := [name for name in names if name not in held]:
+            raise WeightsError(f"{place}: lacks what {path.name} says: {listed(lacking)}")
+        tensors |= {name: held[name] for name in names}
+    return unwrap(tensors, str(source), wanted), {}
+
+
+def open_file(path):
+    """(what one file holds, its configuration or {}). WeightsError."""
+    config = {}
     try:
+        places.check_kind(path)
         with open(path, "rb") as file:
             head = file.read(9)
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
@@ -86,6 +101,8 @@ def read(source):
             tensors = take_out(path)[0]
         else:
             tensors = load(path)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError:
         if head[:2] != b"PK" and head[:1] != b"\x80":  # neither of torch's two formats
             raise WeightsError(f"{path}: not a file of weights") from None
@@ -95,30 +112,7 @@ def read(source):
     except DAMAGE as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
         raise WeightsError(f"{path}: not a readable file of weights ({reason})") from None
-    return unwrap(tensors, str(path)), config
-
-
-def find(source):
-    """Path of the file of weights: `source` itself, or the one in that folder. WeightsError."""
-    path = Path(source)
-    if os.path.isdir(path):
-        found = [path / name for name in MODEL_FILES if os.path.exists(path / name)]
-        if not found:
-            raise WeightsError(f"{path}: this folder holds no model.safetensors; give a run's "
-                               "folder or a file of weights")
-        path = found[0]
-    try:
-        kind = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: not a name
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not os.path.exists(path.parent)
-        hint = (f"; a Hugging Face id? Download it first: hf download {source} --local-dir FOLDER"
-                if hub else "")
-        raise WeightsError(f"{path}: no such file of weights" + hint) from None
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
-    if not stat.S_ISREG(kind):  # reading a pipe would wait for ever
-        raise WeightsError(f"{path}: a folder, a pipe or a device in place of a file of weights")
-    return path
+    return tensors, config
 
 
 def read_safetensors(path):
@@ -162,44 +156,26 @@ def checksum(tensors, text):
     return f"{value:08x}"
 
 
-def hub_config(source):
-    """What transformers wrote beside its weights, config.json of a folder; {} where there is none.
+def unwrap(tensors, name, part=""):
+    """{name: tensor} without envelopes and without a prefix that every name shares.
 
-    raises  WeightsError: no JSON object, or a number of heads that is none; also in its parts
-            vision_config and text_config
+    part  "" or what was asked for: the key of an envelope, or a prefix of the tensors' names. Of a
+          file that holds weights and their average, the weights are taken else, which is said
     """
-    path = Path(source) / "config.json" if not isinstance(source, dict) else None
-    if path is None or not os.path.isfile(path):
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise WeightsError(f"{path}: not JSON ({error})") from None
-    parts = [found]
-    if isinstance(found, dict):
-        parts += [found[key] for key in ("vision_config", "text_config")
-                  if found.get(key) is not None]
-    for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("hidden_act", ""), str):
-            raise WeightsError(f"{path}: not a configuration as transformers writes it")
-        for key in ("num_attention_heads", "decoder_num_attention_heads"):
-            value = part.get(key)
-            if value is not None and (type(value) is not int or value < 1):
-                raise WeightsError(f"{path}: {key} must be a whole number from 1 on, "
-                                   f"got {str(value)[:60]!r}")
-    return found
-
-
-def unwrap(tensors, name):
-    """{name: tensor} without envelopes and without a prefix that every name shares."""
     for _ in range(len(ENVELOPES)):
-        inner = [key for key in ENVELOPES if isinstance(tensors, dict)
+        inner = [key for key in (part, *ENVELOPES, *AVERAGES) if isinstance(tensors, dict)
                  and isinstance(tensors.get(key), dict)]
         if not inner:
             break
-        tensors = tensors[inner[0]]
+        if inner[0] != part and inner[0] in ENVELOPES and inner[-1] in AVERAGES:
+            say(f"{name}: holds {inner[0]!r} and an average over its training, {inner[-1]!r}; "
+                f"{inner[0]!r} is taken; for the other write {name}::{inner[-1]}")
+        check_whole(tensors, inner[0], name)
+        tensors, part = tensors[inner[0]], "" if inner[0] == part else part
     if not isinstance(tensors, dict) or not tensors:
         raise WeightsError(f"{name}: holds no tensors")
+    if part:
+        tensors = within(tensors, part, name)
     others = [str(key) for key, value in tensors.items()
               if not isinstance(value, torch.Tensor) or not isinstance(key, str)]
     if others:
@@ -213,6 +189,32 @@ def unwrap(tensors, name):
         tensors = {key[len(prefix):]: value for key, value in tensors.items()}
     return {key: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
             for key, value in tensors.items()}
+
+
+def within(tensors, part, name):
+    """The tensors whose names begin with `part` and a dot, without it. WeightsError: none."""
+    prefix = part + "."
+    found = {key[len(prefix):]: value for key, value in tensors.items()
+             if str(key).startswith(prefix)}
+    if not found:
+        tops = dict.fromkeys(str(key).partition(".")[0] for key in tensors)
+        raise WeightsError(f"{name}: has no part {part!r}; what it has begins with {listed(tops)}")
+    return found
+
+
+def check_whole(content, key, name):
+    """WeightsError for states that DeepSpeed's ZeRO-3 has left without their numbers."""
+    module = content[key]
+    empty = [value for value in module.values()
+             if isinstance(value, torch.Tensor) and not value.numel()]
+    if "param_shapes" in content and (empty or not module):
+        raise places.cut_up(name)
+
+
+@functools.cache
+def say(line):
+    """Print a line once, however often a file is read."""
+    print(line)
 
 
 def part(tensors, config, name):
@@ -238,14 +240,13 @@ def listed(names):
 
 
 def fingerprint(source):
-    """The first 16 digits of the SHA-256 of a file of weights, or of a run's model."""
-    path = Path(source)
-    if path.is_dir():
-        path = next(path / name for name in MODEL_FILES if (path / name).exists())
+    """The first 16 digits of the SHA-256 of a file of weights, or of all files of a model."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    for path in places.files(source):
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    digest.update(places.split(source)[1].encode())
     return digest.hexdigest()[:16]
 
 

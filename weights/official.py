@@ -18,6 +18,7 @@ import math
 import re
 from collections import Counter
 
+from weights.families import bare
 from weights.files import Rule, WeightsError, fill, name_of, part, read
 
 
@@ -86,6 +87,8 @@ class OfficialFile:
     def __init__(self, source, component=None):
         self.tensors, self.config = part(*read(source), component)
         self.name = name_of(source)
+        if not self.config:
+            self.tensors = bare(self.tensors, self.name)
 
     def spell(self, name):
         """What this file calls our tensor `name`."""

@@ -33,6 +33,7 @@ import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from weights.files import write_aside
+from weights.places import split
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 # The same three and what other files call them; of each, the first that a file knows is taken.
@@ -234,7 +235,8 @@ def tokenizer_of(source, given, vocabulary):
     given       path of another tokenizer, or "" or None
     vocabulary  of the model; ValueError where the tokenizer knows more, or where there is none
     """
-    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    path = split(source)[0]
+    folder = path if os.path.isdir(path) else path.parent
     if not given and not os.path.exists(folder / "tokenizer.json"):
         raise ValueError(f"{folder} holds no tokenizer.json; pass --tokenizer")
     tokenizer = load_tokenizer(given or folder)

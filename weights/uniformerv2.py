@@ -1,7 +1,8 @@
 """Official files of UniFormerV2, and CLIP's image tower as its beginning.
 
 The official names are those of OpenAI's CLIP, with new ones for what UniFormerV2 adds, all under
-"backbone." in files of whole classifiers. Sizes and options come from names and shapes; numbers of
+"backbone." in files of whole classifiers. mmaction2 has these names, too, but for the last norm and
+the head; its pixels are normalised as the authors'. Sizes and options come from names and shapes; numbers of
 heads and the layers that global blocks read do not show in them.
 """
 
@@ -39,6 +40,9 @@ OFFICIAL = (
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
 )
+# UniFormerV2's name -> mmaction2's, without "backbone."; the head is outside of its backbone.
+MMACTION = ((r"^transformer\.proj\.0\.", "transformer.norm."),)
+MMACTION_HEAD = ((r"^(backbone\.)?transformer\.proj\.2\.", "cls_head.fc_cls."),)
 
 
 def load(cls, source, *, heads=None, global_heads=None, global_layers=None, frames=None):
@@ -153,7 +157,9 @@ class UniFormerV2File(OfficialFile):
                             and not key.startswith(tower + "ln_post.")}
         elif any(key.startswith("backbone.") for key in self.tensors):
             prefix = "backbone."
-        self.tables = (OFFICIAL, ((r"^", prefix),))
+        mmaction = not tower and prefix + "transformer.norm.weight" in self.tensors
+        self.tables = (OFFICIAL, MMACTION if mmaction else (), ((r"^", prefix),),
+                       MMACTION_HEAD if mmaction else ())
         if not self.depth("blocks."):
             raise WeightsError(f"{self.name}: no {self.spell('blocks.')}*, so not the weights of a "
                                f"{'CLIP image tower' if tower else 'UniFormerV2'}")

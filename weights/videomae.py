@@ -2,13 +2,21 @@
 
 The names of the authors' pretraining model are nearly ours. A fine-tuned file is the encoder
 without a prefix. transformers has its own names, in two spellings, and stores queries, keys and
-values apart. Sizes come from the shapes; numbers of heads and of frames do not show in them.
+values apart; mmaction2 has names of mmcv for the embedding and the MLPs. Sizes come from the
+shapes; numbers of heads and of frames do not show in them. transformers' folders tell these, and
+how pixels are normalised. An image ViT comes in through image_vit.py.
 """
 
+import math
 from dataclasses import replace
 
-from mae import Size, VideoMAE
-from weights.files import WeightsError, export, hub_config
+import torch
+
+from attention import sinusoid_table
+from mae import IMAGENET_MEAN, IMAGENET_STD, Size, VideoMAE
+from weights import image_vit
+from weights.files import WeightsError, export, say
+from weights.hub import hub_clips, hub_config, hub_pixels
 from weights.official import OfficialFile, as_kernel, as_matrix, key_map
 from weights.runs import rebuild
 
@@ -44,6 +52,21 @@ HUGGING_FACE = (
 HUGGING_FACE_5 = HUGGING_FACE + ((r"attention\.q_bias", "attention.query.bias"),
                                  (r"attention\.v_bias", "attention.value.bias"))
 
+# The authors' name of a fine-tuned file -> mmaction2's. Its pixels are normalised as the authors'.
+MMACTION = FINE_TUNED + (
+    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+    (r"mlp\.fc1\.", "mlp.layers.0.0."),
+    (r"mlp\.fc2\.", "mlp.layers.1."),
+    (r"^", "backbone."),
+    (r"^backbone\.head\.", "cls_head.fc_cls."),
+)
+
+# What transformers' config.json says -> the fields of Size and Options that shapes tell.
+HUB_SIZES = {"hidden_size": "width", "num_hidden_layers": "depth", "intermediate_size": "mlp_width",
+             "patch_size": "patch", "tubelet_size": "tubelet", "num_channels": "channels"}
+HUB_DECODER = {"decoder_hidden_size": "decoder_width", "decoder_num_hidden_layers": "decoder_depth",
+               "decoder_intermediate_size": "decoder_mlp_width"}
+
 # Width -> heads of the published models; other widths have heads of 64.
 USUAL_HEADS = {640: 8, 1280: 16, 1408: 16, 1664: 16}
 
@@ -54,12 +77,14 @@ def load_pretrained(cls, source, *, heads=None, decoder_heads=None, frames=None,
 
     source                 path or {name: tensor}; see weights.read
     heads, decoder_heads   shapes cannot tell them; default: those of the published models
-    frames, image_size     T and H (or (H, W)) of the clips; default 16 and 224
+    frames, image_size     T and H (or (H, W)) of the clips; default: as the folder of Hugging Face
+                           says, else 16 and 224
     positions              "resized" for InternVideo's ViT-H at 384 px, see mae.position_codes
     raises                 WeightsError: not such a file, or some tensor that does not fit
 
     Sizes come from the shapes. Models of Hugging Face files have Hugging Face's LayerNorm epsilons
-    (1e-12; 1e-5 before the head).
+    (1e-12; 1e-5 before the head). Another mean and deviation of pixels than ImageNet's, as a folder
+    of Hugging Face may say, moves into the embedding: see `take_over_pixels`.
     """
     file = VideoMAEFile(source)
     if file.config.get("model") == cls.model_name:
@@ -69,26 +94,30 @@ def load_pretrained(cls, source, *, heads=None, decoder_heads=None, frames=None,
             f"{file.name}: a masked autoencoder needs its decoder, and this file has none (no "
             "encoder_to_decoder.weight, no mask_token); a fine-tuned file loads with "
             "VideoClassifier.from_official")
-    told = file.hub_config(source)
-    size, options = file.encoder(heads or told.get("num_attention_heads"))
+    size, options = file.encoder(heads)
     width = file.width("decoder.blocks.#.")
+    told = file.told
     size = replace(
         size, decoder_width=width, decoder_depth=file.depth("decoder.blocks."),
         decoder_heads=file.heads(width, decoder_heads or told.get("decoder_num_attention_heads"),
                                  "decoder_heads", USUAL_HEADS),
         decoder_mlp_width=file.mlp_width("decoder.blocks.#."))
-    options |= clip_options(frames, image_size, positions, options)
-    model = file.build(cls, size, **options)
-    return file.fill(model, rules(model, file.tables))
+    file.check_told(HUB_DECODER, vars(size))
+    options |= file.clip_options(frames, image_size, positions, options)
+    model = file.build(cls, size, **options, normalised=told.get("norm_pix_loss", True))
+    return take_over_pixels(file.fill(model, rules(model, file.tables)), file)
 
 
 def load_classifier(cls, source, *, heads=None, frames=None, image_size=None,
                     positions="sinusoid"):
     """A mae.VideoClassifier in eval mode, from a fine-tuned file or a run of ours. Arguments and
-    errors as `load_pretrained`. A file without a head gives a feature extractor (classes = 0)."""
+    errors as `load_pretrained`. A file without a head gives a feature extractor (classes = 0), and
+    so does an image ViT, of timm or transformers: see image_vit.py."""
     file = VideoMAEFile(source, FINE_TUNED)
     if file.config.get("model") == cls.model_name:
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
+    if file.image:
+        frames, image_size = file.inflate(frames, image_size)
     if file.has("encoder_to_decoder.weight", "mask_token"):
         raise WeightsError(f"{file.name}: a pretraining file, without a classifier; it loads with "
                            "VideoMAE.from_official")
@@ -96,11 +125,10 @@ def load_classifier(cls, source, *, heads=None, frames=None, image_size=None,
         raise WeightsError(
             f"{file.name}: has {file.spell('encoder.norm.weight')} and no fc_norm.weight, so it "
             "was made for reading the first token; only classifiers of the mean of all tokens load")
-    told = file.hub_config(source)
-    size, options = file.encoder(heads or told.get("num_attention_heads"))
-    options |= clip_options(frames, image_size, positions, options)
+    size, options = file.encoder(heads)
+    options |= file.clip_options(frames, image_size, positions, options)
     model = file.build(cls, size, classes=file.rows("head.weight", "head.bias"), **options)
-    return file.fill(model, rules(model, file.tables))
+    return take_over_pixels(file.fill(model, rules(model, file.tables)), file)
 
 
 def to_official(model):
@@ -121,10 +149,28 @@ def rules(model, tables, published=False):
     return key_map(model, tables, {"encoder.embed.weight": (as_matrix, kernel)}, SAME)
 
 
-def clip_options(frames, image_size, positions, options):
-    """What no shape tells about the clips that a model was made for."""
-    return dict(frames=frames or 16, image_size=image_size or 224,
-                positions=options.get("positions", positions))
+@torch.no_grad()
+def take_over_pixels(model, file):
+    """The model, for pixels normalised as in all of mae.py, where its folder says otherwise.
+
+    With x = (p - m) / s of ImageNet and x' = (p - m') / s' of the folder, W x' + b is linear in x,
+    too: W s / s' and b + the sum of W (m - m') / s'. Up to rounding the outputs are the same.
+    """
+    told = hub_pixels(file.source) if file.hugging_face or file.image else None
+    if told is None or told == (list(IMAGENET_MEAN), list(IMAGENET_STD)):
+        return model
+    channels, embed = model.config["channels"], model.encoder.embed
+    if len(told[0]) != channels or channels != 3:
+        raise WeightsError(f"{file.name}: normalises {len(told[0])} channels and has {channels}; "
+                           "only 3 can be read here")
+    mean, std, ours, our_std = (torch.tensor(x, dtype=torch.float64)[:, None] for x in
+                                (*told, IMAGENET_MEAN, IMAGENET_STD))
+    weight = embed.weight.double().unflatten(1, (channels, -1))              # (D, C, pixels)
+    embed.bias += (weight * ((ours - mean) / std)).sum(dim=(1, 2)).float()
+    embed.weight.copy_((weight * (our_std / std)).flatten(1))
+    say(f"{file.name}: its pixels have mean {told[0]} and deviation {told[1]}; its embedding is "
+        "rewritten for those of ImageNet, with the same outputs")
+    return model
 
 
 class VideoMAEFile(OfficialFile):
@@ -132,24 +178,65 @@ class VideoMAEFile(OfficialFile):
 
     def __init__(self, source, layout=()):
         super().__init__(source)
-        if any(key.startswith("embeddings.patch_embeddings.") for key in self.tensors):
+        self.source, self.image = source, not self.config and image_vit.is_image(self.tensors)
+        if not self.image and any(key.startswith("embeddings.patch") for key in self.tensors):
             # transformers' VideoMAEModel alone
             self.tensors = {"videomae." + key: value for key, value in self.tensors.items()}
         if "backbone.patch_embed.proj.weight" in self.tensors:
             # an encoder inside somebody's larger model
             self.tensors = {key.removeprefix("backbone."): value
                             for key, value in self.tensors.items()}
-        self.hugging_face = any(key.startswith("videomae.") for key in self.tensors)
+        self.told, self.tables, self.places = {}, (OFFICIAL, layout), None
+        self.hugging_face = any(key.startswith(("videomae.", "vit.", "embeddings."))
+                                for key in self.tensors)
         if self.hugging_face:
-            new = any(key.endswith("attention.query.bias") for key in self.tensors)
-            layout = HUGGING_FACE_5 if new else HUGGING_FACE
-        self.tables = (OFFICIAL, layout)
+            self.told = hub_config(source)
+            self.activation(self.told, "gelu")
+            self.tables = (OFFICIAL, self.spelling())
+        elif "backbone.patch_embed.projection.weight" in self.tensors:
+            self.from_mmaction()
 
-    def hub_config(self, source):
-        """What transformers wrote beside its own file, else {}; WeightsError where that differs."""
-        told = hub_config(source) if self.hugging_face else {}
-        self.activation(told, "gelu")
-        return told
+    def spelling(self):
+        """transformers' names, in the spelling of this file."""
+        new = any(key.endswith("attention.query.bias") for key in self.tensors)
+        return HUGGING_FACE_5 if new else HUGGING_FACE
+
+    def from_mmaction(self):
+        """mmaction2's file. Its position table is a buffer, of sinusoids unless it was learned."""
+        self.tables = (OFFICIAL, MMACTION)
+        table = self.tensors.get("backbone.pos_embed")
+        if table is not None and table.ndim == 3 and torch.allclose(
+                table[0], sinusoid_table(*table.shape[1:]), atol=1e-5):
+            self.places = len(self.tensors.pop("backbone.pos_embed")[0])
+
+    def inflate(self, frames, image_size):
+        """Bring an image ViT under VideoMAE's names -> (T, (H, W)) of its position table."""
+        told = hub_clips(self.source)
+        self.tensors, *clips = image_vit.inflated(
+            self.tensors, self.name, tubelet=2, frames=frames or told.get("num_frames"),
+            image_size=image_size or told.get("input_size"))
+        return clips
+
+    def check_told(self, names, sizes):
+        """WeightsError where config.json names another size than the shapes have."""
+        for key, name in names.items():
+            if name in sizes and self.told.get(key, sizes[name]) != sizes[name]:
+                raise WeightsError(f"{self.name}: its config.json says {key} {self.told[key]}, the "
+                                   f"tensors say {sizes[name]}")
+
+    def clip_options(self, frames, image_size, positions, options):
+        """What no shape tells about the clips that a model was made for."""
+        told = hub_clips(self.source) if self.hugging_face else {}
+        if self.places and not (frames or image_size):
+            patch = self.shape("encoder.embed.weight", 5)[2:]
+            places = math.prod(size // p for size, p in zip((16, 224, 224), patch))
+            if places != self.places:
+                raise WeightsError(
+                    f"{self.name}: its pos_embed has {self.places} places, and 16 frames of 224 x "
+                    f"224 pixels have {places}; pass frames= and image_size=")
+        return dict(frames=frames or told.get("num_frames", 16),
+                    image_size=image_size or told.get("input_size", 224),
+                    positions=options.get("positions", positions))
 
     def mlp_width(self, block):
         return self.size(block + "mlp.fc1.bias", block + "mlp.fc1.weight",
@@ -163,15 +250,19 @@ class VideoMAEFile(OfficialFile):
                                f"has patches of {patch} x {across}")
         block = "encoder.blocks.#."
         width = self.width(block)
+        heads = heads or self.told.get("num_attention_heads")
         size = Size(width, self.depth("encoder.blocks."),
                     self.heads(width, heads, usual=USUAL_HEADS), self.mlp_width(block), patch,
                     decoder_width=0, decoder_depth=0, decoder_heads=0, decoder_mlp_width=0)
-        # transformers' files always have the biases: an early version 5 lost them in a renaming and
-        # went on with zeros, so a file without them is refused.
-        biased = self.hugging_face or self.has(block + "attn.q_bias", block + "attn.v_bias")
+        # transformers' files always have the biases, unless their configuration says so: an early
+        # version 5 lost them in a renaming and went on with zeros, so a file without is refused.
+        biased = self.hugging_face and self.told.get("qkv_bias", True) or self.has(
+            block + "attn.q_bias", block + "attn.v_bias")
+        eps = self.told.get("layer_norm_eps", 1e-12) if self.hugging_face else 1e-6
         options = dict(
             tubelet=tubelet, channels=channels, bias="qv" if biased else "none",
             cosine=self.has(block + "attn.temperature"),
             layer_scale=1.0 if self.has(block + "gamma1", block + "gamma2") else None,
-            eps=1e-12 if self.hugging_face else 1e-6, head_eps=1e-5 if self.hugging_face else 1e-6)
+            eps=eps, head_eps=1e-5 if self.hugging_face and not self.image else eps)
+        self.check_told(HUB_SIZES, vars(size) | options)
         return size, options | ({"positions": "stored"} if self.has("encoder.stored") else {})
