@@ -47,6 +47,7 @@ import fusion
 import mae
 import tasks
 import uniformerv2
+import weights
 from attention import Block
 from caption_decoder import CaptionDecoder, VideoText, caption_loss
 from engine import large_batches, machine, processes
@@ -106,6 +107,7 @@ class MaskedModelling(MaskedStage, name="mae"):
     def build(self, train_set):
         """From --weights, or from scratch."""
         if self.weights:
+            self.check_clips(weights.hub_clips(self.weights))
             model = self.network.from_official(self.weights, frames=self.num_frames,
                                                image_size=self.input_size)
             size, options = model.config["size"], model.config
@@ -365,7 +367,11 @@ class PostPretraining(ClassifierStage, name="classify"):
     def build(self, train_set):
         """The encoder with a head, or a probe on it; frozen but for the probe."""
         classes = recognition.size(self.classes)
-        model = self.probe_in_weights(classes) or self.encoder_for(classes)
+        model = self.probe_in_weights(classes)
+        if model is not None:
+            self.check_encoder(model.encoder)
+        else:
+            model = self.encoder_for(classes)
         encoder = getattr(model, "encoder", model) if self.mode == "attentive" else model
         encoder.grid_of(self.num_frames, self.input_size, self.input_size)  # takes such clips?
         if self.mode == "finetune":
@@ -378,15 +384,14 @@ class PostPretraining(ClassifierStage, name="classify"):
     def encoder_for(self, classes):
         """From --weights, or from scratch, with a head for so many classes."""
         if self.weights:
+            self.check_clips(weights.hub_clips(self.weights))
             model = encoders.load_encoder(
                 self.weights, classes, frames=self.num_frames, image_size=self.input_size,
                 drop=self.drop, drop_path=self.drop_path, rows=self.rows[0],
                 positions=self.positions)
             if model.config["image_size"] != [self.input_size] * 2:
                 model = encoders.resized(model, self.input_size)
-            sizes = mae.SIZES if model.family == "masked" else uniformerv2.SIZES
-            self.check_against_weights(encoder=model.family,
-                                       model=encoders.size_name(model.config["size"], sizes))
+            self.check_encoder(model)
             return model
         masked = self.encoder == "masked"
         if self.model not in ("small", *(mae.SIZES if masked else uniformerv2.SIZES)):
@@ -404,6 +409,14 @@ class PostPretraining(ClassifierStage, name="classify"):
                             global_layers=(SMALL.depth - 1,))
         return uniformerv2.UniFormerV2(SMALL if small else self.model, head_dropout=self.drop,
                                        **options)
+
+    def check_encoder(self, encoder):
+        """Take over what --weights have fixed. UserError where a flag asks for something else."""
+        sizes = mae.SIZES if encoder.family == "masked" else uniformerv2.SIZES
+        positions = encoder.config.get("positions", "learned")
+        self.refuse_other(positions="resized" if positions == "stored" else positions)
+        self.check_against_weights(encoder=encoder.family,
+                                   model=encoders.size_name(encoder.config["size"], sizes))
 
     def scale_of(self, model, name):
         """Layer-wise decay: the embedding is layer 0, blocks are 1 to L, all behind them L + 1."""
@@ -472,6 +485,7 @@ class CrossModel(TwoEncodersStage, name="fuse"):
             self.check_against_weights(
                 masked="", multimodal="", second="", before="", layers="", way="both", bridges=True,
                 gates=model.config["gates"])
+            self.refuse_other(drop=model.config["drop"])
             model = model.with_head(classes, rows=self.rows[0])
         else:
             model = self.fresh([

@@ -247,16 +247,24 @@ class Stage:
     def check_against_weights(self, **values):
         """Take over what --weights have fixed: {flag: value that holds}.
 
-        UserError where a flag asks for something else. A flag asks where it was typed, also with
-        its default, or set in code to something else than its default.
+        UserError as `refuse_other`.
+        """
+        self.refuse_other(**values)
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.fixed |= values.keys()
+
+    def refuse_other(self, **values):
+        """UserError where a flag asks for something else than --weights have: {flag: theirs}.
+
+        A flag asks where it was typed, also with its default, or set in code to something else than
+        its default.
         """
         for name, value in values.items():
             wanted, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if wanted != value and (name in self.typed or wanted != default):
                 raise UserError(f"--{name.replace('_', '-')} {wanted}: {self.weights} keeps its "
                                 f"own, {value}; leave it out")
-            setattr(self, name, value)
-        self.fixed |= values.keys()
 
     def kept(self, settings, compute):
         """compute(), a dict of tensors and lists, kept in --out/features.pt. A resumed run reads it
@@ -323,6 +331,20 @@ class ClipStage(Stage):
         if not self.test:
             held_out.pop("test", None)
         return train_set, held_out
+
+    def check_clips(self, told):
+        """UserError where a folder of Hugging Face is for other clips (weights.hub_clips), unless
+        --positions says how the position codes of others come about."""
+        for name, value in told.items():
+            given = getattr(self, name)
+            if given not in (value, value[0] if name == "input_size" else value) and \
+                    "positions" not in self.typed:
+                name, theirs = name.replace("_", "-"), value
+                if name == "input-size":
+                    theirs = value[0] if len(set(value)) == 1 else f"{value[0]} x {value[1]}"
+                raise UserError(
+                    f"--{name} {given}: {self.weights} is for {theirs}; pass --{name} {theirs}, or "
+                    "type --positions, too: it says how the position codes of other clips are made")
 
     def evaluated(self, dataset):
         """Numbers of the items of a held-out set that an evaluation measures, in order."""

@@ -615,6 +615,8 @@ class Localisation(Stage, name="localise"):
         """(the encoder or None, a finished Localiser or None), out of --weights."""
         if bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser":
             model = Localiser.from_run(self.weights)
+            self.refuse_other(**{key: model.head.config[key]
+                                 for key in ("width", "depth", "drop")})
             return model.encoder, model
         return encoders.load_encoder(self.weights) if self.weights else None, None
 

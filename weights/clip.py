@@ -5,6 +5,7 @@ layout tells the kind of VideoCLIP: plain CLIP is "frames", InternVideo-MM "vide
 Sizes come from the shapes; numbers of heads do not show in them.
 """
 
+import itertools
 import re
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 import clip_video
 import uniformerv2
 from weights.files import WeightsError, export
-from weights.hub import hub_config
+from weights.hub import hub_config, hub_pixels
 from weights.official import OfficialFile, as_kernel, as_matrix, key_map, under
 from weights.runs import rebuild
 from weights.uniformerv2 import OFFICIAL as TOWER, check_layers, conversions
@@ -200,7 +201,12 @@ class CLIPFile(OfficialFile):
         """Numbers of heads, as given or as transformers wrote them beside its own files."""
         if self.layout != "Hugging Face CLIP":
             return heads, text_heads
-        found = hub_config(source)
+        found, pixels = hub_config(source), hub_pixels(source)
+        usual = (clip_video.CLIP_MEAN, clip_video.CLIP_STD)
+        if pixels and any(abs(a - b) > 1e-6 for told, own in zip(pixels, usual)
+                          for a, b in itertools.zip_longest(told, own, fillvalue=9)):
+            raise WeightsError(f"{self.name}: normalises pixels with mean {pixels[0]} and "
+                               f"deviation {pixels[1]}; only CLIP's own can be read here")
         visual, text = (found.get(part) or {} for part in ("vision_config", "text_config"))
         for part in (visual, text):
             self.activation(part, "quick_gelu")

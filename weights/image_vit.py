@@ -2,10 +2,10 @@
 
 Its tensors are brought under the names of a fine-tuned VideoMAE, which weights/videomae.py reads:
 
-    patch embedding   inflated over the frames of a tubelet, as CLIP's is in UniFormerV2: its numbers
-                      in the middle frame, zeros around
+    patch embedding   inflated over the frames of a tubelet, as CLIP's is in UniFormerV2: its
+                      numbers in the middle frame, zeros around
     positions         the same in every time step; stretched for frames of another size
-    biases            those of queries and values; that of the keys moves all scores of a query alike
+    biases            of queries and values; one of the keys moves all scores of a query alike
     last norm         before the head, on the mean of all tokens
     class token, its position, pooler and head   left behind
 """
@@ -41,9 +41,10 @@ def inflated(tensors, name, *, tubelet, frames, image_size):
     """
     kind = HUGGING_FACE if any("embeddings." in key for key in tensors) else TIMM
     found = {respelled(key, kind): value for key, value in tensors.items()}
-    left = sorted(key for key in found if re.fullmatch(LEFT, key))
-    found = {key: value for key, value in found.items() if key not in left}
-    kernels = [key for key in found if re.search(r"patch_embed(dings)?\.proj(ection)?\.weight$", key)]
+    left = [key for key in tensors if re.fullmatch(LEFT, respelled(key, kind))]
+    for key in left:
+        del found[respelled(key, kind)]
+    kernels = [key for key in found if re.search(r"patch_embed.*\.proj(ection)?\.weight$", key)]
     for key, dimensions in (*((key, 4) for key in kernels), ("pos_embed", 3)):
         if key not in found or found[key].ndim != dimensions:
             raise WeightsError(f"{name}: {key} is " + (
@@ -68,7 +69,8 @@ def inflated(tensors, name, *, tubelet, frames, image_size):
     found["pos_embed"] = table.repeat(1, max(frames // tubelet, 1), 1)
     say(f"{name}: an image ViT. Its patch embedding is inflated over the {tubelet} frames of a "
         "tubelet and its positions are repeated over time; left behind: "
-        f"{listed(left)}. No accuracy on videos is to be expected before training")
+        f"{listed(left)}, and the biases of keys, which change no output. No accuracy on videos is "
+        "to be expected before training")
     return found, frames, (height, width)
 
 

@@ -1,9 +1,9 @@
 """Official files of UniFormerV2, and CLIP's image tower as its beginning.
 
 The official names are those of OpenAI's CLIP, with new ones for what UniFormerV2 adds, all under
-"backbone." in files of whole classifiers. mmaction2 has these names, too, but for the last norm and
-the head; its pixels are normalised as the authors'. Sizes and options come from names and shapes; numbers of
-heads and the layers that global blocks read do not show in them.
+"backbone." in files of whole classifiers. mmaction2 has these names, too, but for the last norm
+and the head; its pixels are normalised as the authors'. Sizes and options come from names and
+shapes; numbers of heads and the layers that global blocks read do not show in them.
 """
 
 import torch

@@ -157,6 +157,9 @@ def take_over_pixels(model, file):
     too: W s / s' and b + the sum of W (m - m') / s'. Up to rounding the outputs are the same.
     """
     told = hub_pixels(file.source) if file.hugging_face or file.image else None
+    if told is None and file.image:
+        say(f"{file.name}: nothing says how its pixels are normalised; ImageNet's mean and "
+            "deviation are taken")
     if told is None or told == (list(IMAGENET_MEAN), list(IMAGENET_STD)):
         return model
     channels, embed = model.config["channels"], model.encoder.embed
