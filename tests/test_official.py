@@ -1,13 +1,17 @@
 """What is proved about official files and old runs, beside the reference vectors of test_golden.py:
 
 sizes come from the shapes, also where no published model has such sizes; the outputs are then those
-of the official class, written out here in a few lines; a file comes back as it was; options that no
-longer exist are dropped where they meant nothing, and refused in one line where they did.
+of the official class, written out here in a few lines; a file comes back as it was; mmaction2's files
+and image ViTs give the numbers of their own code; a folder of Hugging Face tells sizes and pixels,
+and is refused where it contradicts its tensors; options that no longer exist are dropped where they meant nothing, and refused in one line where they did.
 """
+
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import attention
 import weights
@@ -274,6 +278,242 @@ def test_heads_that_do_not_divide_the_width_are_one_line():
     with pytest.raises((WeightsError, AssertionError, ValueError, RuntimeError)) as caught:
         UniFormerV2.from_official(state, heads=5)
     assert isinstance(caught.value, WeightsError) and "\n" not in str(caught.value)
+
+
+# Other people's names -----------------------------------------------------------------------------
+
+
+def renamed(state, *table):
+    """{name: tensor} with each (old, new) replaced in the names."""
+    for old, new in table:
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
+
+
+def fine_tuned(width=24, depth=2, classes=5):
+    return official_fill(videomae_shapes("", width, depth, 34, (3, 2, 4, 4))
+                         | norm_shapes("fc_norm", width=width)
+                         | linear_shapes("head", classes, width))
+
+
+def mmaction(state):
+    """A fine-tuned VideoMAE as mmaction2's VisionTransformer and its head have it."""
+    head = {key.replace("head.", "cls_head.fc_cls."): value for key, value in state.items()
+            if key.startswith("head.")}
+    backbone = renamed({"backbone." + key: value for key, value in state.items()
+                        if not key.startswith("head.")},
+                       ("patch_embed.proj.", "patch_embed.projection."),
+                       ("mlp.fc1.", "mlp.layers.0.0."), ("mlp.fc2.", "mlp.layers.1."))
+    return backbone | head
+
+
+@torch.no_grad()
+def test_mmaction2s_videomae_gives_its_numbers(tmp_path):
+    state = fine_tuned()
+    table = attention.sinusoid_table(2 * 3 * 3, 24)[None]
+    theirs = {"backbone.pos_embed": table, **mmaction(state)}
+    torch.save({"state_dict": theirs, "meta": {}}, tmp_path / "mm.pth")
+    assert weights.describe(theirs) == ("VideoMAE, classifier, of mmaction2", ("VideoClassifier",))
+    video = torch.randn(2, 3, 4, 12, 12)
+    for source in (tmp_path / "mm.pth", mmaction(state)):
+        model = VideoClassifier.from_official(source, heads=3, frames=4, image_size=12)
+        torch.testing.assert_close(model(video), videomae_logits(state, video, 3, 2))
+        assert same(model.to_official(), state) and model.config["positions"] == "sinusoid"
+    learned = theirs | {"backbone.pos_embed": table + 1}  # use_learnable_pos_emb
+    model = VideoClassifier.from_official(learned, heads=3, frames=4, image_size=12)
+    assert model.config["positions"] == "stored" and torch.equal(model.encoder.stored, table + 1)
+    with pytest.raises(WeightsError, match="pos_embed has 18 places, and 16 frames of 224 x 224"):
+        VideoClassifier.from_official(theirs, heads=3)
+    with pytest.raises(WeightsError, match="missing: backbone.blocks.1.mlp.layers.0.0.bias"):
+        VideoClassifier.from_official({key: x for key, x in theirs.items() if "1.mlp.layers.0.0.b"
+                                       not in key}, heads=3, frames=4, image_size=12)
+
+
+@torch.no_grad()
+def test_mmaction2s_uniformerv2_gives_its_numbers():
+    state = official_fill(uniformerv2_shapes(24, 3, 96, 96, 2, 5))
+    theirs = {"backbone." + key: value for key, value in state.items()}
+    theirs = renamed(theirs, ("transformer.proj.0.", "transformer.norm."),
+                     ("backbone.transformer.proj.2.", "cls_head.fc_cls."))
+    assert weights.describe(theirs) == ("UniFormerV2, of mmaction2", ("UniFormerV2",))
+    model = UniFormerV2.from_official(theirs, heads=3)
+    video = torch.randn(2, 3, 4, 12, 12)
+    torch.testing.assert_close(model(video), uniformerv2_logits(state, video, 3, [1, 2]))
+    # mean 114.75 and deviation 57.375 of 255, as its configurations say
+    assert (set(model.mean), set(model.std)) == ({114.75 / 255}, {57.375 / 255})
+    with pytest.raises(WeightsError, match="missing: cls_head.fc_cls.bias"):
+        UniFormerV2.from_official({key: x for key, x in theirs.items()
+                                   if key != "cls_head.fc_cls.bias"}, heads=3)
+
+
+def image_vit(width=24, depth=2, places=9):
+    """{timm's name: tensor} of an image ViT with patches of 4 and 7 classes."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + places, width),
+              "patch_embed.proj.weight": (width, 3, 4, 4), "patch_embed.proj.bias": (width,),
+              **norm_shapes("norm", width=width), **linear_shapes("head", 7, width)}
+    for i in range(depth):
+        a = f"blocks.{i}."
+        shapes |= {**linear_shapes(a + "attn.qkv", 3 * width, width),
+                   **linear_shapes(a + "attn.proj", width, width),
+                   **linear_shapes(a + "mlp.fc1", 30, width),
+                   **linear_shapes(a + "mlp.fc2", width, 30),
+                   **norm_shapes(a + "norm1", a + "norm2", width=width)}
+    return official_fill(shapes)
+
+
+def image_vit_feature(state, image, heads, depth, eps=1e-6):
+    """image (B, 3, H, W) -> (B, D): the norm of the mean of all tokens but the class token's."""
+    kernel = state["patch_embed.proj.weight"]
+    x = F.conv2d(image, kernel, state["patch_embed.proj.bias"], stride=kernel.shape[2:])
+    x = x.flatten(2).transpose(1, 2) + state["pos_embed"][:, 1:]
+    for i in range(depth):
+        a = f"blocks.{i}."
+        qkv = linear(state, a + "attn.qkv", norm(state, a + "norm1", x, eps))
+        x = x + linear(state, a + "attn.proj", attend(*qkv.chunk(3, dim=-1), heads))
+        hidden = F.gelu(linear(state, a + "mlp.fc1", norm(state, a + "norm2", x, eps)))
+        x = x + linear(state, a + "mlp.fc2", hidden)
+    return norm(state, "norm", x.mean(dim=1), eps)
+
+
+def of_hugging_face(state):
+    """An image ViT under the names of transformers' ViTForImageClassification."""
+    for key in [key for key in state if ".qkv." in key]:
+        for part, value in zip(("query", "key", "value"), state[key].chunk(3)):
+            state = state | {key.replace("attn.qkv", f"attention.attention.{part}"): value}
+        del state[key]
+    state = renamed(state, ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+                    ("blocks.", "encoder.layer."), ("norm1.", "layernorm_before."),
+                    ("norm2.", "layernorm_after."), ("attn.proj.", "attention.output.dense."),
+                    ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."),
+                    ("cls_token", "embeddings.cls_token"),
+                    ("pos_embed", "embeddings.position_embeddings"))
+    state = {("layernorm" + key[4:] if key.startswith("norm.") else key): value
+             for key, value in state.items()}
+    return {("classifier" + key[4:] if key.startswith("head.") else "vit." + key): value
+            for key, value in state.items()}
+
+
+@pytest.mark.parametrize("kind", ["timm", "timm, within a larger module", "Hugging Face",
+                                  "Hugging Face, without a head"])
+@torch.no_grad()
+def test_an_image_vit_starts_a_video_encoder_with_its_own_numbers(tmp_path, capsys, kind):
+    state, eps = image_vit(), 1e-12 if "Face" in kind else 1e-6
+    theirs = {"timm": lambda: state,
+              "timm, within a larger module": lambda: {"net." + k: x for k, x in state.items()},
+              "Hugging Face": lambda: of_hugging_face(state),
+              "Hugging Face, without a head": lambda: {
+                  key.removeprefix("vit."): x for key, x in of_hugging_face(state).items()
+                  if not key.startswith("classifier")} | {"pooler.dense.bias": torch.ones(24)}}[kind]()
+    torch.save(theirs, tmp_path / "vit.pth")
+    model = VideoClassifier.from_official(tmp_path / "vit.pth", heads=3, frames=2)
+    image = torch.randn(2, 3, 12, 12)
+    video = torch.stack([torch.randn_like(image), image], dim=2)  # the middle frame of a tubelet
+    torch.testing.assert_close(model(video), image_vit_feature(state, image, 3, 2, eps))
+    said = capsys.readouterr().out
+    for words in ("inflated over the 2 frames", "repeated over time", "cls_token",
+                  "No accuracy on videos is to be expected", "nothing says how its pixels are"):
+        assert words in said
+    assert ("classifier.bias" in said or "head.bias" in said) == ("without a head" not in kind)
+    # A longer clip of another size: the same positions at every time, stretched.
+    model = VideoClassifier.from_official(tmp_path / "vit.pth", heads=3, frames=6, image_size=16)
+    table = model.encoder.stored[0].unflatten(0, (3, 16))
+    assert torch.equal(table[0], table[2]) and model.config["positions"] == "stored"
+    assert same(VideoClassifier.from_official(model.to_official(), heads=3, frames=6,
+                                              image_size=16).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop("pos_embed"), "missing: pos_embed"),
+    (lambda state: state.update(pos_embed=torch.zeros(1, 9, 24)), "pos_embed has 8 places besides"),
+    (lambda state: state.update({"patch_embed.proj.weight": torch.zeros(24, 3, 2, 4, 4)}),
+     "patch_embed.proj.weight has 5 dimensions, not 4"),
+    (lambda state: state.pop("norm.bias"), "missing: norm.bias"),
+    (lambda state: state.update(reg_token=torch.zeros(1, 4, 24)), "unknown: reg_token")])
+def test_an_image_vit_that_lacks_something_or_has_too_much_is_refused_by_name(change, message):
+    state = image_vit()
+    change(state)
+    with pytest.raises(WeightsError, match=message) as caught:
+        VideoClassifier.from_official(state, heads=3)
+    assert "\n" not in str(caught.value)
+
+
+def hub_folder(folder, config=None, preprocessor=None):
+    """VideoMAE's classifier as transformers writes it -> the state under the authors' names."""
+    state = fine_tuned()
+    theirs = dict(state)
+    for key in [key for key in state if ".qkv." in key]:
+        for part, value in zip(("query", "key", "value"), theirs.pop(key).chunk(3)):
+            theirs[key.replace("attn.qkv", f"attention.attention.{part}")] = value
+    theirs = renamed(theirs, ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+                     ("blocks.", "encoder.layer."), ("norm1.", "layernorm_before."),
+                     ("norm2.", "layernorm_after."), ("attn.proj.", "attention.output.dense."),
+                     ("attn.", "attention.attention."), ("mlp.fc1.", "intermediate.dense."),
+                     ("mlp.fc2.", "output.dense."), ("head.", "classifier."))
+    theirs = {key if key.startswith(("fc_norm", "classifier")) else "videomae." + key: value
+              for key, value in theirs.items()}
+    folder.mkdir()
+    save_file({key: value.contiguous() for key, value in theirs.items()},
+              folder / "model.safetensors")
+    config = {"num_attention_heads": 3, "num_frames": 4, "image_size": 12} | (config or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    if preprocessor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return state
+
+
+@pytest.mark.parametrize("size, crop", [(12, {"height": 12, "width": 12}), ([12, 12], None)])
+@torch.no_grad()
+def test_a_folder_of_hugging_face_tells_the_clips_and_the_pixels_of_its_model(
+        tmp_path, capsys, size, crop):
+    preprocessor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7],
+                    "size": {"shortest_edge": 12} if crop else {"height": 12, "width": 12}}
+    preprocessor |= {"crop_size": crop, "do_center_crop": True} if crop else {}
+    state = hub_folder(tmp_path / "hub", {"image_size": size, "layer_norm_eps": 1e-6}, preprocessor)
+    for source in (tmp_path / "hub", tmp_path / "hub" / "model.safetensors"):
+        model = VideoClassifier.from_official(source)
+        assert (model.config["frames"], model.config["image_size"]) == (4, [12, 12])
+    assert "its embedding is rewritten for those of ImageNet" in capsys.readouterr().out
+    video = torch.randint(0, 256, (2, 3, 4, 12, 12), dtype=torch.uint8)
+    mean, std = (torch.tensor(preprocessor[key]).view(3, 1, 1, 1)
+                 for key in ("image_mean", "image_std"))
+    expected = videomae_logits(state, (video / 255 - mean) / std, 3, 2)
+    torch.testing.assert_close(model(video), expected, rtol=1e-4, atol=1e-4)  # another last epsilon
+    assert VideoClassifier.from_official(tmp_path / "hub", frames=6, image_size=16).config[
+        "image_size"] == [16, 16]  # asked for
+
+
+@pytest.mark.parametrize("preprocessor", [
+    None, {}, {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+               "size": {"shortest_edge": 12}, "rescale_factor": 1 / 255}])
+def test_what_a_folder_does_not_say_otherwise_leaves_the_weights_as_they_are(
+        tmp_path, preprocessor):
+    state = hub_folder(tmp_path / "hub", preprocessor=preprocessor)
+    assert same(VideoClassifier.from_official(tmp_path / "hub").to_official(), state)
+
+
+@pytest.mark.parametrize("config, preprocessor, message", [
+    ({"patch_size": 16}, None, "config.json says patch_size 16, the tensors say 4"),
+    ({"tubelet_size": 4}, None, "config.json says tubelet_size 4, the tensors say 2"),
+    ({"hidden_size": 32}, None, "config.json says hidden_size 32, the tensors say 24"),
+    ({"num_hidden_layers": 3}, None, "config.json says num_hidden_layers 3, the tensors say 2"),
+    ({"hidden_act": "relu"}, None, "hidden_act 'relu'"),
+    ({"image_size": 24}, {"size": 12}, "prepares frames of 12 x 12 pixels, and .* says 24 x 24"),
+    ({"image_size": [1, 2, 3]}, None, "image_size must be one or two whole numbers"),
+    ({"num_frames": 0}, None, "num_frames must be a whole number from 1 on"),
+    ({"layer_norm_eps": "x"}, None, r"layer_norm_eps must be in \[0, 1\)"),
+    ({}, {"image_mean": [0.5], "image_std": [0.5]}, "normalises 1 channels and has 3"),
+    ({}, {"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0]}, "deviations above 0"),
+    ({}, {"image_mean": [0.5] * 3}, "must be lists of numbers, got 'None'"),
+    ({}, {"image_mean": "x", "image_std": [1]}, "must be lists of numbers, got 'x'"),
+    ({}, {"do_rescale": False}, "reads pixels that are not in"),
+    ({}, {"rescale_factor": 0.0078}, "reads pixels that are not in"),
+    ({}, [], "not a configuration as transformers writes it")])
+def test_a_folder_that_contradicts_its_tensors_or_says_what_cannot_be_is_one_line(
+        tmp_path, config, preprocessor, message):
+    hub_folder(tmp_path / "hub", config, preprocessor)
+    with pytest.raises(WeightsError, match=message) as caught:
+        VideoClassifier.from_official(tmp_path / "hub")
+    assert "\n" not in str(caught.value)
 
 
 # Key maps -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What is proved about weights/:
 
-envelopes and prefixes are understood; half precision is widened exactly; what a file lacks, has too
+envelopes and prefixes are understood; a model in parts, in a folder of DeepSpeed or inside somebody's
+module reads as the whole file does; half precision is widened exactly; what a file lacks, has too
 much or has misshapen is listed exactly; no file can run code; no damaged file ends in a traceback.
 """
 
@@ -27,7 +28,7 @@ def model():
     return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
 
 
-@pytest.mark.parametrize("envelope", [None, "model", "module", "state_dict", "model_state"])
+@pytest.mark.parametrize("envelope", [None, *weights.ENVELOPES, *weights.AVERAGES])
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod."])
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "dict"])
 def test_every_envelope_and_prefix_reads_as_the_same_tensors(tmp_path, envelope, prefix, kind):
@@ -318,6 +319,219 @@ def test_what_transformers_wrote_beside_its_weights_counts(tmp_path):
     with pytest.raises(WeightsError, match="hidden_act 'gelu'; only 'quick_gelu'"):
         file.activation({"hidden_act": "gelu"}, "quick_gelu")
     file.activation({}, "gelu")
+
+
+# ------------------------------------------------------------------- weights as they lie about
+
+
+def in_parts(folder, kind, count=3):
+    """A model in so many parts, with its index -> (its tensors, the index)."""
+    tensors, names = {f"layer.{i}": torch.randn(2, i + 1).half() for i in range(7)}, {}
+    stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
+    for i in range(count):
+        part, name = dict(list(tensors.items())[i::count]), f"{stem}-0000{i + 1}.{suffix}"
+        names |= dict.fromkeys(part, name)
+        save_file(part, folder / name) if suffix == "safetensors" else torch.save(
+            part, folder / name)
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    return tensors, index
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_model_in_parts_reads_as_a_whole_from_its_folder_or_its_index(tmp_path, kind):
+    tensors, index = in_parts(tmp_path, kind)
+    for source in (tmp_path, index):
+        read, config = weights.read(source)
+        assert config == {} and read.keys() == tensors.keys()
+        assert all(torch.equal(read[key], value.float()) for key, value in tensors.items())
+    first = weights.fingerprint(tmp_path)
+    assert first == weights.fingerprint(index)
+    last = sorted(tmp_path.glob("*-00003.*"))[0]
+    last.write_bytes(last.read_bytes() + b" ")
+    assert weights.fingerprint(tmp_path) != first
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_what_lacks_of_a_model_in_parts_is_named(tmp_path, kind):
+    tensors, index = in_parts(tmp_path, kind)
+    part = sorted(tmp_path.glob("*-00002.*"))[0]
+    held = weights.read(part)[0]
+    gone = next(iter(held))
+    del held[gone]
+    save_file(held, part) if kind == "safetensors" else torch.save(held, part)
+    with pytest.raises(WeightsError, match=f"{part.name}: lacks what {index.name} says: {gone}"):
+        weights.read(tmp_path)
+    part.unlink()
+    with pytest.raises(WeightsError, match=f"of its 3 parts 1 is missing: {part.name}; download"):
+        weights.read(index)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}',
+                                  '{"weight_map": {}}', '{"weight_map": {"a": "../model.bin"}}',
+                                  '{"weight_map": {"a": "/etc/passwd"}}', "[" * 99999],
+                         ids=lambda text: text[:40])
+def test_an_index_that_is_none_is_one_line_and_leads_to_no_other_folder(tmp_path, text):
+    torch.save({"a": torch.ones(1)}, tmp_path / "model.bin")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pytorch_model.bin.index.json").write_text(text)
+    with pytest.raises(WeightsError, match="pytorch_model.bin.index.json: n") as caught:
+        weights.read(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def states(place, tensors, name="mp_rank_00_model_states.pt"):
+    """What DeepSpeed writes of a model, as far as a reader meets it."""
+    place.mkdir(parents=True, exist_ok=True)
+    shapes = [{key: value.shape for key, value in tensors.items()}]
+    torch.save({"module": tensors, "param_shapes": shapes, "buffer_names": [], "optimizer": None,
+                "sparse_tensor_module_names": set(), "ds_config": {"zero_optimization": {}},
+                "ds_version": "0.15.0", "epoch": 3, "global_steps": 7}, place / name)
+
+
+def test_folders_of_deepspeed_give_their_newest_states(tmp_path):
+    own = model().state_dict()
+    for step in (5, 40, 300):
+        states(tmp_path / f"global_step{step}", {key: x + step for key, x in own.items()})
+    states(tmp_path / "videomae" / "checkpoint-9", {key: x + 9 for key, x in own.items()})
+    for source, step in ((tmp_path, 300), (tmp_path / "global_step5", 5), (
+            tmp_path / "global_step5" / "mp_rank_00_model_states.pt", 5),
+            (tmp_path / "videomae", 9)):
+        read = weights.read(source)[0]
+        assert all(torch.equal(read[key], x + step) for key, x in own.items())
+    (tmp_path / "latest").write_text("global_step40\n")  # it counts, not the number
+    assert torch.equal(weights.read(tmp_path)[0]["0.bias"], own["0.bias"] + 40)
+    (tmp_path / "latest").write_text("global_step41")
+    with pytest.raises(WeightsError, match="latest: names global_step41, where there is no mp_"):
+        weights.read(tmp_path)
+
+
+def test_states_that_deepspeed_has_cut_up_are_refused_with_the_way_to_whole_ones(tmp_path):
+    empty = {key: torch.empty(0) for key in model().state_dict()}
+    states(tmp_path / "a" / "global_step1", empty, "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    states(tmp_path / "b" / "global_step1", empty)
+    states(tmp_path / "c" / "global_step1", {})
+    for name in ("a", "a/global_step1", "b", "c",
+                 "a/global_step1/zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        with pytest.raises(WeightsError, match="ZeRO-3 .*python zero_to_fp32.py . whole") as caught:
+            weights.read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    states(tmp_path / "d" / "global_step1", model().state_dict())
+    states(tmp_path / "d" / "global_step1", {}, "mp_rank_01_model_states.pt")
+    with pytest.raises(WeightsError, match="tensor parallelism"):
+        weights.read(tmp_path / "d")
+
+
+@pytest.mark.parametrize("plain, average", [("model", "model_ema"), ("state_dict", "ema"),
+                                            ("net", "state_dict_ema")])
+def test_of_weights_and_their_average_the_weights_are_taken_and_a_suffix_takes_the_others(
+        tmp_path, capsys, plain, average):
+    own = model().state_dict()
+    other = {key: value + 1 for key, value in own.items()}
+    path = tmp_path / "x.pth"
+    torch.save({average: {"module": other} if average == "ema" else other, plain: own}, path)
+    for _ in range(2):  # said once
+        assert torch.equal(weights.read(path)[0]["0.bias"], own["0.bias"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"{plain!r} is taken; for the other write {path}::{average}" in out
+    assert torch.equal(weights.read(f"{path}::{average}")[0]["0.bias"], other["0.bias"])
+    assert torch.equal(weights.read(f"{path}::{plain}")[0]["0.bias"], own["0.bias"])
+    assert capsys.readouterr().out == ""
+    assert weights.fingerprint(path) != weights.fingerprint(f"{path}::{average}")
+    with pytest.raises(WeightsError, match="has no part 'emma'; what it has begins with 0, 1"):
+        weights.read(f"{path}::emma")
+
+
+def test_a_part_may_also_be_a_prefix_and_a_file_may_have_two_colons_in_its_name(tmp_path):
+    own = model().state_dict()
+    both = {f"teacher.net.{key}": value + 1 for key, value in own.items()} | {
+        f"student.{key}": value for key, value in own.items()}
+    torch.save({"state_dict": both}, tmp_path / "x::student")
+    torch.save({"state_dict": both}, tmp_path / "x")
+    assert len(weights.read(tmp_path / "x::student")[0]) == len(both)  # a file that is called so
+    assert torch.equal(weights.read(f"{tmp_path / 'x'}::teacher.net")[0]["1.bias"],
+                       own["1.bias"] + 1)
+
+
+def classifier():
+    import mae
+    return mae.VideoClassifier(mae.Size(24, 2, 2, 48, 8, 0, 0, 0, 0), classes=3, frames=2,
+                               image_size=16).eval()
+
+
+LOAD = dict(heads=2, frames=2, image_size=16)
+
+
+@pytest.mark.parametrize("prefix", ["net.", "encoder.", "backbone.", "lit.model.", "0.",
+                                    "module.net.encoder."])
+def test_names_of_somebodys_own_module_before_those_of_a_network_are_no_hindrance(
+        tmp_path, capsys, prefix):
+    own = classifier()
+    official = {prefix + key: value for key, value in own.to_official().items()}
+    torch.save({"state_dict": official | {"loss.weight": torch.ones(3)}, "epoch": 1},
+               tmp_path / "x.ckpt")
+    torch.save({"state_dict": official}, tmp_path / "alone.ckpt")
+    if prefix != "backbone.":  # that is one of VideoMAE's own layouts, which is read strictly
+        model = type(own).from_official(tmp_path / "x.ckpt", **LOAD)
+        assert f"under {prefix!r} is read; left aside: loss" in capsys.readouterr().out
+        assert all(torch.equal(model.state_dict()[key], x) for key, x in own.state_dict().items())
+    model = type(own).from_official(tmp_path / "alone.ckpt", **LOAD)
+    assert all(torch.equal(model.state_dict()[key], x) for key, x in own.state_dict().items())
+    assert capsys.readouterr().out == ""
+    assert weights.describe(weights.read(tmp_path / "alone.ckpt")[0])[0] == "VideoMAE, classifier"
+
+
+def test_of_two_networks_in_a_file_neither_is_taken_unasked(tmp_path, capsys):
+    own = classifier()
+    both = {f"{name}.{key}": value + (name == "teacher") for name in ("student", "teacher")
+            for key, value in own.to_official().items()}
+    torch.save({"state_dict": both}, tmp_path / "x.ckpt")
+    source = str(tmp_path / "x.ckpt")
+    with pytest.raises(WeightsError, match="holds 2 networks; choose one: .*::student, .*::teacher"):
+        type(own).from_official(source, **LOAD)
+    model = type(own).from_official(source + "::teacher", **LOAD)
+    assert torch.equal(model.head.bias, own.head.bias + 1)
+    with pytest.raises(WeightsError, match="2 networks"):
+        from weights.encoders import load_encoder
+        load_encoder(source)
+
+
+def test_what_lacks_under_a_prefix_is_named(tmp_path):
+    own = classifier()
+    official = {"net." + key: value for key, value in own.to_official().items()}
+    del official["net.blocks.1.mlp.fc1.bias"]
+    torch.save({"state_dict": official}, tmp_path / "x.ckpt")
+    with pytest.raises(WeightsError, match="missing: blocks.1.mlp.fc1.bias"):
+        type(own).from_official(tmp_path / "x.ckpt", **LOAD)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 345\n",
+     "a git-lfs pointer, not the file itself: fetch that with git lfs pull"),
+    (b"\n<!DOCTYPE html>\n<html><head>", "a web page in place of a file of weights"),
+    (b"<HTML><body>Sign in", "a web page"),
+    (b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0">', "a web page"),
+    (b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code><Message>x',
+     r"a server.s XML message .* download the file anew \(AccessDenied\)"),
+    (b"<Error><Code>NoSuchKey</Code></Error>", r"a server.s XML message .*\(NoSuchKey\)"),
+    (b"", "an empty file: the download did not work"),
+    (b"Invalid username or password.", "a text .* it begins: Invalid username or password"),
+    (b'{"error": "not found"}\n', 'a text .* it begins: {"error": "not found"}')])
+@pytest.mark.parametrize("name", ["x.pth", "model.safetensors"])
+def test_what_a_failed_download_leaves_is_named_as_what_it_is(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=f"{name}: {message}") as caught:
+        weights.read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_are_taken_out_of_one_part_of_a_pickle_that_holds_more(tmp_path, capsys):
+    own = model().state_dict()
+    torch.save({"model": own, "model_ema": {key: value + 1 for key, value in own.items()},
+                "args": Spy(str(tmp_path / "spied"))}, tmp_path / "x.pth")
+    convert(f"{tmp_path / 'x.pth'}::model_ema", tmp_path / "new.safetensors")
+    assert not (tmp_path / "spied").exists() and "left out" in capsys.readouterr().err
+    assert torch.equal(weights.read(tmp_path / "new.safetensors")[0]["0.bias"], own["0.bias"] + 1)
 
 
 # ------------------------------------------------------------------------------------- odd files

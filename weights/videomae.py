@@ -61,6 +61,14 @@ MMACTION = FINE_TUNED + (
     (r"^backbone\.head\.", "cls_head.fc_cls."),
 )
 
+# The authors' name of a fine-tuned file -> that of an image ViT in timm, and in transformers.
+IMAGE = FINE_TUNED + ((r"^fc_norm\.", "norm."), (r"\.gamma_([12])$", r".ls\1.gamma"))
+IMAGE_HUGGING_FACE = HUGGING_FACE_5 + (
+    (r"^fc_norm\.", "videomae.layernorm."),
+    (r"^pos_embed$", "videomae.embeddings.position_embeddings"),
+    (r"^videomae\.", "vit."),
+)
+
 # What transformers' config.json says -> the fields of Size and Options that shapes tell.
 HUB_SIZES = {"hidden_size": "width", "num_hidden_layers": "depth", "intermediate_size": "mlp_width",
              "patch_size": "patch", "tubelet_size": "tubelet", "num_channels": "channels"}
@@ -117,7 +125,9 @@ def load_classifier(cls, source, *, heads=None, frames=None, image_size=None,
     if file.config.get("model") == cls.model_name:
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
     if file.image:
-        frames, image_size = file.inflate(frames, image_size)
+        told = hub_clips(source)
+        frames, image_size = image_vit.inflate(file, frames or told.get("num_frames"),
+                                               image_size or told.get("input_size"))
     if file.has("encoder_to_decoder.weight", "mask_token"):
         raise WeightsError(f"{file.name}: a pretraining file, without a classifier; it loads with "
                            "VideoMAE.from_official")
@@ -182,25 +192,29 @@ class VideoMAEFile(OfficialFile):
     def __init__(self, source, layout=()):
         super().__init__(source)
         self.source, self.image = source, not self.config and image_vit.is_image(self.tensors)
-        if not self.image and any(key.startswith("embeddings.patch") for key in self.tensors):
-            # transformers' VideoMAEModel alone
-            self.tensors = {"videomae." + key: value for key, value in self.tensors.items()}
+        if any(key.startswith("embeddings.patch_embeddings.") for key in self.tensors):
+            # transformers' VideoMAEModel alone, or its ViTModel
+            prefix = "vit." if self.image else "videomae."
+            self.tensors = {prefix + key: value for key, value in self.tensors.items()}
         if "backbone.patch_embed.proj.weight" in self.tensors:
             # an encoder inside somebody's larger model
             self.tensors = {key.removeprefix("backbone."): value
                             for key, value in self.tensors.items()}
         self.told, self.tables, self.places = {}, (OFFICIAL, layout), None
-        self.hugging_face = any(key.startswith(("videomae.", "vit.", "embeddings."))
-                                for key in self.tensors)
+        self.hugging_face = any(key.startswith(("videomae.", "vit.")) for key in self.tensors)
         if self.hugging_face:
             self.told = hub_config(source)
             self.activation(self.told, "gelu")
             self.tables = (OFFICIAL, self.spelling())
+        elif self.image:
+            self.tables = (OFFICIAL, IMAGE)
         elif "backbone.patch_embed.projection.weight" in self.tensors:
             self.from_mmaction()
 
     def spelling(self):
         """transformers' names, in the spelling of this file."""
+        if self.image:
+            return IMAGE_HUGGING_FACE
         new = any(key.endswith("attention.query.bias") for key in self.tensors)
         return HUGGING_FACE_5 if new else HUGGING_FACE
 
@@ -211,14 +225,6 @@ class VideoMAEFile(OfficialFile):
         if table is not None and table.ndim == 3 and torch.allclose(
                 table[0], sinusoid_table(*table.shape[1:]), atol=1e-5):
             self.places = len(self.tensors.pop("backbone.pos_embed")[0])
-
-    def inflate(self, frames, image_size):
-        """Bring an image ViT under VideoMAE's names -> (T, (H, W)) of its position table."""
-        told = hub_clips(self.source)
-        self.tensors, *clips = image_vit.inflated(
-            self.tensors, self.name, tubelet=2, frames=frames or told.get("num_frames"),
-            image_size=image_size or told.get("input_size"))
-        return clips
 
     def check_told(self, names, sizes):
         """WeightsError where config.json names another size than the shapes have."""
