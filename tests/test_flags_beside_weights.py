@@ -9,6 +9,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import caption_decoder
@@ -19,6 +20,7 @@ import train
 import weights
 from engine.stage import STAGES, ClipStage, Stage, details
 from tasks import localisation, question_answering, recognition
+from test_official import image_vit
 from video import moving_shapes
 from weights import videomae
 from weights.tokenizer import train_tokenizer
@@ -45,6 +47,7 @@ NETWORK = {
     ("classify", "clip"): {
         "--encoder multimodal": "--encoder masked", "--model ": "--model b16",
         "": "--positions sinusoid"},
+    ("classify", "image"): {"--positions resized": "--positions sinusoid"},
     ("classify", "probe"): {
         "--encoder masked": "--encoder multimodal", "--model tiny": "--model base",
         "--positions sinusoid": "--positions resized"},
@@ -96,10 +99,11 @@ def made(folder):
         "localise": localisation.Localiser(video_mae.with_head(0), localisation.Head(
             96, len(world.motions), width=16, depth=2, drop=0.25), list(world.motions), 2),
         "answer": question_answering.VideoQA(clip, decoder, ["yes", "no", "red"])}
+    torch.save(image_vit(64), folder / "image")
     for name, model in models.items():
         weights.save(folder / name, model, model.config)
         bpe.save(folder / name)
-    return {name: str(folder / name) for name in models}
+    return {name: str(folder / name) for name in [*models, "image"]}
 
 
 @pytest.fixture(scope="module")

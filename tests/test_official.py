@@ -1,9 +1,10 @@
 """What is proved about official files and old runs, beside the reference vectors of test_golden.py:
 
 sizes come from the shapes, also where no published model has such sizes; the outputs are then those
-of the official class, written out here in a few lines; a file comes back as it was; mmaction2's files
-and image ViTs give the numbers of their own code; a folder of Hugging Face tells sizes and pixels,
-and is refused where it contradicts its tensors; options that no longer exist are dropped where they meant nothing, and refused in one line where they did.
+of the official class, written out here in a few lines; a file comes back as it was; mmaction2's
+files and image ViTs give the numbers of their own code; a folder of Hugging Face tells sizes and
+pixels, and is refused where it contradicts its tensors; options that no longer exist are dropped
+where they meant nothing, and refused in one line where they did.
 """
 
 import json
@@ -18,9 +19,10 @@ import weights
 from caption_decoder import CaptionDecoder
 from clip_video import TextSize, VideoCLIP
 from conftest import official_fill
+from mae import Size as MaskedSize
 from mae import VideoClassifier, VideoMAE
 from uniformerv2 import Size, UniFormerV2
-from weights import WeightsError
+from weights import WeightsError, videomae
 from weights.official import OfficialFile, key_map, spell, under
 
 
@@ -403,7 +405,8 @@ def test_an_image_vit_starts_a_video_encoder_with_its_own_numbers(tmp_path, caps
               "Hugging Face": lambda: of_hugging_face(state),
               "Hugging Face, without a head": lambda: {
                   key.removeprefix("vit."): x for key, x in of_hugging_face(state).items()
-                  if not key.startswith("classifier")} | {"pooler.dense.bias": torch.ones(24)}}[kind]()
+                  if not key.startswith("classifier")} | {"pooler.dense.bias": torch.ones(24)}}
+    theirs = theirs[kind]()
     torch.save(theirs, tmp_path / "vit.pth")
     model = VideoClassifier.from_official(tmp_path / "vit.pth", heads=3, frames=2)
     image = torch.randn(2, 3, 12, 12)
@@ -489,6 +492,41 @@ def test_what_a_folder_does_not_say_otherwise_leaves_the_weights_as_they_are(
         tmp_path, preprocessor):
     state = hub_folder(tmp_path / "hub", preprocessor=preprocessor)
     assert same(VideoClassifier.from_official(tmp_path / "hub").to_official(), state)
+
+
+@pytest.mark.parametrize("mean, words", [([0.48145466, 0.4578275, 0.40821073], ""),
+                                         ([0.5, 0.5, 0.5], "only CLIP's own can be read here")])
+def test_pixels_that_clip_does_not_know_are_refused(tmp_path, mean, words):
+    """CLIP's first layer has no bias, into which another mean could go."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+        {"image_mean": mean, "image_std": [0.26862954, 0.26130258, 0.27577711]}))
+    save_file({"vision_model.a": torch.zeros(1), "text_model.a": torch.zeros(1)},
+              tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=words or "missing: vision_model"):
+        VideoCLIP.from_official(tmp_path)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_a_folder_tells_whether_its_model_predicts_normalised_pixels(tmp_path, normalised):
+    own = VideoMAE(MaskedSize(24, 1, 2, 48, 8, 12, 1, 2, 24), frames=4, image_size=16)
+    tables = (videomae.OFFICIAL, videomae.HUGGING_FACE)
+    save_file(weights.export(own, videomae.rules(own, tables)), tmp_path / "model.safetensors")
+    config = {"num_attention_heads": 2, "decoder_num_attention_heads": 2, "num_frames": 4,
+              "image_size": 16, "norm_pix_loss": normalised, "decoder_hidden_size": 12}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = VideoMAE.from_official(tmp_path)
+    assert model.config["normalised"] == normalised and same(model.state_dict(), own.state_dict())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_hidden_size": 13}))
+    with pytest.raises(WeightsError, match="says decoder_hidden_size 13, the tensors say 12"):
+        VideoMAE.from_official(tmp_path)
+
+
+@torch.no_grad()
+def test_layer_scales_of_an_image_vit_are_kept():
+    state = image_vit() | {f"blocks.{i}.ls{j}.gamma": torch.rand(24) for i in (0, 1)
+                           for j in (1, 2)}
+    model = VideoClassifier.from_official(state, heads=3, frames=2)
+    assert torch.equal(model.encoder.blocks[1].gamma2, state["blocks.1.ls2.gamma"])
 
 
 @pytest.mark.parametrize("config, preprocessor, message", [

@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from attention import sinusoid_table
-from mae import IMAGENET_MEAN, IMAGENET_STD, Size, VideoMAE
+from mae import IMAGENET_MEAN, IMAGENET_STD, Size, VideoMAE, sinusoid_table
 from weights import image_vit
 from weights.files import WeightsError, export, say
 from weights.hub import hub_clips, hub_config, hub_pixels
