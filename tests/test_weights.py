@@ -315,7 +315,11 @@ def test_tensors_that_share_memory_are_written_and_odd_heads_are_one_line(tmp_pa
 def test_what_transformers_wrote_beside_its_weights_counts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "gelu"}}))
     assert weights.hub_config(tmp_path) == {"vision_config": {"hidden_act": "gelu"}}
-    assert weights.hub_config({}) == {}
+    assert weights.hub_config({}) == {} == weights.hub_clips(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"crop_size": 8}')
+    assert weights.hub_clips(tmp_path) == {}  # CLIP's shapes tell, and --input-size may differ
+    (tmp_path / "config.json").write_text('{"num_frames": 3}')
+    assert weights.hub_clips(tmp_path) == {"num_frames": 3, "input_size": [8, 8]}
     file = OfficialFile({"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="hidden_act 'gelu'; only 'quick_gelu'"):
         file.activation({"hidden_act": "gelu"}, "quick_gelu")

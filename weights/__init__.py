@@ -7,6 +7,7 @@ pickles.py    take tensors out of a pickle without running it
 runs.py       from a run of ours to its model
 official.py   one reader of official files, and how a key map is written down
 videomae.py, uniformerv2.py, clip.py, caption_decoder.py   the key map of each family
+image_vit.py  an image model as the beginning of a video encoder
 families.py   which models there are, and which family a file belongs to
 encoders.py   `load_encoder`: either encoder out of whatever holds it
 heads.py      an encoder with a head for other classes

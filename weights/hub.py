@@ -81,7 +81,7 @@ def hub_clips(source):
     """What the folder says of the clips that its model is for: {"num_frames": T, "input_size":
     [H, W]}, as far as it does. WeightsError where its two files differ."""
     config = hub_config(source)
-    if "model" in config:  # a run of ours, which is no such folder
+    if "model" in config or "vision_config" in config:  # a run of ours; CLIP, whose shapes tell
         return {}
     found = {"num_frames": config.get("num_frames"), "input_size": sides(config.get("image_size"))}
     path, preparation = beside(source, *PREPROCESSORS)

@@ -29,7 +29,7 @@ def is_image(tensors):
 def inflate(file, frames, image_size):
     """Turn the tensors of an image ViT into those of a video encoder; says what becomes of them.
 
-    file         weights.videomae.VideoMAEFile, whose tensors are changed
+    file         weights.videomae.VideoMAEFile; its tensors change, `unused` names what is left
     frames       T; None = 16
     image_size   H = W or (H, W) in pixels; None = as the image model's
     returns      (T, (H, W)) of the position table
@@ -45,7 +45,7 @@ def inflate(file, frames, image_size):
     frames, image_size = frames or 16, image_size or side * patch
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
     tensors = {key: x for key, x in file.tensors.items() if not re.fullmatch(LEFT, key)}
-    left = [key for key in file.tensors if key not in tensors]
+    file.unused = [key for key in file.tensors if key not in tensors]
     tensors[embed] = uniformerv2.inflate(tensors[embed], TUBELET)
     table = mae.resize_positions(tensors[stored][:, 1:], (1, side, side),
                                  (1, height // patch, width // patch))
@@ -57,7 +57,7 @@ def inflate(file, frames, image_size):
             tensors |= {stem + "q_bias": q_bias, stem + "v_bias": v_bias}
     file.tensors = tensors
     say(f"{file.name}: an image ViT. Its patch embedding is inflated over the {TUBELET} frames of "
-        f"a tubelet and its positions are repeated over time; left behind: {listed(left)}, and the "
-        "biases of keys, which change no output. No accuracy on videos is to be expected before "
-        "training")
+        "a tubelet and its positions are repeated over time; left behind: "
+        f"{listed(file.unused)}, and the biases of keys, which change no output. No accuracy on "
+        "videos is to be expected before training")
     return frames, (height, width)

@@ -137,6 +137,7 @@ def load_classifier(cls, source, *, heads=None, frames=None, image_size=None,
     size, options = file.encoder(heads)
     options |= file.clip_options(frames, image_size, positions, options)
     model = file.build(cls, size, classes=file.rows("head.weight", "head.bias"), **options)
+    model.unused = file.unused
     return take_over_pixels(file.fill(model, rules(model, file.tables)), file)
 
 
@@ -165,7 +166,7 @@ def take_over_pixels(model, file):
     With x = (p - m) / s of ImageNet and x' = (p - m') / s' of the folder, W x' + b is linear in x,
     too: W s / s' and b + the sum of W (m - m') / s'. Up to rounding the outputs are the same.
     """
-    told = hub_pixels(file.source) if file.hugging_face or file.image else None
+    told = hub_pixels(file.source)
     if told is None and file.image:
         say(f"{file.name}: nothing says how its pixels are normalised; ImageNet's mean and "
             "deviation are taken")
@@ -190,7 +191,8 @@ class VideoMAEFile(OfficialFile):
 
     def __init__(self, source, layout=()):
         super().__init__(source)
-        self.source, self.image = source, not self.config and image_vit.is_image(self.tensors)
+        self.source, self.unused = source, []
+        self.image = not self.config and image_vit.is_image(self.tensors)
         if any(key.startswith("embeddings.patch_embeddings.") for key in self.tensors):
             # transformers' VideoMAEModel alone, or its ViTModel
             prefix = "vit." if self.image else "videomae."
@@ -234,7 +236,7 @@ class VideoMAEFile(OfficialFile):
 
     def clip_options(self, frames, image_size, positions, options):
         """What no shape tells about the clips that a model was made for."""
-        told = hub_clips(self.source) if self.hugging_face else {}
+        told = hub_clips(self.source)
         if self.places and not (frames or image_size):
             patch = self.shape("encoder.embed.weight", 5)[2:]
             places = math.prod(size // p for size, p in zip((16, 224, 224), patch))
