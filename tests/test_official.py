@@ -395,13 +395,14 @@ def of_hugging_face(state):
             for key, value in state.items()}
 
 
-@pytest.mark.parametrize("kind", ["timm", "timm, within a larger module", "Hugging Face",
+@pytest.mark.parametrize("kind", ["timm", "timm, net.", "timm, backbone.", "Hugging Face",
                                   "Hugging Face, without a head"])
 @torch.no_grad()
 def test_an_image_vit_starts_a_video_encoder_with_its_own_numbers(tmp_path, capsys, kind):
     state, eps = image_vit(), 1e-12 if "Face" in kind else 1e-6
     theirs = {"timm": lambda: state,
-              "timm, within a larger module": lambda: {"net." + k: x for k, x in state.items()},
+              "timm, net.": lambda: {"net." + key: x for key, x in state.items()},
+              "timm, backbone.": lambda: {"backbone." + key: x for key, x in state.items()},
               "Hugging Face": lambda: of_hugging_face(state),
               "Hugging Face, without a head": lambda: {
                   key.removeprefix("vit."): x for key, x in of_hugging_face(state).items()

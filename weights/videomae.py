@@ -191,16 +191,16 @@ class VideoMAEFile(OfficialFile):
 
     def __init__(self, source, layout=()):
         super().__init__(source)
+        if "backbone.patch_embed.proj.weight" in self.tensors:
+            # an encoder inside somebody's larger model
+            self.tensors = {key.removeprefix("backbone."): value
+                            for key, value in self.tensors.items()}
         self.source, self.unused = source, []
         self.image = not self.config and image_vit.is_image(self.tensors)
         if any(key.startswith("embeddings.patch_embeddings.") for key in self.tensors):
             # transformers' VideoMAEModel alone, or its ViTModel
             prefix = "vit." if self.image else "videomae."
             self.tensors = {prefix + key: value for key, value in self.tensors.items()}
-        if "backbone.patch_embed.proj.weight" in self.tensors:
-            # an encoder inside somebody's larger model
-            self.tensors = {key.removeprefix("backbone."): value
-                            for key, value in self.tensors.items()}
         self.told, self.tables, self.places = {}, (OFFICIAL, layout), None
         self.hugging_face = any(key.startswith(("videomae.", "vit.")) for key in self.tensors)
         if self.hugging_face:
