@@ -21,13 +21,12 @@ by name.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import weights
 from engine.errors import UserError
-from weights.files import MODEL_FILES
+from weights.places import MODEL_FILES, split
 
 
 class Head(NamedTuple):
@@ -57,10 +56,11 @@ def read(source, count):
     count   rows of the head
     raises  UserError: a questions.json that is none, or names another number of classes
     """
-    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    file = split(source)[0]  # without ::NAME
+    folder = file if file.is_dir() else file.parent
     path = folder / "questions.json"
     if not path.exists():
-        theirs = Path(source).name in MODEL_FILES or os.path.isdir(source)
+        theirs = file.name in MODEL_FILES or file.is_dir()
         names = weights.hub_config(folder).get("id2label") if theirs else None
         names = [names.get(str(i)) for i in range(count)] if isinstance(names, dict) else []
         told = names and all(isinstance(name, str) for name in names) and names[0] != "LABEL_0"

@@ -19,7 +19,7 @@ import mae
 import train
 import weights
 from engine.stage import STAGES, ClipStage, Stage, details
-from tasks import localisation, question_answering, recognition
+from tasks import localisation, probes, question_answering
 from test_official import image_vit
 from video import moving_shapes
 from weights import videomae
@@ -70,10 +70,10 @@ NO_NETWORK = {
     "retrieve": "tokenizer test",
     "classify": "sampling_rate flip area rand_augment magnitude erasing repeats train_clips "
                 "test_clips test_crops merge_views test mode head_rows probe_clips unknown "
-                "layer_decay drop_path drop smoothing mixup cutmix",  # the last are put in anew
+                "layer_decay drop_path drop smoothing mixup cutmix balance",  # the last are put in anew
     "fuse": "sampling_rate flip area rand_augment magnitude erasing repeats train_clips test_clips "
             "test_crops merge_views test scalar_scale thaw",
-    "localise": "annotations train_subset val_subset videos middle length",
+    "localise": "annotations train_subset val_subset videos middle length window rate",
     "answer": "tokenizer head_scale drop",
 }
 
@@ -94,7 +94,7 @@ def made(folder):
     world = moving_shapes.LongShapes("train", [16, 16], 0)
     models = {
         "mae": video_mae, "clip": caption_decoder.VideoText(clip, decoder),
-        "probe": recognition.AttentiveProbe(video_mae.with_head(0), 30, 4),
+        "probe": probes.AttentiveProbe(video_mae.with_head(0), 30, 4),
         "fuse": fusion.InternVideo(video_mae.with_head(30), [clip.visual.with_head(30)], drop=0.25),
         "localise": localisation.Localiser(video_mae.with_head(0), localisation.Head(
             96, len(world.motions), width=16, depth=2, drop=0.25), list(world.motions), 2),

@@ -1,6 +1,7 @@
 """Load either encoder of InternVideo, as a classifier, out of whatever holds it."""
 
 from engine.errors import UserError
+from weights import image_vit
 from weights.families import class_of, describe
 from weights.files import WeightsError, read
 from weights.uniformerv2 import resize_positions
@@ -48,7 +49,8 @@ def made_for(source):
     classes = config.get("classes", 0)
     if not config:  # of an official file the whole is built: its names do not tell all
         config = load_encoder(source).config
-        classes = config["classes"] if kind in ("VideoClassifier", "UniFormerV2") else 0
+        has_head = kind in ("VideoClassifier", "UniFormerV2") and not image_vit.is_image(tensors)
+        classes = config["classes"] if has_head else 0
     config = config.get("clip") or config.get("encoder") or config
     try:
         return int(config["frames"]), max(map(int, config["image_size"])), int(classes)
