@@ -251,7 +251,7 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         rows, mine = joined(x.shape[0])
-        if rows == len(x):
+        if rows == x.shape[0]:
             return super().forward(x)
         keep = x.new_ones((rows,) + x.shape[1:])
         return x * F.dropout(keep, self.p)[mine]

@@ -174,13 +174,17 @@ MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 def split_by_mask(mask, name="hidden"):
     """mask (B, N) bool -> token numbers, rising: (B, N - n) of False, (B, n) of True. ValueError
     unless every row holds the same number n of True: fixed counts keep the shapes static."""
-    counts = mask.sum(dim=1)
-    count = int(counts[0])
-    if (counts != count).any():
+    N, counts, in_graph = mask.shape[1], mask.sum(dim=1), torch.compiler.is_compiling()
+    count = counts[0].item()
+    if in_graph:  # it cannot compare rows, and has to know that 0 < count < N
+        torch._check(count > 0), torch._check(count < N)
+    elif (counts != count).any():
         raise ValueError(f"every row of `{name}` must mark the same number of tokens, "
                          f"got {sorted(set(counts.tolist()))}")
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, :mask.shape[1] - count], order[:, mask.shape[1] - count:]
+    keys = mask * N + torch.arange(N, device=mask.device)
+    # No two are equal, so any sort will do: ONNX lacks the stable one, which is faster elsewhere.
+    order = keys.argsort(dim=1) if in_graph else keys.argsort(dim=1, stable=True)
+    return order[:, :N - count], order[:, N - count:]
 
 
 def gather(tokens, index):

@@ -364,20 +364,21 @@ class UniFormerV2(nn.Module):
 
     def embed_frames(self, video):
         """video (B, C, T, H, W) -> tokens (B, t, 1+S, D), the class token of each frame first."""
-        t, h, w = self.grid_of(*video.shape[2:])
+        B, (t, h, w) = video.shape[0], self.grid_of(*video.shape[2:])
         if self.window > 1:  # zeros (the mean colour) before the first frame; none is needed behind
             video = F.pad(video, (0, 0, 0, 0, 1, 0))
         p = self.patch
         # The official strided convolution, as a matrix on patches that are cut out first.
         cut = video.unfold(2, self.window, self.stride).unfold(3, p, p).unfold(4, p, p)
         cut = cut.permute(0, 2, 3, 4, 1, 5, 6, 7)                           # b t h w (c window p p)
-        patches = self.embed(cut.reshape(len(video), t, h * w, -1)) + self.positions[1:]
+        patches = self.embed(cut.reshape(B, t, h * w, -1)) + self.positions[1:]
         first = (self.class_token + self.positions[0]).to(patches.dtype)
-        return self.norm_pre(torch.cat([first.expand(len(video), t, 1, -1), patches], dim=2))
+        return self.norm_pre(torch.cat([first.expand(B, t, 1, -1), patches], dim=2))
 
     def start(self, video):
         """video (B, C, T, H, W) float, normalised with mean and std -> State before block 0."""
-        query = None if self.global_token is None else self.global_token.expand(len(video), -1, -1)
+        B = video.shape[0]  # not len(video): an export takes that for a constant
+        query = None if self.global_token is None else self.global_token.expand(B, -1, -1)
         return State(self.embed_frames(video), query)
 
     def run(self, state, start, stop):
