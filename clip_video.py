@@ -121,6 +121,8 @@ class TextEncoder(nn.Module):
     """A causal transformer over token numbers (CLIP, Sec. 2.4, Choosing and Scaling a Model).
     size: TextSize; the other arguments: see Options."""
 
+    undecayed = "positions",  # by weight decay, as `embed`: see engine/optimisers.py
+
     def __init__(self, size, *, vocabulary, context, embedding, end=None):
         super().__init__()
         self.end, self.recompute, width = end, False, size.width
@@ -187,6 +189,8 @@ class TextEncoder(nn.Module):
 class JointEncoder(nn.Module):
     """ViCLIP's visual encoder: one class token and the patches of all frames in one sequence.
     Arguments: see Options. Each patch gets a position for its place plus one for its time."""
+
+    undecayed = "class_token", "positions", "times"  # see engine/optimisers.py
 
     def __init__(self, size, *, frames, image_size, tubelet=1):
         super().__init__()

@@ -371,6 +371,7 @@ class VideoMAE(Network):
     """
 
     model_name = "VideoMAE"  # in config.json
+    undecayed = "mask_token",  # see engine/optimisers.py
 
     def __init__(self, size="base", *, drop_path=0.0, normalised=True, **options):
         options = Options(size, **options)

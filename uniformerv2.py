@@ -301,6 +301,7 @@ class UniFormerV2(nn.Module):
     """
 
     family = "multimodal"
+    undecayed = "class_token", "positions", "global_token"  # see engine/optimisers.py
 
     def __init__(self, size="b16", **options):
         super().__init__()

@@ -82,6 +82,19 @@ def numbered_layers(model):
             for parameter in container.parameters()}
 
 
+def undecayed(model):
+    """Parameters that weight decay leaves alone, because their size means something -> a set.
+
+    Biases, norms and all else of one axis; word embeddings; and the tokens and position tables that
+    a module names in its attribute `undecayed`: so do VideoMAE and InternVideo's video-text model.
+    UniFormerV2's own recipe spares only what has one axis.
+    """
+    tables = {getattr(module, name) for module in model.modules()
+              for name in getattr(module, "undecayed", ())}
+    words = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    return tables | words | {x for x in model.parameters() if x.ndim < 2}
+
+
 class Optimizer:
     """One or two optimisers as one. Each group has a "scale", its factor on the learning rate."""
 
@@ -113,16 +126,15 @@ class Optimizer:
 def build_optimizer(model, stage):
     """The optimiser of a recipe. Its learning rate is set before each step.
 
-    AdamW decays matrices only: not biases, norms, nor tokens (parameters named `..._token`), whose
-    size means something. Muon moves the matrices of numbered layers. It is scaled to the step size
-    of AdamW, so that one learning rate serves both.
+    It decays all but the `undecayed`. Muon moves the matrices of numbered layers. It is scaled to
+    the step size of AdamW, so that one learning rate serves both.
     """
-    layers, muon, adamw = numbered_layers(model), {}, {}
+    layers, kept, muon, adamw = numbered_layers(model), undecayed(model), {}, {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay = 0.0 if parameter.ndim < 2 or name.endswith("_token") else stage.weight_decay
-        matrix = decay and parameter.ndim == 2 and parameter in layers
+        decay = 0.0 if parameter in kept else stage.weight_decay
+        matrix = parameter.ndim == 2 and parameter in layers and parameter not in kept
         groups = muon if stage.optimizer == "muon" and matrix else adamw
         # Parameters cut into parts (--shard) and whole ones do not mix in a group.
         key = decay, stage.scale_of(model, name), hasattr(parameter, "placements")

@@ -120,7 +120,8 @@ class Stage:
     optimizer: str = flag("muon", "muon = Muon for the matrices of blocks and other numbered "
                           "layers, AdamW for the rest; adamw = AdamW for all",
                           choices=("muon", "adamw"), paper="adamw")
-    weight_decay: float = flag(0.05, "weight decay, on matrices only", low=0)
+    weight_decay: float = flag(0.05, "weight decay: of matrices, not of words, tokens and positions",
+                               low=0)
     beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=0.999999)
     clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
     ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; "

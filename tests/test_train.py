@@ -24,8 +24,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import clip_video
 import data
+import mae
 import train
+import uniformerv2
+from caption_decoder import CaptionDecoder
 from engine import dry_run, optimisers
 from engine import run as running
 from engine import stage as stages
@@ -67,19 +71,47 @@ def test_the_base_rate_is_scaled_by_all_clips_of_a_step():
     assert math.isclose(optimisers.learning_rate(stage, 0), 1e-3 * 64 * 8 / 256)
 
 
-def test_norms_biases_and_tokens_are_not_decayed():
-    card = train.MaskedModelling(num_frames=4, input_size=32, mask_ratio=0.5)
-    model = built(card)
-    muon, adamw = optimisers.build_optimizer(model, card).parts
-    (hidden,), (decay, keep) = muon.param_groups, adamw.param_groups
-    assert hidden["weight_decay"] == 0.05
-    assert decay["weight_decay"] == 0.05 and keep["weight_decay"] == 0
-    kept = {name for name, p in model.named_parameters() if any(p is q for q in keep["params"])}
-    assert {"mask_token", "encoder.blocks.0.attn.q_bias", "encoder.norm.weight"} <= kept
-    ends = (".bias", "_bias", "norm.weight", "norm1.weight", "norm2.weight", "mask_token")
-    assert all(name.endswith(ends) for name in kept)
-    groups = [len(group["params"]) for group in (hidden, decay, keep)]
-    assert sum(groups) == len(list(model.parameters()))
+WORDS = {"text.positions", "text.embed.weight"}
+UNDECAYED = {  # of each network, besides all that has one axis
+    "mae": {"mask_token"},
+    "masked": set(),
+    "multimodal": {"positions", "global_token"},
+    "clip": {"visual.positions", "visual.global_token"} | WORDS,
+    "joint": {"visual.positions", "visual.times"} | WORDS,
+    "decoder": set(),
+}
+
+
+@pytest.mark.parametrize("name", UNDECAYED)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_norms_biases_tokens_and_tables_are_not_decayed_and_all_else_is(name, optimizer):
+    visual = uniformerv2.Size(32, 2, 2, 64, 16, 32)
+    clip = dict(text_size=clip_video.TextSize(32, 1, 2), frames=4, vocabulary=50, context=8)
+    model = {
+        "mae": lambda: mae.VideoMAE("tiny", frames=4, image_size=32),
+        "masked": lambda: mae.VideoClassifier("tiny", classes=3, frames=4, image_size=32),
+        "multimodal": lambda: uniformerv2.UniFormerV2(visual, classes=3, local_units=1),
+        "clip": lambda: clip_video.VideoCLIP(visual, **clip),
+        "joint": lambda: clip_video.VideoCLIP(visual, kind="joint", **clip),
+        "decoder": lambda: CaptionDecoder(32, heads=2, depth=1, visual_width=32, vocabulary=50),
+    }[name]()
+    stage = train.MaskedModelling(optimizer=optimizer, weight_decay=0.05)
+    groups = optimisers.build_optimizer(model, stage).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert set(decay.values()) == {0.05, 0.0} and len(decay) == len(list(model.parameters()))
+    kept = {part: p for part, p in model.named_parameters() if decay[id(p)] == 0}
+    assert {part for part, p in kept.items() if p.ndim > 1} == UNDECAYED[name]
+    assert {part for part, p in model.named_parameters() if p.ndim < 2} <= set(kept)
+
+
+def test_muon_moves_the_same_matrices_without_weight_decay():
+    model = built(train.MaskedModelling(num_frames=4, input_size=32, mask_ratio=0.5))
+
+    def moved(**options):
+        muon = optimisers.build_optimizer(model, train.MaskedModelling(**options)).parts[0]
+        assert isinstance(muon, optimisers.Muon)
+        return {id(p) for group in muon.param_groups for p in group["params"]}
+    assert moved(weight_decay=0.0) == moved(weight_decay=0.05)
 
 
 def test_muon_moves_the_matrices_of_blocks_and_adamw_everything_with_the_papers_optimiser():
