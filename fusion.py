@@ -321,6 +321,11 @@ def evenly(count, depth):
     return sorted({round((i + 1) * depth / count) - 1 for i in range(count)})
 
 
+def largest(encoders):
+    """(H, W) in pixels of a clip that has, in each direction, what the largest view takes."""
+    return tuple(map(max, zip(*(encoder.config["image_size"] for encoder in encoders))))
+
+
 def view(clip, encoder):
     """A clip as one encoder takes it: uint8 (B, T, H, W, 3) -> float32 (B, 3, frames, *image_size),
     normalised with the encoder's `mean` and `std`.

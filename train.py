@@ -109,14 +109,14 @@ class MaskedModelling(MaskedStage, name="mae"):
         if self.weights:
             self.check_clips(weights.hub_clips(self.weights))
             model = self.network.from_official(self.weights, frames=self.num_frames,
-                                               image_size=self.input_size)
+                                               image_size=self.sides)
             size, options = model.config["size"], model.config
             self.check_against_weights(
                 normalise=options["normalised"], positions=options["positions"], drop_path=0.0,
                 decoder_depth=size["decoder_depth"], decoder_width=size["decoder_width"],
                 model=encoders.size_name(size, mae.SIZES))
         else:
-            model = self.network(self.size(), frames=self.num_frames, image_size=self.input_size,
+            model = self.network(self.size(), frames=self.num_frames, image_size=self.sides,
                                  positions=self.positions, drop_path=self.drop_path,
                                  normalised=self.normalise)
         self.check_mask(model.grid)
@@ -248,7 +248,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
         clip = clip_video.VideoCLIP(
             size, text_size=text, kind=self.kind, frames=self.num_frames,
             global_layers=self.layers() if self.global_layers else layers,
-            image_size=self.input_size, vocabulary=self.bpe.vocabulary, context=self.context,
+            image_size=self.sides, vocabulary=self.bpe.vocabulary, context=self.context,
             end=self.bpe.end, local_units=self.local_units,
             temporal_downsample=self.temporal_downsample)
         return VideoText(clip, self.fresh_decoder(clip))
@@ -373,7 +373,7 @@ class PostPretraining(ClassifierStage, name="classify"):
         else:
             model = self.encoder_for(classes)
         encoder = getattr(model, "encoder", model) if self.mode == "attentive" else model
-        encoder.grid_of(self.num_frames, self.input_size, self.input_size)  # takes such clips?
+        encoder.grid_of(self.num_frames, *self.sides)  # takes such clips?
         if self.mode == "finetune":
             model.recompute(self.recompute)
             return model
@@ -386,11 +386,11 @@ class PostPretraining(ClassifierStage, name="classify"):
         if self.weights:
             self.check_clips(weights.hub_clips(self.weights))
             model = encoders.load_encoder(
-                self.weights, classes, frames=self.num_frames, image_size=self.input_size,
+                self.weights, classes, frames=self.num_frames, image_size=self.sides,
                 drop=self.drop, drop_path=self.drop_path, rows=self.rows[0],
                 positions=self.positions)
-            if model.config["image_size"] != [self.input_size] * 2:
-                model = encoders.resized(model, self.input_size)
+            if tuple(model.config["image_size"]) != self.sides:
+                model = encoders.resized(model, self.sides)
             self.check_encoder(model)
             return model
         masked = self.encoder == "masked"
@@ -398,7 +398,7 @@ class PostPretraining(ClassifierStage, name="classify"):
             raise UserError(f"--model {self.model}: is a "
                             + ("UniFormerV2; add --encoder multimodal" if masked else
                                "VideoMAE; add --encoder masked"))
-        options = dict(frames=self.num_frames, image_size=self.input_size, classes=classes,
+        options = dict(frames=self.num_frames, image_size=self.sides, classes=classes,
                        drop_path=self.drop_path)
         small = self.model == "small"
         if masked:

@@ -45,6 +45,7 @@ import weights
 from attention import FORMS
 from engine import evaluation, processes
 from engine.errors import UserError
+from engine.frame_size import LARGEST, frame_size, height_width, spelled
 from video.sampling import SAMPLINGS
 from video.transforms import TRANSFORMS
 
@@ -308,8 +309,8 @@ class ClipStage(Stage):
     """A stage whose data sets are clips."""
 
     num_frames: int = flag(8, "frames per clip", low=1, high=10**4, group="clips")
-    input_size: int = flag(40, "height and width in pixels", low=1, high=10**4, group="clips",
-                           paper="224")
+    input_size: frame_size = flag(40, "height and width in pixels, or HxW, as 112x160", low=1,
+                                  high=LARGEST, group="clips", paper="224")
     sampling: str = flag("segment", "segment = frames spread over the video, dense = neighbouring "
                          "frames; the others are those of the published models", only="files",
                          choices=tuple(SAMPLINGS), group="clips")
@@ -323,11 +324,16 @@ class ClipStage(Stage):
                              group="clips")
     world = "MovingShapes"  # the class of video.moving_shapes that generates its clips
 
+    @property
+    def sides(self):
+        """(H, W) of --input-size, in pixels."""
+        return height_width(self.input_size)
+
     def open_sets(self, **options):
         """(training set, {name: held-out set}); see data.open_sets."""
         train_set, held_out = data.open_sets(
             self.data, self.val_data, world=self.world, frames=self.num_frames,
-            size=self.input_size, seed=self.seed, sampling=self.sampling, transform=self.transform,
+            size=self.sides, seed=self.seed, sampling=self.sampling, transform=self.transform,
             video_folder=self.video_folder, frame_rate=self.frame_rate, **options)
         if not self.test:
             held_out.pop("test", None)
@@ -337,12 +343,9 @@ class ClipStage(Stage):
         """UserError where a folder of Hugging Face is for other clips (weights.hub_clips), unless
         --positions says how the position codes of others come about."""
         for name, value in told.items():
-            given = getattr(self, name)
-            if given not in (value, value[0] if name == "input_size" else value) and \
-                    "positions" not in self.typed:
-                name, theirs = name.replace("_", "-"), value
-                if name == "input-size":
-                    theirs = value[0] if len(set(value)) == 1 else f"{value[0]} x {value[1]}"
+            theirs, given = spelled(value) if name == "input_size" else value, getattr(self, name)
+            if given != theirs and "positions" not in self.typed:
+                name = name.replace("_", "-")
                 raise UserError(
                     f"--{name} {given}: {self.weights} is for {theirs}; pass --{name} {theirs}, or "
                     "type --positions, too: it says how the position codes of other clips are made")

@@ -18,6 +18,7 @@ import weights
 from engine import pictures, processes
 from engine.command_line import text_of
 from engine.errors import UserError
+from engine.frame_size import LARGEST, frame_size
 from engine.stage import TEST_CLIPS, ClipStage, flag
 from tasks import class_names, predictions
 from tasks.probes import AttentiveProbe, feature_batches, stored_features
@@ -221,9 +222,9 @@ class ClassifierStage(LabelledStage):
 
     num_frames: int = flag(0, "frames per clip; 0 = those of --weights; from scratch 8, on files "
                            "with a published --model its own", low=0)
-    input_size: int = flag(0, "height and width in pixels; 0 = those of --weights; from scratch 40 "
-                           "on moving shapes and 112 on files, with a published --model its own",
-                           low=0)
+    input_size: frame_size = flag(0, "height and width in pixels, or HxW, as 112x160; 0 = those of "
+                                  "--weights; from scratch 40 on moving shapes and 112 on files, "
+                                  "with a published --model its own", low=0, high=LARGEST)
     mode: str = flag("finetune", "finetune = train everything; probe = a linear layer, attentive = "
                      "a query that attends to the tokens, and a linear layer, on frozen features",
                      choices=("finetune", "probe", "attentive"))

@@ -156,7 +156,8 @@ def print_likeliest(probabilities, classes, top, who=""):
 
 
 def recipe_of(source):
-    """How a run cuts out its clips in evaluation: {"sampling", "transform", "stride"}."""
+    """How a run cuts out its clips in evaluation: {"sampling", "transform", "stride",
+    "frame_rate"}."""
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
     settings = {}
     if (folder / "metrics.json").exists():
@@ -166,7 +167,8 @@ def recipe_of(source):
             raise UserError(f"{folder / 'metrics.json'}: not what a run writes ({error})") from None
     return {"sampling": settings.get("sampling", "segment"),
             "transform": settings.get("transform", "plain"),
-            "stride": settings.get("sampling_rate", 4)}
+            "stride": settings.get("sampling_rate", 4),
+            "frame_rate": settings.get("frame_rate", 25.0)}
 
 
 def predict(classifier, source, recipe, batch_size):

@@ -48,6 +48,7 @@ import weights
 from attention import Dropout
 from engine import pictures, processes
 from engine.errors import UserError
+from engine.frame_size import frame_size, spelled
 from engine.stage import flag
 from tasks.sentences import SentenceStage
 from video import transforms
@@ -190,7 +191,7 @@ class Answering(SentenceStage, name="answer"):
     data: str = flag("", "a file with questions: JSON, JSONL or CSV with video, question and "
                      "answer; default: questions about moving shapes")
     num_frames: int = flag(0, "frames per clip; 0 = as --weights", low=0, paper="8")
-    input_size: int = flag(0, "height and width in pixels; 0 = as --weights", low=0)
+    input_size: frame_size = flag(0, "height and width in pixels, or HxW; 0 = as --weights", low=0)
     sampling: str = flag("segment", paper="internvideo")
     transform: str = flag("plain", paper="internvideo")
     eval_clips: int = flag(1000, "held-out questions per evaluation")
@@ -215,10 +216,11 @@ class Answering(SentenceStage, name="answer"):
         """Clips with a question each, of the size that the model takes."""
         config = self.parts[0].config
         self.num_frames = self.num_frames or config["frames"]
-        if self.input_size not in (0, config["image_size"][0]):
-            raise UserError(f"--input-size {self.input_size}: {self.weights} is for "
-                            f"{config['image_size'][0]} pixels; leave it out")
-        self.input_size = config["image_size"][0]
+        size = spelled(config["image_size"])
+        if self.input_size not in (0, size):
+            raise UserError(f"--input-size {self.input_size}: {self.weights} is for {size} pixels; "
+                            "leave it out")
+        self.input_size = size
         train_set, held_out = self.open_sets(flip=False)
         held_out["val"].training_questions()  # refuses a list without
         return train_set, held_out

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import clip_video
 from engine import large_batches, processes
 from engine.errors import UserError
+from engine.frame_size import height_width
 from engine.stage import TEST_CLIPS, flag
 from tasks.sentences import SentenceStage
 from video import transforms
@@ -241,7 +242,8 @@ class Retrieval(SentenceStage, name="retrieve"):
     def build(self, train_set):
         """Both encoders, without a caption decoder."""
         model = encoders.load_clip(self.weights, frames=self.num_frames,
-                                   image_size=self.input_size, usual_size=type(self).input_size)
+                                   image_size=self.sides,
+                                   usual_size=height_width(type(self).input_size))
         self.read_tokenizer(model.config, self.context)
         model.recompute(self.recompute)
         return model

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import fusion
 from engine import pictures
 from engine.errors import UserError
+from engine.frame_size import frame_size, spelled
 from engine.stage import flag
 from tasks import class_names, recognition
 from tasks.labelled import LabelledStage
@@ -24,8 +25,8 @@ class TwoEncodersStage(LabelledStage):
     second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
     num_frames: int = flag(0, "frames per clip; 0 = the most that an encoder takes", low=0,
                            paper="16")
-    input_size: int = flag(0, "height and width in pixels; 0 = the largest that an encoder takes",
-                           low=0)
+    input_size: frame_size = flag(0, "height and width in pixels, or HxW, as 112x160; 0 = the "
+                                  "largest that an encoder takes", low=0)
 
     @functools.cached_property
     def parts(self):
@@ -60,8 +61,7 @@ class TwoEncodersStage(LabelledStage):
             raise UserError(f"--num-frames {self.num_frames}: the encoders look at up to {frames} "
                             "frames")
         self.num_frames = self.num_frames or frames
-        self.input_size = self.input_size or max(max(encoder.config["image_size"])
-                                                 for encoder in self.parts)
+        self.input_size = self.input_size or spelled(fusion.largest(self.parts))
         return super().datasets()
 
     def finish(self, model, held_out, results):

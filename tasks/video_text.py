@@ -13,6 +13,7 @@ from caption_decoder import CaptionDecoder, VideoText
 from engine import pictures
 from engine.command_line import numbers, text_of
 from engine.errors import UserError
+from engine.frame_size import height_width
 from engine.stage import flag
 from tasks import captioning, retrieval
 from tasks.sentences import SentenceStage
@@ -60,7 +61,7 @@ class VideoTextStage(SentenceStage):
         """Single pictures and their sentences, as clips of one frame."""
         images, _ = data.open_sets(
             self.image_data or self.data, self.image_data or self.val_data, world="StillShapes",
-            frames=1 if self.image_data or self.data else self.num_frames, size=self.input_size,
+            frames=1 if self.image_data or self.data else self.num_frames, size=self.sides,
             seed=self.seed, sampling="segment", flip=False, transform=self.transform,
             video_folder=self.video_folder, frame_rate=0)
         return images
@@ -91,8 +92,8 @@ class VideoTextStage(SentenceStage):
         """From a run of ours, InternVideo-MM, ViCLIP or CLIP; an image model grows into a video
         model."""
         clip = encoders.load_clip(
-            self.weights, frames=self.num_frames, image_size=self.input_size,
-            usual_size=type(self).input_size,
+            self.weights, frames=self.num_frames, image_size=self.sides,
+            usual_size=height_width(type(self).input_size),
             # Without steps a frame-wise run of ours is measured as it is.
             grow=self.kind == "video", grow_runs=bool(self.steps), layers=self.layers())
         if self.merge:

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "weights/pickles.py": {"weights", "engine.errors"},
     "weights/official.py": {"weights", "engine.errors"},
     "weights/tokenizer.py": {"weights", "engine.errors"},
-    "weights": {"weights", "engine.errors", "mae", "uniformerv2", "clip_video",
+    "weights": {"weights", "engine.errors", "engine.frame_size", "mae", "uniformerv2", "clip_video",
                 "caption_decoder"},
     "engine/batch_norm.py": {"engine.processes"},
     "engine/flex.py": set(),

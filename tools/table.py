@@ -38,7 +38,7 @@ def logits_of(out, which, clips, seed):
     parts = [fused.masked, *fused.multimodal]
     models = {name: model.to(device).eval() for name, model in (models | {"fuse": fused}).items()}
     world = moving_shapes.MovingShapes(which, max(part.config["frames"] for part in parts),
-                                       max(max(part.config["image_size"]) for part in parts), seed)
+                                       fusion.largest(parts), seed)
     logits, answers = {name: [] for name in models}, {name: [] for name in world.classes}
     for batch in data.held_out(world, clips, 100):
         batch = to_device(batch, device)

@@ -38,7 +38,7 @@ class DualMasking(train.MaskedModelling, name="mae-dual"):
 
     def build(self, train_set):
         model = super().build(train_set)
-        h, w = model.encoder.grid_of(self.num_frames, self.input_size, self.input_size)[1:]
+        h, w = model.encoder.grid_of(self.num_frames, *self.sides)[1:]
         if h % 2 or w % 2:
             raise UserError(f"--input-size {self.input_size}: dual masking needs an even token "
                             f"grid, this one is {h} x {w}")

@@ -38,11 +38,11 @@ def resize(video, size, how):
     return planes.permute(0, 2, 3, 1).numpy()
 
 
-def _short_side(video, size, how, least=int):
-    """Resized so that the short side is `size` pixels; `least` rounds the long side."""
-    H, W = video.shape[1:3]
-    long = least(max(H, W) * size / min(H, W))
-    return resize(video, (size, long) if H <= W else (long, size), how)
+def _cover(video, size, how):
+    """Resized just as much as (h, w) needs, the aspect kept: a square gets the short side."""
+    (H, W), (h, w) = video.shape[1:3], size
+    long = (h, max(w, int(W * h / H))) if h * W >= w * H else (max(h, int(H * w / W)), w)
+    return resize(video, long, how)
 
 
 def _window(video, size, crop=0, crops=1, rounding=int):
@@ -62,11 +62,13 @@ def _random_window(video, size, rng):
 def _random_area(video, size, rng, area, flip, how="area"):
     """A random crop, resized; with flip, mirrored with probability 1/2. The same for all frames.
 
-    The crop has a share of the area from `area` to 1 and an aspect from 3/4 to 4/3 (Going Deeper
-    with Convolutions, Sec. 6, "Training Methodology").
+    The crop has a share of the area from `area` to 1 and an aspect from 3/4 to 4/3 of that of
+    `size` (Going Deeper with Convolutions, Sec. 6, "Training Methodology").
     """
     kernel = v2.InterpolationMode.BICUBIC if how == "bicubic" else v2.InterpolationMode.BILINEAR
-    crop = v2.RandomResizedCrop(size, scale=(area, 1), interpolation=kernel, antialias=True)
+    aspect = size[1] / size[0]
+    crop = v2.RandomResizedCrop(size, scale=(area, 1), ratio=(3 / 4 * aspect, 4 / 3 * aspect),
+                                interpolation=kernel, antialias=True)
     return draw_with(rng, video, crop, v2.RandomHorizontalFlip(0.5 if flip else 0))
 
 
@@ -88,15 +90,16 @@ def _plain(video, size, rng, flip, area, crop, crops):
 
 
 def _multi_scale(video, size, rng, flip, area, crop, crops):
-    # TSN's crop, with which VideoMAE pretrains. Each side is one of four fractions of the short
-    # side, at most one step apart, at one of 13 places. It is never mirrored, although the paper
+    # TSN's crop, with which VideoMAE pretrains. Each side is one of four fractions of the largest
+    # box of this aspect, at most one step apart, at one of 13 places. It is never mirrored, although the paper
     # says so for Kinetics.
     if rng is None:
-        return _window(_short_side(video, min(size), "area"), size, crop, crops)
+        return _window(_cover(video, size, "area"), size, crop, crops)
     H, W = video.shape[1:3]
-    sides = [int(min(H, W) * scale) for scale in (1, 0.875, 0.75, 0.66)]
-    heights, widths = ([wanted if abs(side - wanted) < 3 else side for side in sides]
-                       for wanted in size)
+    box = (H, H * size[1] / size[0]) if H * size[1] <= W * size[0] else (W * size[0] / size[1], W)
+    heights, widths = ([wanted if abs(side - wanted) < 3 else side for side in
+                        (int(full * scale) for scale in (1, 0.875, 0.75, 0.66))]
+                       for full, wanted in zip(box, size))
     pairs = [(h, w) for i, h in enumerate(heights) for j, w in enumerate(widths) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
     down, right = (H - h) // 4, (W - w) // 4
@@ -109,7 +112,7 @@ def _multi_scale(video, size, rng, flip, area, crop, crops):
 
 def _fine_tuning(video, size, rng, flip, area, crop, crops, rounding=int):
     if rng is None:
-        return _window(_short_side(video, min(size), "bilinear"), size, crop, crops, rounding)
+        return _window(_cover(video, size, "bilinear"), size, crop, crops, rounding)
     return _random_area(video, size, rng, area or 0.08, flip)
 
 
@@ -121,13 +124,13 @@ def _squash(video, size, rng, flip, area, crop, crops):
 
 
 def _demo(video, size, rng, flip, area, crop, crops):
-    resized = _short_side(video, min(size) * 8 // 7, "nearest")
+    resized = _cover(video, [side * 8 // 7 for side in size], "nearest")
     return _window(resized, size, crop, crops, round)
 
 
 def _clip(video, size, rng, flip, area, crop, crops):
     if rng is None:
-        return _window(_short_side(video, min(size), "bicubic"), size, crop, crops, round)
+        return _window(_cover(video, size, "bicubic"), size, crop, crops, round)
     return _random_area(video, size, rng, area or 0.9, False, "bicubic")
 
 

@@ -1,6 +1,7 @@
 """Load either encoder of InternVideo, as a classifier, out of whatever holds it."""
 
 from engine.errors import UserError
+from engine.frame_size import spelled
 from weights import image_vit
 from weights.families import class_of, describe
 from weights.files import WeightsError, read
@@ -40,7 +41,7 @@ def kind_of(source, tensors, config):
 def made_for(source):
     """For what clips and classes weights with an encoder were made.
 
-    returns  (frames, height = width in pixels, rows of the head; 0 = it has none)
+    returns  (frames, size in pixels as --input-size, rows of the head; 0 = it has none)
     raises   WeightsError, as `load_encoder`
     """
     tensors, config = read(source)
@@ -53,7 +54,7 @@ def made_for(source):
         classes = config["classes"] if has_head else 0
     config = config.get("clip") or config.get("encoder") or config
     try:
-        return int(config["frames"]), max(map(int, config["image_size"])), int(classes)
+        return int(config["frames"]), spelled(tuple(map(int, config["image_size"]))), int(classes)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{source}: its configuration does not tell for what clips it was made "
                            f"({type(error).__name__}: {error})") from None
@@ -135,7 +136,7 @@ def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=Tr
     """A VideoCLIP for clips of some length and size.
 
     source      a run of clip, InternVideo-MM, ViCLIP or CLIP
-    image_size  H = W; where the weights are for another, their position table is interpolated
+    image_size  (H, W); where the weights are for another, their position table is interpolated
     usual_size  the default of --input-size: that is refused, for nobody asked for it
     grow        an image model, CLIP's or a frame-wise run of ours, becomes a video model with fresh
                 global blocks; grow_runs: False = not a run of ours
@@ -156,13 +157,14 @@ def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=Tr
     if grow:
         print(f"{source} is an image model: it grows into a video model (--kind frames leaves it "
               "as it is)")
-    size = model.config["image_size"]
-    if list(size) == [image_size] * 2:
+    size = tuple(model.config["image_size"])
+    if size == image_size:
         return model
     if image_size == usual_size:
         raise UserError(
-            f"--input-size {image_size}: the weights are for {size[0]} x {size[1]} pixels; pass "
-            f"--input-size {size[0]}, or another, for which their table of places is interpolated")
+            f"--input-size {spelled(image_size)}: the weights are for {size[0]} x {size[1]} pixels; "
+            f"pass --input-size {spelled(size)}, or another, for which their table of places is "
+            "interpolated")
     return resized(model, image_size)
 
 
@@ -170,12 +172,13 @@ def resized(model, image_size):
     """The same UniFormerV2 or VideoCLIP for frames of another size, H = W or (H, W) in pixels; its
     position table is interpolated, as CLIP's was for 336 pixels. Prints that it is. UserError where
     patches do not fit, and for a joint encoder, which stays at its size."""
+    flag = f"--input-size {spelled(image_size)}"
     if getattr(model, "kind", None) == "joint":
-        raise UserError(f"--input-size {image_size}: a joint encoder stays at its size")
+        raise UserError(f"{flag}: a joint encoder stays at its size")
     try:
         new = type(model).from_config(model.config | {"image_size": image_size})
     except ValueError as error:
-        raise UserError(f"--input-size {image_size}: {error}") from None
+        raise UserError(f"{flag}: {error}") from None
     prefix = "visual." if hasattr(model, "visual") else ""
     old_grid, new_grid = (getattr(x, "visual", x).grid for x in (model, new))
     tensors = model.state_dict()
@@ -183,7 +186,7 @@ def resized(model, image_size):
     tensors[name] = resize_positions(tensors[name], old_grid, new_grid)
     new.load_state_dict(tensors)
     height, width = model.config["image_size"]
-    print(f"--input-size {image_size}: the weights' table of places, made for {height} x {width} "
+    print(f"{flag}: the weights' table of places, made for {height} x {width} "
           "pixels, is interpolated")
     return new.train(model.training)
 
