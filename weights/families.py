@@ -113,4 +113,5 @@ def bare(tensors, name):
 
 def class_of(model):
     """The class of a model by its name in MODELS."""
-    return getattr(importlib.import_module(MODELS[model][0]), model)
+    package = __name__.removesuffix("weights.families")  # "", or that of a copy: tools/borrow.py
+    return getattr(importlib.import_module(package + MODELS[model][0]), model)
