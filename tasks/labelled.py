@@ -237,6 +237,8 @@ class ClassifierStage(LabelledStage):
                         "count alike", choices=("none", "loss", "sampler"), only="files")
     probe_clips: int = flag(2000, "with a probe: training clips whose features are computed; 0 = "
                             "all files of --data", low=0)
+    standardise: bool = flag(False, "with --mode probe: give every feature mean 0 and variance 1 "
+                             "over the training clips", paper="MAE: yes, by BatchNorm")
     unknown: str = flag("", "open-set recognition: classes (or motions) to leave out of training, "
                         "names with commas, or how many of the last; evaluation measures how well "
                         "they are told from the known", paper="UCF101 against HMDB51")
@@ -247,6 +249,8 @@ class ClassifierStage(LabelledStage):
             if 0 < getattr(self, name) < 1e-3:  # a beta distribution that float32 cannot hold
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for "
                                 "none")
+        if self.standardise and (self.mode != "probe" or self.ema or self.shard):
+            raise UserError("--standardise: is for --mode probe, without --ema and --shard")
         frames, pixels = self.made_for[:2] if self.weights else self.usual_clips()
         self.num_frames = self.num_frames or frames
         self.input_size = self.input_size or pixels

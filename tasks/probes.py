@@ -62,7 +62,7 @@ class AttentiveProbe(torch.nn.Module):
 
     def classify(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
-        query = self.query.expand(len(tokens), -1, -1)
+        query = self.query.expand(tokens.shape[0], -1, -1)  # len() is a constant in an export
         return self.head(self.attn(query, keys_from=self.norm(tokens))[:, 0])
 
     def forward(self, video):
@@ -95,12 +95,36 @@ def features_of(model, video, autocast):
 def stored_features(stage, model, train_set):
     """(features bfloat16, targets) of the training clips, each seen once; see Stage.kept."""
     settings = recipe_of(stage) | {"weights": stage.weights, "precision": stage.precision}
-    found = stage.kept(settings, lambda: compute_features(stage, model, train_set))
+
+    def compute():
+        found = compute_features(stage, model, train_set)
+        if stage.standardise:
+            found = standardised(found, model.learned_parts()[0])
+        return found | {"features": found["features"].to(torch.bfloat16)}
+
+    found = stage.kept(settings, compute)
+    if stage.standardise:
+        model.learned_parts()[0].load_state_dict(found["norm"])
     return found["features"], found["targets"]
 
 
+def standardised(found, norm):
+    """Features with mean 0 and variance 1 over the training clips, one by one: the BatchNorm
+    without factors of MAE's linear probe (arXiv 2111.06377, Appendix A.1, "Linear probing"), with
+    the statistics of all clips in place of batches.
+
+    found  {"features", "targets"}; norm: the encoder's last LayerNorm, which made the features
+    returns the same, and "norm": numbers for `norm` with which the encoder makes such features
+    """
+    features, bias = found["features"], norm.bias.detach().cpu()
+    mean, deviation = features.mean(dim=0), (features.var(dim=0, correction=0) + 1e-6).sqrt()
+    return found | {"features": (features - mean) / deviation,
+                    "norm": {"weight": norm.weight.detach().cpu() / deviation,
+                             "bias": (bias - mean) / deviation}}
+
+
 def compute_features(stage, model, train_set):
-    """{"features": bfloat16, "targets"} of --probe-clips training clips."""
+    """{"features": float32, "targets"} of --probe-clips training clips."""
     finite = hasattr(train_set, "__len__")
     count = stage.probe_clips or (len(train_set) if finite else 2000)
     count = min(count, len(train_set)) if finite else count
@@ -111,7 +135,7 @@ def compute_features(stage, model, train_set):
         features = features_of(model.eval(), batch["video"], stage.autocast)
         rows.append((batch["number"], features.cpu(), stage.target(batch).cpu()))
     _, features, targets = zip(*processes.collect(rows))
-    return {"features": torch.cat(features).to(torch.bfloat16), "targets": torch.cat(targets)}
+    return {"features": torch.cat(features), "targets": torch.cat(targets)}
 
 
 def feature_batches(stage, stored, first):

@@ -160,6 +160,35 @@ def test_a_probe_moves_nothing_but_itself_and_reads_what_the_whole_network_would
         {"head"} if mode == "probe" else {"query", "norm", "attn", "head"})
 
 
+@pytest.mark.parametrize("kind", ["masked", "multimodal"])
+def test_a_standardised_probe_reads_features_of_mean_0_and_variance_1_and_stays_one_network(
+        encoders, kind, tmp_path, capsys):
+    """Its norm takes the statistics in, so what is saved is a plain classifier; and it resumes."""
+    path, _ = encoders[kind]
+    flags = "--weights", path, "--mode", "probe", "--standardise", "--save-every", "1"
+    assert run(*flags, out=tmp_path, steps=3) == 0
+    once = load_file(tmp_path / "model.safetensors")
+    stage, model, (train_set, held_out) = built(
+        weights=path, mode="probe", standardise=True, probe_clips=7, out=str(tmp_path / "again"),
+        device="cpu", precision="fp32", workers=0)
+    (tmp_path / "again").mkdir()
+    features, _ = stage.prepare(model, train_set, held_out)
+    spread = features.float().var(dim=0, correction=0)
+    assert features.float().mean(dim=0).abs().max() < 0.02
+    assert ((spread - 1).abs() < 0.05).float().mean() > 0.9
+    batch = next(data.held_out(train_set, 7, 7))
+    with torch.no_grad():
+        own = model.eval().feature(normalise(batch["video"], model.mean, model.std))
+    assert torch.allclose(own, features.float(), atol=0.05)
+    assert run(*flags, out=tmp_path / "cut", steps=2) == 0
+    assert run(*flags, "--resume", out=tmp_path / "cut", steps=3) == 0
+    again = load_file(tmp_path / "cut/model.safetensors")
+    norm = "fc_norm.weight" if kind == "masked" else "norm.weight"
+    assert torch.equal(once[norm], again[norm])
+    assert run("--weights", path, "--standardise", out=tmp_path / "wrong") == 2
+    assert "--standardise: is for --mode probe" in capsys.readouterr().err
+
+
 def test_mixed_targets_still_sum_to_one_per_question_and_share_their_partner_with_the_pixels():
     video = torch.arange(4.0)[:, None, None, None, None].expand(4, 3, 2, 8, 8).contiguous()
     target = torch.eye(30)[[0, 3, 5, 9]]

@@ -70,7 +70,8 @@ NO_NETWORK = {
     "retrieve": "tokenizer test",
     "classify": "sampling_rate flip area rand_augment magnitude erasing repeats train_clips "
                 "test_clips test_crops merge_views test mode head_rows probe_clips unknown "
-                "layer_decay drop_path drop smoothing mixup cutmix balance",  # the last are put in anew
+                "layer_decay drop_path drop smoothing mixup cutmix balance "
+                "standardise",  # the last are put in anew
     "fuse": "sampling_rate flip area rand_augment magnitude erasing repeats train_clips test_clips "
             "test_crops merge_views test scalar_scale thaw",
     "localise": "annotations train_subset val_subset videos middle length window rate",
