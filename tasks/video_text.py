@@ -185,5 +185,7 @@ class VideoTextStage(SentenceStage):
         if not self.caption_weight:
             return paths[:2]
         pictures.captions(raw, captions, written, paths[2])
+        if model.clip.kind == "joint":  # its tokens are not of single frames
+            return paths[:3]
         captioning.draw_attention(model, raw[0], video[:1], written[0], self.bpe, paths[3])
         return paths
