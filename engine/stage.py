@@ -121,7 +121,7 @@ class Stage:
     optimizer: str = flag("muon", "muon = Muon for the matrices of blocks and other numbered "
                           "layers, AdamW for the rest; adamw = AdamW for all",
                           choices=("muon", "adamw"), paper="adamw")
-    weight_decay: float = flag(0.05, "weight decay: of matrices, not of words, tokens and positions",
+    weight_decay: float = flag(0.05, "weight decay of matrices, not of words, tokens, positions",
                                low=0)
     beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=0.999999)
     clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)

@@ -90,7 +90,8 @@ def test_the_command_says_of_a_run_what_the_runs_own_evaluation_says(clips, tmp_
     for a, b in zip(first, second):
         assert float(a["p1"]) == pytest.approx(float(b["p1"]), abs=2e-4)
     recipe = predictions.recipe_of(tmp_path / "run")
-    assert recipe == {"sampling": "videomae-dense", "transform": "plain", "stride": 4}
+    assert recipe == {"sampling": "videomae-dense", "transform": "plain", "stride": 4,
+                      "frame_rate": 25.0}
 
 
 def test_an_official_classifier_says_numbers_where_it_tells_no_names(

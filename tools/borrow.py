@@ -73,8 +73,8 @@ def relative(path):
 def main(argv=None):
     """Returns the exit code: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("component", nargs="+", help="a file without .py, as mae, or video.decoding")
-    parser.add_argument("--into", metavar="FOLDER", help="a new folder; default: only list the files")
+    parser.add_argument("component", nargs="+", help="a file without .py: mae, video.decoding")
+    parser.add_argument("--into", metavar="FOLDER", help="a new folder; default: list the files")
     args = parser.parse_args(argv)
     try:
         unknown = [name for name in args.component if not path_of(name)]

@@ -91,8 +91,8 @@ def _plain(video, size, rng, flip, area, crop, crops):
 
 def _multi_scale(video, size, rng, flip, area, crop, crops):
     # TSN's crop, with which VideoMAE pretrains. Each side is one of four fractions of the largest
-    # box of this aspect, at most one step apart, at one of 13 places. It is never mirrored, although the paper
-    # says so for Kinetics.
+    # box of this aspect, at most one step apart, at one of 13 places. It is never mirrored,
+    # although the paper says so for Kinetics.
     if rng is None:
         return _window(_cover(video, size, "area"), size, crop, crops)
     H, W = video.shape[1:3]

@@ -14,7 +14,6 @@ import math
 import re
 
 import mae
-import uniformerv2
 from weights.files import WeightsError, listed, say
 
 TUBELET = 2  # frames, as in all of VideoMAE
@@ -46,7 +45,8 @@ def inflate(file, frames, image_size):
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
     tensors = {key: x for key, x in file.tensors.items() if not re.fullmatch(LEFT, key)}
     file.unused = [key for key in file.tensors if key not in tensors]
-    tensors[embed] = uniformerv2.inflate(tensors[embed], TUBELET)
+    from uniformerv2 import inflate as over_time  # not at the top: mae.py does without this file
+    tensors[embed] = over_time(tensors[embed], TUBELET)
     table = mae.resize_positions(tensors[stored][:, 1:], (1, side, side),
                                  (1, height // patch, width // patch))
     tensors[stored] = table.repeat(1, max(frames // TUBELET, 1), 1)
