@@ -163,8 +163,8 @@ def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=Tr
     if image_size == usual_size:
         raise UserError(
             f"--input-size {spelled(image_size)}: the weights are for {size[0]} x {size[1]} "
-            f"pixels; pass --input-size {spelled(size)}, or another, for which their table of places is "
-            "interpolated")
+            f"pixels; pass --input-size {spelled(size)}, or another, for which their table of "
+            "places is interpolated")
     return resized(model, image_size)
 
 

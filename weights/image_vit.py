@@ -13,6 +13,8 @@ The names are in the tables of weights/videomae.py, which then reads what is lef
 import math
 import re
 
+import torch
+
 import mae
 from weights.files import WeightsError, listed, say
 
@@ -45,8 +47,8 @@ def inflate(file, frames, image_size):
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
     tensors = {key: x for key, x in file.tensors.items() if not re.fullmatch(LEFT, key)}
     file.unused = [key for key in file.tensors if key not in tensors]
-    from uniformerv2 import inflate as over_time  # not at the top: mae.py does without this file
-    tensors[embed] = over_time(tensors[embed], TUBELET)
+    kernel = tensors[embed][:, :, None]                                      # (D, C, 1, p, p)
+    tensors[embed] = torch.cat([torch.zeros_like(kernel), kernel], dim=2)    # zero, then as it was
     table = mae.resize_positions(tensors[stored][:, 1:], (1, side, side),
                                  (1, height // patch, width // patch))
     tensors[stored] = table.repeat(1, max(frames // TUBELET, 1), 1)
