@@ -1,21 +1,32 @@
-"""`python train.py`: the commands of the default run, one after the other, and its table."""
+"""`python train.py`: the commands of the default run, and its table.
 
+On a CPU as many stages run at a time as there are processors, each with a process of its own. With
+one processor, on a GPU or under torchrun they run one after the other, in this process. The results
+are the same, bit for bit.
+"""
+
+import contextlib
 import json
 import os
 import shlex
+import shutil
 import time
 from pathlib import Path
 
-from engine import processes
+from engine import machine, processes, side_by_side
 from engine.command_line import Parser, parse
 from engine.errors import UserError
 from engine.stage import STAGES
+from video import moving_shapes
+
+ROOM = 2**32  # free bytes on the disk without which no clips are kept there
 
 
 def default_run(commands, train, argv):
-    """Commands of train.py in turn, then tools/table.py. What is done is not done again.
+    """Commands of train.py, then tools/table.py. What is done is not done again.
 
-    commands  {"STAGE --flag value ...": seconds on two cores}; {out} stands for --out
+    commands  {"STAGE --flag value ...": seconds on two cores}; {out} stands for --out. What a
+              command needs stands before it
     train     the function that runs a stage
     """
     parser = Parser(prog="train.py", allow_abbrev=False,
@@ -33,20 +44,58 @@ def default_run(commands, train, argv):
         name, *flags = shlex.split(command.format(out=shlex.quote(args.out)))
         flags += ["--seed", str(args.seed), "--resume"]
         stages.append((parse(STAGES[name], flags), seconds))
-    waiting = [(stage, seconds) for stage, seconds in stages if not is_done(stage)]
-    minutes = sum(seconds for _, seconds in waiting) / 60
-    print(f"the default run, about {minutes:.0f} minutes on two cores: "
-          + ", ".join(f"{Path(stage.out).name} {seconds} s" for stage, seconds in waiting))
-    for stage, _ in stages:
+    jobs = []
+    for stage, seconds in stages:
         if is_done(stage):
             print(f"{Path(stage.out).name}: done already, see {stage.out}/metrics.json")
         else:
-            train(stage, again)
+            jobs.append(side_by_side.Job(stage, seconds, jobs))
+    at_once = stages_at_once(jobs)
+    minutes = side_by_side.seconds_left(jobs, at_once) / 60
+    print(f"the default run, about {minutes:.0f} minutes on two cores"
+          + f", {at_once} stages at a time" * (at_once > 1) + ": "
+          + ", ".join(f"{job.name} {job.seconds} s" for job in jobs))
+    with clips_kept(Path(args.out) / "clips") as clips:
+        if at_once > 1:
+            side_by_side.run(train, jobs, at_once, again, clips)
+        else:
+            for job in jobs:
+                train(job.stage, again)
     if processes.rank() == 0:
         from tools import table
         table.write_table(args.out, args.seed)
     print(f"the default run took {time.monotonic() - began:.0f} s; pictures, table and weights are "
           f"in {args.out}")
+
+
+def stages_at_once(jobs):
+    """How many of the jobs run at a time."""
+    if processes.several() or any(machine.choose_device(job.stage.device) != "cpu" for job in jobs):
+        return 1
+    return min(len(jobs), machine.processors())
+
+
+@contextlib.contextmanager
+def clips_kept(folder):
+    """Context in which the stages read each other's clips: KEPT of them lie in a folder -> its name.
+
+    None without a folder, where several processes would share it or the disk has little room. The
+    folder lives as long as the context: clips of a run that was killed may be of other code.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    room = 0
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        room = shutil.disk_usage(folder.parent).free
+    if processes.several() or room < ROOM:
+        yield None
+        return
+    try:
+        moving_shapes.keep(folder)
+        yield str(folder)
+    finally:
+        moving_shapes.keep(None)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_done(stage):

@@ -1,4 +1,4 @@
-"""What the machine allows: device, precision, matrix products, compiling, memory."""
+"""What the machine allows: device, precision, threads, matrix products, compiling, memory."""
 
 import contextlib
 import ctypes
@@ -38,6 +38,43 @@ def choose_precision(name, device):
         before_2_13 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         fast = any(map(has.get, ("avx512_bf16", "amx_bf16", "bf16"))) or before_2_13()
     return "bf16" if fast else "fp32"
+
+
+CGROUP = Path("/sys/fs/cgroup")  # where Linux tells the limits of a container
+
+
+def processors():
+    """How many processors this process may use: those it is bound to, or fewer by a quota."""
+    count = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # version 2, 1
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no quota
+            runs, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
+            count = min(count, runs // period) if runs > 0 else count
+    return max(1, count)
+
+
+SMALL = 1e13  # parameters times pixels of a micro-batch
+
+
+def choose_threads(parameters, pixels):
+    """Set the threads of a network on a CPU -> why so many, in words.
+
+    parameters   of the network
+    pixels       of a micro-batch, B * T * H * W
+
+    1. OMP_NUM_THREADS decides where it is set.
+    2. A small network takes one thread. Its steps are many short pieces, after each of which
+       threads wait for the slowest one: a second thread gains nothing on a quiet machine, and
+       where a neighbour keeps a processor busy it doubles the time (LOG.md).
+    3. Another takes all processors. Workers are not subtracted: beside it they mostly wait.
+
+    Machine and settings alone decide, not what else runs: the number changes the last bits.
+    """
+    if os.environ.get("OMP_NUM_THREADS"):
+        return "OMP_NUM_THREADS"
+    small = parameters * pixels < SMALL
+    torch.set_num_threads(1 if small else processors())
+    return "a small network" if small else "all processors"
 
 
 def choose_products(choice="auto"):

@@ -103,6 +103,10 @@ class Run:
         """
         stage, self.model = self.stage, model.to(self.stage.device)
         check_model(stage, model)
+        self.why_threads = ""
+        if stage.device == "cpu":
+            self.why_threads = machine.choose_threads(sum(p.numel() for p in model.parameters()),
+                                                      stage.pixels())
         if stage.compile == "on":
             machine.compile_blocks(model, compiled)
         self.open_folder()
@@ -174,9 +178,12 @@ class Run:
         several += " with a part of the weights each" * (bool(several) and stage.shard)
         finite = hasattr(train_set, "__len__") and not isinstance(train_set, data.VideoShards)
         epochs = f", {stage.steps * clips / len(train_set):.3g} epochs" if finite else ""
+        count = torch.get_num_threads()
+        threads = f"{count} thread{'s' * (count > 1)}" + f" ({self.why_threads})" * bool(
+            self.why_threads)
         print(f"{stage.name}: {self.parameters / 1e6:.2f} M parameters, {stage.steps} steps of "
               f"{clips} clips{epochs}, peak lr {optimisers.peak_rate(stage):.2e}, {stage.device}, "
-              f"{stage.precision}{several}, {torch.get_num_threads()} threads -> {self.out}")
+              f"{stage.precision}{several}, {threads} -> {self.out}")
         print(f"attention: {stage.attention}; blocks "
               f"{'compiled' if stage.compile == 'on' else 'not compiled'}"
               + f" ({self.why_compile})" * bool(self.why_compile)

@@ -184,6 +184,10 @@ class Stage:
         """A training batch of one clip, for --dry-run: nothing was prepared."""
         return next(iter(data.batches(train_set, 1, self.seed, 1)))
 
+    def pixels(self):
+        """Pixels of a micro-batch, B * T * H * W, as far as the flags say."""
+        return self.batch_size * getattr(self, "num_frames", 1) * getattr(self, "input_size", 1)**2
+
     def evaluate(self, model, batches, held_out_set):
         """Measure the model on one held-out set -> {name: value}.
 

@@ -24,6 +24,7 @@ from video import moving_shapes
 from weights import encoders
 
 RUNS = ("mae", "clip", "masked", "multimodal", "scratch", "fuse")
+PER_BATCH = 100  # clips
 
 
 @torch.no_grad()
@@ -39,8 +40,11 @@ def logits_of(out, which, clips, seed):
     models = {name: model.to(device).eval() for name, model in (models | {"fuse": fused}).items()}
     world = moving_shapes.MovingShapes(which, max(part.config["frames"] for part in parts),
                                        fusion.largest(parts), seed)
+    if device == "cpu":
+        machine.choose_threads(sum(p.numel() for p in fused.parameters()),
+                               PER_BATCH * world.frames * world.size[0] * world.size[1])
     logits, answers = {name: [] for name in models}, {name: [] for name in world.classes}
-    for batch in data.held_out(world, clips, 100):
+    for batch in data.held_out(world, clips, PER_BATCH):
         batch = to_device(batch, device)
         for question, labels in batch["labels"].items():
             answers[question].append(labels)
