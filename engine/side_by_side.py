@@ -95,8 +95,9 @@ class Job:
             return
         log = f"{self.out}/run.log"
         with contextlib.suppress(EOFError):
-            error = self.hears.recv()
-            raise type(error)(*(f"{self.name}: {line}" for line in error.args))
+            if self.hears.poll():
+                error = self.hears.recv()
+                raise type(error)(*(f"{self.name}: {line}" for line in error.args))
         raise RunError(f"{self.name}: " + (
             f"its process was killed by signal {-code}, by nobody you know: out of memory; see "
             f"{log}" if code < 0 else f"ended with exit code {code}; see the end of {log}"))
@@ -172,8 +173,8 @@ def run(train, jobs, at_once, again, clips):
                 display.say(f"{job.name}: done")
     except KeyboardInterrupt:
         stop(running)
-        raise Interrupted(f"stopped; {', '.join(job.name for job in running)} saved what was done; "
-                          f"go on with: {again}") from None
+        raise Interrupted(f"stopped during {', '.join(job.name for job in running)}; go on with: "
+                          f"{again}") from None
     finally:
         display.clear()
         stop(running)

@@ -192,7 +192,7 @@ def test_ctrl_c_lets_all_stages_save_and_says_the_line_that_goes_on(tmp_path):
 
     jobs = jobs_of(tmp_path, a="", b="")
     threading.Thread(target=interrupt).start()
-    with pytest.raises(Interrupted, match="a, b saved what was done; go on with: python it"):
+    with pytest.raises(Interrupted, match="stopped during a, b; go on with: python it"):
         side_by_side.run(endless, jobs, 2, "python it", None)
     assert sorted(notes(tmp_path)) == [("a", "begins"), ("a", "saved"), ("b", "begins"),
                                        ("b", "saved")]
@@ -352,7 +352,7 @@ def test_the_whole_run_side_by_side_stopped_twice_equals_one_after_the_other(tmp
         _, said = process.communicate()
         assert process.returncode == 130, said
         last = said.splitlines()[-1]
-        assert last.startswith("train.py: stopped") and last.endswith(f"--out {tmp_path}/side")
+        assert last.startswith("train.py: stopped during ") and last.endswith(f"--out {tmp_path}/side")
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     assert (tmp_path / "side" / "clip" / "last.pt").exists()
