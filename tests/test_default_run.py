@@ -235,19 +235,26 @@ def test_side_by_side_gives_the_weights_of_one_after_the_other(tmp_path, monkeyp
     assert not (tmp_path / "turns" / "mae" / "run.log").exists()
 
 
-def test_an_error_in_a_stage_is_one_line_with_its_exit_code(tmp_path, monkeypatch, capsys):
-    commands = short_commands()
-    first = next(iter(commands))
+@pytest.mark.parametrize("code, words", [(2, "mae: nowhere: no such file of weights"),
+                                         (1, "mae: step 0: loss nan")])
+def test_an_error_in_a_stage_is_one_line_with_its_exit_code(tmp_path, monkeypatch, capsys, code,
+                                                            words):
+    first, *others = short_commands()
+    first += " --weights nowhere" * (code == 2)
+    monkeypatch.setattr(train, "DEFAULT_RUN", dict.fromkeys([first, *others], 1))
     monkeypatch.setattr(machine, "processors", lambda: 2)
-    for more, code, words in ((" --weights nowhere", 2, "mae: nowhere: no such file of weights"),
-                              (" --lr 1e30", 1, "mae: step ")):
-        changed = {first + more: 1} | {line: 1 for line in commands if line != first}
-        monkeypatch.setattr(train, "DEFAULT_RUN", changed)
-        assert train.main(["--out", str(tmp_path / f"run{code}")]) == code
-        said = capsys.readouterr().err
-        lines = [line for line in said.splitlines() if line.startswith("train.py: ")]
-        assert len(lines) == 1 and lines[0].startswith(f"train.py: {words}"), said
-        assert "Traceback" not in said and not (tmp_path / f"run{code}" / "masked").exists()
+    own = train.MaskedModelling.loss
+
+    def not_finite(self, model, batch, rng):
+        loss, metrics = own(self, model, batch, rng)
+        return loss * float("nan"), metrics | {"loss": loss * float("nan")}
+
+    monkeypatch.setattr(train.MaskedModelling, "loss", not_finite)
+    assert train.main(["--out", str(tmp_path / "run")]) == code
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"train.py: {words}"), said
+    assert "Traceback" not in said and not (tmp_path / "run" / "masked").exists()
 
 
 def test_one_stage_at_a_time_on_a_gpu_and_under_torchrun(tmp_path, monkeypatch):
