@@ -277,7 +277,7 @@ def tell_changes(path, saved, stage):
 def keep_old_run(out):
     """Move what an earlier run left in `out` into out/previous-N: nothing is overwritten."""
     names = ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "tokenizer.json",
-             "questions.json", "predictions.csv")
+             "questions.json", "predictions.csv", "report.html")
     left = [out / name for name in names if (out / name).exists()] + checkpoints(out)
     if not left:
         return

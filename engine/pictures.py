@@ -121,13 +121,21 @@ def retrieval(cosines, videos, captions, path, rows=5, top=3):
 
 
 def captions(videos, references, written, path, rows=6):
-    """Frames of each clip, the model's caption and a true one."""
-    rows = min(rows, len(references))
+    """Frames of each clip, the model's caption and a true one; and each clip as a GIF.
+
+    path     of the PNG; the GIFs of captions.png are captions_0.gif and so on
+    returns  all paths
+    """
+    rows, paths = min(rows, len(references)), [path]
     figure, panels = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
     for panel, video, reference, text in zip(panels.flat, videos, references, written):
         panel.imshow(strip(video))
-        panel.set_xlabel(f"model: {plain(text)}\ntruth: {plain(reference)}", fontsize=8, loc="left")
+        words = f"model: {plain(text)}\ntruth: {plain(reference)}"
+        panel.set_xlabel(words, fontsize=8, loc="left")
+        paths.append(path.with_name(f"{path.stem}_{len(paths) - 1}.gif"))
+        moving_picture(torch.from_numpy(video).permute(3, 0, 1, 2) / 255, paths[-1], words)
     finish(figure, path)
+    return paths
 
 
 def attention_maps(video, maps, labels, title, path, most=8):
@@ -220,19 +228,24 @@ def reconstruction(clips, path, title=""):
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    moving_picture(torch.cat(list(clips.values()), dim=-1), path.with_suffix(".gif"))
+    words = f"{title}\nleft to right: " + ", ".join(labels[name] for name in clips).replace("\n", " ")
+    moving_picture(torch.cat(list(clips.values()), dim=-1), path.with_suffix(".gif"), words)
     return [path, path.with_suffix(".gif")]
 
 
-def moving_picture(clip, path):
-    """Write a clip, float (3, T, H, W) in [0, 1], as GIF; small ones enlarged."""
+def moving_picture(clip, path, words=""):
+    """Write a clip, float (3, T, H, W) in [0, 1], as GIF; small ones enlarged.
+
+    words  what it shows, kept in the file as its comment; engine/report.py prints it below the clip
+    """
     from PIL import Image
 
     zoom = max(1, 144 // clip.shape[2])
     frames = (clip.permute(1, 2, 3, 0) * 255).round().byte()
     frames = frames.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
     first, *others = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=others, duration=120, loop=0)
+    first.save(path, save_all=True, append_images=others, duration=120, loop=0,
+               comment=words.encode("utf-8", "replace"))
 
 
 def confusion(tables, names, path):

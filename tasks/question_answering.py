@@ -301,5 +301,5 @@ class Answering(SentenceStage, name="answer"):
         """answers.png: clips with question, right answer, and answer of the model."""
         answers = [model.answers[i] for i in self.scores(model, batch).argmax(dim=1).tolist()]
         pairs = [" ".join(pair) for pair in zip(batch["question"], batch["answer"])]
-        pictures.captions(batch["video"].cpu().numpy(), pairs, answers, folder / "answers.png")
-        return [folder / "answers.png"]
+        return pictures.captions(batch["video"].cpu().numpy(), pairs, answers,
+                                 folder / "answers.png")

@@ -184,8 +184,8 @@ class VideoTextStage(SentenceStage):
         pictures.retrieval(cosines, raw, captions, paths[1])
         if not self.caption_weight:
             return paths[:2]
-        pictures.captions(raw, captions, written, paths[2])
+        paths[2:3] = pictures.captions(raw, captions, written, paths[2])
         if model.clip.kind == "joint":  # its tokens are not of single frames
-            return paths[:3]
-        captioning.draw_attention(model, raw[0], video[:1], written[0], self.bpe, paths[3])
+            return paths[:-1]
+        captioning.draw_attention(model, raw[0], video[:1], written[0], self.bpe, paths[-1])
         return paths
