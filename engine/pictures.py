@@ -228,7 +228,8 @@ def reconstruction(clips, path, title=""):
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    words = f"{title}\nleft to right: " + ", ".join(labels[name] for name in clips).replace("\n", " ")
+    shown = ", ".join(labels[name].replace("\n", " ") for name in clips)
+    words = f"{title}\nleft to right: {shown}"
     moving_picture(torch.cat(list(clips.values()), dim=-1), path.with_suffix(".gif"), words)
     return [path, path.with_suffix(".gif")]
 
