@@ -1,4 +1,4 @@
-"""`python train.py`: the commands of the default run, and its table.
+"""`python train.py`: the commands of the default run, its table and its page.
 
 On a CPU as many stages run at a time as there are processors, each with a process of its own. With
 one processor, on a GPU or under torchrun they run one after the other, in this process. The results
@@ -13,7 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
-from engine import machine, processes, side_by_side
+from engine import machine, processes, report, side_by_side
 from engine.command_line import Parser, parse
 from engine.errors import UserError
 from engine.stage import STAGES
@@ -23,7 +23,7 @@ ROOM = 2**32  # free bytes on the disk without which no clips are kept there
 
 
 def default_run(commands, train, argv):
-    """Commands of train.py, then tools/table.py. What is done is not done again.
+    """Commands of train.py, then tools/table.py and a page of all. What is done is not done again.
 
     commands  {"STAGE --flag value ...": seconds on two cores}; {out} stands for --out. What a
               command needs stands before it
@@ -64,6 +64,7 @@ def default_run(commands, train, argv):
     if processes.rank() == 0:
         from tools import table
         table.write_table(args.out, args.seed)
+        report.write(args.out, [Path(stage.out).name for stage, _ in stages])
     print(f"the default run took {time.monotonic() - began:.0f} s; pictures, table and weights are "
           f"in {args.out}")
 

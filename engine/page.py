@@ -10,8 +10,8 @@ from engine.pictures import plain
 
 
 def is_number(value):
-    """True for a finite int or float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for an int or float that is finite, and not beyond all reason."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def part(values, key):
@@ -190,14 +190,14 @@ footer { margin-top: 4rem; color: var(--soft); font-size: .875rem }
 .system .head { fill: var(--soft) }
 .system .label { font-size: 12px; fill: var(--soft); paint-order: stroke; stroke: var(--page);
   stroke-width: 4px }
-.system .label.number { fill: var(--ink); background: none }
+.system .label.number { fill: var(--ink) }
 
-.charts { display: flex; flex-wrap: wrap; gap: 1.6rem 2rem; margin: 1.2rem 0 }
-.chart { flex: 1 1 20rem; max-width: 34rem; min-width: 0; display: flex; flex-direction: column;
-  justify-content: space-between }
+.charts { display: grid; gap: 1.6rem 2rem; margin: 1.2rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
+.chart { display: flex; flex-direction: column; justify-content: space-between; min-width: 0 }
 .chart figcaption { font-weight: 600; font-size: .92rem }
 .chart svg { width: 100%; height: auto; display: block }
-.chart text { fill: var(--soft); font-size: 12px }
+.chart text { fill: var(--soft); font-size: 13px }
 .rule { stroke: var(--rule) }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .1rem 0 .4rem;
   padding: 0; font-weight: 400; font-size: .82rem; color: var(--soft) }
@@ -216,7 +216,7 @@ circle.trivial { display: none }
 
 .clips, .strips { display: grid; gap: 1.5rem; margin: .8rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)) }
-.strips { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
+.strips { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)) }
 .clips img, .strips img { width: 100%; max-width: 34rem; border-radius: 6px;
   image-rendering: pixelated }
 .clips img { max-width: 15rem }
@@ -248,7 +248,7 @@ dd { margin: 0; text-align: right; min-width: 45% }
 @media (max-width: 46rem) {
   .system .wide { display: none }
   .system .tall { display: block; font-size: 11.5px }
-  .system .tall .title { font-size: 12.5px }
+  .system .tall .title { font-size: 12px }
   .system .tall .file, .system .tall .label { font-size: 11px }
   table { font-size: .82rem }
   th, td { padding: .35rem .5rem }

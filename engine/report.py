@@ -223,21 +223,24 @@ ACCURACIES = {"val_all_facts": "all facts", "unseen_all_facts": "all facts, unse
               "val_zero_shot_all_facts": "all facts, zero-shot"}
 
 
-def charts(run, prefix):
+def charts(runs):
     """Losses and accuracies over steps, and gates and shares where the log has them."""
-    drawn = [chart(f"{prefix}loss", [("training", "train", run.points("loss")),
-                                     ("held out", "held", run.points("val_loss")),
-                                     ("trivial baseline", "trivial",
-                                      run.points("val_trivial_loss"))])]
-    groups = {"right, percent of held-out clips": ACCURACIES}
-    for word, title in (("gate_", "tanh of each gate; 0 is closed"),
-                        ("share_", "share of each score")):
-        groups[title] = {key: key.removeprefix(word) for key in sorted(run.last(word))}
-    for title, keys in groups.items():
-        lines = [(name, run.points(key)) for key, name in keys.items() if run.points(key)]
-        drawn.append(chart(prefix + title, [(name, f"c{i % 8}", points)
-                                            for i, (name, points) in enumerate(lines)]))
-    return "".join(drawn)
+    drawn = []
+    for run in runs:
+        lines = [("training", "train", run.points("loss")), ("held out", "held",
+                                                             run.points("val_loss")),
+                 ("trivial baseline", "trivial", run.points("val_trivial_loss"))]
+        drawn.append(chart(f"{run.name}: loss" if runs[1:] else "Loss", lines))
+    for title, word, names in (("Accuracy in percent", "", ACCURACIES),
+                               ("Tanh of each gate; 0 is closed", "gate_", {}),
+                               ("Share of each score", "share_", {})):
+        for run in runs:
+            keys = names or {key: key.removeprefix(word) for key in sorted(run.last(word))}
+            lines = [(name, run.points(key)) for key, name in keys.items() if run.points(key)]
+            drawn.append(chart(f"{run.name}: {title.lower()}" if runs[1:] else title,
+                               [(name, f"c{i % 8}", points)
+                                for i, (name, points) in enumerate(lines)]))
+    return f"<div class=charts>{''.join(drawn)}</div>" if any(drawn) else ""
 
 
 FACTS = ("stage", "step", "protocol", "parameters", "trained", "seconds", "processes", "bad_files",
@@ -314,11 +317,10 @@ def sections(runs):
         by_stage.setdefault(run.stage, []).append(run)
     for place, (stage, group) in enumerate(by_stage.items(), 1):
         number, title, words = STAGES.get(stage, ("", stage.capitalize(), ""))
-        lines = "".join(attempt(charts, run, f"{run.name}: " * (len(group) > 1)) for run in group)
         yield f"stage-{place}", title, (
             f'<section id=stage-{place} class="s-{stage if stage in STAGES else "data"}"><h2>'
             + f"<span class=number>{number}</span> " * bool(number) + f"{text(title)}</h2>"
-            + f"<p>{words}</p>" * bool(words) + f"<div class=charts>{lines}</div>" * bool(lines)
+            + f"<p>{words}</p>" * bool(words) + attempt(charts, group)
             + attempt(album.show, group) + "".join(attempt(particulars, run) for run in group)
             + "</section>")
 
@@ -351,7 +353,7 @@ def page(runs, table, title):
 def write(folder, names=()):
     """Write report.html into the folder of a run; with names, of the runs in these folders in it.
 
-    Returns its path, or None where it could not be written: that is said, and is no error.
+    Prints and returns its path; or says why it could not be written, which is no error: None.
     """
     folder = Path(folder)
     runs = [Record(folder / name) for name in names] or [Record(folder)]
@@ -363,4 +365,5 @@ def write(folder, names=()):
     except OSError as error:
         print(f"{path} was not written: {error.strerror or error}")
         return None
+    print(f"one page of it all: {path}")
     return path

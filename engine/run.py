@@ -1,8 +1,8 @@
 """A run of a stage: folder, device, log, signals, progress bar, bad files, checkpoints, results.
 
 `train.train` is the loop; it calls these methods at the places where they act. What a run leaves in
---out: log.jsonl, metrics.json, model.safetensors, config.json, last.pt, last.1.pt, pictures; some
-stages add tokenizer.json, or questions.json and predictions.csv.
+--out: log.jsonl, metrics.json, model.safetensors, config.json, last.pt, last.1.pt, pictures,
+report.html; some stages add tokenizer.json, or questions.json and predictions.csv.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from tqdm import tqdm
 import attention
 import data
 import weights
-from engine import checkpoints, evaluation, machine, optimisers, pictures, processes
+from engine import checkpoints, evaluation, machine, optimisers, pictures, processes, report
 from engine.errors import Interrupted, RunError, UserError
 from engine.stage import check_model, check_stage, check_trained
 from video.loading import dead_worker
@@ -406,8 +406,8 @@ class Run:
                     seconds=round(self.seconds(), 1), processes=processes.world(),
                     bad_files=self.bad | unreadable, settings=dataclasses.asdict(self.stage))
 
-    def write_outputs(self, tensors, report):
-        """Write what a run leaves, metrics.json last: where that is, all is."""
+    def write_outputs(self, tensors, metrics):
+        """Write what a run leaves, metrics.json last: where that is, all is. A page shows it."""
         stage, batch = self.stage, self.sets["val"].first
         weights.save(self.out, tensors, self.model.config)
         stage.extras(self.out)
@@ -416,8 +416,10 @@ class Run:
                                    self.results)
             drawn += pictures.curve(self.out, stage.name) if stage.steps else []
             print("pictures: " + ", ".join(str(path) for path in drawn))
-        text = json.dumps(report, indent=1) + "\n"
+        text = json.dumps(metrics, indent=1) + "\n"
         weights.write_aside(self.out / "metrics.json", lambda path: Path(path).write_text(text))
+        if stage.figures:
+            report.write(self.out)
 
 
 def one_line_errors(train):

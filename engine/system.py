@@ -166,7 +166,7 @@ def facts_of(parts, table):
 def facts_of_words(run):
     """The boxes that only stage 2 has."""
     clip, bleu = part(run.config, "clip"), run.number("BLEU-4")
-    return {"text": [*of_size(part(clip, "text_size")),
+    return {"text": [*of_size(part(clip, "text_size"))[:1],
                      f"{clip['vocabulary']:,} tokens" if "vocabulary" in clip else ""],
             "pairs": [percent(run.number("val_t2v_R@1"), "find their clip"),
                       percent(run.number("val_captions_all_three"), "captions right")
