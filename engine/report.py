@@ -122,8 +122,8 @@ class Record:
 class Album:
     """Pictures of a page, as text in it, while there is room."""
 
-    def __init__(self, room=MOST_BYTES):
-        self.room = room
+    def __init__(self):
+        self.room = MOST_BYTES
 
     def picture(self, path, words):
         """A PNG or GIF -> (the image, lines that say what it shows: a GIF's comment, else words).
@@ -218,7 +218,8 @@ def table_of(table):
 
 
 ACCURACIES = {"val_all_facts": "all facts", "unseen_all_facts": "all facts, unseen pairs",
-              "val_top1": "top 1", "val_top5": "top 5", "val_t2v_R@1": "sentences find their clip",
+              "val_top1": "top 1", "val_top5": "top 5", "val_mAP": "mAP",
+              "val_accuracy": "answers right", "val_t2v_R@1": "sentences find their clip",
               "val_captions_all_three": "captions right",
               "val_zero_shot_all_facts": "all facts, zero-shot"}
 

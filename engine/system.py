@@ -193,9 +193,10 @@ def plane(kind, facts, labels):
                  f'x="{x + 4}" y="{y + 8.5}">{stage}</text>' if stage else ""
         drawn.append(f'<g class="{colour}{"" if known is not None else " off"}"><rect x="{x}" '
                      f'y="{y}" width="{w}" height="{h}" rx="9"/>{body}{number}</g>')
-    for label, _, _, _, wide_place, _, tall_place in ARROWS:
+    for label, begin, end, _, wide_place, _, tall_place in ARROWS:
+        off = "" if begin in facts and end in facts else " off"
         if place := tall_place if tall else wide_place:
-            drawn += [f'<text class="label{" number" if i else ""}" x="{place[0]}" '
+            drawn += [f'<text class="label{" number" * i}{off}" x="{place[0]}" '
                       f'y="{place[1] + (27 if label == "words" and not tall else 15) * i}">'
                       f"{text(line)}</text>" for i, line in enumerate(labels[label]) if line]
     told = "; ".join(f"{BOXES[box][0]}: {', '.join(lines)}" for box, lines in facts.items()
@@ -218,4 +219,4 @@ def system(runs, table):
             + "<figcaption><p>Numbers in circles are the four stages. Shapes on arrows are those "
             "of one clip: T frames of H × W pixels, N tokens of width D, of which Nv are seen; t "
             "steps of S patches and a class token; L words, E numbers of the common space, Y "
-            "classes. What no run here has trained is pale.</p></figcaption></figure></section>")
+            "classes. What this page does not tell of is pale.</p></figcaption></figure></section>")
