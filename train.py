@@ -29,7 +29,8 @@ The idea, in steps:
 
 A run leaves in --out: log.jsonl (a line for every tenth step), metrics.json (the last evaluation
 and all settings), model.safetensors with config.json (and tokenizer.json, or questions.json and
-predictions.csv, where words or classes have names), last.pt, last.1.pt (for --resume), pictures.
+predictions.csv, where words or classes have names), last.pt, last.1.pt (for --resume), pictures,
+report.html.
 """
 
 import functools

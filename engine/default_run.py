@@ -66,7 +66,7 @@ def default_run(commands, train, argv):
         table.write_table(args.out, args.seed)
         report.write(args.out, [Path(stage.out).name for stage, _ in stages])
     print(f"the default run took {time.monotonic() - began:.0f} s; pictures, table and weights are "
-          f"in {args.out}")
+          f"in {args.out}; open {args.out}/report.html in a browser")
 
 
 def stages_at_once(jobs):

@@ -127,7 +127,8 @@ class Stage:
     clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
     ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; "
                       "0 = none", low=0, high=1)
-    figures: bool = flag(True, "pictures at the end of the run; --no-figures saves some seconds",
+    figures: bool = flag(True, "pictures and report.html at the end of the run; --no-figures saves "
+                          "some seconds",
                          group="run")
     seed: int = flag(0, "of everything random", low=0, group="run")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", group="machine")

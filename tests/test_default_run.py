@@ -1,4 +1,5 @@
-"""What is proved about the default run: it does each of its commands once, and ends in a table.
+"""What is proved about the default run: it does each of its commands once, and ends in a table and a
+page.
 
 Stages run side by side: what needs another waits for it, one that fails ends all, no process is
 left, and the weights are those of one stage after the other.
@@ -55,6 +56,9 @@ def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monk
     bridge, late = found["rows"]["cross-model attention"], found["rows"]["late fusion, equal"]
     assert bridge["trained"] > late["trained"] == 0
     assert (out / "table.png").stat().st_size > 0
+    page = (out / "report.html").read_text()
+    assert f"{bridge['all facts']:.1f} % right" in page  # in the box of the fused score
+    assert page.count("<h2>") == 7 and 'class="s-fuse off"' not in page
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
     assert len(before) == 6
     assert train.main(["--out", str(out), "--seed", "4"]) == 2
