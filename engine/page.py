@@ -242,8 +242,8 @@ summary { cursor: pointer; color: var(--soft); font-size: .92rem }
 dl { columns: 19rem; column-gap: 2.5rem; font-size: .875rem; margin: .5rem 0 }
 dl div { break-inside: avoid; display: flex; gap: 1rem; justify-content: space-between;
   border-bottom: 1px solid var(--rule); padding: .15rem 0 }
-dt { color: var(--soft) }
-dd { margin: 0; text-align: right; min-width: 45% }
+dt { color: var(--soft); flex: none; max-width: 50% }
+dd { margin: 0; text-align: right; min-width: 0 }
 
 @media (max-width: 46rem) {
   .system .wide { display: none }

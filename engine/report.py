@@ -42,7 +42,7 @@ STAGES = {  # name: (number, title, what happens in it)
              "that start closed, and the scores of both are summed with learned shares."),
 }
 
-PICTURES = {  # stem of the file, without a number: (heading, what to see there)
+PICTURES = {  # kind_of the file: (heading, what to see there)
     "reconstruction": ("Reconstructions", "held-out clips, most of each hidden, and what the model "
                        "makes of it"),
     "captions": ("Captions", "held-out clips, what the model writes about each, and a true "
@@ -66,11 +66,19 @@ PICTURES = {  # stem of the file, without a number: (heading, what to see there)
 # What a run left
 
 
-def read_json(path):
-    """The dict in a JSON file; {} where there is none."""
+def content_of(path):
+    """The text of a file; "" where it cannot be read."""
     try:
-        found = json.loads(Path(path).read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError):
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def dict_in(content):
+    """The dict that JSON holds; {} where it holds none."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -80,22 +88,12 @@ class Record:
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name or "run"
-        self.metrics, self.config = (read_json(self.folder / f"{name}.json")
+        self.metrics, self.config = (dict_in(content_of(self.folder / f"{name}.json"))
                                      for name in ("metrics", "config"))
         self.settings = part(self.metrics, "settings")
         self.stage = str(self.metrics.get("stage", "run"))
-        self.lines = []
-        try:
-            rows = (self.folder / "log.jsonl").read_text(errors="replace").splitlines()
-        except OSError:
-            rows = []
-        for row in rows:
-            try:
-                line = json.loads(row)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and is_number(line.get("step")):
-                self.lines.append(line)
+        rows = map(dict_in, content_of(self.folder / "log.jsonl").splitlines())
+        self.lines = [row for row in rows if is_number(row.get("step"))]
 
     def number(self, *keys):
         """The first of these numbers of metrics.json that exists, or None."""
@@ -148,27 +146,25 @@ class Album:
         return (f'<img alt="{text(" ".join(words.splitlines()))}" width={width} height={height} '
                 f'src="data:image/{kind};base64,{data}">', words.splitlines(), width / height)
 
-    def part(self, stem, paths):
-        """The pictures of one kind under their heading. paths: [(name of the run or "", path)]"""
-        heading, words = PICTURES.get(stem, (stem.replace("_", " "), ""))
+    def of_kind(self, kind, paths):
+        """Pictures of one kind under their heading. paths: [(name of the run or "", path)]"""
+        heading, words = PICTURES.get(kind, (kind.replace("_", " "), ""))
         moving = paths[0][1].suffix == ".gif"
-        found = [(*self.picture(path, words or path.name), name) for name, path in paths]
+        found = [(name, *self.picture(path, f"{heading}: {words or path.name}"))
+                 for name, path in paths]
         # What all clips say is said once.
-        same = set.intersection(*(set(lines) for _, lines, _, _ in found)) if moving and found[1:] \
-            else set()
-        same = {line for line in same if line.startswith("left to right")} or set()
+        same = [line for line in found[0][2] if line.startswith("left to right")
+                and all(line in lines for _, _, lines, _ in found)]
         shown = []
-        for image, lines, _, name in found:
-            below = [f"{name}: " * bool(name) + line for line in lines if line not in same]
-            if not moving:
-                below = [name] if name else []
-            below = "".join(f"<p>{text(line)}</p>" for line in below if line)
-            shown.append(f"<figure>{image if moving else f'<div class=scroll tabindex=0>{image}'}"
-                         f"{'' if moving else '</div>'}"
-                         + f"<figcaption>{below}</figcaption>" * bool(below) + "</figure>")
-        style = ("strips" if found[0][2] > 2 else "clips") if moving else \
+        for name, image, lines, _ in found:
+            below = [name] * bool(name) + [line for line in lines if moving and line not in same]
+            shown.append(
+                "<figure>" + (image if moving else f"<div class=scroll tabindex=0>{image}</div>")
+                + "<figcaption>" * bool(below) + "".join(f"<p>{text(line)}</p>" for line in below)
+                + "</figcaption>" * bool(below) + "</figure>")
+        style = ("strips" if found[0][3] > 2 else "clips") if moving else \
             "stills several" if found[1:] else "stills"
-        said = "; ".join([words, *sorted(same)]) if words else ""
+        said = "; ".join([words, *same] if words else same)
         return (f"<h3>{text(heading)}</h3>" + note(f"{said[:1].upper()}{said[1:]}.") * bool(said)
                 + f'<div class="{style}">{"".join(shown)}</div>')
 
@@ -176,16 +172,15 @@ class Album:
         """All pictures of runs, in the order of PICTURES."""
         found = {}
         for run in runs:
-            name = run.name if runs[1:] else ""
-            moving = {kind_of(path) for path in run.folder.glob("*.gif")}
-            for path in sorted(run.folder.glob("*.gif")) + sorted(run.folder.glob("*.png")):
-                # What moves is better than what stands still; lines are drawn from the log.
-                still = path.suffix == ".png" and kind_of(path) in moving
-                if not still and kind_of(path) not in ("loss", "gates", "table"):
-                    found.setdefault(kind_of(path), []).append((name, path))
-        order = [stem for stem in PICTURES if stem in found]
-        order += [stem for stem in found if stem not in PICTURES]
-        return "".join(self.part(stem, found[stem]) for stem in order)
+            moving = sorted(run.folder.glob("*.gif"))
+            # Clips that move are better than the same as strips; lines are drawn from the log.
+            others = {kind_of(path) for path in moving} | {"loss", "gates", "table"}
+            for path in moving + [path for path in sorted(run.folder.glob("*.png"))
+                                  if kind_of(path) not in others]:
+                found.setdefault(kind_of(path), []).append((run.name if runs[1:] else "", path))
+        order = [kind for kind in PICTURES if kind in found]
+        order += [kind for kind in found if kind not in PICTURES]
+        return "".join(self.of_kind(kind, found[kind]) for kind in order)
 
 
 def kind_of(path):
@@ -361,7 +356,7 @@ def write(folder, names=()):
     title = "minInternVideo: " + ("the default run" if names else f"the run {runs[0].name}")
     path = folder / "report.html"
     try:
-        content = page(runs, read_json(folder / "table.json"), title)
+        content = page(runs, dict_in(content_of(folder / "table.json")), title)
         weights.write_aside(path, lambda aside: Path(aside).write_text(content, encoding="utf-8"))
     except OSError as error:
         print(f"{path} was not written: {error.strerror or error}")
