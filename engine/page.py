@@ -62,7 +62,7 @@ def grid(label, head, rows, best=()):
 def pairs(values):
     """A dict as a list of names and values."""
     return "<dl>" + "".join(
-        f"<div><dt>{text(str(name).replace('_', ' '))}</dt><dd>{text(said(value))}</dd></div>"
+        f"<div><dt>{text(name)}</dt><dd>{text(said(value))}</dd></div>"
         for name, value in values.items()) + "</dl>"
 
 

@@ -255,7 +255,7 @@ def numbers(run):
         if start:
             rows.setdefault(key.removeprefix(start), {})[start] = short(value)
         else:
-            once[key] = short(value)
+            once[key.replace("_", " ")] = short(value)
     columns = {start: name for start, name in columns.items()
                if any(start in row for row in rows.values())}
     table = grid("all numbers", columns.values(),
@@ -266,10 +266,13 @@ def numbers(run):
 
 def particulars(run):
     """Numbers, protocol, settings and bad files of a run, behind a click."""
+    bad = part(run.metrics, "bad_files")
     bodies = {"Numbers": attempt(numbers, run),
               "What was measured": pairs(part(run.metrics, "protocol")),
-              "Settings": pairs(run.settings),
-              "Files that could not be read": pairs(part(run.metrics, "bad_files"))}
+              "Settings": pairs({name.replace("_", "-"): value  # as the flags are typed
+                                 for name, value in run.settings.items()}),
+              f"{len(bad):,} files that could not be read" + ", the first 100" * (len(bad) > 100):
+                  pairs(dict(list(bad.items())[:100]))}
     body = "".join(f"<h4>{title}</h4>{body}" for title, body in bodies.items()
                    if body not in ("", pairs({})))
     return details(f"{run.name}: all numbers and settings", body) if body else ""

@@ -113,7 +113,7 @@ def test_the_page_says_every_number_of_the_run_and_the_words_of_its_clips(run):
         if name not in report.FACTS:
             assert page.short(value) in said, name
     for name, value in metrics["settings"].items():
-        assert name.replace("_", " ") in said
+        assert name.replace("_", "-") in said
     assert page.millions(metrics["parameters"]) in said
     assert f"loss {page.short(metrics['val_loss'])}" in said  # in the box of the system
     assert "held-out clip: " in said and said.count("left to right: ") == 1
@@ -196,6 +196,15 @@ def test_pictures_beyond_the_room_of_a_page_are_named_and_left_beside_it(tmp_pat
     found = read(report.write(folder))
     assert len(found.named("img")) == 2 and "captions_2.gif" in found.text()
     assert report.write(folder).stat().st_size < 4 / 3 * sum(sizes[:2]) + 40_000
+
+
+def test_of_very_many_bad_files_the_page_lists_some_and_says_how_many(tmp_path):
+    bad = {f"clip_{i}.mp4": "no video in it" for i in range(5000)}
+    path = report.write(write_run(tmp_path, bad_files=bad))
+    said = read(path).text()
+    assert "5,000 files that could not be read, the first 100" in said
+    assert "clip_99.mp4" in said and "clip_100.mp4" not in said
+    assert path.stat().st_size < 60_000
 
 
 def test_captions_move_and_say_what_was_written_and_what_is_true(tmp_path):
