@@ -78,7 +78,7 @@ def stages_at_once(jobs):
 
 @contextlib.contextmanager
 def clips_kept(folder):
-    """Context in which the stages read each other's clips: KEPT of them lie in a folder -> its name.
+    """Context in which stages read each other's clips: KEPT of them lie in a folder -> its name.
 
     None without a folder, where several processes would share it or the disk has little room. The
     folder lives as long as the context: clips of a run that was killed may be of other code.

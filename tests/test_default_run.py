@@ -1,5 +1,5 @@
-"""What is proved about the default run: it does each of its commands once, and ends in a table and a
-page.
+"""What is proved about the default run: it does each of its commands once, and ends in a table
+and a page.
 
 Stages run side by side: what needs another waits for it, one that fails ends all, no process is
 left, and the weights are those of one stage after the other.
@@ -363,7 +363,8 @@ def test_the_whole_run_side_by_side_stopped_twice_equals_one_after_the_other(tmp
         _, said = process.communicate()
         assert process.returncode == 130, said
         last = said.splitlines()[-1]
-        assert last.startswith("train.py: stopped during ") and last.endswith(f"--out {tmp_path}/side")
+        assert last.startswith("train.py: stopped during ")
+        assert last.endswith(f"--out {tmp_path}/side")
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     assert (tmp_path / "side" / "clip" / "last.pt").exists()
