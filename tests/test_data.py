@@ -21,9 +21,9 @@ import pytest
 import torch
 
 import data
-from data import VideoFiles, batches, held_out, spread, split_files
+from data import VideoFiles, batches, held_out, spread
 from video import annotations, loading, segments
-from video.annotations import DataError
+from video.annotations import DataError, split_files
 from video.checking import check
 from video.clips import GREY
 from video.decoding import Video, is_shown, probe, read_clip

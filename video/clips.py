@@ -18,7 +18,7 @@ GREY = [124, 116, 104]  # the mean colour of ImageNet
 class Clips:
     """Base of the data sets of files: `prepare` keeps the recipe, `clip` applies it to one file.
 
-    data.VideoFiles and video.shards.VideoShards decide which files there are.
+    video.files.VideoFiles and video.shards.VideoShards decide which files there are.
     """
 
     def prepare(self, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True,
