@@ -773,12 +773,12 @@ FORMATS = (
            '[{"id": "7", "label": "dropping a pen", "template": "Dropping [something]"}]',
            ("videos/7.webm",), lambda source: source.container == "JSON" and "id" in source.columns
            and not set(source.columns) & set(PATH_COLUMNS),
-           "something-something-v2-labels.json beside it numbers the templates"),
+           "the file something-something-v2-labels.json beside it numbers the templates"),
     Format("Diving48", ("vid_name", "label", "start_frame", "end_frame"), _read_diving48,
            "Diving48_V2_train.json",
            '[{"vid_name": "2x00lRzlTVQ_00000", "label": 34, "start_frame": 0, "end_frame": 24}]',
            ("rgb/2x00lRzlTVQ_00000.mp4",), None,
-           "Diving48_vocab.json beside it names the classes"),
+           "the file Diving48_vocab.json beside it names the classes"),
     Format("EPIC-Kitchens-100", ("narration_id", "video_id", "verb_class", "noun_class"),
            _read_epic, "EPIC_100_train.csv",
            "narration_id,video_id,start_timestamp,stop_timestamp,start_frame,stop_frame,narration,"
@@ -799,7 +799,7 @@ FORMATS = (
            "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1",
            ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi",),
            _lines(r"(.+)/v_\w+_g\d\d_c\d\d\.\w+(?: \d+)?$"),
-           "classInd.txt beside it fixes the order of classes"),
+           "the file classInd.txt beside it fixes the order of classes"),
     Format("VideoMAE V2's list of whole videos", (), _read_whole, "k710.csv",
            "a.mp4 0 -1 3\nb.mp4 0 -1 1", ("a.mp4", "b.mp4"), _lines_match(_WHOLE, True),
            "`path 0 -1`, with or without a class"),
@@ -817,7 +817,7 @@ FORMATS = (
            ("long.mp4",),
            lambda source: bool(source.records) and any(
                set(record) & set(PATH_COLUMNS) for _, record in source.records),
-           "any column names of the table below"),
+           "any of the column names above"),
     Format("list of `path label` lines", (), _read_list, "train.txt", "a.mp4 0\nb.mp4 1",
            ("a.mp4", "b.mp4"),
            lambda source: not source.records and source.content is None,
