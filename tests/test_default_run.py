@@ -331,20 +331,27 @@ import train
 from engine import machine
 from tools import table
 machine.processors = lambda: int(sys.argv[1])
-train.DEFAULT_RUN = {{command + {flags!r}: 1 for command in train.DEFAULT_RUN}}
+train.DEFAULT_RUN = {{line + {flags!r} + {size!r} * (not line.startswith("fuse")): 1
+                     for line in train.DEFAULT_RUN}}
 own = table.write_table
 table.write_table = lambda out, seed: own(out, seed, 20)
 raise SystemExit(train.main(sys.argv[2:]))
 """
 
 
+def steps_in(log):
+    """The last step in a log.jsonl; 0 where there is none."""
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 @pytest.mark.slow
 def test_the_whole_run_side_by_side_stopped_twice_equals_one_after_the_other(tmp_path):
     """Ctrl-C of a terminal reaches every process, SIGTERM the first alone. No process is left."""
-    flags = (" --steps 40 --save-every 5 --log-every 1 --batch-size 4 --eval-clips 8 --workers 1 "
-             "--no-figures --device cpu")
     script = tmp_path / "small.py"
-    script.write_text(SCRIPT.format(flags=flags))
+    script.write_text(SCRIPT.format(size=SIZE, flags=(
+        " --steps 24 --save-every 5 --log-every 1 --eval-every 24 --batch-size 4 --eval-clips 8 "
+        "--workers 1 --no-figures --device cpu")))
 
     def start(count, folder):
         return subprocess.Popen(
@@ -352,25 +359,24 @@ def test_the_whole_run_side_by_side_stopped_twice_equals_one_after_the_other(tmp
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
 
-    assert start(1, "turns").wait() == 0
-    for name, send in (("mae", os.killpg), ("clip", os.kill)):
-        process, log = start(2, "side"), tmp_path / "side" / name / "log.jsonl"
-        number = signal.SIGINT if send == os.killpg else signal.SIGTERM
-        before = len(log.read_text()) if log.exists() else 0
-        while process.poll() is None and (not log.exists() or len(log.read_text()) < before + 900):
-            time.sleep(0.05)
+    for name, send, number in (("mae", os.killpg, signal.SIGINT),
+                               ("clip", os.kill, signal.SIGTERM)):
+        log = tmp_path / "side" / name / "log.jsonl"
+        before, process = steps_in(log), start(2, "side")
+        while process.poll() is None and steps_in(log) < before + 2:
+            time.sleep(0.02)
         send(process.pid, number)
         _, said = process.communicate()
-        assert process.returncode == 130, said
         last = said.splitlines()[-1]
-        assert last.startswith("train.py: stopped during ")
-        assert last.endswith(f"--out {tmp_path}/side")
+        assert process.returncode == 130 and last.startswith("train.py: stopped during "), said
+        assert last.endswith(f"go on with: python train.py --out {tmp_path}/side")
+        assert 2 <= steps_in(log) < 24
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
-    assert (tmp_path / "side" / "clip" / "last.pt").exists()
-    process = start(2, "side")
-    out, said = process.communicate()
-    assert process.returncode == 0, said
+    for count, folder in ((2, "side"), (1, "turns")):
+        process = start(count, folder)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
     different, count = differences(tmp_path / "turns", tmp_path / "side")
     assert count > 600 and not different
     assert not (tmp_path / "side" / "clips").exists()
