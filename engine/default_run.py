@@ -39,13 +39,11 @@ def default_run(commands, train, argv):
     began = time.monotonic()
     again = "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default") \
         + f" --seed {args.seed}" * (args.seed > 0)
-    stages = []
+    jobs = []
     for command, seconds in commands.items():
         name, *flags = shlex.split(command.format(out=shlex.quote(args.out)))
         flags += ["--seed", str(args.seed), "--resume"]
-        stages.append((parse(STAGES[name], flags), seconds))
-    jobs = []
-    for stage, seconds in stages:
+        stage = parse(STAGES[name], flags)
         if is_done(stage):
             print(f"{Path(stage.out).name}: done already, see {stage.out}/metrics.json")
         else:
@@ -78,25 +76,25 @@ def stages_at_once(jobs):
 
 @contextlib.contextmanager
 def clips_kept(folder):
-    """Context in which stages read each other's clips: KEPT of them lie in a folder -> its name.
+    """Context in which the stages read each other's clips, which lie in a folder -> its name.
 
-    None without a folder, where several processes would share it or the disk has little room. The
-    folder lives as long as the context: clips of a run that was killed may be of other code.
+    None without it: where several processes would share it, or the disk has little room. It lives
+    as long as the context, for clips of a run that was killed may be of other code.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    room = 0
-    with contextlib.suppress(OSError):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        room = shutil.disk_usage(folder.parent).free
-    if processes.several() or room < ROOM:
-        yield None
-        return
-    try:
-        moving_shapes.keep(folder)
-        yield str(folder)
-    finally:
-        moving_shapes.keep(None)
+    clips = None
+    with contextlib.suppress(OSError, ValueError):  # a stage says what is wrong with --out
         shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not processes.several() and shutil.disk_usage(folder.parent).free >= ROOM:
+            folder.mkdir()
+            moving_shapes.keep(folder)
+            clips = str(folder)
+    try:
+        yield clips
+    finally:
+        if clips:
+            moving_shapes.keep(None)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_done(stage):

@@ -55,8 +55,9 @@ class Job:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "run.log").touch()
-        except OSError as error:
-            raise UserError(f"--out {self.out}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a character that no name may have
+            raise UserError(f"--out {self.out}: "
+                            f"{getattr(error, 'strerror', None) or error}") from None
         self.said = set(self.lines())
         self.hears, tells = PROCESSES.Pipe(duplex=False)
         self.process = PROCESSES.Process(target=work, args=(

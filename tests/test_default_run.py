@@ -261,6 +261,15 @@ def test_an_error_in_a_stage_is_one_line_with_its_exit_code(tmp_path, monkeypatc
     assert "Traceback" not in said and not (tmp_path / "run" / "masked").exists()
 
 
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(machine, "processors", lambda: 2)
+    for out in (tmp_path / "file" / "run", "a\0b"):
+        assert train.main(["--out", str(out)]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and said[0].startswith("train.py: --out "), said
+
+
 def test_one_stage_at_a_time_on_a_gpu_and_under_torchrun(tmp_path, monkeypatch):
     jobs = jobs_of(tmp_path, a="", b="", c="")
     monkeypatch.setattr(machine, "processors", lambda: 2)
