@@ -187,7 +187,8 @@ class Stage:
 
     def pixels(self):
         """Pixels of a micro-batch, B * T * H * W, as far as the flags say."""
-        return self.batch_size * getattr(self, "num_frames", 1) * getattr(self, "input_size", 1)**2
+        height, width = height_width(getattr(self, "input_size", 1))
+        return self.batch_size * getattr(self, "num_frames", 1) * height * width
 
     def evaluate(self, model, batches, held_out_set):
         """Measure the model on one held-out set -> {name: value}.

@@ -120,8 +120,8 @@ def test_the_page_says_every_number_of_the_run_and_the_words_of_its_clips(run):
 
 
 def test_without_figures_there_is_no_page_and_a_second_run_keeps_the_first_ones(run, tmp_path):
-    flags = ("--steps 0 --eval-clips 2 --workers 0 --num-frames 2 --input-size 16 --mask-ratio 0.5 "
-             "--precision fp32 --device cpu").split()
+    flags = ("--steps 1 --batch-size 2 --eval-clips 2 --workers 0 --num-frames 2 --input-size 16 "
+             "--mask-ratio 0.5 --precision fp32 --device cpu").split()
     out = tmp_path / "mae"
     assert train.main(["mae", *flags, "--out", str(out), "--no-figures"]) == 0
     assert (out / "metrics.json").exists() and not (out / "report.html").exists()
