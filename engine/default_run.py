@@ -39,11 +39,12 @@ def default_run(commands, train, argv):
     began = time.monotonic()
     again = "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default") \
         + f" --seed {args.seed}" * (args.seed > 0)
-    jobs = []
+    jobs, names = [], []
     for command, seconds in commands.items():
         name, *flags = shlex.split(command.format(out=shlex.quote(args.out)))
         flags += ["--seed", str(args.seed), "--resume"]
         stage = parse(STAGES[name], flags)
+        names.append(Path(stage.out).name)
         if is_done(stage):
             print(f"{Path(stage.out).name}: done already, see {stage.out}/metrics.json")
         else:
@@ -62,7 +63,7 @@ def default_run(commands, train, argv):
     if processes.rank() == 0:
         from tools import table
         table.write_table(args.out, args.seed)
-        report.write(args.out, [Path(stage.out).name for stage, _ in stages])
+        report.write(args.out, names)
     print(f"the default run took {time.monotonic() - began:.0f} s; pictures, table and weights are "
           f"in {args.out}; open {args.out}/report.html in a browser")
 

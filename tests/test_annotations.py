@@ -242,7 +242,7 @@ def test_the_captions_of_one_video_stay_in_one_part(tmp_path, clip):
      "entry 1: the answer"),
     ("x.json", json.dumps([dict(video="p.mp4", caption="a"), dict(video="p.mp4")]),
      "entry 2: has no caption"),
-    ("x.json", json.dumps([dict(video=3, caption="a")]), "entry 1: needs"),
+    ("x.json", json.dumps([dict(video=3.5, caption="a")]), "entry 1: needs"),
     ("x.csv", "video_id\nvideo0\n", "MSRVTT_data.json"), ("x.csv", "path,label\n", "no line below"),
     ("x.csv", "label,youtube_id,time_start,time_end,split\nrun,abc,now,then,train\n",
      "line 2: a part"),
@@ -315,7 +315,7 @@ def test_a_labels_file_that_numbers_nothing_is_one_line(tmp_path, labels):
         read(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("labels", [["1699999999", "0"], ["-1", "0"], ["1.0", "2.0"], ["9" * 5000]],
+@pytest.mark.parametrize("labels", [["1699999999", "0"], ["-1", "0"], ["1.5", "2.5"], ["9" * 5000]],
                          ids=lambda labels: labels[0][:10])
 def test_numbers_that_can_be_none_of_a_class_are_refused(labels):
     with pytest.raises(DataError, match="is no class number"):

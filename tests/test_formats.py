@@ -150,10 +150,85 @@ def test_videos_of_msr_vtt_may_lie_in_two_folders(tmp_path, clip):
 
 def test_folders_that_number_their_own_files_are_not_mixed(tmp_path, clip):
     """1.mp4 of `train` is not 1.mp4 of `val`: the one folder that has most of a list is taken."""
-    lay(tmp_path, {"x.csv": "video_id,label\n1,a\n2,b\n3,a\n"},
-        ["train/1.mp4", "train/2.mp4", "val/1.mp4", "val/3.mp4"], clip)
+    lay(tmp_path, {"x.csv": "video_id,label\n1,a\n2,b\n3,a\n4,b\n"},
+        ["train/1.mp4", "train/2.mp4", "train/4.mp4", "val/1.mp4", "val/3.mp4"], clip)
     files = data.VideoFiles(tmp_path / "x.csv", 2, 16)
     assert files.missing == [str(tmp_path / "train/3.mp4")]
+    (tmp_path / "val/2.mp4").write_bytes(clip)
+    with pytest.raises(DataError, match="train and .*val have files of the same names"):
+        read(tmp_path / "x.csv")
+    for name in ("train", "val"):  # the name of the list decides
+        (tmp_path / f"{name}.csv").write_text("video_id,label\n1,a\n")
+        row, = read(tmp_path / f"{name}.csv").rows
+        assert row.path == str(tmp_path / name / "1.mp4")
+
+
+def test_ids_may_lie_in_many_class_folders(tmp_path, clip):
+    lay(tmp_path, {"x.csv": "video_id\n" + "".join(f"{i}\n" for i in range(80))},
+        [f"c{i % 40}/{i}.mp4" for i in range(80)], clip)
+    files = data.VideoFiles(tmp_path / "x.csv", 2, 16)
+    assert len(files) == 80 and not files.missing
+
+
+@pytest.mark.parametrize("name, text, reason", [
+    ("x.txt", "a.mp4,0,4,1\nb.mp4,4,8,2\n", "may be classes, a count of frames"),
+    ("x.txt", "a.mp4 20 1\nb.mp4 20 0\n", "may be classes, a count of frames"),
+    ("x.txt", "a 1\nb 2\n", "may be frames or classes"),
+    ("x.txt", "a 12 1 3\nb 12 2\n", "may be frames or classes"),
+    ("x.csv", "path,split\na.mp4,one\nb.mp4,two\n", "line 2: the split 'one' is not known"),
+    ("x.csv", 'path,segment\na.mp4,now\n', "segment is a list"),
+    ("x.jsonl", '{"path": "a.mp4", "label": {"verb": "run"}}\n{"path": "b.mp4", "label": "run"}\n',
+     "line 2: its label answers no question by name"),
+    ("x.json", '[{"path": "a.mp4", "label": "x", "class": "y"}, {"path": "b.mp4", "class": "y"}]',
+     "entry 2: has no label")])
+def test_what_may_mean_two_things_is_refused(tmp_path, clip, name, text, reason):
+    lay(tmp_path, {name: text}, ["a.mp4", "b.mp4"], clip)
+    with pytest.raises(DataError, match=reason):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("x.csv", 'path,segment,label\na.mp4,"[2, 4]",u\n', [("u", Part(2, 4))]),
+    ("x.json", '[{"path": "a.mp4", "segment": {"start": 2, "end": 4}, "label": "u"}]',
+     [("u", Part(2, 4))]),
+    ("x.json", '[{"path": "a.mp4", "segments": [[0, 2], [4, 6]], "labels": ["u", "v"]}]',
+     [("u", Part(0, 2)), ("v", Part(4, 6))]),
+    ("x.csv", "video_id,label\n7.0,u\n", [("u", None)]),
+    ("x.csv", "path,labels\na.mp4,\"Throwing, tossing\"\n,\n", [("Throwing, tossing", None)]),
+    ("x.json", '{"a.mp4": "u", "b.mp4": "v"}', [("u", None), ("v", None)]),
+    ("x.json", '[{"id": "a", "label": "u"}]', [("u", None)])])
+def test_what_means_one_thing_is_read(tmp_path, clip, name, text, expected):
+    lay(tmp_path, {name: text}, ["a.mp4", "b.mp4", "7.mp4"], clip)
+    found = read(tmp_path / name)
+    assert [(row.label, row.part) for row in found.rows] == expected
+    assert all(row.path.endswith(("a.mp4", "b.mp4", "7.mp4")) for row in found.rows)
+
+
+def test_numbers_beside_names_of_our_own_order_are_no_places(tmp_path, clip):
+    """Sorted names have numbers that nobody has seen; those of classInd.txt everybody knows."""
+    lay(tmp_path, {"t.txt": "a.mp4 run\nb.mp4 jump\n", "v.txt": "a.mp4 0\nb.mp4 1\n"},
+        ["a.mp4", "b.mp4"], clip)
+    with pytest.raises(DataError, match="label '0' is not among the 2 known classes"):
+        data.open_sets(str(tmp_path / "t.txt"), str(tmp_path / "v.txt"), frames=2, size=16, seed=0)
+
+
+@pytest.mark.parametrize("videos, reason", [
+    (["training/run/a.mp4", "testing/run/b.mp4"], "looks like a split"),
+    (["TrainValVideo/a.mp4", "TestVideo/b.mp4"], "looks like a split"),
+    (["run/a.mp4", "jump/j0/"], "holds videos, as run/a.mp4, and folders of numbered pictures")])
+def test_folders_that_are_no_classes_are_refused(tmp_path, clip, videos, reason):
+    lay(tmp_path, {}, videos, clip)
+    with pytest.raises(DataError, match=reason):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("videos, texts, note", [
+    (["run/a.mp4", "jump/b.mp4", "intro.mp4"], {}, "no labels, since intro.mp4"),
+    (["videos/run/a.mp4", "videos/jump/b.mp4"], {}, "one class, videos; give that folder"),
+    (["run/a.mp4", "run/b.mp4"], {"run/a.txt": "a dog"}, "1 of 2 files have no .txt")])
+def test_what_is_odd_about_a_folder_is_said(tmp_path, clip, videos, texts, note):
+    lay(tmp_path, texts, videos, clip)
+    assert note in data.VideoFiles(tmp_path, 2, 16).summary()
 
 
 def test_msvd_takes_the_split_lists_of_the_field(tmp_path, clip):
@@ -279,9 +354,14 @@ def test_epic_kitchens_asks_three_questions(tmp_path, clip):
     assert files.classes["verb"][3] == "verb3" and files.classes["action"] == ("verb3 noun3",)
     assert files[0]["labels"] == {"verb": 3, "noun": 3, "action": 0}
     assert files.rows[0].part == Part(0.14, 3.37) and files.captions == ["open door"]
+    more = one.example.replace("door,3", "cup,4")
+    lay(tmp_path, {"EPIC_100_validation.csv": more}, [], clip)
+    for name in (one.file, "EPIC_100_validation.csv"):
+        both = data.VideoFiles(tmp_path / name, 2, 16).classes["action"]
+        assert both == ("verb3 noun3", "verb3 noun4")
     lay(tmp_path / "frames", {one.file: one.example}, ["P01/rgb_frames/P01_01/"], clip)
     row, = read(tmp_path / "frames" / one.file).rows
-    assert row.part == Part(8, 202, True) and row.path.endswith("rgb_frames/P01_01")
+    assert row.part == Part(7, 201, True) and row.path.endswith("rgb_frames/P01_01")
 
 
 @pytest.mark.parametrize("name, text, extra, classes, expected", [
@@ -314,7 +394,7 @@ def test_hvu_makes_a_question_of_each_category(tmp_path, clip):
 
 def test_numbers_behind_a_path_that_may_be_a_part_are_refused(tmp_path, clip):
     lay(tmp_path, {"x.txt": "a.mp4 0 4 1\nb.mp4 4 8 2\n"}, ["a.mp4", "b.mp4"], clip)
-    with pytest.raises(DataError, match="may be classes, or a part and a class; write a header"):
+    with pytest.raises(DataError, match="may be classes, a count of frames and a class, or a part"):
         read(tmp_path / "x.txt")
 
 

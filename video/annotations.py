@@ -139,14 +139,31 @@ def _locate(found, folders, source):
         hint = f"; {other} has files of these names: if these are meant, say --video-folder " \
                f"{other}" if other else ""
         found = found._replace(hint=hint)
+    places = _preferred(places, roots, source) + places
     used, covered = places[:1], set(roots[places[0]])
-    for root in places[1:]:
-        if roots[root] and not roots[root] & covered:
+    for root in places[1:]:  # also those without a file of the sample
+        if root not in used and not roots[root] & covered:
             used.append(root)
             covered |= roots[root]
     return found._replace(rows=[
         _found_in(find, used if isinstance(old.path, tuple) else used[:1], row)
         for old, row in zip(found.rows, rows)])
+
+
+def _preferred(places, roots, source):
+    """Of several folders with as many files of the list: [the nearest one, or the one whose name is
+    in the list's], or a DataError where two are alike. [] where one folder has most."""
+    best = roots[places[0]]
+    alike = [root for root in places if len(roots[root]) == len(best) and roots[root] & best]
+    if len(alike) < 2:
+        return []
+    depth = min(len(root.parts) for root in alike)
+    alike = [root for root in alike if len(root.parts) == depth]
+    called = [root for root in alike if root.name.lower() in source.name.lower()]
+    if len(alike) > 1 and len(called) != 1:
+        raise DataError(f"{source}: {alike[0]} and {alike[1]} have files of the same names; say "
+                        f"which are meant: --video-folder {alike[0]}")
+    return called if len(alike) > 1 else alike
 
 
 def _found_in(find, roots, row):
@@ -211,8 +228,8 @@ class _Finder:
     def _path(self, target):
         folder, name = os.path.split(target)
         names, stems = self._list(folder)
-        if name in names:
-            return target if not names[name] or is_frames_folder(target) else None
+        if name in names and (not names[name] or is_frames_folder(target)):
+            return target
         if is_media(name) or name not in stems:
             return None
         likely = [stem for suffix in LIKELY_SUFFIXES for stem in stems[name]
@@ -239,13 +256,17 @@ def _read_folder(folder, folders, pictures_are_videos):
         return _read_metadata(folder, folders, metadata[0], lists)
     files, what = _media_below(folder, pictures_are_videos)
     labelled = all(len(name.parts) > 1 for name in files)
-    split = next((name.parts[0] for name in files
-                  if name.parts[0].lower() in ("train", "val", "validation", "test")), None)
+    tops = {name.parts[0] for name in files}
+    split = next((name for name in sorted(tops) if name.lower() in (
+        "train", "training", "val", "valid", "validation", "test", "testing")), None)
+    if all(re.match(r"train|val|test", name, re.I) for name in tops):
+        split = split or min(tops)
     if labelled and split:
         raise DataError(f"{folder}: its sub-folder '{split}' looks like a split, not a class; "
                         f"give {folder / split} instead")
     captions = [None] * len(files)
     beside = [folder / name.with_suffix(".txt") for name in files]
+    notes = _about_folders(files, labelled, sum(map(os.path.isfile, beside)))
     if all(map(os.path.isfile, beside)):
         captions = [decode(path).strip() for path in beside]
         labelled, what = False, f"{what} with a .txt beside each"
@@ -257,9 +278,25 @@ def _read_folder(folder, folders, pictures_are_videos):
     # The names of folders are names, also where they are numbers; numbers are sorted as such.
     classes = {row.label for row in rows} - {None}
     order = int if all(map(str.isdecimal, classes)) else str
-    notes = ("its clips are in groups, as those of UCF101; whole groups are held out, which is no "
-             "official split",) if all(_GROUP.fullmatch(name.name) for name in files) else ()
+    if all(_GROUP.fullmatch(name.name) for name in files):
+        notes += ("its clips are in groups, as those of UCF101; whole groups are held out, which "
+                  "is no official split",)
     return Found(f"folder of {what}", rows, sorted(classes, key=order) or None, tuple(lists), notes)
+
+
+def _about_folders(files, labelled, texts):
+    """What is odd about the files of a folder, as sentences for the user."""
+    notes, tops = (), {name.parts[0] for name in files}
+    outside = [name for name in files if len(name.parts) == 1]
+    if outside and len(outside) < len(files):
+        notes += (f"no labels, since {outside[0]} lies in no class folder",)
+    if labelled and len(tops) == 1 and len({name.parts[:2] for name in files if len(name.parts) > 2
+                                            }) > 1:
+        notes += (f"one class, {min(tops)}; give that folder for the classes below it",)
+    if 0 < texts < len(files):
+        notes += (f"no captions, since {len(files) - texts:,} of {len(files):,} files have no .txt "
+                  "beside them",)
+    return notes
 
 
 def _read_metadata(folder, folders, name, lists):
@@ -296,6 +333,13 @@ def _media_below(folder, pictures_are_videos):
                         f"{' '.join(sorted(VIDEO_SUFFIXES))}, then for "
                         f"{' '.join(sorted(IMAGE_SUFFIXES))})")
     if videos:
+        others = {name.parent for name in files} - {name.parent for name in videos}
+        frames = [place for place in sorted(others) if pictures_are_videos
+                  and is_frames_folder(folder / place)]
+        if frames:
+            raise DataError(f"{folder}: holds videos, as {videos[0]}, and folders of numbered "
+                            f"pictures, as {frames[0]}; give one kind, or say --frame-rate 0, "
+                            "which leaves pictures out")
         return videos, "videos"
     places = sorted({name.parent for name in files})
     frames = [place for place in places if pictures_are_videos and is_frames_folder(folder / place)]
@@ -340,11 +384,12 @@ def by_question(rows):
     return {} if rows[0].label is None else {"label": [row.label for row in rows]}
 
 
-def number_labels(source, labels, classes):
+def number_labels(source, labels, classes, in_order=True):
     """(class names, {label as written: number}, a note for the user or "").
 
     labels   of all rows, as written: a text, a tuple of several, None where there is none
     classes  names in the order of their numbers, or None: the labels themselves, sorted
+    in_order  True: a number may be the place of a name in `classes`
     raises   DataError: a label that is not among the classes, or a number that can be no class
 
     Labels that are numbers are names too: 1 and 2 are two classes, not three. Where `classes` have
@@ -366,8 +411,9 @@ def number_labels(source, labels, classes):
             note = (f"the labels are {len(known)} numbers from {known[0]} to {known[-1]}; each is "
                     "a class of that name, and the numbers between are none")
         classes = list(map(str, known)) if classes is None else list(classes)
-        if all(map(str.isdecimal, classes)):
-            places = {int(name): place for place, name in enumerate(classes)}
+        if all(map(str.isdecimal, classes)) or not in_order:
+            classes_are = classes if all(map(str.isdecimal, classes)) else ()
+            places = {int(name): place for place, name in enumerate(classes_are)}
             number = {label: places.get(value, len(classes)) for label, value in number.items()}
     else:
         classes = list(classes or written)

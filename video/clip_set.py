@@ -20,6 +20,7 @@ class ClipSet:
 
     source = ""  # the name for messages
     classes = {}  # {question: names in label order}; {} = no labels
+    in_order = True  # True: the order of classes is official, False: it is our own
     several = frozenset()  # the questions to which a clip may have several answers
     weights = None  # how often each item is drawn in training, (items,), sum 1; None = all alike
     captions = None  # of files: parallel to the items; None = none

@@ -32,6 +32,8 @@ class VideoFiles(Clips, ClipSet):
               with train=True, else its validation set
     classes   {question: names in label order}, to read a validation list with the labels of the
               training set; names alone are those of the question "label"
+    in_order  True: numbers in the list are places in `classes`, which an official list or weights
+              give; False: the order is our own, so numbers are names like all others
     video_folder  where the files lie, if not in the source's folder or below it
     frame_rate    frames a second of videos that are folders of pictures; 0 = no folder of pictures
               is a video: each picture is a clip
@@ -49,7 +51,7 @@ class VideoFiles(Clips, ClipSet):
     """
 
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
-                 classes=None, video_folder="", frame_rate=25.0, **recipe):
+                 classes=None, in_order=True, video_folder="", frame_rate=25.0, **recipe):
         if part not in ("all", "train", "val"):
             raise DataError(f"no part {part!r}: choose all, train or val")
         self.prepare(frames, size, stride, sampling, train, frame_rate=frame_rate or 25.0, **recipe)
@@ -58,6 +60,9 @@ class VideoFiles(Clips, ClipSet):
         self.kind, rows, self.notes = found.kind, found.rows, list(found.notes)
         if found.unused:
             self.notes.append(f"not used: {', '.join(found.unused)}")
+        # Names of folders are in an order of ours, those of a file beside the list are not.
+        self.in_order = in_order if classes else bool(found.classes) and not found.kind.startswith(
+            "folder of")
         self._number_labels(rows, classes or found.classes or {})
         if len({row.split for row in rows}) > 1:
             own = {"all": "train" if train else "val"}.get(part, part)
@@ -85,7 +90,7 @@ class VideoFiles(Clips, ClipSet):
         self.classes, self.numbers, several = {}, {}, set()
         for question, labels in annotations.by_question(rows).items():
             names, self.numbers[question], note = annotations.number_labels(
-                self.source, labels, classes.get(question))
+                self.source, labels, classes.get(question), self.in_order or not classes)
             self.classes[question] = tuple(names)
             self.notes += [note] if note else []
             several |= {question} if any(isinstance(label, tuple) for label in labels) else set()

@@ -11,13 +11,15 @@ reader, and an example. To add one, write a row and its reader; docs/formats.md 
 the example from the row. Most readers are calls of `read_records` with the names of their columns.
 """
 
+import ast
+import contextlib
 import functools
 import re
 import textwrap
 from typing import Callable, NamedTuple
 
 from video import segments
-from video.rows import DataError, Found, Row, is_media
+from video.rows import DataError, Found, Part, Row, is_media
 from video.texts import PATH_COLUMNS, decode, parse_json, part, read_table, split_lines, whole
 
 COLUMNS = {  # what a column of a table, or a key of JSON, may be called
@@ -31,12 +33,13 @@ COLUMNS = {  # what a column of a table, or a key of JSON, may be called
     "start": ("start", "start_time", "start_timestamp", "time_start", "start_sec", "begin"),
     "end": ("end", "end_time", "end_timestamp", "time_end", "end_sec", "stop", "stop_time",
             "stop_timestamp"),
-    "first_frame": ("start_frame", "frame_start", "begin_frame"),
-    "last_frame": ("end_frame", "stop_frame", "frame_end"),
+    "start_frame": ("start_frame", "frame_start", "begin_frame"),
+    "end_frame": ("end_frame", "stop_frame", "frame_end"),
     "parts": ("timestamps", "times", "segments", "segment", "timestamp"),
 }
 SEVERAL = ("labels", "classes", "tags")  # columns whose text may hold several labels
-MARKS = re.compile(r"[|;,]")  # between these
+MARKS = re.compile(r"[|;]|(?<=\d),(?=\d)")  # between these; a comma between numbers alone
+TOGETHER = "its validation and test splits are held out together"
 NUMBERED = re.compile(r"(?:a|option|candidate)_?\d+")  # a column with one candidate
 
 
@@ -83,6 +86,8 @@ def read_records(source, kind=None, names=None, **columns):
     """
     chosen = {field: [name for name in choices if name in source.columns]
               for field, choices in (COLUMNS | columns).items()}
+    # One column says the same of all records; only paths may be called differently.
+    chosen |= {field: found[:1] for field, found in chosen.items() if field != "path"}
     used, rows, places = set(), [], []
     for place, record in source.records:
         found = _rows_of(f"{source.path}, {place}", record, chosen, used, names)
@@ -96,8 +101,22 @@ def read_records(source, kind=None, names=None, **columns):
         captions = rows[0].caption
         kind = kind or ("captions in JSON, as VINDLU and UMT have them" if captions else "JSON")
     all_have_the_same(source.path, rows, places)
+    if any(isinstance(row.label, tuple) for row in rows):
+        rows = _one_or_several(source, chosen["label"], rows)
+    words = {str(record.get(name)).lower()[:3] for name in chosen["split"]
+             for _, record in source.records}
     return Found(kind or source.container, rows,
-                 unused=tuple(name for name in source.columns if name not in used))
+                 unused=tuple(name for name in source.columns if name not in used),
+                 notes=(TOGETHER,) if {"val", "tes"} <= words else ())
+
+
+def _one_or_several(source, columns, rows):
+    """Rows with a tuple of labels each; with one label each where a text column holds no more."""
+    if source.container == "table with a header" and columns[0] in SEVERAL and all(
+            isinstance(row.label, tuple) and len(row.label) == 1 for row in rows):
+        return [row._replace(label=row.label[0]) for row in rows]
+    return [row if isinstance(row.label, (tuple, dict)) else row._replace(label=(row.label,))
+            for row in rows]
 
 
 def all_have_the_same(source, rows, places):
@@ -107,6 +126,10 @@ def all_have_the_same(source, rows, places):
         if any(has) and not all(has):
             raise DataError(f"{source}, {places[has.index(False)]}: has no {what}, "
                             "other lines have")
+    several = [isinstance(row.label, dict) for row in rows]
+    if any(several) and not all(several):
+        raise DataError(f"{source}, {places[several.index(False)]}: its label answers no question "
+                        "by name, those of other lines do")
 
 
 def _rows_of(place, record, columns, used, names):
@@ -114,7 +137,7 @@ def _rows_of(place, record, columns, used, names):
     name_of = {field: next((name for name in choices if record.get(name) is not None), None)
                for field, choices in columns.items()}
     field = {key: record[name] if name else None for key, name in name_of.items()}
-    used |= set(name_of.values())
+    used |= {name for field, name in name_of.items() if field != "parts"}
     numbered = [name for name in record if NUMBERED.fullmatch(name)]
     if field["candidates"] is None and numbered and field["answer"] is not None:
         field["candidates"] = [record[name] for name in numbered]
@@ -122,8 +145,9 @@ def _rows_of(place, record, columns, used, names):
     path, caption, question, split = (field[key] for key in ("path", "caption", "question",
                                                              "split"))
     answer, candidates = field["answer"], field["candidates"]
-    if (name_of["path"] or "").endswith("id") and whole(path) is not None:
-        path = str(path)
+    if not isinstance(path, str) or (name_of["path"] or "").endswith("id") and "." in path:
+        path = path if whole(path) is None else str(whole(path))  # 7, and 7.0 of a column with gaps
+    caption = _listed(caption, name_of["caption"])
     if isinstance(caption, list) and isinstance(answer, int) and candidates is None:
         caption, candidates = None, caption  # UMT's multiple choice
     captions = _as_list(caption)
@@ -140,31 +164,58 @@ def _rows_of(place, record, columns, used, names):
     elif answer is not None:
         answer = _most_frequent(place, answer)
     path = names(record, path.strip(), place) if names else as_name(path)
-    row = Row(path, label, None, split_of(split and split.strip()), question or None, answer,
+    row = Row(path, label, None, split_of(split and split.strip(), place), question or None, answer,
               candidates)
-    return _with_parts(place, row, [text.strip() for text in captions], field)
+    rows, has_parts = _with_parts(place, row, [text.strip() for text in captions], field,
+                                  name_of["parts"])
+    used |= {name_of["parts"]} if has_parts else set()
+    return rows
 
 
-def _with_parts(place, row, captions, field):
-    """The row, once for each caption and its part."""
-    first, last = field["first_frame"], field["last_frame"]
+def _listed(value, column):
+    """A list that a table holds as text, "['a', 'b']", as a list; anything else as it is."""
+    plural = column in ("captions", "sentences", *COLUMNS["parts"])
+    if plural and isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(value)
+    return value
+
+
+def _with_parts(place, row, captions, field, column):
+    """(the row, once for each caption or label and its part; True where the column "parts" says
+    it)."""
+    first, last = field["start_frame"], field["end_frame"]
     if first not in (None, "") or last not in (None, ""):
         row = row._replace(frames_part=part(place, first, last, in_frames=True))
         row = row._replace(part=row.frames_part)
-    start, end, parts = field["start"], field["end"], field["parts"]
+    start, end, parts = field["start"], field["end"], _listed(field["parts"], column)
     if start not in (None, "") or end not in (None, ""):
-        row = row._replace(part=part(place, start, end))
-    elif isinstance(parts, list) and parts:
-        parts = parts if isinstance(parts[0], list) else [parts]
-        if any(not isinstance(pair, list) or len(pair) != 2 for pair in parts) or (
-                len(parts) > 1 and captions and len(parts) != len(captions)):
-            raise DataError(f"{place}: parts are pairs [start, end], one for each caption, "
-                            f"got {str(field['parts'])[:60]}")
-        rows = [row._replace(part=part(place, *pair)) for pair in parts]
+        row, parts = row._replace(part=part(place, start, end)), None
+    if isinstance(parts, dict):
+        parts = [parts.get("start"), parts.get("end")]
+    if isinstance(parts, list) and parts:
+        rows = _each_part(place, row, captions, parts)
         captions = captions or [None] * len(rows)
         rows = rows if len(rows) > 1 else rows * len(captions)
-        return [one._replace(caption=text) for one, text in zip(rows, captions)]
-    return [row._replace(caption=text) for text in captions or [None]]
+        return [one._replace(caption=text) for one, text in zip(rows, captions)], True
+    if parts not in (None, "", []) and column in ("timestamps", "segments", "segment"):
+        raise DataError(f"{place}: {column} is a list [start, end], got {str(parts)[:60]!r}")
+    return [row._replace(caption=text) for text in captions or [None]], False
+
+
+def _each_part(place, row, captions, parts):
+    """A row for each part; several labels of a row without captions go with the parts in turn."""
+    parts = parts if isinstance(parts[0], list) else [parts]
+    labels = row.label if isinstance(row.label, tuple) and not captions else ()
+    others = len(captions) or len(labels)
+    if any(not isinstance(pair, list) or len(pair) != 2 for pair in parts) or (
+            len(parts) > 1 and others and len(parts) != others):
+        raise DataError(f"{place}: parts are pairs [start, end], one for each caption or label, "
+                        f"got {str(parts)[:60]}")
+    rows = [row._replace(part=part(place, *pair)) for pair in parts]
+    if labels and len(rows) > 1:
+        rows = [one._replace(label=label) for one, label in zip(rows, labels)]
+    return rows
 
 
 def as_name(path):
@@ -172,9 +223,16 @@ def as_name(path):
     return path.strip() if is_media(path) else (path.strip(),)
 
 
-def split_of(text):
-    """"train" for train, Training ...; None for none; else, as for validate and test, "val"."""
-    return ("train" if text.lower().startswith("train") else "val") if text else None
+def split_of(text, place):
+    """"train" for train, Training ...; "val" for val, validation, dev, test ...; None for none.
+    DataError for other words."""
+    if not text:
+        return None
+    if re.match(r"train|trn", text, re.I):
+        return "train"
+    if not re.match(r"val|dev|test|eval|holdout", text, re.I):
+        raise DataError(f"{place}: the split {text[:30]!r} is not known; write train, val or test")
+    return "val"
 
 
 def _as_list(value):
@@ -203,7 +261,7 @@ def _chosen(place, answer, candidates):
     if not isinstance(candidates, list) or not candidates:
         raise DataError(f"{place}: the candidates of a multiple choice are a list of texts, "
                         f"got {str(candidates)[:60]}")
-    right = whole(answer)
+    right = candidates.index(answer) if answer in candidates else whole(answer)
     if right is None or right >= len(candidates):
         raise DataError(f"{place}: the answer of a multiple choice is the place of the right one, "
                         f"0 to {len(candidates) - 1}, got {str(answer)[:60]!r}")
@@ -226,7 +284,17 @@ def _most_frequent(place, answer):
 
 
 def _read_msrvtt(source):
-    return Found("MSR-VTT", _msrvtt_rows(source.path, source.content))
+    content = source.content
+    rows = _msrvtt_rows(source.path, content)
+    words = {str(video.get("split"))[:3] for video in content["videos"]}
+    return Found("MSR-VTT", rows, unused=_others(content["videos"], "video_id", "split")
+                 + _others(content["sentences"], "video_id", "caption"),
+                 notes=(TOGETHER,) if {"val", "tes"} <= words else ())
+
+
+def _others(records, *used):
+    """The keys of the first record that nothing is made of."""
+    return tuple(key for key in records[0] if key not in used) if records else ()
 
 
 def _read_msrvtt_ids(source):
@@ -265,7 +333,7 @@ def _msrvtt_rows(path, content, wanted=None):
     unknown = sorted((wanted or set()) - named) or sorted(named - splits.keys())
     if unknown:
         raise DataError(f"{path}: {unknown[0]!r} is not both among its videos and in its sentences")
-    return [Row((name,), caption=caption.strip(), split=split_of(splits[name]))
+    return [Row((name,), caption=caption.strip(), split=split_of(splits[name], path))
             for name, caption in pairs if wanted is None or name in wanted]
 
 
@@ -274,17 +342,19 @@ def _read_msvd(source):
     splits = {line: split for split in ("train", "val", "test")
               for file in source.beside(f"{split}_list.txt")
               for line in map(str.strip, split_lines(decode(file))) if line}
-    rows = []
+    rows, left = [], 0
     for number, line in source.lines:
         name, _, caption = line.partition(" ")
         if line.startswith("#") or splits and name not in splits:
+            left += line[0] != "#"
             continue
         if not caption.strip():
             raise DataError(f"{source.path}, line {number}: expected a video's id and a sentence, "
                             f"got {line[:60]!r}")
-        rows.append(Row((name,), caption=caption.strip(), split=split_of(splits.get(name))))
-    notes = () if splits else ("the split lists train_list.txt, val_list.txt and test_list.txt "
-                               "are not beside it",)
+        rows.append(Row((name,), caption=caption.strip(), split=split_of(splits.get(name), name)))
+    notes = (f"{left:,} sentences are of videos in none of the split lists beside it",) if left \
+        else () if splits else ("the split lists train_list.txt, val_list.txt and test_list.txt "
+                                "are not beside it",)
     return Found("MSVD", rows, notes=notes)
 
 
@@ -366,7 +436,8 @@ def _read_coco(source):
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{source.path}: COCO captions need id and file_name in images, image_id "
                         "and caption in annotations") from None
-    return Found("COCO captions", rows)
+    return Found("COCO captions", rows, unused=_others(content["images"], "id", "file_name")
+                 + _others(content["annotations"], "image_id", "caption"))
 
 
 def _read_webvid(source):
@@ -413,7 +484,7 @@ def _read_kinetics(source):
     """Files are id_start_end.mp4 as they are usually cut, or the whole video as id.mp4."""
     def names(record, name, place):
         cut = part(place, *(str(record.get(key)) for key in ("time_start", "time_end")))
-        label, split = record.get("label") or None, record.get("split") or None
+        label, split = (str(record[key]) if record.get(key) else None for key in ("label", "split"))
         folders = [label, label and label.replace(" ", "_"), split,
                    label and split and f"{split}/{label}"]
         *stems, whole_video = _cut(name, cut)
@@ -428,15 +499,17 @@ def _read_hvu(source):
     category = {record["tag"]: record["category"] for file in source.beside("*Categories*.csv")
                 for _, record in read_table(file)}
     found = _read_kinetics(source)
+    lost = {tag for row in found.rows for tag in row.label if category and tag not in category}
+    notes = (f"{len(lost)} tags have no category, as {min(lost)}; not used",) if lost else ()
     rows = [row if not category else row._replace(label={
         question: tuple(tag for tag in row.label if category.get(tag) == question)
         for question in sorted(set(category.values()))}) for row in found.rows]
-    return found._replace(kind="HVU", rows=rows)
+    return found._replace(kind="HVU", rows=rows, notes=notes)
 
 
 def _is_numbered_frames(source):
     return not source.records and source.content is None and all(
-        re.fullmatch(r"\d+(;.*)?", line) for _, line in source.lines)
+        re.fullmatch(r"\d+(;[^;]*[^\d;][^;]*)?", line) for _, line in source.lines)
 
 
 def _read_numbered_frames(source):
@@ -456,29 +529,47 @@ def _read_diving48(source):
 
 def _read_epic(source):
     """Three questions: the verb, the noun, and both together."""
-    names = {what: [record["key"] for file in source.beside(f"EPIC_100_{what}_classes.csv")
-                    for _, record in read_table(file)] for what in ("verb", "noun")}
+    def files(record, name, place):
+        person = name.split("_")[0]
+        return f"{person}/videos/{name}", f"{person}/rgb_frames/{name}", f"{person}/{name}", name
+
+    labels, classes = _epic_labels(source)
+    found = read_records(source, "EPIC-Kitchens-100", files, path=("video_id",), label=(),
+                         caption=("narration",))
+    # Pictures of frames have numbers from 1 on.
+    parts = [row.frames_part and Part(max(row.frames_part.start - 1, 0), row.frames_part.end - 1,
+                                      True) for row in found.rows]
+    return found._replace(
+        rows=[row._replace(label=label, frames_part=one)
+              for row, label, one in zip(found.rows, labels, parts)], classes=classes,
+        unused=tuple(name for name in found.unused if name not in ("verb_class", "noun_class")))
+
+
+def _epic_labels(source):
+    """({question: label} of each record, {question: names}).
+
+    Verbs and nouns are named by EPIC_100_verb_classes.csv and its like, else by their numbers. The
+    pairs in both lists are the classes of "action", for some are in the validation list alone.
+    """
+    names = {what: {whole(record["id"]): record["key"] for file in source.beside(
+        f"EPIC_100_{what}_classes.csv") for _, record in read_table(file)}
+        for what in ("verb", "noun")}
 
     def label(record):
         pair = {}
         for what, known in names.items():
             number = whole(record[f"{what}_class"])
-            if number is None or known and number >= len(known):
+            if number is None or known and number not in known:
                 raise DataError(f"{source.path}: {record[f'{what}_class']!r} is no {what}_class")
-            pair[what] = known[number] if known else str(number)
+            pair[what] = known.get(number, str(number))
         return pair | {"action": " ".join(pair.values())}
 
-    def files(record, name, place):
-        person = name.split("_")[0]
-        return f"{person}/videos/{name}", f"{person}/rgb_frames/{name}", f"{person}/{name}", name
     labels = [label(record) for _, record in source.records]
-    found = read_records(source, "EPIC-Kitchens-100", files, path=("video_id",), label=(),
-                         caption=("narration",))
-    used = ("verb_class", "noun_class")
-    return found._replace(
-        rows=[row._replace(label=one) for row, one in zip(found.rows, labels)],
-        classes={what: known for what, known in names.items() if known} or None,
-        unused=tuple(name for name in found.unused if name not in used))
+    others = [label(record) for name in ("train", "validation")
+              for file in source.beside(f"EPIC_100_{name}.csv") for _, record in read_table(file)]
+    classes = {what: [known[number] for number in sorted(known)]
+               for what, known in names.items() if known}
+    return labels, classes | {"action": sorted({one["action"] for one in labels + others})}
 
 
 def _read_charades(source):
@@ -520,7 +611,8 @@ def _read_something(source):
         raise DataError(f"{path}: put something-something-v2-labels.json, which numbers the "
                         "templates, beside it")
     all_have_the_same(path, rows, [place for place, _ in source.records])
-    return Found("Something-Something V2", rows, classes)
+    return Found("Something-Something V2", rows, classes, unused=tuple(
+        name for name in source.columns if name not in ("id", "template", "label")))
 
 
 def _numbered_templates(file):
@@ -564,9 +656,23 @@ def read_hmdb51(source):
     return Found(f"HMDB51, split {number}", rows, classes)
 
 
+_UCF101 = re.compile(r"(.*/)?([^/]+)/(v_\w+_g\d\d_c\d\d\.\w+)(?: (\d+))?")
+
+
+def _is_ucf101(source):
+    """True where every line names a class folder, and numbers, if any, say the same."""
+    found = [_UCF101.fullmatch(line) for _, line in source.lines]
+    if source.records or source.content is not None or not all(found):
+        return False
+    pairs = {(match[2], match[4]) for match in found}
+    names, numbers = ({pair[i] for pair in pairs} for i in (0, 1))
+    return numbers == {None} or len(pairs) == len(names) == len(numbers)
+
+
 def _read_ucf101(source):
     name = source.path.name
-    stems = [line.split(" ")[0] for _, line in source.lines]
+    matches = [_UCF101.fullmatch(line) for _, line in source.lines]
+    stems = [f"{match[1] or ''}{match[2]}/{match[3]}" for match in matches]
     split = {"train": "train", "testl": "val"}.get(name[:5])
     number = re.search(r"list0?(\d)", name)
     rows = [Row((stem, stem.split("/")[-1]), stem.split("/")[-2], split=split) for stem in stems]
@@ -615,11 +721,11 @@ def _read_several(source):
     matches = [_NUMBERS.fullmatch(line) or re.fullmatch(r"(.+\.\w{2,5})[ ,;\t]+(\d+)", line)
                for _, line in source.lines]
     labels = [tuple(re.findall(r"\d+", match[2])) for match in matches]
-    commas = all("," in match[2].strip(" ,;\t") for match in matches if len(match[2].split()) > 1)
-    if len({len(one) for one in labels}) == 1 and not commas:
+    joined = all(re.fullmatch(r"[ \t]+\d+(,\d+)*|\d+", match[2]) for match in matches)
+    if len({len(one) for one in labels}) == 1 and not joined:
         raise DataError(f"{source.path}: {len(labels[0])} numbers behind each path may be classes, "
-                        "or a part and a class; write a header, 'path,labels' or "
-                        "'path,start,end,label'")
+                        "a count of frames and a class, or a part and a class; write a header, as "
+                        "'path,labels' or 'path,start_frame,end_frame,label'")
     return Found("list of paths with several labels",
                  [Row(match[1].strip().strip('"'), label) for match, label in zip(matches, labels)])
 
@@ -633,9 +739,13 @@ def _is_several(source):
 def _read_frame_folders(source):
     """`folder frames label`, as TSN and mmaction2 have it; VideoMAE V2: `folder 0 frames`."""
     rows, matches = [], [_FOLDER.fullmatch(line) for _, line in source.lines]
-    from_zero = all(match[2] == "0" and match[3] not in (None, "0") for match in matches)
+    starts = all(match[2] in ("0", "1") and match[3] not in (None, "0") for match in matches)
+    odd = next((match for match in matches if re.search(r"[ ,;\t]\d+$", match[1])), None)
+    if odd or any(match[3] is None for match in matches):
+        raise DataError(f"{source.path}: the numbers behind {(odd or matches[0])[1]} may be frames "
+                        "or classes; write 'folder frames label', or a header, as 'path,label'")
     for (number, _), match in zip(source.lines, matches):
-        count, label = (match[3], None) if from_zero else (match[2], match[3])
+        count, label = (match[3], None) if starts else (match[2], match[3])
         cut = part(f"{source.path}, line {number}", 0, count, in_frames=True)
         rows.append(Row(match[1].strip().strip('"'), label, part=cut))
     return Found("list of `folder frames label` lines", rows)
@@ -695,7 +805,8 @@ FORMATS = (
            "captions; the videos may lie in two folders, TrainValVideo and TestVideo"),
     Format("MSR-VTT ids", ("video_id",), _read_msrvtt_ids, "MSRVTT_train.9k.csv",
            "video_id\nvideo0", ("videos/video0.mp4",),
-           lambda source: source.columns == ("video_id",),
+           lambda source: source.columns == ("video_id",) and all(
+               re.fullmatch(r"video\d+", str(record["video_id"])) for _, record in source.records),
            "the list of the 9k split; MSRVTT_data.json lies beside it"),
     Format("MSR-VTT 1k-A", ("vid_key", "video_id", "sentence"), _table("MSR-VTT 1k-A"),
            "MSRVTT_JSFUSION_test.csv",
@@ -711,7 +822,7 @@ FORMATS = (
            "mv89psg6zh4_33_46 a bird splashes",
            ("YouTubeClips/mv89psg6zh4_33_46.avi",),
            lambda source: _named("AllVideoDescriptions.txt")(source)
-           or _lines(r"[\w-]{11}_\d+_\d+ [^\d\s]")(source),
+           or _lines(r"[\w-]{11}_\d{1,5}_\d{1,5} [^\d\s]")(source),
            "lines of an id and a sentence; train_list.txt, val_list.txt and test_list.txt beside "
            "it are its splits"),
     Format("DiDeMo", ("video", "description", "times"), _read_didemo, "test_data.json",
@@ -771,12 +882,12 @@ FORMATS = (
     Format("Something-Something V2", ("id", "template"), _read_something,
            "something-something-v2-train.json",
            '[{"id": "7", "label": "dropping a pen", "template": "Dropping [something]"}]',
-           ("videos/7.webm",), lambda source: source.container == "JSON" and "id" in source.columns
-           and not set(source.columns) & set(PATH_COLUMNS),
+           ("videos/7.webm",), lambda source: source.container == "JSON"
+           and ({"id", "template"} <= set(source.columns) or source.columns == ("id",)),
            "the file something-something-v2-labels.json beside it numbers the templates"),
     Format("Diving48", ("vid_name", "label", "start_frame", "end_frame"), _read_diving48,
            "Diving48_V2_train.json",
-           '[{"vid_name": "2x00lRzlTVQ_00000", "label": 34, "start_frame": 0, "end_frame": 24}]',
+           '[{"vid_name": "2x00lRzlTVQ_00000", "label": 34, "start_frame": 0, "end_frame": 20}]',
            ("rgb/2x00lRzlTVQ_00000.mp4",), None,
            "the file Diving48_vocab.json beside it names the classes"),
     Format("EPIC-Kitchens-100", ("narration_id", "video_id", "verb_class", "noun_class"),
@@ -798,7 +909,7 @@ FORMATS = (
     Format("UCF101", (), _read_ucf101, "trainlist01.txt",
            "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1",
            ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi",),
-           _lines(r"(.+)/v_\w+_g\d\d_c\d\d\.\w+(?: \d+)?$"),
+           _is_ucf101,
            "the file classInd.txt beside it fixes the order of classes"),
     Format("VideoMAE V2's list of whole videos", (), _read_whole, "k710.csv",
            "a.mp4 0 -1 3\nb.mp4 0 -1 1", ("a.mp4", "b.mp4"), _lines_match(_WHOLE, True),

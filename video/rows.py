@@ -57,13 +57,13 @@ class Part(NamedTuple):
 
 
 def check_part(part, info):
-    """DataError where less than half of a part is in its video: its list may count otherwise.
+    """DataError where more than a tenth of a part lacks: its list may count otherwise.
 
     info  `VideoInfo` of the part, without what lies behind the end of the video
     """
     if part and part.end < math.inf:
         wanted, there = part.end - part.start, info.frames if part.in_frames else info.duration
-        if 2 * there < wanted and wanted - there > 1:
+        if wanted - there > 1 + 0.1 * wanted:
             raise DataError(f"{info.path}: of {part} only {there:.4g} are there; times in seconds "
                             "are called start and end, numbers of frames start_frame and end_frame")
 

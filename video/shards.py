@@ -42,7 +42,7 @@ class VideoShards(Clips, ClipSet):
     missing = ()
 
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
-                 classes=None, video_folder="", frame_rate=25.0, **recipe):
+                 classes=None, in_order=True, video_folder="", frame_rate=25.0, **recipe):
         if video_folder:
             raise DataError(f"--video-folder: {source} holds its videos itself; leave it out")
         try:

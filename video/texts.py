@@ -21,7 +21,8 @@ from video.rows import DataError, Part, is_media
 _TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".list")
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "video_path", "clip_path", "image_path",
                 "video", "image", "video_name", "vid_name", "clip_name", "gif_name", "video_id",
-                "vid_id", "vid", "youtubeid", "youtube_id", "videoid")
+                "vid_id", "vid", "youtubeid", "youtube_id", "videoid", "filepath", "file_path",
+                "clip", "id")
 
 
 class Source(NamedTuple):
@@ -94,8 +95,7 @@ def read_source(path):
         return _json(path, text, lines)
     for delimiter in "\t;,":
         names = [name.strip().strip('"').lower() for name in lines[0][1].split(delimiter)]
-        if not any(map(is_media, names)) and (set(names) & set(PATH_COLUMNS) or "id" in names[:1]
-                                              and len(names) > 1):
+        if not any(map(is_media, names)) and set(names) & set(PATH_COLUMNS):
             return _table(path, text, lines, delimiter)
     return Source(path, lines)
 
@@ -112,7 +112,9 @@ def _json(path, text, lines):
         if "Extra data" in str(error):
             return _json_lines(path, lines)
         raise
-    if isinstance(content, dict) and {key.lower() for key in content} & set(PATH_COLUMNS):
+    if isinstance(content, dict) and content and all(map(is_media, content)):
+        content = [{"path": name, "label": label} for name, label in content.items()]
+    elif isinstance(content, dict) and {key.lower() for key in content} & set(PATH_COLUMNS):
         content = [content]
     if isinstance(content, list) and content and all(isinstance(one, dict) for one in content):
         records = [(f"entry {number}", one) for number, one in enumerate(content, 1)]
@@ -161,7 +163,7 @@ def _table(path, text, lines, delimiter, quoting=csv.QUOTE_MINIMAL):
                             "ends with a quote, and a quote within it is doubled") from None
         if row is None:
             break
-        if not row or len(row) == 1 and not row[0].strip():
+        if not any(map(str.strip, row)):
             continue
         if names is None:
             names = [name.strip().lower() for name in row]
@@ -187,11 +189,13 @@ def _table(path, text, lines, delimiter, quoting=csv.QUOTE_MINIMAL):
 def whole(value):
     """The whole number >= 0 that a value of JSON or a text means, or None.
 
-    7, "7", and 7.0 (where a column had gaps) are 7. true, 7.5 and what fits no int64 are none.
+    7, "7", and 7.0 or "7.0" (where a column had gaps) are 7. true, 7.5 and what fits no int64 are
+    none.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str):
+        value = re.sub(r"\.0+$", "", value)
         return int(value) if value.isdecimal() and len(value) <= 18 else None
     is_int = isinstance(value, int) and not isinstance(value, bool)
     return value if is_int and 0 <= value < 10**18 else None
