@@ -141,6 +141,7 @@ def read_segments(path):
 def _read_database(source):
     """(videos, unused, notes) of {"database": {id: {"subset", "annotations", ...}}}."""
     videos, keys = {}, dict.fromkeys(source.content)
+    _refuse_changes(source.path, source.content)
     for name, row in source.database.items():
         place, segments = f"{source.path}, {name}", []
         for entry in row.get("annotations") or ():
@@ -150,8 +151,12 @@ def _read_database(source):
             _refuse_changes(place, entry)
         keys |= dict.fromkeys(row)
         _refuse_changes(place, row)
-        for text in (name, row["subset"], *(label for *_, label in segments)):
-            text.encode()  # AttributeError: no text; ValueError: it holds half a character
+        texts = (name, row.get("subset"), *(label for *_, label in segments))
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{place}: not an annotation as ActivityNet has them: subset and labels "
+                            "are text")
+        for text in texts:
+            text.encode()  # ValueError: it holds half a character
         fps = row.get("fps") if row.get("fps") is not None else row.get("frame_rate")
         videos[name] = Timed(row["subset"], segments, _positive(place, row.get("duration")),
                              _positive(place, fps))
@@ -225,9 +230,10 @@ def _positive(place, value):
 
 
 def _refuse_changes(place, entry):
-    for key, why in CHANGES.items():
-        if entry.get(key):
-            raise DataError(f"{place}: has {key!r} {str(entry[key])[:40]}: {why}")
+    for key, value in entry.items():
+        why = CHANGES.get(key.lower()) if value not in (None, "", False, []) else None
+        if why:
+            raise DataError(f"{place}: has {key!r} {str(value)[:40]}: {why}")
 
 
 # ------------------------------------------------------------------------------------------------
