@@ -530,6 +530,19 @@ def tubelet_statistics(tubelets):
     return mean, length / (tubelets.shape[-1] - 1) ** 0.5 + 1e-6
 
 
+def trivial_guess(video, hidden, normalise=True, *, patch=None, tubelet=2):
+    """What can be said without a model, as `reconstruction_target` returns it; arguments as there.
+
+    Normalised: the mean of each tubelet, which is 0. Plain: the clip's mean visible colour.
+    """
+    if normalise:
+        return torch.zeros_like(reconstruction_target(video, hidden, patch=patch, tubelet=tubelet))
+    target = reconstruction_target(video, hidden, False, patch=patch, tubelet=tubelet)
+    seen = reconstruction_target(video, ~hidden, False, patch=patch, tubelet=tubelet)
+    colour = seen.unflatten(-1, (-1, 3)).mean(dim=(1, 2))                    # (B, 3)
+    return colour[:, None].repeat(1, target.shape[1], target.shape[2] // 3)
+
+
 def reconstruction_loss(prediction, target):
     """Mean squared error of (B, Nm, P), in float32 or float64; predicting 0 costs about 1."""
     if prediction.dtype != torch.float64:

@@ -147,8 +147,10 @@ class MaskedModelling(MaskedStage, name="mae"):
             prediction = model(video, hidden)
         loss = mae.reconstruction_loss(prediction, target)
         metrics = {"loss": loss.detach()}
-        if self.normalise and not model.training:  # the cost of predicting the mean alone
-            metrics["trivial_loss"] = mae.reconstruction_loss(torch.zeros_like(target), target)
+        if not model.training:
+            trivial = mae.trivial_guess(video, hidden, self.normalise,
+                                        tubelet=model.encoder.tubelet)
+            metrics["trivial_loss"] = mae.reconstruction_loss(trivial, target)
         return loss, metrics
 
     def protocol(self, held_out):
@@ -156,7 +158,8 @@ class MaskedModelling(MaskedStage, name="mae"):
         return {"loss": "mean squared error of normalised pixels; predicting the mean of every "
                         "tubelet costs 0.99 to 1.0. It does not approach 0: fine texture and noise "
                         "cannot be predicted" if self.normalise else
-                        "mean squared error of pixels in [0, 1]"}
+                        "mean squared error of pixels in [0, 1]; the trivial loss is that of the "
+                        "clip's mean visible colour"}
 
     def pictures(self, model, batch, folder, results):
         """reconstruction_0.png to _3.png, and the same as GIFs."""

@@ -197,21 +197,26 @@ def cross_attention_maps(video, tokens, grid, maps, path):
     finish(figure, path)
 
 
-def reconstruction(clips, path, title=""):
+def reconstruction(clips, path, title="", borrowed=False):
     """A masked clip and its reconstruction: frames as a strip (.png), moving beside it (.gif).
 
-    clips  result of tasks.reconstruction: {"input", "visible", "reconstruction" and, where
-           the model predicts normalised pixels, "borrowed"}, each (B, 3, T, H, W) float in [0, 1],
-           torch. The first clip is drawn, a row for each name
-    returns  both paths
+    clips     result of tasks.reconstruction: {"input", "visible", "reconstruction", "trivial"},
+              each (B, 3, T, H, W) float in [0, 1], torch. The first clip is drawn, a row for each
+    borrowed  True where the last two have the mean (and contrast) of hidden tubelets from the input
+    returns   both paths
     """
     plt = pyplot()
     clips = {name: batch[0].cpu() for name, batch in clips.items()}
-    visible = (clips["visible"] == clips["input"]).float().mean()
-    loan = "mean and contrast\nborrowed from input" if "borrowed" in clips else "nothing borrowed"
-    labels = {"input": "input", "visible": f"what the encoder saw\n({visible:.0%})",
-              "reconstruction": f"reconstruction\n({loan})",
-              "borrowed": "what was borrowed:\nthe mean alone"}
+    seen = (clips["visible"] == clips["input"]).all(dim=0)                   # (T, H, W)
+    error = {name: ((clip - clips["input"]) ** 2)[:, ~seen].mean() ** 0.5
+             for name, clip in clips.items()}
+    loan = {"reconstruction": "mean and contrast\nborrowed from input",
+            "trivial": "borrowed means"} if borrowed else {
+            "reconstruction": "nothing borrowed", "trivial": "mean visible colour"}
+    labels = {"input": "input", "visible": f"what the encoder saw\n({seen.float().mean():.0%})"}
+    labels |= {name: f"{what}\n({loan[name]})\nerror {255 * error[name]:.1f} grey levels"
+               for name, what in (("reconstruction", "reconstruction"),
+                                  ("trivial", "without a model"))}
     T, H, W = clips["input"].shape[1:]
     shown = torch.linspace(0, T - 1, min(T, 8)).round().long().tolist()
     size = (1.3 * len(shown) * W / H + 1.7, 1.35 * len(clips) + 0.5)

@@ -1,6 +1,6 @@
 """The base of stages that hide a part of each clip, and pictures of what a model makes of it.
 
-    video (B, 3, T, H, W), hidden (B, N) -> {"input", "visible", "reconstruction", "borrowed"}
+    video (B, 3, T, H, W), hidden (B, N) -> {"input", "visible", "reconstruction", "trivial"}
 
 engine.pictures.reconstruction draws these clips.
 """
@@ -50,9 +50,9 @@ class MaskedStage(ClipStage):
 def reconstruction_pictures(model, video, hidden):
     """The four clips, each (B, 3, T, H, W) float in [0, 1]; arguments as mae.VideoMAE.forward.
 
-    A model of normalised pixels knows structure, not brightness: "reconstruction" borrows mean and
-    contrast of each hidden tubelet from the input. "borrowed" shows the borrowed means alone, to
-    tell what the model itself added. It is left out where nothing is borrowed.
+    "trivial" is what can be said without a model (mae.trivial_guess): the clip's mean visible
+    colour. A model of normalised pixels knows structure, not brightness: its "reconstruction"
+    borrows mean and contrast of each hidden tubelet from the input, and its "trivial" the mean.
     """
     patch, tubelet = model.encoder.patch, model.encoder.tubelet
     targets = mae.split_by_mask(hidden)[1].to(video.device)
@@ -61,10 +61,13 @@ def reconstruction_pictures(model, video, hidden):
                           patch, tubelet)
     true = mae.pixels_of(video, targets, patch, tubelet)                     # (B, Nm, 3, pixels)
     predicted = model(video, hidden).float().unflatten(-1, (-1, 3)).transpose(2, 3)
-    filled = {"input": true, "visible": torch.full_like(true, 0.5), "reconstruction": predicted}
+    trivial = mae.trivial_guess(video, hidden, model.config["normalised"], patch=patch,
+                                tubelet=tubelet).unflatten(-1, (-1, 3)).transpose(2, 3)
     if model.config["normalised"]:
         mean, contrast = mae.tubelet_statistics(true)
-        filled |= {"reconstruction": predicted * contrast + mean, "borrowed": mean.expand_as(true)}
+        predicted, trivial = (x * contrast + mean for x in (predicted, trivial))
+    filled = {"input": true, "visible": torch.full_like(true, 0.5), "reconstruction": predicted,
+              "trivial": trivial}
     return {name: put_tubelets(pixels, targets, tubelets, patch, tubelet).clamp(0, 1)
             for name, tubelets in filled.items()}
 
@@ -90,5 +93,5 @@ def draw(stage, model, batch, folder):
         title = batch["caption"][i] if "caption" in batch else Path(batch["path"][i]).name
         paths += pictures.reconstruction(reconstruction_pictures(model, video, hidden),
                                          folder / f"reconstruction_{i}.png",
-                                         f"held-out clip: {title}")
+                                         f"held-out clip: {title}", model.config["normalised"])
     return paths

@@ -272,7 +272,7 @@ def test_the_pictures_show_the_input_where_it_was_visible_and_the_prediction_els
     predicted = model(video, hidden).unflatten(-1, (-1, 3)).transpose(2, 3) * contrast + mean
     got = mae.take_tubelets(drawn["reconstruction"], targets, 8, 2)
     torch.testing.assert_close(got, predicted.clamp(0, 1))
-    got = mae.take_tubelets(drawn["borrowed"], targets, 8, 2)
+    got = mae.take_tubelets(drawn["trivial"], targets, 8, 2)
     torch.testing.assert_close(got, mean.expand_as(got).clamp(0, 1))
 
 
@@ -282,9 +282,14 @@ def test_the_pictures_of_frames_and_of_normalised_clips_are_the_same():
     video = transforms.normalise(frames, mae.IMAGENET_MEAN, mae.IMAGENET_STD)
     one, other = (reconstruction_pictures(model, x, hidden)
                   for x in (video, frames.permute(0, 4, 1, 2, 3)))
-    assert one.keys() == other.keys() == {"input", "visible", "reconstruction"}  # nothing borrowed
+    assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name])
+    seen = one["input"][(one["visible"] == one["input"]).all(dim=1, keepdim=True).expand_as(
+        one["input"])].view(3, -1)
+    guess = mae.take_tubelets(one["trivial"], mae.split_by_mask(hidden)[1], 8, 2)
+    expected = seen.mean(dim=1)[:, None].expand_as(guess)  # of what was visible, nothing borrowed
+    torch.testing.assert_close(guess, expected)
     torch.testing.assert_close(one["input"], frames.permute(0, 4, 1, 2, 3) / 255)
 
 
@@ -292,7 +297,7 @@ def test_the_pictures_of_frames_and_of_normalised_clips_are_the_same():
 def test_drawing_writes_a_strip_and_a_moving_picture(tmp_path, normalised):
     model, hidden = toy(normalised=normalised).eval(), tube_mask(1, (2, 4, 4), 0.5)
     drawn = reconstruction_pictures(model, clip(batch=1), hidden)
-    pictures.reconstruction(drawn, tmp_path / "a.png", "a clip")
+    pictures.reconstruction(drawn, tmp_path / "a.png", "a clip", normalised)
     from PIL import Image
     assert Image.open(tmp_path / "a.png").size[0] > 300
     moving = Image.open(tmp_path / "a.gif")

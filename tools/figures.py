@@ -113,7 +113,8 @@ def reconstruction(run, path):
     video = torch.as_tensor(item["video"])[None].permute(0, 4, 1, 2, 3)
     hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
     clips = reconstruction_pictures(model, video, hidden)
-    pictures.reconstruction(clips, path, f"held-out clip: {item['caption']}")
+    pictures.reconstruction(clips, path, f"held-out clip: {item['caption']}",
+                            model.config["normalised"])
 
 
 def main():

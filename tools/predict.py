@@ -136,7 +136,8 @@ def reconstruct(args):
     print(f"{int(hidden[0, :h * w].sum())} of {h * w} places of every frame are hidden; "
           f"loss on this clip {loss:.3f}")
     drawn = reconstruction.reconstruction_pictures(model, video, hidden)
-    still, moving = pictures.reconstruction(drawn, picture_path(args))
+    still, moving = pictures.reconstruction(drawn, picture_path(args),
+                                            borrowed=config["normalised"])
     print(f"drawn: {still} and {moving}")
 
 
