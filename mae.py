@@ -75,7 +75,7 @@ SIZES = {
     "giant":    Size(1408, 40, 16, 6144, 14,           512,  4,  8, 2234),
     "gigantic": Size(1664, 48, 16, 8192, 14,           512,  4,  8, 2520),
 }
-POSITIONS = ("sinusoid", "resized", "axes", "stored")
+POSITIONS = ("sinusoid", "resized", "axes", "cosines", "stored")
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,14 @@ def resize_positions(table, old, new):
     return table
 
 
+def cosine_table(places, width):
+    """Position codes (places, width) float32: the columns of the discrete cosine transform but the
+    constant one, over and over. Any two of the places are equally far apart."""
+    number = 1 + torch.arange(width) % max(1, places - 1)
+    place = torch.arange(places, dtype=torch.float64)[:, None] + 0.5
+    return (2**0.5 * torch.cos(math.pi * number * place / places)).float()
+
+
 def position_codes(positions, grid, patch, tubelet, width):
     """Position codes of a token grid (t, h, w): (1, N, width) float32.
 
@@ -218,12 +226,14 @@ def position_codes(positions, grid, patch, tubelet, width):
     "resized"   computed for 16 frames of 224 px and stretched to this grid
     "axes"      a third of the channels each for time, row and column: "next row" is the same shift
                 everywhere. Small models learn it sooner (LOG.md)
+    "cosines"   as "axes", but cosines that fit the grid in place of wavelengths up to 60,000: on a
+                grid of four, most columns of "axes" hardly change from place to place (LOG.md)
     "stored"    a table in the weights, at first "sinusoid". It never learns: nor does the official
     """
     t, h, w = grid
-    if positions == "axes":
-        third = width // 6 * 2
-        time, row, column = (sinusoid_table(length, channels) for length, channels in
+    if positions in ("axes", "cosines"):
+        third, table = width // 6 * 2, sinusoid_table if positions == "axes" else cosine_table
+        time, row, column = (table(length, channels) for length, channels in
                              ((t, third), (h, third), (w, width - 2 * third)))
         codes = (time[:, None, None], row[None, :, None], column[None, None])
         return torch.cat([code.expand(t, h, w, -1) for code in codes], 3).view(1, t * h * w, width)
@@ -386,8 +396,8 @@ class VideoMAE(Network):
     def codes_of(self, grid):
         """Position codes of the decoder for a grid, (1, N, Dd): never resized or stored."""
         size, positions = self.options.size, self.options.positions
-        return position_codes("axes" if positions == "axes" else "sinusoid", grid, size.patch,
-                              self.options.tubelet, size.decoder_width)
+        computed = positions if positions in ("axes", "cosines") else "sinusoid"
+        return position_codes(computed, grid, size.patch, self.options.tubelet, size.decoder_width)
 
     def forward(self, video, hidden, targets=None):
         """Predict the hidden tubelets -> (B, Nm, P), as `reconstruction_target` returns them.
@@ -555,7 +565,7 @@ def main():
     """`python mae.py`: one masked step on a generated clip, shape by shape."""
     from video import moving_shapes
 
-    model = VideoMAE("tiny", frames=8, image_size=40, positions="axes").eval()
+    model = VideoMAE("tiny", frames=8, image_size=40, positions="cosines").eval()
     clip = torch.as_tensor(moving_shapes.MovingShapes("test", 8, (40, 40), 0)[0]["video"])
     video, hidden = clip[None].permute(0, 4, 1, 2, 3), tube_mask(1, model.grid, 0.75)
     tokens = model.encoder(video, split_by_mask(hidden)[0])

@@ -91,8 +91,10 @@ class MaskedModelling(MaskedStage, name="mae"):
     mask_type: str = flag("tube", paper="tube")
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel",
                            paper="yes")
-    positions: str = flag("axes", "position codes: axes = of time, row and column; sinusoid = of "
-                          "the token's number", paper="sinusoid", choices=("axes", "sinusoid"))
+    positions: str = flag("cosines", "position codes: cosines = of time, row and column, cosines "
+                          "that fit the grid; axes = of the same, sinusoids; sinusoid = of the "
+                          "token's number", paper="sinusoid",
+                          choices=("cosines", "axes", "sinusoid"))
     decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says", low=0,
                               paper="4; 12 for large")
     decoder_width: int = flag(0, "width of the decoder; 0 = as the size says", low=0,
@@ -407,7 +409,7 @@ class PostPretraining(ClassifierStage, name="classify"):
         small = self.model == "small"
         if masked:
             return mae.VideoClassifier("tiny" if small else self.model, drop=self.drop,
-                                       positions="axes" if small else "sinusoid", **options)
+                                       positions="cosines" if small else "sinusoid", **options)
         if small:
             options |= dict(local_units=1, temporal_downsample=True,
                             global_layers=(SMALL.depth - 1,))

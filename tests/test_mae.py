@@ -241,6 +241,16 @@ def test_codes_by_axis_shift_alike_everywhere():
     assert torch.allclose(later, earlier, atol=1e-5)
 
 
+def test_cosine_codes_tell_all_places_apart_alike():
+    """On one axis any two places are equally far apart, and every column differs somewhere."""
+    for places in (2, 4, 5):
+        codes = mae.cosine_table(places, 4 * (places - 1)).double()
+        apart = torch.cdist(codes, codes)[~torch.eye(places, dtype=torch.bool)]
+        assert torch.allclose(apart, apart[:1]) and (codes.std(dim=0) > 0.5).all()
+    codes = mae.position_codes("cosines", (1, 4, 5), 8, 2, 48)[0]
+    assert codes.shape == (20, 48) and len(codes.unique(dim=0)) == 20
+
+
 def test_any_grid_will_do():
     """Positions are computed for the clip at hand, not for the one the model was made for."""
     model = toy()

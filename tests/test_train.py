@@ -387,8 +387,8 @@ def test_a_typed_flag_that_contradicts_the_weights_is_refused_also_where_it_is_t
     first = tmp_path / "run"
     assert run("--positions", "sinusoid", out=first, steps=1) == 0
     weights = ("--weights", str(first))
-    assert run(*weights, "--positions", "axes", out=tmp_path / "again", steps=1) == 2
-    assert f"--positions axes: {first} keeps its own, sinusoid" in capsys.readouterr().err
+    assert run(*weights, "--positions", "cosines", out=tmp_path / "again", steps=1) == 2
+    assert f"--positions cosines: {first} keeps its own, sinusoid" in capsys.readouterr().err
     assert run(*weights, out=tmp_path / "again", steps=1) == 0  # not typed: what holds is written
     settings = json.loads((tmp_path / "again" / "metrics.json").read_text())["settings"]
     config = json.loads((tmp_path / "again" / "config.json").read_text())
