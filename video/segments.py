@@ -153,8 +153,8 @@ def _read_database(source):
         _refuse_changes(place, row)
         texts = (name, row.get("subset"), *(label for *_, label in segments))
         if not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{place}: not an annotation as ActivityNet has them: subset and labels "
-                            "are text")
+            raise DataError(f"{place}: not an annotation as ActivityNet has them: subset and "
+                            "labels are text")
         for text in texts:
             text.encode()  # ValueError: it holds half a character
         fps = row.get("fps") if row.get("fps") is not None else row.get("frame_rate")
