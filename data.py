@@ -77,6 +77,10 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
     print(f"--data {train_set.summary()}")
     if held_out:
         print(f"--val-data {val.summary()}")
+        both = {row.path for row in getattr(train_set, "rows", ())} & {
+            row.path for row in getattr(val, "rows", ())}
+        if both:
+            print(f"{len(both):,} videos are in both --data and --val-data, as {min(both)}")
     if val.several != train_set.several:
         has = "several labels" if val.several else "one label"
         raise DataError(f"{val.source}: its clips have {has} each, those of --data have not")

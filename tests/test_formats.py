@@ -212,10 +212,23 @@ def test_numbers_beside_names_of_our_own_order_are_no_places(tmp_path, clip):
         data.open_sets(str(tmp_path / "t.txt"), str(tmp_path / "v.txt"), frames=2, size=16, seed=0)
 
 
-@pytest.mark.parametrize("videos, reason", [
+REFUSED = [
     (["training/run/a.mp4", "testing/run/b.mp4"], "looks like a split"),
     (["TrainValVideo/a.mp4", "TestVideo/b.mp4"], "looks like a split"),
-    (["run/a.mp4", "jump/j0/"], "holds videos, as run/a.mp4, and folders of numbered pictures")])
+    (["run/a.mp4", "jump/j0/"], "holds videos, as run/a.mp4, and folders of numbered pictures")]
+
+
+def test_what_stands_in_both_lists_is_said(tmp_path, clip, capsys):
+    lay(tmp_path, {"t.txt": "a.mp4 x\nb.mp4 y\n", "v.csv": "path,label,mood\nb.mp4,y,good\n",
+                   "s.csv": "path,split\na.mp4,test\nb.mp4,test\n"}, ["a.mp4", "b.mp4"], clip)
+    data.open_sets(str(tmp_path / "t.txt"), str(tmp_path / "v.csv"), frames=2, size=16, seed=0)
+    said = capsys.readouterr().out
+    assert "1 videos are in both" in said and "not used: mood" in said and "none of x" in said
+    data.open_sets(str(tmp_path / "s.csv"), frames=2, size=16, seed=0)
+    assert "all its rows are of the split val" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("videos, reason", REFUSED)
 def test_folders_that_are_no_classes_are_refused(tmp_path, clip, videos, reason):
     lay(tmp_path, {}, videos, clip)
     with pytest.raises(DataError, match=reason):

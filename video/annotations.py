@@ -411,10 +411,11 @@ def number_labels(source, labels, classes, in_order=True):
             note = (f"the labels are {len(known)} numbers from {known[0]} to {known[-1]}; each is "
                     "a class of that name, and the numbers between are none")
         classes = list(map(str, known)) if classes is None else list(classes)
-        if all(map(str.isdecimal, classes)) or not in_order:
-            classes_are = classes if all(map(str.isdecimal, classes)) else ()
-            places = {int(name): place for place, name in enumerate(classes_are)}
+        if all(map(str.isdecimal, classes)):
+            places = {int(name): place for place, name in enumerate(classes)}
             number = {label: places.get(value, len(classes)) for label, value in number.items()}
+        elif not in_order:
+            number = {}
     else:
         classes = list(classes or written)
         number = {name: place for place, name in enumerate(classes)}

@@ -71,6 +71,9 @@ class VideoFiles(Clips, ClipSet):
                 raise DataError(f"{source}: gives some files a split, and none the split {own}")
             self.kind += f", its {own} split"
         elif part != "all":
+            if rows[0].split:
+                self.notes.append(f"all its rows are of the split {rows[0].split}; a part of them "
+                                  "is held out")
             rows = split_files(rows)[part == "val"]
         self.rows = rows
         self.captions = [row.caption for row in rows] if rows[0].caption is not None else None
