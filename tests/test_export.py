@@ -132,7 +132,7 @@ def test_a_traced_network_gives_its_own_numbers_for_any_batch(name):
     check(torch.jit.trace(model, inputs), model, inputs, sizes=(3, 1, 5))
 
 
-@some("masked classifier", "text")
+@some("text")
 def test_a_whole_network_compiles_without_a_graph_break(name):
     """fullgraph: a break is an exception. The graph runs as it is; only tracing costs."""
     model, inputs = network(name)

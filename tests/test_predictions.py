@@ -133,7 +133,8 @@ def test_a_mistake_is_one_line(classifiers, encoders, arguments, complaint, tmp_
     assert complaint.lower() in error.lower()
 
 
-@pytest.mark.parametrize("how", [["tasks/recognition.py"], ["-m", "tasks.recognition"]])
+@pytest.mark.parametrize("how", [["tasks/recognition.py"], pytest.param(
+    ["-m", "tasks.recognition"], marks=pytest.mark.slow)], ids=["file", "module"])
 def test_the_command_starts_as_a_file_and_as_a_module(how):
     done = subprocess.run([sys.executable, *how, "x.mp4", "--weights", "nowhere"], cwd=ROOT,
                           capture_output=True, text=True)
