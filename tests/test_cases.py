@@ -180,3 +180,23 @@ def test_what_cannot_be_known_is_refused(name, reason):
 
 def test_a_quoted_caption_keeps_its_commas_and_quotes():
     assert read(CASES / "separators/quoted.csv").rows[0].caption == 'a man, who runs, "fast"'
+
+
+def test_a_classifier_meets_other_classes_by_name(tmp_path, capsys):
+    """clap, jump, wave: without jump the whole head is evaluated; xray it does not know."""
+    import train
+    tiny = ("--batch-size 4 --num-frames 2 --input-size 16 --workers 0 --precision fp32 "
+            "--device cpu --no-figures").split()
+    place = CASES / "classorder"
+    assert train.main(["classify", *tiny, "--steps", "2", "--data", str(place / "train"),
+                       "--out", str(tmp_path / "run")]) == 0
+
+    def evaluate(name):
+        capsys.readouterr()
+        return train.main(["classify", *tiny, "--steps", "0", "--data", str(place / name),
+                           "--weights", str(tmp_path / "run"), "--out", str(tmp_path / name)])
+
+    assert evaluate("test_lacks_jump") == 0
+    text = (tmp_path / "test_lacks_jump" / "predictions.csv").read_text()
+    assert "class3" in text.splitlines()[0] and "jump" in text
+    assert evaluate("test_other") == 2 and "does not know xray" in capsys.readouterr().err

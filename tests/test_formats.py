@@ -195,6 +195,9 @@ def test_what_may_mean_two_things_is_refused(tmp_path, clip, name, text, reason)
      [("u", Part(0, 2)), ("v", Part(4, 6))]),
     ("x.csv", "video_id,label\n7.0,u\n", [("u", None)]),
     ("x.csv", "path,labels\na.mp4,\"Throwing, tossing\"\n,\n", [("Throwing, tossing", None)]),
+    ("x.txt", "# a head\na.mp4 u\n", [("u", None)]),
+    ("x.json", '{"path": {"0": "a.mp4", "1": "b.mp4"}, "label": {"0": "u", "1": "v"}}',
+     [("u", None), ("v", None)]),
     ("x.json", '{"a.mp4": "u", "b.mp4": "v"}', [("u", None), ("v", None)]),
     ("x.json", '[{"id": "a", "label": "u"}]', [("u", None)])])
 def test_what_means_one_thing_is_read(tmp_path, clip, name, text, expected):

@@ -86,7 +86,8 @@ def read_source(path):
     """Read a list -> Source. Raises DataError: no text, empty, broken JSON, a broken row."""
     text = decode(path)
     lines = [(number, line)
-             for number, line in enumerate(map(str.strip, split_lines(text)), 1) if line]
+             for number, line in enumerate(map(str.strip, split_lines(text)), 1)
+             if line and line[:2] != "# "]
     if not lines:
         raise DataError(f"{path}: the list is empty; write 'path label' on each line")
     if path.suffix.lower() == ".jsonl":
@@ -114,6 +115,11 @@ def _json(path, text, lines):
         raise
     if isinstance(content, dict) and content and all(map(is_media, content)):
         content = [{"path": name, "label": label} for name, label in content.items()]
+    elif isinstance(content, dict) and content and all(
+            isinstance(column, dict) and column for column in content.values()) and {
+            key.lower() for key in content} & set(PATH_COLUMNS):  # column by column, as of pandas
+        rows = next(iter(content.values()))
+        content = [{key: column.get(row) for key, column in content.items()} for row in rows]
     elif isinstance(content, dict) and {key.lower() for key in content} & set(PATH_COLUMNS):
         content = [content]
     if isinstance(content, list) and content and all(isinstance(one, dict) for one in content):
