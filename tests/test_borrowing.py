@@ -56,6 +56,7 @@ def test_a_package_runs_beside_an_attention_py_of_its_users(tmp_path, capsys):
         for path in (tmp_path / "mypackage/video").rglob("*.py")} - {"__init__.py"}
 
 
+@pytest.mark.slow
 def test_files_that_are_copied_as_they_are_run_in_another_folder(tmp_path):
     for path in borrow.closure(["mae"]):
         (tmp_path / path).parent.mkdir(exist_ok=True)

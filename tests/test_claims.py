@@ -75,6 +75,7 @@ def test_what_is_compared_sees_as_many_clips_and_differs_in_one_flag_or_is_named
             assert len(differ) > 0 or len(stands_on) > 1
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_runs_say(tmp_path):
     for seed in range(3):
         for i, name in enumerate(claims.wanted()):

@@ -219,6 +219,7 @@ def test_layers_share_their_versions_with_flex_attention_inside(graphs):
     assert counts == [2, 2, 0] and not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_other_batches_and_lengths_make_one_more_version_each():
     """The last batch of an evaluation is smaller, a clip of another length may follow."""
     block = attention.Block(32, 2)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -17,6 +19,7 @@ def outcomes(**environment):
     return {word: done.stdout.count(f"\n{word} ") for word in ("PASSED", "FAILED", "ERROR")}
 
 
+@pytest.mark.slow
 def test_every_solution_turns_its_exercise_green_and_nothing_else_does():
     assert outcomes(EXERCISES="solutions") == {"PASSED": 10, "FAILED": 0, "ERROR": 0}
     assert outcomes(EXERCISES=".") == {"PASSED": 0, "FAILED": 10, "ERROR": 0}

@@ -70,6 +70,7 @@ def test_a_run_starts_as_late_fusion_keeps_what_is_frozen_and_loads_alone(pair, 
     assert logged[-1]["gate_bridges.0.0.attn"] != 0
 
 
+@pytest.mark.slow
 def test_official_files_of_both_encoders_fuse_on_real_videos(tmp_path):
     width = 384
     tensors = official_fill(

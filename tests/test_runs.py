@@ -82,7 +82,8 @@ def test_resuming_equals_never_stopping_bit_for_bit(start, tmp_path):
 
 
 @pytest.mark.parametrize("start",
-                         ["mae with everything on", "clip with everything on", "retrieve",
+                         ["mae with everything on", pytest.param(
+                             "clip with everything on", marks=pytest.mark.slow), "retrieve",
                           "classify", "fuse", "answer"], indirect=True)
 def test_no_evaluation_depends_on_the_batches_of_training_or_on_workers(start, tmp_path,
                                                                         monkeypatch):

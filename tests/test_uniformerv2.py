@@ -420,7 +420,7 @@ def test_options_are_read_off_the_names_and_shapes():
     assert config["frames"] == 16
 
 
-@pytest.mark.parametrize("motion", [False, True])
+@pytest.mark.parametrize("motion", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_missing_extra_or_misshapen_tensor_is_named_and_alone(motion):
     """For every single tensor of the file but the balance, whose absence means the frozen form."""
     whole = official(motion, "backbone.")
