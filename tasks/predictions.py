@@ -127,7 +127,7 @@ class Classifier:
         parts = [self.model.masked, *self.model.multimodal] if self.fused else \
             [getattr(self.model, "encoder", self.model) if load else self.model]
         self.frames = max(part.config["frames"] for part in parts)
-        self.size = tuple(map(max, zip(*(part.config["image_size"] for part in parts))))
+        self.size = fusion.largest(parts)
         count = (parts[0] if self.fused else self.model).config["classes"]
         names, self.several = class_names.read(source, count)
         self.classes = names or {"class": tuple(map(str, range(count)))}

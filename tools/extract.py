@@ -109,11 +109,11 @@ def extract(model, video, stride, pool, batch_size, device):
 def places(clips, out, suffix):
     """{`Row.clip`: path of its features}. Sub-folders are kept, and suffixes where two videos
     differ in nothing else. A part of a video has its start and end in the name."""
-    common = os.path.commonpath([Path(clip[0]).parent for clip in clips])
-    below = {clip[0]: Path(os.path.relpath(clip[0], common)) for clip in clips}
+    common = os.path.commonpath([Path(path).parent for path, _ in clips])
+    below = {path: Path(os.path.relpath(path, common)) for path, _ in clips}
     count = collections.Counter(name.with_suffix("") for name in below.values())
 
-    def stem(path, part=None):
+    def stem(path, part):
         name = below[path]
         name = name if count[name.with_suffix("")] > 1 else name.with_suffix("")
         return f"{name}_{part.start:g}_{part.end:g}" if part else name
@@ -161,8 +161,8 @@ def run(args):
           f"of {settings['window']} frames, model {settings['model']}")
     for clip in tqdm(waiting, unit="video", dynamic_ncols=True):
         try:
-            with decoding.open_video(clip[0], None, *clip[1:] or (None,),
-                                     rate=args.frame_rate or 25.0) as video:
+            path, part = clip
+            with decoding.open_video(path, None, part, args.frame_rate or 25.0) as video:
                 feats, timestamps = extract(model, video, args.stride, args.pool, args.batch_size,
                                             device)
                 info = video.info
@@ -180,11 +180,7 @@ def main(argv=None):
     """Returns the exit code: 0, 1 where videos could not be read, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder or list, as --data of train.py")
-    parser.add_argument("--video-folder", default="",
-                        help="where the files lie, if not in the list's folder or below it")
-    parser.add_argument("--frame-rate", type=float, default=25.0,
-                        help="frames a second of videos that are folders of pictures; 0 = each "
-                             "picture is a clip (default: 25)")
+    annotations.add_flags(parser)
     parser.add_argument("--model", required=True,
                         help="a run's folder, or an official file of weights")
     parser.add_argument("--out", default="runs/features", help="folder (default: runs/features)")

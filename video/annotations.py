@@ -56,6 +56,15 @@ _GROUP = re.compile(r"(v_.+_g\d+)_c\d+\.\w+")  # UCF101: clips of one group are 
 _LISTS = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 
 
+def add_flags(parser):
+    """--video-folder and --frame-rate, which every command that reads a source has."""
+    parser.add_argument("--video-folder", default="",
+                        help="where the files lie, if not in the list's folder or below it")
+    parser.add_argument("--frame-rate", type=float, default=25.0,
+                        help="frames a second of videos that are folders of pictures; 0 = each "
+                             "picture is a clip (default: 25)")
+
+
 def is_shards(source):
     """True for tar shards: a .tar, a pattern like clips-{000000..000123}.tar, a folder of them."""
     if os.path.isdir(source):
@@ -376,10 +385,15 @@ def labels_of(label):
     return label if isinstance(label, tuple) else () if label is None else (label,)
 
 
+def label_of(row, question):
+    """The label of a row that answers one question, None where it has none."""
+    return row.label.get(question) if isinstance(row.label, dict) else row.label
+
+
 def by_question(rows):
     """{question: [label of each row]}; the one question of a list without names is "label"."""
     if isinstance(rows[0].label, dict):
-        return {question: [row.label.get(question) for row in rows]
+        return {question: [label_of(row, question) for row in rows]
                 for question in dict.fromkeys(key for row in rows for key in row.label)}
     return {} if rows[0].label is None else {"label": [row.label for row in rows]}
 

@@ -78,8 +78,7 @@ class _Check(torch.utils.data.Dataset):
         return len(self.clips)
 
     def __getitem__(self, index):
-        clip = self.clips[index]
-        path, part = clip[0], clip[1] if len(clip) > 1 else None
+        path, part = clip = self.clips[index]
         result = {"clip": clip, "bad": None, "info": None, "picture": None}
         try:
             with open_video(path, None, part, self.rate) as video:
@@ -107,8 +106,9 @@ def copies_of(rows, folder):
     A checksum of path and part tells files of the same name apart.
     """
     def copy_of(clip):
-        text = os.path.abspath(clip[0]) + "".join(map(str, clip[1:]))
-        return str(Path(folder) / f"{Path(clip[0]).stem}-{zlib.crc32(text.encode()):08x}.mp4")
+        path, part = clip
+        text = os.path.abspath(path) + (str(part) if part else "")
+        return str(Path(folder) / f"{Path(path).stem}-{zlib.crc32(text.encode()):08x}.mp4")
 
     return {row.clip: copy_of(row.clip) for row in rows}
 
@@ -190,11 +190,7 @@ def parser():
     """The command line."""
     parser = argparse.ArgumentParser(prog="data.py", description="Check a data set.")
     parser.add_argument("path", help="folder or list, as --data of train.py")
-    parser.add_argument("--video-folder", default="",
-                        help="where the files lie, if not in the list's folder or below it")
-    parser.add_argument("--frame-rate", type=float, default=25.0,
-                        help="frames a second of videos that are folders of pictures; 0 = each "
-                             "picture is a clip (default: 25)")
+    annotations.add_flags(parser)
     parser.add_argument("--out", default="runs/check",
                         help="folder for the contact sheet (default: runs/check)")
     parser.add_argument("--fix-list", default="",

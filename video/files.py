@@ -102,9 +102,8 @@ class VideoFiles(Clips, ClipSet):
     def labels_at(self, place):
         """{question: class number, or uint8 (Y,) of several} of the clip at this place."""
         labels = {}
-        of_row = annotations.by_question(self.rows[place:place + 1])
         for question, number in self.numbers.items():
-            label, = of_row.get(question, (None,))
+            label = annotations.label_of(self.rows[place], question)
             if question in self.several:
                 labels[question] = np.zeros(len(self.classes[question]), np.uint8)
                 labels[question][[number[name] for name in annotations.labels_of(label)
@@ -115,10 +114,10 @@ class VideoFiles(Clips, ClipSet):
 
     def absent_classes(self):
         """Names of the classes that no clip has."""
-        there = {(question, self.numbers[question][label]) for row in self.rows
-                 for question, (one,) in annotations.by_question([row]).items()
-                 if question in self.numbers for label in annotations.labels_of(one)
-                 if label in self.numbers[question]}
+        there = {(question, numbers[label]) for question, numbers in self.numbers.items()
+                 for row in self.rows
+                 for label in annotations.labels_of(annotations.label_of(row, question))
+                 if label in numbers}
         return [name for question, names in self.classes.items()
                 for number, name in enumerate(names) if (question, number) not in there]
 
@@ -138,11 +137,10 @@ class VideoFiles(Clips, ClipSet):
         """Keep only files of these classes, numbered in this order. Returns self."""
         old = self.classes[question]
         if not set(old) <= set(names):
-            labels = annotations.by_question(self.rows)[question]
             kept = {label for label, number in self.numbers[question].items()
                     if old[number] in names}
-            self.keep([i for i, label in enumerate(labels)
-                       if kept & set(annotations.labels_of(label))])
+            self.keep([i for i, row in enumerate(self.rows) if kept & set(
+                annotations.labels_of(annotations.label_of(row, question)))])
         if not self.rows:
             raise DataError(f"{self.source}: no file of the classes {', '.join(names)}")
         self.numbers = self.numbers | {question: {

@@ -89,8 +89,8 @@ class Row(NamedTuple):
 
     @property
     def clip(self):
-        """What tells clips apart: the file and the part of it."""
-        return (self.path, self.part) if self.part else (self.path,)
+        """What tells clips apart: (path, part or None)."""
+        return self.path, self.part
 
 
 class Found(NamedTuple):
