@@ -99,24 +99,25 @@ def check_environment():
 def exit_code(command):
     """Call `command()`; print an error as one line -> 0, 1 (RunError), 2 (UserError), 130."""
     def interrupt(*_):
+        signal.signal(signal.SIGTERM, before)  # a second one ends the program at once
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C; `Run.training` handles its own
     try:
-        check_environment()
-        command()
+        try:
+            check_environment()
+            command()
+            processes.end()
+            return 0
+        finally:  # inside: torchrun may send SIGTERM to a process that is about to end
+            if signal.getsignal(signal.SIGTERM) is interrupt:
+                signal.signal(signal.SIGTERM, before)
     except UserError as error:
         lines, code = error.args, 2
     except RunError as error:
         lines, code = error.args, 130 if isinstance(error, Interrupted) else 1
     except KeyboardInterrupt:  # before a stage began, or at the table of the default run
         lines, code = ["interrupted; nothing is lost: the same line goes on"], 130
-    else:
-        processes.end()
-        return 0
-    finally:
-        if signal.getsignal(signal.SIGTERM) is interrupt:
-            signal.signal(signal.SIGTERM, before)
     for line in lines:
         line = printable(str(line))  # a name may have any characters; an error is one line
         if processes.first_to_say(line):

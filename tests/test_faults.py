@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 import train
 import weights
-from engine import checkpoints, pictures, processes
+from engine import checkpoints, command_line, pictures, processes
+from engine.errors import RunError
 from engine.run import describe_error
 from test_train import ROOT, SMALL, run, write_video
 from video import decoding, loading
@@ -296,6 +297,26 @@ def test_a_run_that_never_began_does_not_name_the_checkpoint_of_another(tmp_path
     capsys.readouterr()
     assert run(out=tmp_path / "run") == 130
     assert one_line(capsys) == "train.py: interrupted; no checkpoint was written yet"
+
+
+def test_a_process_that_ends_with_an_error_while_torchrun_ends_it_leaves_no_traceback(capsys,
+                                                                                    monkeypatch):
+    own, asked = signal.getsignal, []
+
+    def getsignal(number):
+        if not asked:  # the last moment in which SIGTERM is heard
+            asked.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(number)
+
+    def failing():
+        raise RunError("another process failed")
+
+    before = own(signal.SIGTERM)
+    monkeypatch.setattr(signal, "getsignal", getsignal)
+    assert command_line.exit_code(failing) == 130 and asked
+    assert one_line(capsys).startswith("train.py: interrupted; ")
+    assert own(signal.SIGTERM) == before
 
 
 def test_who_is_asked_to_stop_after_the_last_step_has_the_rest_left_to_do(tmp_path, capsys,
