@@ -328,6 +328,8 @@ class ClipStage(Stage):
     frame_rate: float = flag(25.0, "frames a second of videos that are folders of pictures; 0 = "
                              "each picture is a clip", only="files", low=0, high=1000,
                              group="clips")
+    train_clips: int = flag(0, "train on so many clips, over and over; 0 = all", low=0,
+                            group="clips")
     world = "MovingShapes"  # the class of video.moving_shapes that generates its clips
 
     @property
@@ -341,6 +343,8 @@ class ClipStage(Stage):
             self.data, self.val_data, world=self.world, frames=self.num_frames,
             size=self.sides, seed=self.seed, sampling=self.sampling, transform=self.transform,
             video_folder=self.video_folder, frame_rate=self.frame_rate, **options)
+        if self.train_clips:
+            train_set.first(self.train_clips)
         if not self.test:
             held_out.pop("test", None)
         return train_set, held_out

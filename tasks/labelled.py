@@ -65,8 +65,6 @@ class LabelledStage(ClipStage):
                           paper="0.25, with noise", low=0, high=1, group="clips")
     repeats: int = flag(1, "clips of each video in a batch, each cut out anew", only="files", low=1,
                         paper="2", group="clips")
-    train_clips: int = flag(0, "train on so many clips, over and over; 0 = all", low=0,
-                            group="clips")
     test_clips: int = flag(1, "clips along time in the last evaluation", only="files", low=1,
                            paper="4 to 7; 2 on Something-Something", group="clips")
     test_crops: int = flag(1, "crops along the longer side of each of these clips", only="files",
@@ -87,8 +85,6 @@ class LabelledStage(ClipStage):
         train_set, held_out = self.open_sets(
             stride=self.sampling_rate, flip=self.flip, area=self.area or None,
             operations=self.rand_augment, magnitude=self.magnitude, erasing=self.erasing)
-        if self.train_clips:
-            train_set.first(self.train_clips)
         self.classes, self.several = train_set.classes, train_set.several
         if self.classes:
             self.choose_classes(train_set, held_out)

@@ -110,6 +110,7 @@ class Classifier:
     raises  WeightsError; UserError where it has no classifier
 
     model                 in eval mode
+    encoder               the one inside, which may be `model` itself; None where there are two
     classes, several      {question: names}, numbers where nothing tells names; see class_names
     frames, size          T, (H, W) of its clips
     """
@@ -126,6 +127,7 @@ class Classifier:
         self.fused, self.device = kind == "InternVideo", device
         parts = [self.model.masked, *self.model.multimodal] if self.fused else \
             [getattr(self.model, "encoder", self.model) if load else self.model]
+        self.encoder = None if self.fused else parts[0]
         self.frames = max(part.config["frames"] for part in parts)
         self.size = fusion.largest(parts)
         count = (parts[0] if self.fused else self.model).config["classes"]

@@ -32,8 +32,10 @@ class AttentiveProbe(torch.nn.Module):
     def __init__(self, encoder, classes, heads):
         super().__init__()
         self.encoder, self.mean, self.std = encoder, encoder.mean, encoder.std
-        self.config = {"model": "AttentiveProbe", "encoder": encoder.config, "classes": classes,
-                       "heads": heads}
+        self.family, self.width, self.depth = encoder.family, encoder.width, encoder.depth
+        self.heads = heads
+        self.config = encoder.config | {"model": "AttentiveProbe", "encoder": encoder.config,
+                                        "classes": classes, "heads": heads}
         self.query = torch.nn.Parameter(torch.randn(1, 1, encoder.width) * encoder.width**-0.5)
         self.norm = torch.nn.LayerNorm(encoder.width)
         self.attn = Attention(encoder.width, heads, context_width=encoder.width)
@@ -53,17 +55,53 @@ class AttentiveProbe(torch.nn.Module):
     @torch.no_grad()
     def with_head(self, classes, *, rows=None):
         """The same for Y classes. rows: which row of this head each class is, None = a new one."""
-        new = type(self)(self.encoder, classes, self.config["heads"])
+        new = type(self)(self.encoder, classes, self.heads)
         new.query.copy_(self.query)
         for part in ("norm", "attn"):
             getattr(new, part).load_state_dict(getattr(self, part).state_dict())
         heads.copy_rows(new.head, self.head, rows or range(classes))
         return new
 
+    # The interface of an encoder (mae.VideoClassifier), for fusion.py
+
+    def grid_of(self, T, H, W):
+        """Token grid (t, h, w) of a clip of T frames of H x W pixels; ValueError if it has none."""
+        return self.encoder.grid_of(T, H, W)
+
+    def start(self, video):
+        """video (B, C, T, H, W), normalised -> the encoder's State before block 0."""
+        return self.encoder.start(video)
+
+    def run(self, state, start, stop):
+        """The state after blocks start..stop-1."""
+        return self.encoder.run(state, start, stop)
+
+    def finish(self, state):
+        """The state of a masked encoder after its last block -> what the head sees, (B, D)."""
+        return self.attend(state.tokens)
+
+    def recompute(self, on=True):
+        """Save memory, spend time: see attention.run_blocks."""
+        self.encoder.recompute(on)
+
+    def learned_parts(self):
+        """The modules and parameters that train while the encoder is frozen."""
+        return [self.query, self.norm, self.attn, self.head]
+
+    def to_official(self):
+        """ValueError: the official code has no such head."""
+        raise ValueError("official names have no attentive probe; give a run of its encoder")
+
+    # The probe
+
+    def attend(self, tokens):
+        """tokens (B, N, D) -> what the query reads from them, (B, D)"""
+        query = self.query.expand(tokens.shape[0], -1, -1)  # len() is a constant in an export
+        return self.attn(query, keys_from=self.norm(tokens))[:, 0]
+
     def classify(self, tokens):
         """tokens (B, N, D) -> logits (B, Y)"""
-        query = self.query.expand(tokens.shape[0], -1, -1)  # len() is a constant in an export
-        return self.head(self.attn(query, keys_from=self.norm(tokens))[:, 0])
+        return self.head(self.attend(tokens))
 
     def forward(self, video):
         """video (B, C, T, H, W) float, normalised with self.mean and self.std -> logits (B, Y)"""
@@ -78,8 +116,7 @@ def probe_of(model):
 def freeze_all_but_the_probe(model):
     """Only the probe trains. Returns the model."""
     model.requires_grad_(False)
-    attentive = isinstance(model, AttentiveProbe)
-    for part in (model.head, *((model.query, model.norm, model.attn) if attentive else ())):
+    for part in model.learned_parts() if isinstance(model, AttentiveProbe) else [model.head]:
         part.requires_grad_(True)
     return model
 

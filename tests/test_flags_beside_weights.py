@@ -68,11 +68,11 @@ NO_NETWORK = {
     "clip": "tokenizer freeze_text freeze_visual merge merge_share image_data prompts cache_size "
             "caption_weight image_every image_batch motion_words gallery test",
     "retrieve": "tokenizer test",
-    "classify": "sampling_rate flip area rand_augment magnitude erasing repeats train_clips "
+    "classify": "sampling_rate flip area rand_augment magnitude erasing repeats "
                 "test_clips test_crops merge_views test mode head_rows probe_clips unknown "
                 "layer_decay drop_path drop smoothing mixup cutmix balance "
                 "standardise",  # the last are put in anew
-    "fuse": "sampling_rate flip area rand_augment magnitude erasing repeats train_clips test_clips "
+    "fuse": "sampling_rate flip area rand_augment magnitude erasing repeats test_clips "
             "test_crops merge_views test scalar_scale thaw",
     "localise": "annotations train_subset val_subset videos middle length window rate",
     "answer": "tokenizer head_scale drop",

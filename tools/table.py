@@ -14,16 +14,19 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import clip_video
 import data
 import fusion
 import weights
 from engine import machine, pictures
 from engine.evaluation import to_device
 from tasks import recognition
+from tasks.predictions import Classifier
 from video import moving_shapes
-from weights import encoders
+from weights.tokenizer import load_tokenizer
 
-RUNS = ("mae", "clip", "masked", "multimodal", "scratch", "fuse")
+RUNS = ("mae", "clip", "masked", "multimodal", "untrained", "scratch", "fuse")
+CLASSIFIERS = RUNS[2:]
 PER_BATCH = 100  # clips
 
 
@@ -33,28 +36,38 @@ def logits_of(out, which, clips, seed):
     the answers {question: (B,)}."""
     device = machine.choose_device("auto")
     bf16 = machine.choose_precision("auto", device) == "bf16"
-    models = {name: encoders.load_encoder(out / name)
-              for name in ("scratch", "masked", "multimodal")}
-    fused = fusion.InternVideo.from_run(out / "fuse")
-    parts = [fused.masked, *fused.multimodal]
-    models = {name: model.to(device).eval() for name, model in (models | {"fuse": fused}).items()}
-    world = moving_shapes.MovingShapes(which, max(part.config["frames"] for part in parts),
-                                       fusion.largest(parts), seed)
+    models = {name: Classifier(out / name, device) for name in CLASSIFIERS}
+    fused = models["fuse"]
+    world = moving_shapes.MovingShapes(which, fused.frames, fused.size, seed)
     if device == "cpu":
-        machine.choose_threads(sum(p.numel() for p in fused.parameters()),
+        machine.choose_threads(sum(p.numel() for p in fused.model.parameters()),
                                PER_BATCH * world.frames * world.size[0] * world.size[1])
     logits, answers = {name: [] for name in models}, {name: [] for name in world.classes}
     for batch in data.held_out(world, clips, PER_BATCH):
         batch = to_device(batch, device)
         for question, labels in batch["labels"].items():
             answers[question].append(labels)
-        for name, model in models.items():
-            video = batch["video"] if name == "fuse" else fusion.view(batch["video"], model)
+        for name, one in models.items():
+            video = batch["video"] if one.fused else fusion.view(batch["video"], one.encoder)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-                logits[name].append(model(video).float())
+                logits[name].append(one.model(video).float())
     return ({name: recognition.split(torch.cat(part), world.classes)
              for name, part in logits.items()},
             {name: torch.cat(part) for name, part in answers.items()})
+
+
+@torch.no_grad()
+def zero_shot(out, which, clips, seed):
+    """Accuracies of the multimodal encoder where sentences are its classes: no label was used."""
+    device = machine.choose_device("auto")
+    model = clip_video.VideoCLIP.from_official(out / "clip").to(device).eval()
+    world = moving_shapes.MovingShapes(which, model.config["frames"],
+                                       tuple(model.config["image_size"]), seed)
+    batches = (to_device(batch, device) for batch in data.held_out(world, clips, PER_BATCH))
+    found = recognition.evaluate_zero_shot(
+        model, batches, load_tokenizer(out / "clip" / "tokenizer.json"), world.sentences(),
+        combine=world.prompts_combine_by, device=device)
+    return {name.removeprefix("zero_shot_"): value for name, value in found.items()}
 
 
 def rows_of(out, seed, clips):
@@ -78,8 +91,11 @@ def rows_of(out, seed, clips):
     both = masked + multimodal
     rows = {
         "from scratch": (alone("scratch"), trained["scratch"], cost["scratch"]),
+        "untrained encoder": (alone("untrained"), trained["untrained"], cost["untrained"]),
         "masked encoder": (alone("masked"), trained["masked"], masked),
         "multimodal encoder": (alone("multimodal"), trained["multimodal"], multimodal),
+        "multimodal encoder, sentences": (lambda which: zero_shot(out, which, clips, seed), 0,
+                                          cost["clip"]),
         "late fusion, equal": (lambda which: late(which, 0.5), 0, both),
         f"late fusion, tuned on validation ({1 - share:.2f}, {share:.2f})":
             (lambda which: late(which, share), 1, both),

@@ -45,8 +45,7 @@ def made_for(source):
     raises   WeightsError, as `load_encoder`
     """
     tensors, config = read(source)
-    probe = config.get("model") == "AttentiveProbe"
-    kind = "AttentiveProbe" if probe else kind_of(source, tensors, config)
+    kind = kind_of(source, tensors, config)
     classes = config.get("classes", 0)
     if not config:  # of an official file the whole is built: its names do not tell all
         config = load_encoder(source).config
@@ -90,9 +89,17 @@ def video_text(cls, source, classes, rows, *, frames, image_size, drop, drop_pat
                                  head_dropout=drop, drop_path=drop_path)
 
 
+def attentive_probe(cls, source, classes, rows, *, frames, image_size, drop, drop_path, positions):
+    """An AttentiveProbe with its encoder. Frames stay as many and as large as they were."""
+    model = cls.from_run(source)
+    old = model.config["classes"]
+    check_rows(source, old, classes, rows)
+    return model.with_head(classes or old, rows=rows)
+
+
 # "model" of a configuration, or that of an official file's family -> who makes an encoder of it
 ENCODERS = {"VideoMAE": masked, "VideoClassifier": masked, "UniFormerV2": multimodal,
-            "VideoCLIP": video_text, "VideoText": video_text,
+            "VideoCLIP": video_text, "VideoText": video_text, "AttentiveProbe": attentive_probe,
             "DividedVideoMAE": masked, "DividedVideoClassifier": masked}
 
 
@@ -129,6 +136,9 @@ def load_several(**sources):
             kind = "VideoMAE; that is for --masked" if name != "masked" else \
                 "UniFormerV2; that is for --multimodal"
             raise UserError(f"--{name} {source}: is a {kind}")
+        if name != "masked" and found[-1].config["model"] == "AttentiveProbe":
+            raise UserError(f"--{name} {source}: is an attentive probe, whose query takes the "
+                            "place of the global token; give a linear one: --mode probe")
     return found
 
 

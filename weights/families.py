@@ -18,6 +18,7 @@ MODELS = {
     "VideoCLIP": ("clip_video", None),
     "CaptionDecoder": ("caption_decoder", None),
     "VideoText": ("caption_decoder", "state_dict"),
+    "AttentiveProbe": ("tasks.probes", None),
     "DividedVideoMAE": ("variants.divided_attention", None),
     "DividedVideoClassifier": ("variants.divided_attention", None),
 }
