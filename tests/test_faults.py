@@ -198,9 +198,10 @@ def test_a_worker_that_dies_is_reported_with_the_file_it_held(tmp_path, capsys, 
              "--save-every", "1")
     assert run(*flags, out=tmp_path / "run", steps=50) == 1
     said = one_line(capsys)
-    assert "a process that prepares clips (pid" in said and ("exited unexpectedly" in said
-                                                             or "has ended" in said)
-    assert "07.mp4 in hand" in said and in_docs(said.replace("has ended", "exited unexpectedly"))
+    assert "a process that loads clips (pid" in said and ("exited unexpectedly" in said
+                                                          or "has ended" in said)
+    assert "while reading " in said and "07.mp4. If" in said
+    assert in_docs(said.replace("has ended", "exited unexpectedly"))
     monkeypatch.undo()
     assert run(*flags, "--resume", out=tmp_path / "run", steps=4) == 0
 
@@ -214,7 +215,7 @@ def test_a_worker_that_somebody_kills_is_reported_too(tmp_path, capsys, monkeypa
     at_step(monkeypatch, 1, kill)
     assert run("--workers", "1", "--save-every", "1", out=tmp_path / "run", steps=50) == 1
     said = one_line(capsys)
-    assert "a process that prepares clips (pid" in said and "in hand" in said
+    assert "a process that loads clips (pid" in said and "while reading" in said
     assert "the last good checkpoint is" in said
 
 
@@ -229,8 +230,8 @@ def test_a_pipe_that_broke_because_a_worker_died_is_reported_as_that(monkeypatch
     notes[0, :len(note)] = note
     monkeypatch.setattr(loading, "_notes", [notes])
     said = describe_error(error, train.MaskedModelling())
-    assert said.startswith(f"a process that prepares clips (pid {child.pid}) has ended, with "
-                           f"a/b.mp4 in hand")
+    assert said.startswith(f"a process that loads clips (pid {child.pid}) has ended while reading "
+                           f"a/b.mp4. If")
     monkeypatch.setattr(loading, "_notes", [])
     assert "clips" not in (describe_error(error, train.MaskedModelling(out="runs/x")) or "")
 

@@ -312,7 +312,7 @@ def test_pictures_that_lie_in_a_folder_are_one_video_and_carry_the_rate(tmp_path
                             train=False, frame_rate=12)
     assert [files[i]["labels"]["label"] for i in (0, 1)] == [1, 0]
     assert [round(frame.mean() / 20) for frame in files[0]["video"]] == [2, 5, 8, 11]
-    assert "at 12 frames a second" in files.summary()
+    assert "at 12 frames per second" in files.summary()
     folder = tmp_path / "classes"
     lay(folder, {}, ["run/a/", "run/b/", "jump/c/"], clip)
     assert len(data.VideoFiles(folder, 4, 16)) == 3
@@ -337,7 +337,7 @@ def test_a_part_of_which_most_is_not_there_is_refused_and_an_end_is_cut(tmp_path
     """A list that counts frames under the name of seconds would train on something else."""
     lay(tmp_path, {"x.csv": "path,start,end\nx.mp4,0,250\nx.mp4,4,10.8\n"}, ["x.mp4"], clip)
     files = data.VideoFiles(tmp_path / "x.csv", 2, 16, sampling="segment", train=False)
-    assert "numbers of frames start_frame" in files[0]["bad"][0][1] and files[0]["video"] is None
+    assert "frame numbers start_frame" in files[0]["bad"][0][1] and files[0]["video"] is None
     assert greys(files, 1) == [10, 16]
 
 

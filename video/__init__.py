@@ -1,1 +1,1 @@
-"""Video as data: decoding, sampling, transforms, annotations, shards, the generated world."""
+"""Video files: decoding, sampling, transforms, annotations, shards, the generated clips."""

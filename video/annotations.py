@@ -3,7 +3,7 @@
 A source is a folder, a list, a benchmark's own file, or a single video. The content decides its
 format, never a flag.
 
-    folder or list --> format --> rows --> where are the files? --> Found(kind, rows, classes)
+    folder or list --> format --> rows --> where are the files? --> Listing(kind, rows, classes)
 
 1. A list is read by the first of video/formats.FORMATS that recognises it. A folder is read here.
 2. A row lists possible names of its file, because many formats give an id without a suffix.
@@ -12,7 +12,7 @@ format, never a flag.
 3. Where a source has splits of its own, data.VideoFiles trains on "train" and evaluates on the
    rest. Otherwise `split_files` holds out a tenth of the files.
 
-What a source says is used; what is not used is named in `Found.unused` and `Found.notes`; what
+What a source says is used; what is not used is named in `Listing.unused` and `Listing.notes`; what
 would change the meaning is a DataError.
 
 | folder | label | caption |
@@ -46,7 +46,7 @@ import numpy as np
 from engine.errors import printable
 from video import formats
 from video.frames import is_frames_folder
-from video.rows import (IMAGE_SUFFIXES, LIKELY_SUFFIXES, VIDEO_SUFFIXES, DataError, Found, Row,
+from video.rows import (IMAGE_SUFFIXES, LIKELY_SUFFIXES, VIDEO_SUFFIXES, DataError, Listing, Row,
                         is_media)
 from video.texts import decode, must_be_a_file, read_source, whole
 
@@ -83,7 +83,7 @@ def read(source, video_folder="", pictures_are_videos=True):
     video_folder  where the files lie, if not in the list's folder or below it
     pictures_are_videos  True: numbered pictures that share a folder are one video; False: each
                   picture is a clip of one frame
-    returns       Found
+    returns       Listing
     raises        DataError: no such file, none of the known formats, a line that breaks its format
     """
     if video_folder and not os.path.isdir(video_folder):
@@ -118,7 +118,7 @@ def _read(source, video_folder, pictures_are_videos):
         return _read_folder(source, folders, pictures_are_videos)
     if is_media(source.name):
         must_be_a_file(source)
-        return Found("one file", [Row(str(source))])
+        return Listing("one file", [Row(str(source))])
     return _locate(formats.read_list(read_source(source)), [*folders, source.parent], source)
 
 
@@ -127,7 +127,7 @@ def _read(source, video_folder, pictures_are_videos):
 
 
 def _locate(found, folders, source):
-    """Found, its rows with one path each.
+    """Listing, its rows with one path each.
 
     Files lie in one of the folders or below it. A list of paths has all its files in one place; ids
     may be spread over several folders, if no id is in two of them.
@@ -290,7 +290,7 @@ def _read_folder(folder, folders, pictures_are_videos):
     if all(_GROUP.fullmatch(name.name) for name in files):
         notes += ("its clips are in groups, as those of UCF101; whole groups are held out, which "
                   "is no official split",)
-    return Found(f"folder of {what}", rows, sorted(classes, key=order) or None, tuple(lists), notes)
+    return Listing(f"folder of {what}", rows, sorted(classes, key=order) or None, tuple(lists), notes)
 
 
 def _about_folders(files, labelled, texts):
@@ -371,7 +371,7 @@ def _read_ucf101(folder, number):
             rows += formats.read_list(read_source(folder / name)).rows
     if not rows:
         raise DataError(f"{folder}: has classInd.txt but no trainlist{number:02d}.txt")
-    return Found(f"UCF101, split {number}", rows, formats.ucf101_classes(folder))
+    return Listing(f"UCF101, split {number}", rows, formats.ucf101_classes(folder))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,32 +1,34 @@
-"""The one interface of all data sets: files, tar shards, the generated world.
+"""The interface of all data sets: video files, tar shards, generated clips.
 
     item   {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, "bad": [...],
-            "part": a video.rows.Part or None = all of it, "clip": a number that tells clips apart,
-            and where there are any "caption", "captions", "question", "answer", "candidates"}
-    batch  the same of several clips: "video" uint8 (B, T, H, W, 3),
-           "labels" {question: int64 (B,)}, lists of the rest; see data.batches
+            "part": video.rows.Part or None = whole video, "clip": a number that identifies the
+            clip}, and where the data set has them "caption", "captions", "question", "answer",
+            "candidates"
+    batch  several items: "video" uint8 (B, T, H, W, 3), "labels" {question: int64 (B,)}, lists of
+           the rest; see data.batches
 
-A clip may have several answers to the questions in `several`. Its label is then a uint8 or float32
-vector (Y,) with a one for each, in a batch float32 (B, Y).
+A question is one set of classes, such as "verb" and "noun"; most data sets have one, "label".
+`several` names the questions that may have more than one class per clip. Their labels are vectors
+(Y,), uint8 or float32, with 1 for each class of the clip; in a batch float32 (B, Y).
 
-A stage that knows only this interface runs on any of them.
+Stages use only this interface, so they run on every data set.
 """
 
 from video.annotations import DataError
 
 
 class ClipSet:
-    """What every data set offers. Subclasses add items; some redefine what follows."""
+    """The interface with its defaults. Subclasses provide items and override what differs."""
 
-    source = ""  # the name for messages
+    source = ""  # name of the data set in messages
     classes = {}  # {question: names in label order}; {} = no labels
-    in_order = True  # True: the order of classes is official, False: it is our own
-    several = frozenset()  # the questions to which a clip may have several answers
-    weights = None  # how often each item is drawn in training, (items,), sum 1; None = all alike
-    captions = None  # of files: parallel to the items; None = none
-    states_facts = False  # True: `facts_in` can tell what a sentence states
-    prompts_combine_by = "probabilities"  # how `sentences` are averaged: see clip_video.zero_shot
-    limit = ""  # of what can be reached, for the protocol; "" = none
+    in_order = True  # True: the class order is official; False: ours, sorted
+    several = frozenset()  # questions that may have several classes per clip
+    weights = None  # (items,): probability of each item in training; None = equal
+    captions = None  # of files: one per item; None = no captions
+    states_facts = False  # True: `facts_in` reads classes from sentences
+    prompts_combine_by = "probabilities"  # how prompts are averaged: see clip_video.zero_shot
+    limit = ""  # the best possible result, in words, for reports; "" = unknown
 
     @property
     def has_captions(self):
@@ -34,60 +36,60 @@ class ClipSet:
         return self.captions is not None
 
     def summary(self):
-        """One line for the user: what it is, how much, a sample."""
+        """One line for the user: the source, its size, a sample."""
         return self.source
 
     def first(self, count):
-        """Keep `count` clips, always the same. Returns self."""
-        raise DataError(f"{self.source}: cannot be cut to {count} clips; give a folder or a list")
+        """Keep `count` clips, the same ones in every run. Returns self."""
+        raise DataError(f"{self.source}: cannot keep only {count} clips; give a folder or a list")
 
     def only(self, question, names):
         """Keep only clips of these classes, numbered in this order. Returns self."""
-        raise DataError(f"{self.source}: cannot leave out classes; give a folder or a list")
+        raise DataError(f"{self.source}: cannot select classes; give a folder or a list")
 
     def labels_of(self, question):
         """The labels of all items, in order. DataError where an item has none."""
         raise DataError(f"{self.source}: its classes cannot be counted; give a folder or a list")
 
     def by_video(self):
-        """One item for each video, with all its captions. Returns self."""
+        """Keep one item per video, with all its captions. Returns self."""
         return self
 
     def absent_classes(self):
-        """Names of the classes that no clip has; [] where that is not known."""
+        """Names of classes without a clip; [] where this is unknown."""
         return []
 
-    def captions_of(self, places):
-        """How many captions the items with these numbers have together."""
-        return len(places)
+    def captions_of(self, indices):
+        """Total number of captions of the items with these indices."""
+        return len(indices)
 
     def training_captions(self):
-        """Captions to learn a vocabulary from. DataError where there are none, or one is empty."""
+        """Captions to build a vocabulary from. DataError where there are none or one is empty."""
         raise DataError(f"{self.source}: has no captions; give a CSV file with a header "
                         "'path,caption', or a .jsonl file of {\"path\": ..., \"caption\": ...}")
 
     def training_questions(self):
-        """Pairs (question, answer). DataError where one is missing."""
+        """List of (question, answer). DataError where one is missing."""
         raise DataError(f"{self.source}: a question or an answer is missing; give JSON, JSONL or "
                         "CSV with video, question and answer")
 
     def sentences(self, prompts):
-        """Sentences for zero-shot recognition: {question: [[sentence of each class], ...]}.
+        """Sentences for zero-shot recognition: {question: [[a sentence per class], ...]}.
 
-        One list for each prompt, in which {} is replaced by the class name.
+        There is one inner list per prompt. Class names replace {} in the prompt.
         """
         return {question: [[prompt.replace("{}", name.replace("_", " ")) for name in names]
                            for prompt in prompts] for question, names in self.classes.items()}
 
     def references(self, batch):
-        """Every true sentence about each clip of a batch: a list of tuples of str."""
+        """All true sentences about each clip of a batch: a list of tuples of str."""
         return batch["captions"]
 
     def choices(self, batch):
-        """Multiple choice: [(sentences, place of the right one), ...]; [] where there is none."""
+        """Multiple choice: [(sentences, index of the right one), ...]; [] for other tasks."""
         return [(options, options.index(text))
                 for options, text in zip(batch.get("candidates", ()), batch["caption"])]
 
     def facts_in(self, sentence):
-        """{question: name} that a sentence states, where that can be read off; else {}."""
+        """{question: class name} that a sentence states; {} where it cannot be read."""
         return {}

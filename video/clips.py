@@ -1,4 +1,4 @@
-"""The recipe by which a clip is taken from a file: which frames, resized and cropped how."""
+"""How one clip is read from a file: which frames, and how they are resized and cropped."""
 
 import functools
 
@@ -6,7 +6,7 @@ import numpy as np
 from torchvision.transforms import v2
 
 from video.decoding import open_video
-from video.loading import in_hand
+from video.loading import reading_file
 from video.moving_shapes import height_width
 from video.rows import DataError, check_part
 from video.sampling import SAMPLINGS, choose_frames
@@ -16,35 +16,41 @@ GREY = [124, 116, 104]  # the mean colour of ImageNet
 
 
 class Clips:
-    """Base of the data sets of files: `prepare` keeps the recipe, `clip` applies it to one file.
+    """Base class of data sets of files. `prepare` stores the settings; `clip` reads one file.
 
-    video.files.VideoFiles and video.shards.VideoShards decide which files there are.
+    video.files.VideoFiles and video.shards.VideoShards add the list of files.
     """
 
     def prepare(self, frames, size, stride=4, sampling="dense", train=True, seed=0, flip=True,
                 transform="plain", area=None, operations=0, magnitude=7, erasing=0.0, views=None,
                 frame_rate=25.0):
-        """Keep the recipe. DataError where it is impossible.
+        """Store the settings. DataError where they are impossible.
 
-        frames     T
-        size       int or (H, W), pixels
-        stride     frames from one chosen frame to the next, where the sampling is dense
-        sampling   one of SAMPLINGS; "dense" and "segment" are ours, others give official numbers
-        train      True: a random window and crop and (with flip=True) mirroring, the same for all
-                   frames, a function of (seed, index, epoch). False: the centre of each, or `views`
-        transform  one of TRANSFORMS; "plain" is ours
-        frame_rate   frames a second of folders of pictures, which have no rate of their own
+        frames       T
+        size         int or (H, W), pixels
+        stride       frames from one chosen frame to the next, for dense sampling
+        sampling     one of SAMPLINGS; "dense" and "segment" are ours, others follow official code
+        train        True: the window and the crop are random, a function of (seed, index, epoch),
+                     the
+                     same for all frames; with flip, half of the clips are mirrored. False: the
+                     window and
+                     the crop are centred, or see `views`
+        transform    one of TRANSFORMS; "plain" is ours
+        frame_rate   frames per second of folders of pictures, which do not state their rate
 
         With train=True:
-        area       smallest share of a frame that a random crop keeps; None = the transform's own
-        operations, magnitude   RandAugment (arXiv 1909.13719): how many of its operations, of a
-                   strength of 0 to 30, drawn once for a clip; 0 operations = none
-        erasing    probability that a box of the clip, the same in all frames, turns grey
+        area         smallest share of a frame that a random crop keeps; None = the transform's own
+        operations   RandAugment (arXiv 1909.13719): number of operations, drawn once per clip; 0 =
+                     none
+        magnitude    their strength, 0 to 30
+        erasing      probability of random erasing: a box turns grey, the same box in all frames
 
         With train=False:
-        views      (clips, crops): that many clips along time, and of each that many crops from end
-                   to end of the longer side. "video" is then uint8 (1 + clips * crops, T, H, W, 3),
-                   the view in the centre of both first
+        views        (clips, crops): this many clips along time, and this many crops of each, from
+                     one end
+                     of the longer side to the other. "video" is then uint8 (1 + clips * crops, T,
+                     H, W, 3):
+                     first the centre view, then these
         """
         for what, name, known in (("sampling", sampling, SAMPLINGS),
                                   ("transform", transform, TRANSFORMS)):
@@ -63,15 +69,15 @@ class Clips:
         self.after_crop = v2.RandomErasing(erasing, value=GREY) if erasing else None
 
     def clip(self, path, key, part=None):
-        """The clip of one file: uint8 (T, H, W, 3), or (1 + views, T, H, W, 3) with `views`.
+        """The clip of one file: uint8 (T, H, W, 3); with `views` uint8 (1 + views, T, H, W, 3).
 
         path  of the file or folder of pictures, or a `video.decoding.Bytes`
-        key   numbers that seed the random draws of training; None for evaluation
-        part  a `video.decoding.Part`, inside of which all frames lie; None = the whole video
+        key   integers that seed the random draws of training; None for evaluation
+        part  `video.decoding.Part`: all frames lie in it; None = the whole video
         """
         rng = None if key is None else np.random.default_rng(key)
         clips, crops = self.views if self.views and rng is None else (0, 0)
-        with in_hand(path), open_video(path, None, part, self.frame_rate) as file:
+        with reading_file(path), open_video(path, None, part, self.frame_rate) as file:
             info = file.info
             check_part(part, info)
             choose = functools.partial(choose_frames, self.sampling, info.frames, self.frames,
@@ -87,14 +93,14 @@ class Clips:
         if not clips:
             return first
         return np.stack([first] + [
-            crop_frames(self.transform, part, self.size, crop=crop, crops=crops)
-            for part in others for crop in range(crops)])
+            crop_frames(self.transform, view, self.size, crop=crop, crops=crops)
+            for view in others for crop in range(crops)])
 
     def _decoded_size(self, info, rng):
-        """(H, W) that the decoder resizes to; None = as shown.
+        """(H, W) to which the decoder resizes; None = no resizing.
 
-        "plain" decodes just large enough to cover the crop. In training there is room for a random
-        crop, as 256 is for 224.
+        For "plain" it is the smallest size that covers the crop. Training frames are 8/7 times as
+        large, as 256 is for 224, so that a random crop has room.
         """
         if self.transform != "plain":
             return None
@@ -105,10 +111,10 @@ class Clips:
 
 
 def one_clip(path, frames, size, sampling="segment", part=None):
-    """(T, H, W, 3) uint8: the clip of a file that evaluation with the plain transform takes.
+    """uint8 (T, H, W, 3): the clip of a file that evaluation with the plain transform reads.
 
-    The frames are resized to cover `size`, and the centre is cropped. "segment" spreads them over
-    the whole video, or over its `part`.
+    Frames are resized to cover `size`, then the centre is cropped. "segment" spreads the frames
+    over the whole video, or over its `part`.
     """
     clips = Clips()
     clips.prepare(frames, size, sampling=sampling, train=False)

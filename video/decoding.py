@@ -34,7 +34,7 @@ import time
 
 import numpy as np
 
-from video.rows import CLOSE, DataError, Part
+from video.rows import TIME_TOLERANCE, DataError, Part
 
 TIME_LIMIT = 60.0  # seconds for opening a file, and again for each request
 MOST_PIXELS = 2**26  # of one frame, 8192 x 8192: more means a broken header and would fill memory
@@ -219,14 +219,14 @@ class Video:
         found = None
         if self._first is not None and self._first.pts is not None:
             zero, clock = self._first.pts, self.stream.time_base
-            start, end = (zero + max(0.0, x - CLOSE) / float(clock) for x in part[:2])
+            start, end = (zero + max(0.0, x - TIME_TOLERANCE) / float(clock) for x in part[:2])
             packets = self._seek(math.ceil(start))
             if packets:
                 found = self._scan(packets, end + 1)
         if found and found[2]:
             pts = sorted(p for p in found[0] if p >= zero)
             seconds = self._seconds(pts, zero)
-            first, last = (bisect.bisect_left(seconds, x - CLOSE) for x in part[:2])
+            first, last = (bisect.bisect_left(seconds, x - TIME_TOLERANCE) for x in part[:2])
             if first < last:
                 return self._located(pts[first:last], found[1])
         self._rewind()
@@ -470,7 +470,7 @@ def frame_numbers(info, wanted):
         raise DataError(f"{info.path}: has {info.frames} frames in {info.duration:.3f} s, "
                         f"but the frame at {outside[0]}{unit} was asked for (the first is 0)")
     if in_seconds:
-        return np.searchsorted(info.timestamps, wanted + CLOSE, side="right") - 1
+        return np.searchsorted(info.timestamps, wanted + TIME_TOLERANCE, side="right") - 1
     return wanted
 
 

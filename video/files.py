@@ -1,10 +1,10 @@
-"""Clips from a list of video files: `VideoFiles`.
+"""`VideoFiles`: a data set of clips from a folder or a list of video files.
 
     source --> annotations.read --> rows --> split --> labels as numbers --> self[index]: an item
 
-What a source is, and where its files lie, is decided in video/annotations.py. Here its rows become
-items: class names become numbers, a tenth is held out where there is no official split, and the
-clip of a row is read, or the row is named as bad.
+video/annotations.py decides what a source is and where its files are. This file turns the rows
+into items. Class names become numbers. A tenth of the files is held out if there is no official
+split. An item reads the clip of its row; files that cannot be read are named as bad.
 """
 
 import copy
@@ -20,33 +20,37 @@ from video.clip_set import ClipSet
 from video.clips import Clips
 from video.rows import DataError
 
-TEXTS = "caption", "question", "answer", "candidates"  # that a file may have
+TEXTS = "caption", "question", "answer", "candidates"  # texts that a row may have
 
 
 class VideoFiles(Clips, ClipSet):
-    """Clips from video files, from folders of pictures, or from pictures, clips of one frame.
+    """Clips from video files, folders of pictures, or single pictures (clips of one frame).
 
-    source    whatever `annotations.read` knows: a folder, a list, a benchmark's own files
-    part      "all", "train" or "val": without or only the tenth that `split_files` holds out. Where
-              the source has splits of its own, they count instead; "all" is then its training set
-              with train=True, else its validation set
+    source    whatever `annotations.read` accepts: a folder, a list, the files of a benchmark
+    part      "all"; "train" or "val": without, or only, the tenth that `split_files` holds out. If
+              the
+              source has splits of its own, these are used instead; "all" is then its training
+              split
+              with train=True, else its validation split
     classes   {question: names in label order}, to read a validation list with the labels of the
-              training set; names alone are those of the question "label"
-    in_order  True: numbers in the list are places in `classes`, which an official list or weights
-              give; False: the order is our own, so numbers are names like all others
-    video_folder  where the files lie, if not in the source's folder or below it
-    frame_rate    frames a second of videos that are folders of pictures; 0 = no folder of pictures
-              is a video: each picture is a clip
-    the rest  see video.clips.Clips.prepare
+              training set; a sequence of names belongs to the question "label"
+    in_order  True: the order of `classes` is official (from weights or the source), so a number in
+              the
+              list is an index into it. False: the order is ours, and a number is only a name
+    video_folder  where the files are, if not in the source's folder or below it
+    frame_rate    frames per second of folders of pictures; 0 = no folder is a video: each picture
+                  is a
+              clip
+    recipe    see video.clips.Clips.prepare
 
-    self[index] and self[index, epoch] return an item, see video/clip_set.py. Its labels are {},
-    {"label": int}, or those of other questions; a question in `several` has a uint8 vector (Y,)
-    with 1 for each class of the clip. A row that names a part of a video is a clip of that part. A
-    file that cannot be read is named in "bad". With train=True the next readable file replaces it.
-    With train=False "video" is None, so that an evaluation can count it.
+    self[index] and self[index, epoch] return an item; see video/clip_set.py. Its labels are {},
+    {"label": int}, or those of other questions; for a question in `several`, uint8 (Y,) with 1 for
+    each class of the clip. A row with a part of a video is a clip of that part. "bad" names files
+    that cannot be read. With train=True the next readable file replaces one; with train=False
+    "video" is None, so that an evaluation can count it.
 
-    `rows` lists what the source says of each clip, `captions` is None or parallel to it, `kind`
-    names the format. Raises DataError if source is none of these, a label is unknown, or no file
+    `rows` are the rows of the clips. `captions` is None or has one caption per row. `kind` names
+    the format. Raises DataError if the source has no known format, a label is unknown, or no file
     exists.
     """
 
@@ -56,23 +60,23 @@ class VideoFiles(Clips, ClipSet):
             raise DataError(f"no part {part!r}: choose all, train or val")
         self.prepare(frames, size, stride, sampling, train, frame_rate=frame_rate or 25.0, **recipe)
         self.source, self.all_captions = str(source), None
-        found = annotations.read(source, video_folder, frame_rate > 0)
-        self.kind, rows, self.notes = found.kind, found.rows, list(found.notes)
-        if found.unused:
-            self.notes.append(f"not used: {', '.join(found.unused)}")
-        # Names of folders are in an order of ours, those of a file beside the list are not.
-        self.in_order = in_order if classes else bool(found.classes) and not found.kind.startswith(
-            "folder of")
-        self._number_labels(rows, classes or found.classes or {})
+        listing = annotations.read(source, video_folder, frame_rate > 0)
+        self.kind, rows, self.notes = listing.kind, listing.rows, list(listing.notes)
+        if listing.unused:
+            self.notes.append(f"not used: {', '.join(listing.unused)}")
+        # The order of class folders is ours. A file beside a list gives an official order.
+        is_official = bool(listing.classes) and not listing.kind.startswith("folder of")
+        self.in_order = in_order if classes else is_official
+        self._number_labels(rows, classes or listing.classes or {})
         if len({row.split for row in rows}) > 1:
-            own = {"all": "train" if train else "val"}.get(part, part)
-            rows = [row for row in rows if row.split == own]
+            split = {"all": "train" if train else "val"}.get(part, part)
+            rows = [row for row in rows if row.split == split]
             if not rows:
-                raise DataError(f"{source}: gives some files a split, and none the split {own}")
-            self.kind += f", its {own} split"
+                raise DataError(f"{source}: no file has the split {split}; some have another")
+            self.kind += f", its {split} split"
         elif part != "all":
             if rows[0].split:
-                self.notes.append(f"all its rows are of the split {rows[0].split}; a part of them "
+                self.notes.append(f"all its rows are of the split {rows[0].split}; a part of these "
                                   "is held out")
             rows = split_files(rows)[part == "val"]
         self.rows = rows
@@ -83,12 +87,13 @@ class VideoFiles(Clips, ClipSet):
         if len(self.missing) == len(paths):
             raise DataError(f"{source}: none of its {len(self.missing)} files exists, the first is "
                             f"{self.missing[0]}; paths are relative to the list's folder"
-                            f"{found.hint}")
+                            f"{listing.hint}")
         if any(map(os.path.isdir, paths)):
-            self.notes.append(f"its videos are folders of pictures, taken at {self.frame_rate:g} "
-                              "frames a second (--frame-rate)")
+            self.notes.append(f"its videos are folders of pictures, read at {self.frame_rate:g} "
+                              "frames per second (--frame-rate)")
 
     def _number_labels(self, rows, classes):
+        """Set classes, numbers ({question: {label as written: number}}), several."""
         classes = classes if isinstance(classes, dict) else {"label": classes}
         self.classes, self.numbers, several = {}, {}, set()
         for question, labels in annotations.by_question(rows).items():
@@ -99,11 +104,11 @@ class VideoFiles(Clips, ClipSet):
             several |= {question} if any(isinstance(label, tuple) for label in labels) else set()
         self.several = frozenset(several)
 
-    def labels_at(self, place):
-        """{question: class number, or uint8 (Y,) of several} of the clip at this place."""
+    def labels_at(self, index):
+        """{question: class number, or uint8 (Y,)} of the clip at this index."""
         labels = {}
         for question, number in self.numbers.items():
-            label = annotations.label_of(self.rows[place], question)
+            label = annotations.label_of(self.rows[index], question)
             if question in self.several:
                 labels[question] = np.zeros(len(self.classes[question]), np.uint8)
                 labels[question][[number[name] for name in annotations.labels_of(label)
@@ -113,13 +118,13 @@ class VideoFiles(Clips, ClipSet):
         return labels
 
     def absent_classes(self):
-        """Names of the classes that no clip has."""
-        there = {(question, numbers[label]) for question, numbers in self.numbers.items()
+        """Names of classes without a clip."""
+        present = {(question, numbers[label]) for question, numbers in self.numbers.items()
                  for row in self.rows
                  for label in annotations.labels_of(annotations.label_of(row, question))
                  if label in numbers}
         return [name for question, names in self.classes.items()
-                for number, name in enumerate(names) if (question, number) not in there]
+                for number, name in enumerate(names) if (question, number) not in present]
 
     @property
     def items(self):
@@ -127,10 +132,10 @@ class VideoFiles(Clips, ClipSet):
         first = next(iter(self.classes), None)
         return [(row.path, self.labels_at(i).get(first)) for i, row in enumerate(self.rows)]
 
-    def keep(self, places):
-        """Keep only the files at these places of the list. Returns self."""
-        self.rows = [self.rows[i] for i in places]
-        self.captions = self.captions and [self.captions[i] for i in places]
+    def keep(self, indices):
+        """Keep only the rows with these indices. Returns self."""
+        self.rows = [self.rows[i] for i in indices]
+        self.captions = self.captions and [self.captions[i] for i in indices]
         return self
 
     def only(self, question, names):
@@ -158,12 +163,14 @@ class VideoFiles(Clips, ClipSet):
         return labels
 
     def first(self, count):
-        """Keep `count` files, drawn at random but always the same. Returns self."""
+        """Keep `count` random files, the same ones in every run. Returns self."""
         return self.keep(sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist()))
 
     def by_video(self):
-        """One item for each video, or part of one, with all its captions as "captions"; no change
-        where there are none, or where the task is to choose among several. Returns self."""
+        """Keep one item per video or part of one, with all its captions as "captions".
+
+        No change for data without captions and for multiple choice. Returns self.
+        """
         if not self.captions or self.rows[0].candidates:
             return self
         captions, first = {}, {}
@@ -173,18 +180,18 @@ class VideoFiles(Clips, ClipSet):
         self.all_captions = {clip: tuple(texts) for clip, texts in captions.items()}
         return self.keep(list(first.values()))
 
-    def captions_of(self, places):
-        """How many captions the items with these numbers have together."""
-        return sum(len((self.all_captions or {}).get(self.rows[i].clip, ("",))) for i in places)
+    def captions_of(self, indices):
+        """Total number of captions of the items with these indices."""
+        return sum(len((self.all_captions or {}).get(self.rows[i].clip, ("",))) for i in indices)
 
     def with_views(self, clips, crops):
-        """A copy for evaluation whose items have several views: see video.clips.Clips.prepare."""
+        """A copy for evaluation, whose items have several views: see video.clips.Clips.prepare."""
         views = copy.copy(self)
         views.views = (clips, crops)
         return views
 
     def training_captions(self):
-        """All captions, for a vocabulary. DataError where there are none, or one is empty."""
+        """All captions. DataError where there are none or one is empty."""
         if self.captions is None:
             return super().training_captions()
         for row, caption in zip(self.rows, self.captions):
@@ -202,8 +209,8 @@ class VideoFiles(Clips, ClipSet):
         return len(self.rows)
 
     def summary(self):
-        """For the user: kind, counts, classes, a sample, what is missing, what was not used."""
-        row, some = self.rows[0], self.rows[0].label
+        """For the user: format, counts, classes, a sample, missing files, unused columns."""
+        row, label = self.rows[0], self.rows[0].label
         videos, clips = ({key(row) for row in self.rows} for key in (
             lambda row: row.path, lambda row: row.clip))
         counts = (f"{len(clips):,} clips of " if len(clips) > len(videos) or row.part else "")
@@ -216,7 +223,7 @@ class VideoFiles(Clips, ClipSet):
                        + ", several a clip" * (question in self.several))
         counts += "" if self.classes else ", no labels"
         first = (f"first {row.path}" + (f", {row.part}" if row.part else "")
-                 + ("" if some is None else f" = {', '.join(annotations.labels_of(some))}")
+                 + ("" if label is None else f" = {', '.join(annotations.labels_of(label))}")
                  + (f" = {row.caption!r}" if row.caption else ""))
         missing = f"; {len(self.missing):,} MISSING, e.g. {self.missing[0]}" if self.missing else ""
         lines = [f"{self.source}: {self.kind}: {counts}, {first}{missing}",
@@ -226,8 +233,8 @@ class VideoFiles(Clips, ClipSet):
     def __getitem__(self, index):
         index, epoch = index if isinstance(index, tuple) else (index, 0)
         index, bad = range(len(self))[index], []
-        for place in range(index, index + (len(self) if self.train else 1)):
-            item = self._describe(place % len(self)) | {"bad": bad}
+        for candidate in range(index, index + (len(self) if self.train else 1)):
+            item = self._describe(candidate % len(self)) | {"bad": bad}
             try:
                 item["video"] = self.clip(
                     item["path"], (self.seed, index, epoch) if self.train else None, item["part"])
@@ -239,10 +246,10 @@ class VideoFiles(Clips, ClipSet):
                             f"{bad[0][1]}")
         return item
 
-    def _describe(self, place):
-        """The item at this place without its video."""
-        row = self.rows[place]
-        item = {"video": None, "labels": self.labels_at(place), "path": row.path, "part": row.part,
+    def _describe(self, index):
+        """The item at this index, without its video."""
+        row = self.rows[index]
+        item = {"video": None, "labels": self.labels_at(index), "path": row.path, "part": row.part,
                 "clip": number_of(row.clip)}
         texts = {key: getattr(row, key) for key in TEXTS}
         item |= {key: text for key, text in texts.items() if text is not None}
@@ -252,6 +259,6 @@ class VideoFiles(Clips, ClipSet):
 
 
 def number_of(clip):
-    """A number in [0, 2**63) that tells clips apart, on every process the same; see Row.clip."""
+    """A number in [0, 2**63) that identifies a clip (`Row.clip`), the same in every process."""
     digest = hashlib.blake2b(repr(clip).encode("utf-8", "backslashreplace"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") >> 1

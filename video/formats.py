@@ -1,6 +1,6 @@
 """The annotation formats of lists: one table, a row each.
 
-    Source --> the first row of FORMATS that recognises it --> its reader --> Found(kind, rows)
+    Source --> the first row of FORMATS that recognises it --> its reader --> Listing(kind, rows)
 
 Each benchmark writes "this clip shows that" in its own way. Conversion by hand is where labels
 shift by one and paths with spaces break. So lists are read as their authors publish them, and the
@@ -19,7 +19,7 @@ import textwrap
 from typing import Callable, NamedTuple
 
 from video import segments
-from video.rows import DataError, Found, Part, Row, is_media
+from video.rows import DataError, Listing, Part, Row, is_media
 from video.texts import PATH_COLUMNS, decode, parse_json, part, read_table, split_lines, whole
 
 COLUMNS = {  # what a column of a table, or a key of JSON, may be called
@@ -48,7 +48,7 @@ class Format(NamedTuple):
 
     name: str
     needs: tuple  # columns by which it is recognised, lower case; () = by `matches` alone
-    read: Callable  # Source -> Found
+    read: Callable  # Source -> Listing
     file: str  # a usual name of the list
     example: str  # the list, in three lines or fewer
     videos: tuple  # files, or folders/ of pictures, as they may lie beside such a list
@@ -79,7 +79,7 @@ def nearest(source):
 
 
 def read_records(source, kind=None, names=None, **columns):
-    """Found, a row for each caption (or else each part) of each record.
+    """Listing, a row for each caption (or else each part) of each record.
 
     names    (record, what its path column holds, place) -> possible names of its file
     columns  field=(names of its column): in place of those of COLUMNS; () = no such column
@@ -105,7 +105,7 @@ def read_records(source, kind=None, names=None, **columns):
         rows = _one_or_several(source, chosen["label"], rows)
     words = {str(record.get(name)).lower()[:3] for name in chosen["split"]
              for _, record in source.records}
-    return Found(kind or source.container, rows,
+    return Listing(kind or source.container, rows,
                  unused=tuple(name for name in source.columns if name not in used),
                  notes=(TOGETHER,) if {"val", "tes"} <= words else ())
 
@@ -287,7 +287,7 @@ def _read_msrvtt(source):
     content = source.content
     rows = _msrvtt_rows(source.path, content)
     words = {str(video.get("split"))[:3] for video in content["videos"]}
-    return Found("MSR-VTT", rows, unused=_others(content["videos"], "video_id", "split")
+    return Listing("MSR-VTT", rows, unused=_others(content["videos"], "video_id", "split")
                  + _others(content["sentences"], "video_id", "caption"),
                  notes=(TOGETHER,) if {"val", "tes"} <= words else ())
 
@@ -313,7 +313,7 @@ def _read_msrvtt_ids(source):
     # Two files are published, of different videos: take the one that knows most of these.
     file, content = min(found, key=lambda pair: unknown(pair[1]))
     rows = _msrvtt_rows(file, content, set(ids))
-    return Found(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
+    return Listing(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
                  [row._replace(split=None) for row in rows])
 
 
@@ -355,18 +355,18 @@ def _read_msvd(source):
     notes = (f"{left:,} sentences are of videos in none of the split lists beside it",) if left \
         else () if splits else ("the split lists train_list.txt, val_list.txt and test_list.txt "
                                 "are not beside it",)
-    return Found("MSVD", rows, notes=notes)
+    return Listing("MSVD", rows, notes=notes)
 
 
 def _paragraphs(source, kind, pairs, unused, notes):
-    """Found, a row for each video: its sentences joined, the field's protocol of these sets."""
+    """Listing, a row for each video: its sentences joined, the field's protocol of these sets."""
     sentences = {}
     for names, text in pairs:
         if not isinstance(text, str) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{source.path}: {kind} needs text in each sentence and name, got "
                             f"{str(text)[:40]!r} of {str(names[0])[:40]!r}")
         sentences.setdefault(names, []).append(text.strip())
-    return Found(kind, [Row(names, caption=" ".join(texts)) for names, texts in sentences.items()],
+    return Listing(kind, [Row(names, caption=" ".join(texts)) for names, texts in sentences.items()],
                  unused=unused, notes=notes)
 
 
@@ -402,7 +402,7 @@ def _read_lsmdc(source):
                             f"tabs, got {len(fields)}")
         film = fields[0].rpartition("_")[0]
         rows.append(Row((f"{film}/{fields[0]}", fields[0]), caption=fields[-1].strip()))
-    return Found("LSMDC", rows, notes=("its files are cut already: the times, which are those of "
+    return Listing("LSMDC", rows, notes=("its files are cut already: the times, which are those of "
                                        "the film, are not used",))
 
 
@@ -436,7 +436,7 @@ def _read_coco(source):
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{source.path}: COCO captions need id and file_name in images, image_id "
                         "and caption in annotations") from None
-    return Found("COCO captions", rows, unused=_others(content["images"], "id", "file_name")
+    return Listing("COCO captions", rows, unused=_others(content["images"], "id", "file_name")
                  + _others(content["annotations"], "image_id", "caption"))
 
 
@@ -517,7 +517,7 @@ def _read_numbered_frames(source):
     classes = [line for file in source.beside("*labels.csv")[:1]
                for line in map(str.strip, split_lines(decode(file))) if line]
     pairs = [line.partition(";")[::2] for _, line in source.lines]
-    return Found("Jester and Something-Something V1",
+    return Listing("Jester and Something-Something V1",
                  [Row((name,), label.strip() or None) for name, label in pairs], classes or None)
 
 
@@ -584,7 +584,7 @@ def _read_charades(source):
             raise DataError(f"{source.path}, {place}: the class {unknown[0]!r} is not in "
                             "Charades_v1_classes.txt")
         rows.append(Row((record["id"],), tuple(known.get(code, code) for code in codes)))
-    return Found("Charades", rows, list(known.values()) or None,
+    return Listing("Charades", rows, list(known.values()) or None,
                  unused=tuple(name for name in source.columns if name not in ("id", "actions")),
                  notes=("a video has the classes of all its actions; their times are not used",))
 
@@ -611,7 +611,7 @@ def _read_something(source):
         raise DataError(f"{path}: put something-something-v2-labels.json, which numbers the "
                         "templates, beside it")
     all_have_the_same(path, rows, [place for place, _ in source.records])
-    return Found("Something-Something V2", rows, classes, unused=tuple(
+    return Listing("Something-Something V2", rows, classes, unused=tuple(
         name for name in source.columns if name not in ("id", "template", "label")))
 
 
@@ -653,7 +653,7 @@ def read_hmdb51(source):
             if line.strip() and flag != "0":
                 rows.append(Row((f"{label}/{name.strip()}", name.strip()), label,
                                 split="train" if flag == "1" else "val"))
-    return Found(f"HMDB51, split {number}", rows, classes)
+    return Listing(f"HMDB51, split {number}", rows, classes)
 
 
 _UCF101 = re.compile(r"(.*/)?([^/]+)/(v_\w+_g\d\d_c\d\d\.\w+)(?: (\d+))?")
@@ -676,7 +676,7 @@ def _read_ucf101(source):
     split = {"train": "train", "testl": "val"}.get(name[:5])
     number = re.search(r"list0?(\d)", name)
     rows = [Row((stem, stem.split("/")[-1]), stem.split("/")[-2], split=split) for stem in stems]
-    return Found("UCF101" + (f", split {number[1]}" if number else ""), rows,
+    return Listing("UCF101" + (f", split {number[1]}" if number else ""), rows,
                  ucf101_classes(source.path.parent))
 
 
@@ -712,7 +712,7 @@ def _lines_match(pattern, media):
 
 def _read_whole(source):
     matches = [_WHOLE.fullmatch(line) for _, line in source.lines]
-    return Found("VideoMAE V2's list of whole videos",
+    return Listing("VideoMAE V2's list of whole videos",
                  [Row(match[1], match[2]) for match in matches])
 
 
@@ -726,7 +726,7 @@ def _read_several(source):
         raise DataError(f"{source.path}: {len(labels[0])} numbers behind each path may be classes, "
                         "a count of frames and a class, or a part and a class; write a header, as "
                         "'path,labels' or 'path,start_frame,end_frame,label'")
-    return Found("list of paths with several labels",
+    return Listing("list of paths with several labels",
                  [Row(match[1].strip().strip('"'), label) for match, label in zip(matches, labels)])
 
 
@@ -748,14 +748,14 @@ def _read_frame_folders(source):
         count, label = (match[3], None) if starts else (match[2], match[3])
         cut = part(f"{source.path}, line {number}", 0, count, in_frames=True)
         rows.append(Row(match[1].strip().strip('"'), label, part=cut))
-    return Found("list of `folder frames label` lines", rows)
+    return Listing("list of `folder frames label` lines", rows)
 
 
 def _read_list(source):
     """`path` or `path label` lines."""
     path, lines = source.path, source.lines
     if all(is_media(line) for _, line in lines):
-        return Found("list of paths", [Row(line.strip('"')) for _, line in lines])
+        return Listing("list of paths", [Row(line.strip('"')) for _, line in lines])
 
     def splits_off_a_video(separator):
         return sum(separator in line and is_media(line.rsplit(separator, 1)[0])
@@ -771,7 +771,7 @@ def _read_list(source):
         if not is_media(name):
             raise DataError(f"{path}, line {number}: expected 'path label', a video's name and "
                             f"then a space, comma, tab or '::', got {(name or label)[:60]!r}")
-    return Found("list of `path label` lines",
+    return Listing("list of `path label` lines",
                  [Row(name.strip().strip('"'), label.strip() or None) for _, name, label in rows])
 
 
@@ -937,7 +937,7 @@ FORMATS = (
 
 
 def read_list(source):
-    """Source -> Found, by the first format that recognises it. DataError where none does."""
+    """Source -> Listing, by the first format that recognises it. DataError where none does."""
     for one in FORMATS:
         if one.recognises(source):
             return one.read(source)

@@ -1,15 +1,16 @@
-"""A video that is a folder of numbered pictures, as TSN, Jester and Something-Something V1 keep it.
+"""Videos stored as folders of numbered pictures, as in TSN, Jester, Something-Something V1.
 
     folder --> PictureVideo --> .info .read .play .count, as video.decoding.Video
 
-1. The number at the end of a name is the picture's place: img_00001.jpg, 00001.jpg,
-   frame_000123.png. Numbers may start anywhere and have any number of digits. They may go up in
-   steps (0, 10, 20), all of one size; a gap in them is an error.
-2. Where the names before the number differ, the pictures called img, image or frame are taken: the
-   flow_x and flow_y beside them are not pictures to look at. Without these it is an error.
-3. Picture n is shown at n / rate seconds: the folder does not say at which rate it was written.
-4. Each picture is read as a video file of one frame, so that rotation and colours are right.
-   All have the size of the first.
+1. The number at the end of a name orders the pictures: img_00001.jpg, 00001.jpg, frame_000123.png.
+   Numbers may start anywhere and have any number of digits. Steps between numbers must be equal
+   (0, 10, 20); a gap is an error.
+2. If the names before the number differ, only pictures called img, image or frame are used.
+   Optical flow (flow_x, flow_y) is thus left out. It is an error if none or several of these names
+   exist.
+3. Picture n, counted from 0, is shown at n / rate seconds. The folder does not state the rate.
+4. Each picture is read as a video file of one frame, so rotation and colours are right. All
+   pictures must have the size of the first.
 """
 
 import os
@@ -21,15 +22,15 @@ from video.decoding import Video, VideoInfo, frame_numbers
 from video.rows import DataError
 
 NUMBERED = re.compile(r"(|[^.].*?)([0-9]+)\.(?:jpe?g|png|bmp|webp|tiff?|ppm)", re.IGNORECASE)
-PICTURES = ("img", "image", "frame")  # names that are taken where there are others
+PICTURES = ("img", "image", "frame")  # preferred if a folder holds pictures of several names
 
 
 def is_frames_folder(folder):
-    """Whether a folder directly holds two or more numbered pictures whose names begin alike.
+    """True for a folder that directly holds two or more numbered pictures, with few gaps.
 
-    Their numbers follow each other: at least half of those from the first to the last are there.
-    Photos of a class, which have numbers with large gaps, are no frames. One look at the names; no
-    picture is opened. False where there is no such folder.
+    The names must be equal up to the number, and at least half of the numbers from the first to
+    the last must exist. This excludes photos whose numbers have large gaps. Only names are read.
+    False where there is no such folder.
     """
     try:
         stems = _by_stem(os.listdir(folder))
@@ -44,31 +45,31 @@ def _is_dense(numbers):
 
 
 def picture_numbers(names, folder="pictures"):
-    """[(number, name), ...] of the pictures among file names that make a video, ascending.
+    """[(number, name), ...] of the pictures that form a video, ascending; may be empty.
 
-    Other files are left out; the list may be empty. Raises DataError, which names the folder, where
-    it is not clear which pictures or in which order: several kinds, a number twice, a gap.
+    names are file names; other files are ignored. folder is for messages. Raises DataError where
+    the pictures or their order are unclear: several kinds, a duplicate number, a gap.
     """
     stems = _by_stem(names)
     if len(stems) > 1:
-        taken = [stem for stem in stems if stem.lower().rstrip("_- .") in PICTURES]
-        if len(taken) != 1:
-            some = ", ".join(f"{min(found)[1]}" for _, found in sorted(stems.items())[:3])
-            raise DataError(f"{folder}: holds pictures of {len(stems)} kinds ({some}): keep one "
-                            "kind in a folder, or name the frames img_00001.jpg and so on")
-        stems = {taken[0]: stems[taken[0]]}
-    found = sorted(numbered for some in stems.values() for numbered in some)
-    steps = [after[0] - before[0] for before, after in zip(found, found[1:])]
-    for (number, name), step in zip(found, steps):
+        frame_stems = [stem for stem in stems if stem.lower().rstrip("_- .") in PICTURES]
+        if len(frame_stems) != 1:
+            examples = ", ".join(f"{min(group)[1]}" for _, group in sorted(stems.items())[:3])
+            raise DataError(f"{folder}: holds pictures of {len(stems)} kinds ({examples}): keep "
+                            "one kind per folder, or name the frames img_00001.jpg and so on")
+        stems = {frame_stems[0]: stems[frame_stems[0]]}
+    pictures = sorted(numbered for group in stems.values() for numbered in group)
+    steps = [after[0] - before[0] for before, after in zip(pictures, pictures[1:])]
+    for (number, name), step in zip(pictures, steps):
         if step == 0:
-            raise DataError(f"{folder}: has two pictures of number {number}, one is {name}")
+            raise DataError(f"{folder}: has two pictures of number {number}, for example {name}")
         if step != min(steps):
             raise DataError(f"{folder}: picture {number + min(steps)} is missing after {name}")
-    return found
+    return pictures
 
 
 def _by_stem(names):
-    """{what stands before the number: [(number, name), ...]}"""
+    """{name before the number: [(number, name), ...]}"""
     stems = {}
     for name in names:
         match = NUMBERED.fullmatch(name)
@@ -81,30 +82,31 @@ class PictureVideo:
     """A folder of numbered pictures with the methods of video.decoding.Video.
 
     info  its `VideoInfo`, if known; with a part, that of the part
-    part  a video.decoding.Part; None = all. Frame numbers are places in order, the first is 0,
-          whatever number its picture has
-    rate  frames a second
+    part  a video.decoding.Part; None = all. Frame numbers count the pictures from 0, whatever
+          numbers
+          their names have
+    rate  frames per second
 
     Any error inside becomes a DataError that names the folder or the picture.
     """
 
     def __init__(self, path, info=None, part=None, rate=25.0):
         if not rate > 0:
-            raise DataError(f"{path}: {rate} frames a second: give a rate above 0")
+            raise DataError(f"{path}: {rate} frames per second: give a rate above 0")
         self.path, self._info, self.part, self.rate = str(path), info, part, rate
 
     def __enter__(self):
         try:
-            found = picture_numbers(os.listdir(self.path), self.path)
+            pictures = picture_numbers(os.listdir(self.path), self.path)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
-        if not found:
+        if not pictures:
             raise DataError(f"{self.path}: holds no numbered pictures, such as img_00001.jpg")
-        first, last = 0, len(found)
+        first, last = 0, len(pictures)
         if self.part:
             seconds = [i / self.rate for i in range(last)]
             first, last = self.part.numbers(self.path, seconds, last / self.rate)
-        self.pictures = [os.path.join(self.path, name) for _, name in found[first:last]]
+        self.pictures = [os.path.join(self.path, name) for _, name in pictures[first:last]]
         return self
 
     def __exit__(self, kind, error, trace):
@@ -112,7 +114,7 @@ class PictureVideo:
 
     @property
     def info(self):
-        """Its `VideoInfo`. Only the first picture is opened."""
+        """`VideoInfo` of the folder or part. Only the first picture is opened."""
         if self._info is None:
             with Video(self.pictures[0]) as picture:
                 first, n = picture.info, len(self.pictures)
@@ -122,7 +124,7 @@ class PictureVideo:
         return self._info
 
     def read(self, times_or_indices, size=None):
-        """Frames as shown, upright: uint8 (T, H, W, 3) RGB; as video.decoding.read_clip."""
+        """Frames as shown, upright: uint8 (T, H, W, 3) RGB; see video.decoding.read_clip."""
         numbers = frame_numbers(self.info, times_or_indices).tolist()
         frames = {number: self._picture(number, size) for number in sorted(set(numbers))}
         return np.stack([frames[number] for number in numbers])
@@ -133,14 +135,14 @@ class PictureVideo:
             yield self._picture(number, size)
 
     def count(self):
-        """Decode everything; the number of frames. DataError at the first damaged one."""
+        """Decode all pictures; return their number. DataError at the first damaged one."""
         return sum(1 for _ in self.play())
 
     def _picture(self, number, size):
         path, info = self.pictures[number], self.info
         with Video(path) as picture:
-            found = picture.info
-            if (found.height, found.width) != (info.height, info.width):
-                raise DataError(f"{path}: has {found.width} x {found.height} pixels, but the first "
+            shape = picture.info
+            if (shape.height, shape.width) != (info.height, info.width):
+                raise DataError(f"{path}: has {shape.width} x {shape.height} pixels, but the first "
                                 f"picture of its folder has {info.width} x {info.height}")
             return picture.first_frame(size)

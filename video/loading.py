@@ -1,8 +1,8 @@
-"""Worker processes that load clips ahead, and what becomes of one that dies.
+"""Worker processes that load clips ahead of training, and error messages if one dies.
 
-`load` wraps torch's DataLoader. It adds four things: an error in a worker arrives as one line; a
-worker that dies is reported with the file it was reading; Ctrl-C and SIGTERM are left to the parent
-process; and no worker outlives the run.
+`load` wraps torch's DataLoader and adds four things. An error in a worker arrives as one line. A
+worker that dies is reported with the file it was reading. Workers ignore Ctrl-C and SIGTERM; the
+parent process handles them. No worker outlives the run.
 """
 
 import contextlib
@@ -23,11 +23,12 @@ from video.annotations import DataError
 
 
 class Plan:
-    """Iterates over the indices of each step, computed as they are needed; see data.batches.
+    """Iterates over the item indices of each step, computed when needed; see data.batches.
 
-    Step k of rank r takes the places from (k * world + r) * B on. An epoch of a finite data set is
-    a permutation drawn from (seed, epoch); where the data set has `weights`, it is as many draws by
-    these, and each draw of an item has a number of its own, as an epoch has.
+    Step k of process `rank` covers positions (k * world + rank) * B to that + B - 1 of the
+    sequence of all epochs. An epoch of a finite data set is a permutation drawn from (seed,
+    epoch). If the data set has `weights`, an epoch is as many draws with replacement by these
+    probabilities; each draw of an item then gets a number of its own, in place of the epoch.
     """
 
     def __init__(self, dataset, batch_size, seed, steps, start, shuffle, rank, world, repeats):
@@ -43,33 +44,34 @@ class Plan:
         order = functools.lru_cache(maxsize=2)(self.order)
         for step in range(self.start, self.steps):
             first = (step * self.world + self.rank) * self.batch_size
-            places = range(first, first + self.batch_size)
+            positions = range(first, first + self.batch_size)
             if self.length is None:
-                yield list(places)
+                yield list(positions)
                 continue
-            turns = [(*divmod(place // self.repeats, self.length), place % self.repeats)
-                     for place in places]
+            turns = [(*divmod(position // self.repeats, self.length), position % self.repeats)
+                     for position in positions]
             yield [(int(order(epoch)[i]) if self.shuffle else i,
                     (epoch if self.weights is None else epoch * self.length + i) * self.repeats
-                    + again) for epoch, i, again in turns]
+                    + repeat) for epoch, i, repeat in turns]
 
     def order(self, epoch):
-        """The items of an epoch, in order."""
+        """The item indices of an epoch, in order."""
         rng = np.random.default_rng((self.seed, epoch))
         return rng.permutation(self.length) if self.weights is None else \
             rng.choice(self.length, self.length, p=self.weights)
 
 
 def load(dataset, plan, workers, collate, **options):
-    """Iterate over the batches that `collate` makes of the items of a data set.
+    """Yield the batches that `collate` makes of the items of a data set.
 
-    plan     iterable of lists of indices, one list a batch; None: the data set iterates by itself
-    workers  processes that load ahead; 0: this one
+    plan     iterable of lists of indices, one list per batch; None: the data set iterates by
+             itself
+    workers  number of processes that load ahead; 0: load in this process
     options  further arguments of DataLoader
-    raises   DataError where an item or `collate` gives one
+    raises   DataError where an item or `collate` returns one
     """
-    # DataLoader gives each worker one torch thread. It has its own generator, so that starting it
-    # does not advance the global one.
+    # DataLoader gives each worker one torch thread. The loader has a generator of its own, because
+    # starting it draws a number from its generator.
     if plan is not None:
         dataset, options = _ErrorsAsItems(dataset), {"batch_sampler": plan}
     notes = torch.zeros(workers, 512, dtype=torch.uint8).share_memory_() if workers else None
@@ -81,12 +83,12 @@ def load(dataset, plan, workers, collate, **options):
         worker_init_fn=functools.partial(start_worker, notes=notes), **options)
     batches = iter(loader)
     if workers and threading.current_thread() is threading.main_thread():
-        # torch reports a dead worker from a signal handler, at any point of the program: in the
-        # middle of writing a checkpoint, or of handling the same death. Without the handler the
-        # next batch reports it (torch looks every five seconds).
+        # torch's signal handler raises an error for a dead worker at any point of the program, even
+        # while a checkpoint is written or while that error is handled. Without the handler the next
+        # batch raises it (torch checks every five seconds).
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Workers ignore SIGTERM. DataLoader and multiprocessing use SIGTERM to end their children, so
-    # a worker that is stuck in a file needs SIGKILL.
+    # DataLoader and multiprocessing end their children with SIGTERM, which our workers ignore. A
+    # worker that is stuck in a file therefore needs SIGKILL.
     end = multiprocessing.util.Finalize(None, _kill, (list(getattr(batches, "_workers", ())),),
                                         exitpriority=10)
     try:
@@ -95,7 +97,7 @@ def load(dataset, plan, workers, collate, **options):
                 raise batch
             yield batch
     finally:
-        del batches  # DataLoader asks the workers to end, and waits a while
+        del batches  # DataLoader asks the workers to end, and waits for some time
         end()
 
 
@@ -118,14 +120,14 @@ def _kill(children):
             child.kill()
 
 
-# Each worker writes its process number and the file it reads into shared bytes, for `dead_worker`.
+# Each worker writes its process id and the file it reads into shared memory, for `dead_worker`.
 
-_notes = weakref.WeakSet()  # of the parent: uint8 (workers, 512) for each loader
-_note = None  # of a worker: its own row
+_notes = weakref.WeakSet()  # in the parent: uint8 (workers, 512) for each loader
+_note = None  # in a worker: its own row
 
 
 def start_worker(number, notes=None):
-    """First call in a worker: signals are left to the parent, which ends the workers itself.
+    """First call in a worker: ignore SIGINT and SIGTERM, because the parent ends its workers.
 
     Ctrl-C reaches every process of a terminal, and a scheduler may signal all processes of a job.
     """
@@ -145,13 +147,13 @@ def _write(path):
 
 
 def _read(note):
-    """(process number, path) as text; "" where there is none."""
+    """(process id, path) as text; each is "" where it is missing."""
     return bytes(note.tolist()).rstrip(b"\0").decode("utf-8", "replace").partition(" ")[::2]
 
 
 @contextlib.contextmanager
-def in_hand(path):
-    """Context in which a worker reads a file; if it dies inside, `dead_worker` names the file."""
+def reading_file(path):
+    """Context in which a worker reads a file. If the worker dies inside, `dead_worker` names it."""
     _write(path)
     try:
         yield
@@ -160,36 +162,36 @@ def in_hand(path):
 
 
 def dead_worker(error):
-    """One line about a worker that died, with the file it was reading; None for other errors.
+    """One line about a worker that died and the file it was reading; None for other errors.
 
-    error  what DataLoader raised for a dead worker or a broken pipe to it
+    error  what DataLoader raised: for a dead worker, or for a broken pipe to one
     """
-    told = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) "
+    message = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) "
                      r"(is killed by signal: \w+|exited unexpectedly)", str(error))
     notes = [_read(note) for rows in list(_notes) for note in rows]
-    if told:
-        dead, how = told[1].split(", "), told[2]
+    if message:
+        dead, how = message[1].split(", "), message[2]
     else:
         broken = isinstance(error, (ConnectionError, EOFError))
-        numbers = [number for number, _ in notes if broken and number]
-        for _ in range(40 if numbers else 0):  # a process closes its pipes just before it ends
-            if any(_has_ended(int(number)) for number in numbers):
+        pids = [pid for pid, _ in notes if broken and pid]
+        for _ in range(40 if pids else 0):  # a process closes its pipes shortly before it ends
+            if any(_has_ended(int(pid)) for pid in pids):
                 break
             time.sleep(0.05)
-        dead, how = [number for number in numbers if _has_ended(int(number))], "has ended"
+        dead, how = [pid for pid in pids if _has_ended(int(pid))], "has ended"
     if not dead:
         return None
-    files = [printable(path) for number, path in notes if number in dead and path]
-    return (f"a process that prepares clips (pid {', '.join(dead)}) {how}, with "
-            f"{', '.join(files) or 'no file'} in hand. Killed by nobody you know: out of memory, "
-            "lower --workers; anything else: that file crashes the decoder, take it out")
+    files = [printable(path) for pid, path in notes if pid in dead and path]
+    return (f"a process that loads clips (pid {', '.join(dead)}) {how} while reading "
+            f"{', '.join(files) or 'no file'}. If nobody killed it, memory may have run out: lower "
+            "--workers; or that file crashes the decoder: remove it")
 
 
-def _has_ended(number):
-    """True for a child that no longer runs, whether or not its exit code was collected."""
+def _has_ended(pid):
+    """True for a child process that has ended, whether or not its exit code was collected."""
     if not hasattr(os, "waitid"):  # macOS, before Python 3.13
         return False
     try:
-        return os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # collected already, or a child of Python 3.14's fork server
-        return not os.path.exists(f"/proc/{number}") if os.path.exists("/proc/self") else True
+        return not os.path.exists(f"/proc/{pid}") if os.path.exists("/proc/self") else True

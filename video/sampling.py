@@ -1,8 +1,8 @@
-"""Which frames of a video make a clip.
+"""Frame sampling: which frames of a video make a clip.
 
-`dense` and `segment` are ours and follow the papers. The others reproduce the official code of one
-family each, off-by-one behaviour included: a model that is evaluated on other frames than it was
-trained on loses accuracy without any error message.
+`dense` and `segment` are ours and follow the papers. Each of the others reproduces the official
+code of one model family, including its off-by-one errors. A model loses accuracy, without an error
+message, if evaluation samples frames by another rule than training did.
 
 >>> segment_indices(100, 4)
 array([12, 37, 62, 87])
@@ -14,9 +14,10 @@ import numpy as np
 def dense_indices(n, frames, stride, rng=None, view=(0, 1)):
     """(frames,) int: every stride-th of n frames, in a window of frames * stride.
 
-    VideoMAE Sec. 3.3, "Temporal downsampling". With rng the window starts at random, without it is
-    the centre. A short video repeats its last frame. view=(c, C) is clip c of C spread evenly from
-    the first frame to the last (VideoMAE, multi-view test); of one clip, the centre.
+    VideoMAE Sec. 3.3, "Temporal downsampling". The window starts at a random frame with rng;
+    without rng it is the centre of the video. A short video repeats its last frame. view=(c, C):
+    clip c of C windows, evenly spaced from the first frame to the last (VideoMAE's multi-view
+    test). A single window is the centre one.
     """
     spare = max(n - frames * stride, 0)
     clip, clips = view
@@ -28,9 +29,9 @@ def dense_indices(n, frames, stride, rng=None, view=(0, 1)):
 def segment_indices(n, frames, rng=None, view=(0, 1)):
     """(frames,) int: one of n frames from each of `frames` equal segments.
 
-    TSN Sec. 3.1, "Temporal Segment Networks". With rng a random frame of each segment, without the
-    middle one. view=(c, C) is clip c of C: at (c + 1) / (C + 1) of each segment (UniFormerV2's
-    test).
+    TSN Sec. 3.1, "Temporal Segment Networks". With rng: a random frame of each segment; without:
+    the middle one. view=(c, C): clip c of C takes the frame at (c + 1) / (C + 1) of each segment,
+    as in UniFormerV2's test.
     """
     clip, clips = view
     edges = np.arange(frames + 1) * n // frames
@@ -45,7 +46,7 @@ def segment_indices(n, frames, rng=None, view=(0, 1)):
 
 
 def _mae_pretrain(n, frames, stride, rng, view, fps):
-    # As dense, but a short video repeats the last frame that the stride meets, not its last one.
+    # As dense, but a short video repeats the last frame on the stride, not its last frame.
     dense = dense_indices(n, frames, stride, rng, view)
     return dense if n >= frames * stride else np.minimum(dense, (n - 1) // stride * stride)
 
@@ -90,8 +91,8 @@ def _internvideo(n, frames, stride, rng, view, fps):
     edges = np.linspace(0, n, frames + 1).astype(int)
     if rng is None:
         return np.clip((edges[:-1] + edges[1:] - 1) // 2, 0, n - 1)
-    # The last frame of an interval is never drawn, unless it is the only one. There the original
-    # code fails.
+    # The last frame of an interval is never drawn, except from an interval of one frame. The
+    # original code fails on those.
     first = np.minimum(edges[:-1], n - 1)
     return rng.integers(first, np.maximum(edges[1:] - 1, first + 1))
 
@@ -101,7 +102,7 @@ def _internvideo_demo(n, frames, stride, rng, view, fps):
 
 
 def _retrieval(n, frames, stride, rng, view, fps):
-    # One frame a second. The original masks what a short video lacks; we repeat its last frame.
+    # One frame per second. The original masks missing frames; we repeat the last frame.
     seconds = np.arange(0, n, max(1, round(fps)))
     if len(seconds) > frames:
         return seconds[np.linspace(0, len(seconds) - 1, frames).astype(int)]
@@ -112,7 +113,7 @@ def _viclip(n, frames, stride, rng, view, fps):
     return np.minimum(max(1, n // frames) * np.arange(frames), n - 1)
 
 
-SAMPLINGS = {  # name -> sampler; the comment says where the rule comes from
+SAMPLINGS = {  # name -> sampler; each comment names the source of the rule
     "dense": lambda n, frames, stride, rng, view, fps: dense_indices(n, frames, stride, rng, view),
     "segment": lambda n, frames, stride, rng, view, fps: segment_indices(n, frames, rng, view),
     "videomae-pretrain": _mae_pretrain,  # VideoMAE, masked pretraining
@@ -129,10 +130,10 @@ SAMPLINGS = {  # name -> sampler; the comment says where the rule comes from
 def choose_frames(name, n, frames, stride=4, rng=None, view=(0, 1), fps=25.0):
     """(frames,) int in [0, n): the frame numbers of a clip, by one of SAMPLINGS.
 
-    n       frames of the video
-    stride  frames from one to the next, where the sampler is dense
+    n       number of frames in the video
+    stride  frames from one chosen frame to the next, for dense samplers
     rng     numpy Generator for training; None for evaluation
     view    (c, C) in evaluation: clip c of C
-    fps     of the video, for samplers that count seconds
+    fps     frames per second of the video, for samplers that count seconds
     """
     return np.asarray(SAMPLINGS[name](n, frames, stride, rng, view, fps))

@@ -22,21 +22,22 @@ from video.decoding import Bytes
 class VideoShards(Clips, ClipSet):
     """Clips from tar shards: k.mp4 with k.txt, k.json or k.cls beside it.
 
-    source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files. The
-            pattern may be a URL, as the `webdataset` package reads it (pip install webdataset)
+    source  one .tar, a pattern like clips-{000000..000123}.tar, or a folder of .tar files. A
+            pattern
+            may be a URL that the `webdataset` package reads (pip install webdataset)
 
-    The other arguments are those of data.VideoFiles and of `Clips.prepare`. Labels are the numbers
-    of .cls. part="val" is every tenth shard, "train" the rest.
+    The other arguments are those of data.VideoFiles and `Clips.prepare`. A .cls file holds the
+    label, a number. part="val" is a random tenth of the shards, "train" the rest.
 
-    Shards are for data too large to be listed. Training draws shards with replacement, endlessly,
-    and a shuffle buffer of 200 samples mixes what comes out. So a run is as long as its steps say,
-    however the shards fall on processes and workers. A batch is a function of (seed, number of
-    workers, step at which the run began): a resumed run draws new shards and does not repeat the
+    Shards are for data too large to list. Training draws shards with replacement, without end, and
+    mixes samples in a buffer of 200. The length of a run is therefore its number of steps, however
+    shards are distributed over processes and workers. A batch is a function of (seed, number of
+    workers, step at which the run started). A resumed run draws new shards and does not repeat the
     old ones. Evaluation reads its shards once, in order.
 
-    `items` and `captions` list the content of the first shard, or of all held-out shards: enough
-    for a vocabulary and for `summary`. Raises DataError: no such shard, no video in it, package
-    absent.
+    `items` and `captions` list the first shard for training, and all shards for evaluation.
+    Vocabulary and `summary` use them. Raises DataError: no such shard, no video in it, webdataset
+    not installed.
     """
 
     missing = ()
@@ -44,11 +45,11 @@ class VideoShards(Clips, ClipSet):
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
                  classes=None, in_order=True, video_folder="", frame_rate=25.0, **recipe):
         if video_folder:
-            raise DataError(f"--video-folder: {source} holds its videos itself; leave it out")
+            raise DataError(f"--video-folder: {source} contains its videos; remove this flag")
         try:
             import webdataset
         except ImportError:
-            raise DataError(f"{source}: tar shards are read by the webdataset package: "
+            raise DataError(f"{source}: reading tar shards needs the webdataset package: "
                             "pip install webdataset") from None
         shards = (sorted(map(str, Path(source).glob("*.tar"))) if os.path.isdir(source)
                   else webdataset.shardlists.expand_urls(str(source)))
@@ -60,31 +61,31 @@ class VideoShards(Clips, ClipSet):
             shards = [shard for shard, in parts[part == "val"]]
         self.prepare(frames, size, stride, sampling, train, **recipe)
         self.source, self.shards = str(source), shards
-        known = list(map(describe_sample, self.samples(shards[:1] if train else shards)))
-        if not known:
+        described = list(map(describe_sample, self.samples(shards[:1] if train else shards)))
+        if not described:
             raise DataError(f"{shards[0]}: no video in this shard")
-        self.items = [(item["path"], item["labels"].get("label")) for item, _ in known]
-        captions = [item.get("caption") for item, _ in known]
+        self.items = [(item["path"], item["labels"].get("label")) for item, _ in described]
+        captions = [item.get("caption") for item, _ in described]
         self.captions = None if None in captions else captions
 
     def __len__(self):
         return len(self.items)
 
     def summary(self):
-        """One line for the user: how many shards, and what is in the first."""
+        """One line for the user: the number of shards, and the content of those listed."""
         caption = f" = {self.captions[0]!r}" if self.captions else ""
         where = "the first" if self.train else "them"
         return printable(f"{self.source}: {len(self.shards):,} tar shards, {len(self):,} videos in "
                          f"{where}, first {self.items[0][0]}{caption}")
 
     def training_captions(self):
-        """The captions of the first shard. DataError where one has none."""
+        """The captions of the first shard. DataError where one is missing."""
         return self.captions or super().training_captions()
 
     def samples(self, shards, mix=None):
         """The raw samples of an iterable of shards, in order.
 
-        mix  None or a random.Random to shuffle by
+        mix  None, or a random.Random that shuffles them
         """
         import webdataset
         stages = [lambda: ({"url": shard} for shard in shards), webdataset.tarfile_to_samples()]
@@ -100,8 +101,11 @@ class VideoShards(Clips, ClipSet):
             raise DataError(f"{self.source}: a shard cannot be read ({error})") from None
 
     def stream(self, *key):
-        """Items like those of VideoFiles: endless and mixed by the numbers of `key`; in evaluation
-        once, in order."""
+        """Items like those of VideoFiles.
+
+        In training they are endless, with draws seeded by the numbers of `key`. In evaluation each
+        comes once, in order.
+        """
         if not self.train:
             for item, content in map(describe_sample, self.samples(self.shards)):
                 yield self.item(item, content, None)
@@ -109,8 +113,8 @@ class VideoShards(Clips, ClipSet):
         rng = np.random.default_rng((self.seed, *key))
         endless = (self.shards[rng.integers(len(self.shards))] for _ in itertools.count())
         mix, bad = random.Random(int(rng.integers(2**63))), []
-        for count, sample in enumerate(self.samples(endless, mix)):
-            item = self.item(*describe_sample(sample), (self.seed, *key, count))
+        for number, sample in enumerate(self.samples(endless, mix)):
+            item = self.item(*describe_sample(sample), (self.seed, *key, number))
             bad += item["bad"]
             if len(bad) > 1000:
                 raise DataError(f"{self.source}: a thousand samples in a row cannot be read; "
@@ -120,7 +124,7 @@ class VideoShards(Clips, ClipSet):
                 yield item
 
     def item(self, item, content, key):
-        """The item of `describe_sample` with its video, or with its fault in "bad"."""
+        """The item of `describe_sample` with its video, or with the error in "bad"."""
         item |= {"video": None, "bad": []}
         try:
             item["video"] = self.clip(Bytes(item["path"], content), key)
@@ -130,10 +134,10 @@ class VideoShards(Clips, ClipSet):
 
 
 def describe_sample(sample):
-    """What a WebDataset sample holds; None where it has no video.
+    """(item without video, content of the video file) of a WebDataset sample; None without video.
 
-    returns  {"path", "label" and, if there, "caption"}, and the content of its video
-    raises   DataError where its .cls holds a number that is no class
+    The item is {"path", "labels" and, if there is one, "caption" and "captions"}. DataError where
+    .cls holds a number too large for a class.
     """
     video = next((key for key in sample if annotations.is_media(f"x.{key}")), None)
     if video is None:
@@ -151,7 +155,7 @@ def describe_sample(sample):
 
 
 class ShardStream(torch.utils.data.IterableDataset):
-    """The endless items of VideoShards; each worker process has its own."""
+    """The endless items of VideoShards. Each worker process has its own stream."""
 
     def __init__(self, shards, *key):
         self.shards, self.key = shards, key

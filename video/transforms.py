@@ -2,8 +2,9 @@
 
     (T, H, W, 3) uint8 --> crop_frames --> (T, h, w, 3) uint8 --> batch --> normalise --> model
 
-`plain` is ours. The other transforms reproduce the official code of one family each, down to the
-interpolation kernel and the rounding of the crop. All frames of a clip get the same transform.
+`plain` is ours. Each of the others reproduces the official code of one model family, down to the
+interpolation kernel and the rounding of crop positions. All frames of a clip get the same
+transform.
 """
 
 import functools
@@ -15,14 +16,15 @@ from torchvision.transforms import v2
 
 
 def _as_planes(video):
+    """uint8 (T, H, W, 3) array -> uint8 (T, 3, H, W) tensor."""
     return torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
 
 
 def resize(video, size, how):
-    """uint8 (T, H, W, 3) resized to (h, w) pixels.
+    """Resize uint8 (T, H, W, 3) to (h, w) pixels.
 
-    how  "area": antialiased bilinear; "bicubic": antialiased, with Pillow's kernel;
-         "bilinear", "nearest": without antialiasing, as OpenCV
+    how  "area": bilinear, antialiased; "bicubic": antialiased, with Pillow's kernel;
+         "bilinear", "nearest": not antialiased, as in OpenCV
     """
     if tuple(video.shape[1:3]) == tuple(size):
         return video
@@ -39,14 +41,14 @@ def resize(video, size, how):
 
 
 def _cover(video, size, how):
-    """Resized just as much as (h, w) needs, the aspect kept: a square gets the short side."""
+    """Resize just enough to cover (h, w), keeping the aspect; for a square: the short side."""
     (H, W), (h, w) = video.shape[1:3], size
-    long = (h, max(w, int(W * h / H))) if h * W >= w * H else (max(h, int(H * w / W)), w)
-    return resize(video, long, how)
+    covering = (h, max(w, int(W * h / H))) if h * W >= w * H else (max(h, int(H * w / W)), w)
+    return resize(video, covering, how)
 
 
 def _window(video, size, crop=0, crops=1, rounding=int):
-    """The crop of (h, w): the centre, or number `crop` of `crops` from one end to the other."""
+    """Crop (h, w): the centre, or crop number `crop` of `crops` from one end to the other."""
     share = crop / (crops - 1) if crops > 1 else 0.5
     top, left = (rounding(share * (side - wanted))
                  for side, wanted in zip(video.shape[1:3], size))
@@ -60,10 +62,11 @@ def _random_window(video, size, rng):
 
 
 def _random_area(video, size, rng, area, flip, how="area"):
-    """A random crop, resized; with flip, mirrored with probability 1/2. The same for all frames.
+    """A random crop, resized to `size`, the same for all frames.
 
-    The crop has a share of the area from `area` to 1 and an aspect from 3/4 to 4/3 of that of
-    `size` (Going Deeper with Convolutions, Sec. 6, "Training Methodology").
+    The crop has a share of the area from `area` to 1. Its aspect is 3/4 to 4/3 times that of
+    `size` (Going Deeper with Convolutions, Sec. 6, "Training Methodology"). With flip, it is
+    mirrored with probability 1/2.
     """
     kernel = v2.InterpolationMode.BICUBIC if how == "bicubic" else v2.InterpolationMode.BILINEAR
     aspect = size[1] / size[0]
@@ -73,12 +76,12 @@ def _random_area(video, size, rng, area, flip, how="area"):
 
 
 def draw_with(rng, video, *transforms):
-    """uint8 (T, H, W, 3) through torchvision's random transforms, once for all frames.
+    """Apply torchvision's random transforms to uint8 (T, H, W, 3), one draw for all frames.
 
-    rng  numpy Generator that seeds them; torch's global generator is left as it was
+    rng  numpy Generator that seeds the draws; torch's global generator does not change
     """
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reset the accelerator's generator as well.
+        # torch.manual_seed would also reset the generator of the accelerator.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         return v2.Compose(transforms)(_as_planes(video)).permute(0, 2, 3, 1).numpy()
 
@@ -90,9 +93,10 @@ def _plain(video, size, rng, flip, area, crop, crops):
 
 
 def _multi_scale(video, size, rng, flip, area, crop, crops):
-    # TSN's crop, with which VideoMAE pretrains. Each side is one of four fractions of the largest
-    # box of this aspect, at most one step apart, at one of 13 places. It is never mirrored,
-    # although the paper says so for Kinetics.
+    # TSN's crop, which VideoMAE's pretraining uses. Each side is one of four fractions of the
+    # largest box of this aspect. The two fractions are at most one step apart in the list. The crop
+    # lies at one of 13 positions. The official code never mirrors, although the paper says that it
+    # does for Kinetics.
     if rng is None:
         return _window(_cover(video, size, "area"), size, crop, crops)
     H, W = video.shape[1:3]
@@ -103,9 +107,9 @@ def _multi_scale(video, size, rng, flip, area, crop, crops):
     pairs = [(h, w) for i, h in enumerate(heights) for j, w in enumerate(widths) if abs(i - j) <= 1]
     h, w = pairs[rng.integers(len(pairs))]
     down, right = (H - h) // 4, (W - w) // 4
-    places = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
+    positions = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
               (1, 1), (1, 3), (3, 1), (3, 3)]
-    row, column = places[rng.integers(len(places))]
+    row, column = positions[rng.integers(len(positions))]
     top, left = row * down, column * right
     return resize(video[:, top:top + h, left:left + w], size, "area")
 
@@ -138,14 +142,14 @@ def _square(video, size, rng, flip, area, crop, crops):
     return resize(video, size, "bilinear")
 
 
-TRANSFORMS = {  # name -> (video, size, rng, flip, area, crop, crops) -> video; rng=None: test
-    "plain": _plain,  # ours: resized while decoding; crops of 50-100 % of the area
+TRANSFORMS = {  # name -> (video, size, rng, flip, area, crop, crops) -> video; rng=None: evaluation
+    "plain": _plain,  # ours: resized during decoding; random crops of 50-100 % of the area
     "videomae-pretrain": _multi_scale,
-    "videomae": _fine_tuning,  # RandAugment and erasing are separate: see video/clips.py
+    "videomae": _fine_tuning,  # RandAugment and random erasing: see video/clips.py
     "uniformerv2": functools.partial(_fine_tuning, rounding=math.ceil),
-    "internvideo": _squash,  # InternVideo-MM, downstream: the aspect is lost
+    "internvideo": _squash,  # InternVideo-MM, downstream: changes the aspect
     "internvideo-demo": _demo,
-    "clip": _clip,  # CLIP's test; in training as the image-text batches of InternVideo-MM
+    "clip": _clip,  # CLIP's evaluation; in training, InternVideo-MM's image-text batches
     "viclip": _square,
 }
 
@@ -156,8 +160,9 @@ def crop_frames(name, video, size, rng=None, flip=True, area=None, crop=0, crops
     size   (h, w) in pixels
     rng    numpy Generator for training; None for evaluation: crop number `crop` of `crops`, from
            one end of the longer side to the other
-    flip   in training, mirror half of the clips, where the recipe does
-    area   in training, the smallest share of a frame that a random crop keeps; None = the recipe's
+    flip   in training: mirror half of the clips, if the transform mirrors at all
+    area   in training: smallest share of a frame that a random crop keeps; None = the transform's
+           own
     """
     return TRANSFORMS[name](video, size, rng, flip, area, crop, crops)
 
@@ -165,10 +170,10 @@ def crop_frames(name, video, size, rng=None, flip=True, area=None, crop=0, crops
 def normalise(video, mean, std):
     """(B, T, H, W, 3), uint8 or float in [0, 255] -> float32 (B, 3, T, H, W).
 
-    (video / 255 - mean) / std, on the device of the video: a batch travels as bytes, a quarter of
-    the size.
+    (video / 255 - mean) / std, on the device of the video. Batches are sent to the device as
+    uint8, a quarter of the size of float32.
 
-    mean, std  three numbers each, of red, green, blue in [0, 1]; every model has its own
+    mean, std  three numbers each, for red, green and blue, in units of [0, 1]; see the model's own
     """
     mean, std = (torch.tensor(numbers, device=video.device) for numbers in (mean, std))
     return (video / 255).sub_(mean).div_(std).permute(0, 4, 1, 2, 3)
