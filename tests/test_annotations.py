@@ -270,9 +270,9 @@ VIDEO = '{"video_id": "v", "split": %s}'
     ("x.csv", "label,youtube_id,time_start,time_end\nrun,abc,0,inf\n", "line 2: a part"),
     ("x.csv", "path,label\np.mp4,\np.mp4,3\n", "line 2: has no label"),
     ("x.json", DEEP, "not JSON"), ("x.jsonl", '{"path": "p.mp4"}\n' + DEEP, "line 2: not JSON"),
-    ("x.json", '[{"path": "p.mp4", "caption": "\\ud800"}]', "half a character"),
-    ("x.json", '[{"path": "\\ud800.mp4"}]', "half a character"),
-    ("x.json", '[{"path": "a\\u0000.mp4"}]', "no file's name"),
+    ("x.json", '[{"path": "p.mp4", "caption": "\\ud800"}]', "invalid character"),
+    ("x.json", '[{"path": "\\ud800.mp4"}]', "invalid character"),
+    ("x.json", '[{"path": "a\\u0000.mp4"}]', "not a valid file name"),
     *(("x.json", '[{"path": "p.mp4", %s}]' % said, f"entry 1: {reason}") for said, reason in (
         ('"caption": []', "needs"), ('"caption": ["a", null]', "needs"),
         ('"caption": true', "needs"), ('"question": 3', "needs"),

@@ -345,7 +345,7 @@ def test_lists_are_read_as_people_write_them(folder, text, labels, classes):
     assert files.classes == ({"label": tuple(classes)} if classes else {}) and not files.missing
     assert files.captions == (["one, two", "x", "y"] if "caption" in text else None)
     assert ": 3 videos" in files.summary()
-    assert ("numbers between are none" in files.summary()) == (classes == ["0", "3"])
+    assert ("missing numbers are no classes" in files.summary()) == (classes == ["0", "3"])
 
 
 @pytest.mark.parametrize("text, reason", [

@@ -218,7 +218,7 @@ def test_numbers_beside_names_of_our_own_order_are_no_places(tmp_path, clip):
 REFUSED = [
     (["training/run/a.mp4", "testing/run/b.mp4"], "looks like a split"),
     (["TrainValVideo/a.mp4", "TestVideo/b.mp4"], "looks like a split"),
-    (["run/a.mp4", "jump/j0/"], "holds videos, as run/a.mp4, and folders of numbered pictures")]
+    (["run/a.mp4", "jump/j0/"], "holds videos .run/a.mp4. and folders of numbered pictures")]
 
 
 def test_what_stands_in_both_lists_is_said(tmp_path, clip, capsys):

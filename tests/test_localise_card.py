@@ -133,7 +133,7 @@ def test_mistakes_about_files_get_one_line(extracted, encoders, tmp_path, capsys
             ((), "needs an encoder"), (("--data", features), "--annotations"),
             (("--data", features, "--annotations", "nowhere.json"), "no such file"),
             (("--data", features, "--annotations", str(tmp_path / "odd.json")),
-             "as ActivityNet has them"),
+             "ActivityNet's form"),
             (("--data", features, "--annotations", annotation, "--train-subset", "Test"),
              "it has training, validation"),
             (("--data", str(tmp_path / "empty"), "--annotations", annotation, "--train-subset",
@@ -160,7 +160,7 @@ def test_segments_of_no_length_are_left_out_and_counted(tmp_path):
         {"segment": [3, 3], "label": "x"}, {"segment": [1, 2], "label": "x"}]}}}))
     found = segments.read_segments(tmp_path / "a.json")
     assert found.videos == {"a": segments.Timed("Test", [(1.0, 2.0, "x")])}
-    assert "1 segments end where they start" in found.summary()
+    assert "1 segments do not end after their start" in found.summary()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -92,8 +92,8 @@ def test_a_part_has_the_frames_that_a_full_read_and_a_selection_give(tmp_path, n
     if name == "an edit list":
         assert info.frames == 30  # the first 18 are hidden
     frames, looks = read_clip(path, range(info.frames)), []
-    look = Video._look_at_all
-    monkeypatch.setattr(Video, "_look_at_all", lambda self: looks.append(self.part) or look(self))
+    look = Video._probe_all
+    monkeypatch.setattr(Video, "_probe_all", lambda self: looks.append(self.part) or look(self))
     for first, last in places(info):
         for part in parts(info, first, last):
             is_selected(path, part, first, last, info, frames)

@@ -41,9 +41,9 @@ READ = {  # format: (id, what its example says of it)
     "ActivityNet 1.3": ("sJFgo9H6zNo", Timed(
         "training", [(0.01, 139.04, "Fun sliding down")], 141.44)),
     "HACS Segments": ("--0edUL8zmA", Timed("training", [(5.4, 11.6, "Dodgeball")], 92.166667)),
-    "THUMOS14 as ActionFormer has it": ("video_validation_0000266", Timed(
+    "THUMOS14, ActionFormer's JSON": ("video_validation_0000266", Timed(
         "Validation", [(72.8, 76.4, "BaseballPitch")], 91.4, 30.0)),
-    "THUMOS14, one text a class": ("video_validation_0000266", Timed(
+    "THUMOS14, one text file per class": ("video_validation_0000266", Timed(
         "Validation", [(72.8, 76.4, "BaseballPitch")])),
     "FineAction": ("v_00000001", Timed("training", [(7.2, 8.1, "drink")], 91.4, None,
                                        "v_00000001")),
@@ -100,7 +100,7 @@ def test_what_actionformers_thumos14_calls_ambiguous_is_left_out(tmp_path):
     content = database(video_test_0000001=("Test", [(1, 2, "Ambiguous"), (3, 4, "Diving")], {}))
     found = read_segments(write(tmp_path, {"t.json": content}) / "t.json")
     assert found.videos["video_test_0000001"].segments == [(3.0, 4.0, "Diving")]
-    assert "1 segments called Ambiguous" in found.summary()
+    assert "1 segments labelled Ambiguous" in found.summary()
 
 
 @pytest.mark.parametrize("more, reason", [
@@ -119,9 +119,9 @@ def test_a_key_that_would_change_the_meaning_is_refused(tmp_path, more, reason):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("[]", "as ActivityNet has them"), ('{"results": {}}', "as ActivityNet has them"),
-    ('{"database": {"a": 3}}', "as ActivityNet has them"),
-    ('{"database": {}}', "as ActivityNet has them"),
+    ("[]", "ActivityNet's form"), ('{"results": {}}', "ActivityNet's form"),
+    ('{"database": {"a": 3}}', "ActivityNet's form"),
+    ('{"database": {}}', "ActivityNet's form"),
     (json.dumps(database(a=("training", [(1, 2, "x")], {"duration": "long"}))), "'long'"),
     (json.dumps(database(a=("training", [(1, 2, "x")], {"fps": True}))), "are numbers"),
     (json.dumps({"database": {"a": {"subset": "training", "annotations": [
@@ -130,7 +130,7 @@ def test_what_is_no_annotation_is_one_line(tmp_path, text, reason):
     with pytest.raises(DataError, match=reason) as error:
         read_segments(write(tmp_path, {"a.json": text}) / "a.json")
     assert "a.json" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(DataError, match="no folder of THUMOS14"):
+    with pytest.raises(DataError, match="not a folder of THUMOS14"):
         read_segments(tmp_path)
 
 
@@ -235,12 +235,12 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
             read_features(folder, videos, subset, grid=grid)
         assert "\n" not in str(error.value)
 
-    refuse("say how many frames lie from one to the next, --stride", grid=Grid())
-    refuse("how many frames a second the video has, --rate", grid=Grid(4))
-    refuse("has Test; say --train-subset", subset="training")
-    refuse("no video of the subset .* has a segment", {"a": Timed("Test", [], 6.7)})
+    refuse("give the number of frames from one to the next with --stride", grid=Grid())
+    refuse("give the frames per second of the video with --rate", grid=Grid(4))
+    refuse("has Test; give --train-subset", subset="training")
+    refuse("no video of the subset .* has both features", {"a": Timed("Test", [], 6.7)})
     np.save(folder / "a.npy", np.ones((2, 47, 6)))
-    refuse("2 numbers a row, not one")
+    refuse("features have 3 axes, not two")
     np.save(folder / "a.npy", np.array([{}, []], object), allow_pickle=True)
     refuse("a.npy: not a file of tools/extract.py, nor one array")
     lay(folder, {"a": 47}, suffix=".npz")
@@ -294,7 +294,7 @@ def test_a_run_on_features_of_others_says_what_it_took_and_learns(thumos, tmp_pa
     assert run(*flags_of(thumos, "--lr", "1e-2", "--batch-size", "8", "--eval-every", "60"),
                out=tmp_path / "run", steps=60) == 0
     out = capsys.readouterr().out
-    assert "THUMOS14 as ActionFormer has it: 16 videos of Validation, 8 videos of Test; " \
+    assert "THUMOS14, ActionFormer's JSON: 16 videos of Validation, 8 videos of Test; " \
            "24 segments of 2 classes" in out
     assert "16 videos of the subset Validation" in out and "8 videos of the subset Test" in out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -1,29 +1,29 @@
-"""Which clips a data set has, and what is said of them.
+"""Annotations: which clips a source lists, and their labels, captions and questions.
 
-A source is a folder, a list, a benchmark's own file, or a single video. The content decides its
-format, never a flag.
+A source is a folder, a list, the file of a benchmark, or a single video. Its content decides its
+format; there is no flag for it.
 
-    folder or list --> format --> rows --> where are the files? --> Listing(kind, rows, classes)
+    folder or list --> format --> rows --> locate the files --> Listing(kind, rows, classes)
 
-1. A list is read by the first of video/formats.FORMATS that recognises it. A folder is read here.
+1. The first row of video/formats.FORMATS that recognises a list reads it. Folders are read here.
 2. A row lists possible names of its file, because many formats give an id without a suffix.
-   `_locate` looks in the list's folder and below it, and in a folder that the user names. It never
-   looks elsewhere, unless the path in the list says so.
-3. Where a source has splits of its own, data.VideoFiles trains on "train" and evaluates on the
-   rest. Otherwise `split_files` holds out a tenth of the files.
+   `_locate` searches the list's folder and the folder of --video-folder, both with two levels of
+   sub-folders. It searches elsewhere only if the path in the list points there.
+3. If a source has splits of its own, video/files.py trains on "train" and evaluates on the rest.
+   Otherwise `split_files` holds out a tenth of the files.
 
-What a source says is used; what is not used is named in `Listing.unused` and `Listing.notes`; what
-would change the meaning is a DataError.
+Everything a source contains is used, or named in `Listing.unused` or `Listing.notes`. Content that
+would change the meaning of a row is a DataError.
 
 | folder | label | caption |
 | --- | --- | --- |
-| of videos, or else of pictures | first sub-folder | x.txt beside every x.mp4 |
-| of folders of numbered pictures: each is a video | first sub-folder | |
-| with metadata.csv or metadata.jsonl, as the Hugging Face hub has it | its columns | its columns |
-| UCF101's and HMDB51's split lists, or a folder that has them below it | official | |
+| of videos; if there are none, of pictures | first sub-folder | x.txt beside every x.mp4 |
+| of folders of numbered pictures, each a video | first sub-folder | |
+| with metadata.csv or metadata.jsonl (Hugging Face hub) | its columns | its columns |
+| with the split lists of UCF101 or HMDB51, in it or in a sub-folder | official | |
 
-A video with several captions makes as many rows. UCF101 and HMDB51 have three splits: the first is
-read unless a file of another one is named, and the summary says which.
+A video with several captions becomes several rows. UCF101 and HMDB51 have three splits. The first
+is read unless a file of another one is given. The summary names the split.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp()) / "train.json"
@@ -48,20 +48,20 @@ from video import formats
 from video.frames import is_frames_folder
 from video.rows import (IMAGE_SUFFIXES, LIKELY_SUFFIXES, VIDEO_SUFFIXES, DataError, Listing, Row,
                         is_media)
-from video.texts import decode, must_be_a_file, read_source, whole
+from video.texts import parse_int, read_source, read_text, require_file
 
-MOST_CLASSES = 1_000_000  # a larger label is no class number but a date, or an id
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")  # a label that is meant as a number
+MOST_CLASSES = 1_000_000  # larger numbers are dates or ids, not classes
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")  # a label that looks like a number
 _GROUP = re.compile(r"(v_.+_g\d+)_c\d+\.\w+")  # UCF101: clips of one group are cut from one video
 _LISTS = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 
 
 def add_flags(parser):
-    """--video-folder and --frame-rate, which every command that reads a source has."""
+    """--video-folder and --frame-rate, for every command that reads a source."""
     parser.add_argument("--video-folder", default="",
-                        help="where the files lie, if not in the list's folder or below it")
+                        help="where the files are, if not in the list's folder or below it")
     parser.add_argument("--frame-rate", type=float, default=25.0,
-                        help="frames a second of videos that are folders of pictures; 0 = each "
+                        help="frames per second of videos that are folders of pictures; 0 = each "
                              "picture is a clip (default: 25)")
 
 
@@ -79,17 +79,18 @@ def is_shards(source):
 def read(source, video_folder="", pictures_are_videos=True):
     """Read any source that the table above or video/formats.py names.
 
-    source        path of a folder, a list or a single video or picture
-    video_folder  where the files lie, if not in the list's folder or below it
-    pictures_are_videos  True: numbered pictures that share a folder are one video; False: each
-                  picture is a clip of one frame
+    source        path of a folder, a list, a single video or a picture
+    video_folder  where the files are, if not in the list's folder or below it
+    pictures_are_videos  True: numbered pictures in one folder are one video; False: each picture
+                         is a
+                  clip of one frame
     returns       Listing
-    raises        DataError: no such file, none of the known formats, a line that breaks its format
+    raises        DataError: no such file, no known format, a line that breaks its format
     """
     if video_folder and not os.path.isdir(video_folder):
         raise DataError(f"--video-folder {video_folder}: no such folder")
     try:
-        found = _read(Path(source), video_folder, pictures_are_videos)
+        listing = _read(Path(source), video_folder, pictures_are_videos)
     except DataError:
         raise
     except OSError as error:
@@ -97,19 +98,19 @@ def read(source, video_folder="", pictures_are_videos=True):
                         f"({error.strerror or error})") from None
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
             csv.Error) as error:
-        raise DataError(f"{source}: of no format known here "
+        raise DataError(f"{source}: no known format "
                         f"({type(error).__name__}: {error})") from error
-    for row in found.rows:
+    for row in listing.rows:
         try:
             "".join(filter(None, (row.path, *labels_of(row.label), *row[2:6],
                                   *(row.candidates or ())))).encode()
-        except UnicodeEncodeError:  # logs, lists and tokenizers would fail on it much later
-            raise DataError(f"{source}: what it says of {row.path} holds half a character, or its "
-                            "name is not UTF-8; mend or rename it") from None
+        except UnicodeEncodeError:  # logs, lists and tokenizers would fail later
+            raise DataError(f"{source}: the texts or the name of {row.path} are not UTF-8 or have an "
+                            "invalid character; correct the text or rename the file") from None
         if "\0" in row.path:
-            raise DataError(f"{source}: {row.path} can be no file's name")
-    formats.all_have_the_same(source, found.rows, [row.path for row in found.rows])
-    return found
+            raise DataError(f"{source}: {row.path} is not a valid file name")
+    formats.all_have_the_same(source, listing.rows, [row.path for row in listing.rows])
+    return listing
 
 
 def _read(source, video_folder, pictures_are_videos):
@@ -117,76 +118,82 @@ def _read(source, video_folder, pictures_are_videos):
     if os.path.isdir(source):
         return _read_folder(source, folders, pictures_are_videos)
     if is_media(source.name):
-        must_be_a_file(source)
+        require_file(source)
         return Listing("one file", [Row(str(source))])
     return _locate(formats.read_list(read_source(source)), [*folders, source.parent], source)
 
 
 # ------------------------------------------------------------------------------------------------
-# Where the files are
+# Locating files
 
 
-def _locate(found, folders, source):
-    """Listing, its rows with one path each.
+def _locate(listing, folders, source):
+    """The listing with one path per row.
 
-    Files lie in one of the folders or below it. A list of paths has all its files in one place; ids
-    may be spread over several folders, if no id is in two of them.
+    Files are in one of the folders or below it. The files of a list of paths must all be in one
+    folder. Ids may be spread over several folders if no id is in two of them.
     """
-    if not found.rows:
+    if not listing.rows:
         raise DataError(f"{source}: names no video")
-    find = _Finder()
+    find = _FileFinder()
     rows = [row if isinstance(row.path, tuple) else row._replace(path=(row.path,))
-            for row in found.rows]
+            for row in listing.rows]
     sample = rows[::max(1, len(rows) // 30)]
-    roots = {root: {i for i, row in enumerate(sample) if find(root, row)}
-             for root in _roots(folders)}
-    places = sorted(roots, key=lambda root: -len(roots[root]))
-    if not roots[places[0]]:
+    matched = {folder: {i for i, row in enumerate(sample) if find(folder, row)}
+             for folder in _search_folders(folders)}
+    ranked = sorted(matched, key=lambda folder: -len(matched[folder]))
+    if not matched[ranked[0]]:
         above = folders[-1].resolve().parent
-        other = next((root for root in (above, *_below(above))
-                      if any(find(root, row) for row in sample)), None)
-        hint = f"; {other} has files of these names: if these are meant, say --video-folder " \
+        other = next((folder for folder in (above, *_subfolders(above))
+                      if any(find(folder, row) for row in sample)), None)
+        hint = f"; {other} has files of these names: to use these, give --video-folder " \
                f"{other}" if other else ""
-        found = found._replace(hint=hint)
-    places = _preferred(places, roots, source) + places
-    used, covered = places[:1], set(roots[places[0]])
-    for root in places[1:]:  # also those without a file of the sample
-        if root not in used and not roots[root] & covered:
-            used.append(root)
-            covered |= roots[root]
-    return found._replace(rows=[
-        _found_in(find, used if isinstance(old.path, tuple) else used[:1], row)
-        for old, row in zip(found.rows, rows)])
+        listing = listing._replace(hint=hint)
+    ranked = _preferred(ranked, matched, source) + ranked
+    searched, covered = ranked[:1], set(matched[ranked[0]])
+    for folder in ranked[1:]:  # including folders without a file of the sample
+        if folder not in searched and not matched[folder] & covered:
+            searched.append(folder)
+            covered |= matched[folder]
+    return listing._replace(rows=[
+        _locate_row(find, searched if isinstance(old.path, tuple) else searched[:1], row)
+        for old, row in zip(listing.rows, rows)])
 
 
-def _preferred(places, roots, source):
-    """Of several folders with as many files of the list: [the nearest one, or the one whose name is
-    in the list's], or a DataError where two are alike. [] where one folder has most."""
-    best = roots[places[0]]
-    alike = [root for root in places if len(roots[root]) == len(best) and roots[root] & best]
+def _preferred(ranked, matched, source):
+    """The folders to prefer, if several contain the same number of the list's files.
+
+    Returns [the least deep folder], or, if several are equally deep, [the one whose name occurs in
+    the list's name]. DataError where this is ambiguous. [] where one folder has the most files.
+    """
+    best = matched[ranked[0]]
+    alike = [folder for folder in ranked
+             if len(matched[folder]) == len(best) and matched[folder] & best]
     if len(alike) < 2:
         return []
-    depth = min(len(root.parts) for root in alike)
-    alike = [root for root in alike if len(root.parts) == depth]
-    called = [root for root in alike if root.name.lower() in source.name.lower()]
-    if len(alike) > 1 and len(called) != 1:
-        raise DataError(f"{source}: {alike[0]} and {alike[1]} have files of the same names; say "
-                        f"which are meant: --video-folder {alike[0]}")
-    return called if len(alike) > 1 else alike
+    depth = min(len(folder.parts) for folder in alike)
+    alike = [folder for folder in alike if len(folder.parts) == depth]
+    named = [folder for folder in alike if folder.name.lower() in source.name.lower()]
+    if len(alike) > 1 and len(named) != 1:
+        raise DataError(f"{source}: {alike[0]} and {alike[1]} have files of the same names; "
+                        f"choose one, as in --video-folder {alike[0]}")
+    return named if len(alike) > 1 else alike
 
 
-def _found_in(find, roots, row):
-    for root in roots:
-        file = find(root, row)
+def _locate_row(find, folders, row):
+    """The row with the path of its file; if no folder has it, with the path that is missing."""
+    for folder in folders:
+        file = find(folder, row)
         if file:
             path, part = file
             in_frames = row.frames_part and os.path.isdir(path)
             return row._replace(path=path, part=row.frames_part if in_frames else part)
     name = next(name for name in row.path if isinstance(name, str))
-    return row._replace(path=str(roots[0] / (name if is_media(name) else name + ".mp4")))
+    return row._replace(path=str(folders[0] / (name if is_media(name) else name + ".mp4")))
 
 
-def _below(folder):
+def _subfolders(folder):
+    """Up to 50 sub-folders, sorted; hidden ones are left out."""
     try:
         return sorted(entry for entry in folder.iterdir()
                       if entry.is_dir() and entry.name[0] != ".")[:50]
@@ -194,17 +201,18 @@ def _below(folder):
         return []
 
 
-def _roots(folders):
-    """The folders, and what lies one or two steps below them."""
-    first = [folder for top in folders for folder in (top, *_below(top))]
-    second = [folder for top in folders for one in _below(top) for folder in _below(one)][:200]
+def _search_folders(folders):
+    """The folders, and the folders one or two levels below them."""
+    first = [folder for top in folders for folder in (top, *_subfolders(top))]
+    second = [folder for top in folders for below in _subfolders(top)
+              for folder in _subfolders(below)][:200]
     return list(dict.fromkeys(first + second))
 
 
-class _Finder:
-    """(folder, row) -> (path, part) of the first of the row's possible names that is there.
+class _FileFinder:
+    """(folder, row) -> (path, part) of the first possible name of the row that exists.
 
-    Each folder is listed once: that is faster than asking for each of a million names.
+    Each folder is listed once, because a million separate lookups are slower.
     """
 
     def __init__(self):
@@ -251,13 +259,13 @@ class _Finder:
 
 
 def _read_folder(folder, folders, pictures_are_videos):
-    for place in (folder, *_below(folder)):
+    for place in (folder, *_subfolders(folder)):
         names = os.listdir(place)
         splits = sorted(name for name in names if re.fullmatch(r".+_test_split1\.txt", name))
         if splits or "classInd.txt" in names:
-            found = (formats.read_hmdb51(read_source(place / splits[0])) if splits else
+            listing = (formats.read_hmdb51(read_source(place / splits[0])) if splits else
                      _read_ucf101(place, 1))
-            return _locate(found, [*folders, folder], folder)
+            return _locate(listing, [*folders, folder], folder)
     lists = sorted(name for name in os.listdir(folder)
                    if Path(name).suffix.lower() in _LISTS and (folder / name).is_file())
     metadata = [name for name in ("metadata.csv", "metadata.jsonl") if name in lists]
@@ -275,57 +283,60 @@ def _read_folder(folder, folders, pictures_are_videos):
                         f"give {folder / split} instead")
     captions = [None] * len(files)
     beside = [folder / name.with_suffix(".txt") for name in files]
-    notes = _about_folders(files, labelled, sum(map(os.path.isfile, beside)))
+    notes = _folder_notes(files, labelled, sum(map(os.path.isfile, beside)))
     if all(map(os.path.isfile, beside)):
-        captions = [decode(path).strip() for path in beside]
+        captions = [read_text(path).strip() for path in beside]
         labelled, what = False, f"{what} with a .txt beside each"
         lists = [name for name in lists if folder / name not in set(beside)]
-    # The paths are final strings: for a broken link, _locate must not find a file of the same name
-    # elsewhere.
+    # These paths need no _locate, which could replace a broken link by a file in another folder.
     rows = [Row(str(folder / name), name.parts[0] if labelled else None, caption)
             for name, caption in zip(files, captions)]
-    # The names of folders are names, also where they are numbers; numbers are sorted as such.
+    # Folder names are class names, even if they are numbers. Numbers are sorted numerically.
     classes = {row.label for row in rows} - {None}
     order = int if all(map(str.isdecimal, classes)) else str
     if all(_GROUP.fullmatch(name.name) for name in files):
-        notes += ("its clips are in groups, as those of UCF101; whole groups are held out, which "
-                  "is no official split",)
-    return Listing(f"folder of {what}", rows, sorted(classes, key=order) or None, tuple(lists), notes)
+        notes += ("its clips form groups, as in UCF101; whole groups are held out, which is no "
+                  "official split",)
+    return Listing(f"folder of {what}", rows, sorted(classes, key=order) or None, tuple(lists),
+                   notes)
 
 
-def _about_folders(files, labelled, texts):
-    """What is odd about the files of a folder, as sentences for the user."""
+def _folder_notes(files, labelled, texts):
+    """Unusual properties of the files of a folder, as notes for the user."""
     notes, tops = (), {name.parts[0] for name in files}
     outside = [name for name in files if len(name.parts) == 1]
     if outside and len(outside) < len(files):
-        notes += (f"no labels, since {outside[0]} lies in no class folder",)
+        notes += (f"no labels, because {outside[0]} is not in a class folder",)
     if labelled and len(tops) == 1 and len({name.parts[:2] for name in files if len(name.parts) > 2
                                             }) > 1:
-        notes += (f"one class, {min(tops)}; give that folder for the classes below it",)
+        notes += (f"one class, {min(tops)}; give that folder to use its sub-folders as classes",)
     if 0 < texts < len(files):
-        notes += (f"no captions, since {len(files) - texts:,} of {len(files):,} files have no .txt "
-                  "beside them",)
+        notes += (f"no captions, because {len(files) - texts:,} of {len(files):,} files have no "
+                  ".txt beside them",)
     return notes
 
 
 def _read_metadata(folder, folders, name, lists):
-    found = formats.read_list(read_source(folder / name))
-    found = _locate(found, [*folders, folder], folder / name)
+    listing = formats.read_list(read_source(folder / name))
+    listing = _locate(listing, [*folders, folder], folder / name)
     files, _ = _media_below(folder, False)
-    others = {str(folder / file) for file in files} - {row.path for row in found.rows}
+    others = {str(folder / file) for file in files} - {row.path for row in listing.rows}
     notes = (f"{len(others)} files are not named in {name}, the first is {min(others)}",) \
         if others else ()
-    return found._replace(kind=f"folder with {name}", notes=notes, unused=(
-        *found.unused, *(one for one in lists if one != name)))
+    return listing._replace(kind=f"folder with {name}", notes=notes, unused=(
+        *listing.unused, *(one for one in lists if one != name)))
 
 
 def _media_below(folder, pictures_are_videos):
-    """Paths of all videos below a folder, relative to it, or else of all folders of numbered
-    pictures, or else of all pictures; and which of the three, in words."""
-    def refuse(error):  # os.walk would skip folders that it may not read
+    """(paths relative to the folder, what they are in words).
+
+    The paths are all videos below the folder; if there are none, all folders of numbered pictures;
+    if there are none of these either, all pictures.
+    """
+    def refuse(error):  # os.walk would silently skip unreadable folders
         raise error
 
-    def leads_back(link):  # up, to where the same files would be found again and again
+    def leads_back(link):  # a link to a parent folder would repeat the same files without end
         return link.is_symlink() and Path(os.path.realpath(link.parent)).is_relative_to(
             os.path.realpath(link))
 
@@ -338,7 +349,7 @@ def _media_below(folder, pictures_are_videos):
     files.sort()
     videos = [name for name in files if name.suffix.lower() in VIDEO_SUFFIXES]
     if not files:
-        raise DataError(f"{folder}: no video below this folder (looked for "
+        raise DataError(f"{folder}: no video below this folder (searched for "
                         f"{' '.join(sorted(VIDEO_SUFFIXES))}, then for "
                         f"{' '.join(sorted(IMAGE_SUFFIXES))})")
     if videos:
@@ -346,9 +357,9 @@ def _media_below(folder, pictures_are_videos):
         frames = [place for place in sorted(others) if pictures_are_videos
                   and is_frames_folder(folder / place)]
         if frames:
-            raise DataError(f"{folder}: holds videos, as {videos[0]}, and folders of numbered "
-                            f"pictures, as {frames[0]}; give one kind, or say --frame-rate 0, "
-                            "which leaves pictures out")
+            raise DataError(f"{folder}: holds videos ({videos[0]}) and folders of numbered "
+                            f"pictures ({frames[0]}); give a folder with one kind, or use "
+                            "--frame-rate 0 to ignore pictures")
         return videos, "videos"
     places = sorted({name.parent for name in files})
     frames = [place for place in places if pictures_are_videos and is_frames_folder(folder / place)]
@@ -357,13 +368,13 @@ def _media_below(folder, pictures_are_videos):
     if len(frames) < len(places):
         others = sorted(set(places) - set(frames))
         raise DataError(f"{folder}: {len(frames)} of its folders hold the pictures of a video, but "
-                        f"{others[0]} does not; take it out, or say --frame-rate 0: then each "
-                        "picture is a clip")
+                        f"{others[0]} does not; remove it, or use --frame-rate 0 to make each "
+                        "picture a clip")
     return places, "folders of numbered pictures"
 
 
 def _read_ucf101(folder, number):
-    """The train and test list of one split, from the folder that holds classInd.txt."""
+    """The train and test lists of one split, from the folder with classInd.txt."""
     rows = []
     for split, name in (("train", f"trainlist{number:02d}.txt"),
                         ("val", f"testlist{number:02d}.txt")):
@@ -379,19 +390,19 @@ def _read_ucf101(folder, number):
 
 
 def labels_of(label):
-    """All labels of a row as one tuple of texts, of whatever form `Row.label` has."""
+    """All labels of a row as one tuple of texts, for any form of `Row.label`."""
     if isinstance(label, dict):
         return tuple(name for one in label.values() for name in labels_of(one))
     return label if isinstance(label, tuple) else () if label is None else (label,)
 
 
 def label_of(row, question):
-    """The label of a row that answers one question, None where it has none."""
+    """The label of a row for one question; None where it has none."""
     return row.label.get(question) if isinstance(row.label, dict) else row.label
 
 
 def by_question(rows):
-    """{question: [label of each row]}; the one question of a list without names is "label"."""
+    """{question: [label of each row]}; labels without a question belong to "label"."""
     if isinstance(rows[0].label, dict):
         return {question: [label_of(row, question) for row in rows]
                 for question in dict.fromkeys(key for row in rows for key in row.label)}
@@ -401,38 +412,38 @@ def by_question(rows):
 def number_labels(source, labels, classes, in_order=True):
     """(class names, {label as written: number}, a note for the user or "").
 
-    labels   of all rows, as written: a text, a tuple of several, None where there is none
-    classes  names in the order of their numbers, or None: the labels themselves, sorted
-    in_order  True: a number may be the place of a name in `classes`
-    raises   DataError: a label that is not among the classes, or a number that can be no class
+    labels    of all rows, as written: a text, a tuple of several, None for none
+    classes   names in the order of their numbers; None: the labels themselves, sorted
+    in_order  True: a number may be an index into `classes`
+    raises    DataError: a label that is not among the classes, or a number that cannot be a class
 
-    Labels that are numbers are names too: 1 and 2 are two classes, not three. Where `classes` have
-    names that are no numbers, a number is the place of its name.
+    Numbers are names too: the labels 1 and 2 are two classes, not three. If `classes` are words, a
+    number is the index of its name.
     """
     written = sorted({name for label in labels for name in labels_of(label)})
     note, number = "", {}
     if not written:
         return list(classes or []), {}, ""
     if not set(written) <= set(classes or ()) and all(map(_NUMBER.fullmatch, written)):
-        number = {label: whole(label) for label in written}
-        odd = [label for label in written if number[label] is None
+        number = {label: parse_int(label) for label in written}
+        invalid = [label for label in written if number[label] is None
                or number[label] >= MOST_CLASSES]
-        if odd:
-            raise DataError(f"{source}: label {odd[0][:60]!r} is no class number; these are whole, "
-                            f"from 0 on, and below {MOST_CLASSES:,}")
+        if invalid:
+            raise DataError(f"{source}: label {invalid[0][:60]!r} is no class number; class numbers "
+                            f"are whole numbers from 0 to {MOST_CLASSES - 1:,}")
         known = sorted(set(number.values()))
         if classes is None and known[-1] + 1 > len(known):
             note = (f"the labels are {len(known)} numbers from {known[0]} to {known[-1]}; each is "
-                    "a class of that name, and the numbers between are none")
+                    "a class of that name, and the missing numbers are no classes")
         classes = list(map(str, known)) if classes is None else list(classes)
         if all(map(str.isdecimal, classes)):
-            places = {int(name): place for place, name in enumerate(classes)}
-            number = {label: places.get(value, len(classes)) for label, value in number.items()}
+            indices = {int(name): index for index, name in enumerate(classes)}
+            number = {label: indices.get(value, len(classes)) for label, value in number.items()}
         elif not in_order:
             number = {}
     else:
         classes = list(classes or written)
-        number = {name: place for place, name in enumerate(classes)}
+        number = {name: index for index, name in enumerate(classes)}
     unknown = [label for label in written if number.get(label, len(classes)) >= len(classes)]
     if unknown:
         raise DataError(f"{source}: label {unknown[0]!r} is not among the {len(classes)} known "
@@ -441,13 +452,14 @@ def number_labels(source, labels, classes, in_order=True):
 
 
 def split_files(items, fraction=0.1, seed=0):
-    """(training items, held-out items): a fixed random share of at least one file is held out.
+    """(training items, held-out items): a fixed random share, at least one file, is held out.
 
-    items   tuples that begin with a path; those of one path, its captions and parts, stay together,
-            and so do the clips of one group of UCF101, which are cut from one video
+    items   tuples that begin with a path. Items of one path (its captions and parts) stay
+            together, and
+            so do clips of one group of UCF101, which come from one video
 
-    The seed is not the training seed, so runs with different seeds share a validation set. A single
-    file is in both parts.
+    The seed differs from the training seed, so runs with different seeds share a validation set. A
+    single file is in both parts.
     """
     groups = [_group(item[0]) for item in items]
     names = list(dict.fromkeys(groups))
@@ -471,12 +483,12 @@ def main(argv=None):
     try:
         if len(argv) != 1:
             raise DataError("python -m video.annotations SOURCE: give one folder or file")
-        found = read(argv[0])
+        listing = read(argv[0])
     except DataError as error:
         print(f"annotations.py: {error}", file=sys.stderr)
         return 2
-    print(printable(f"{argv[0]}: {found.kind}, {len(found.rows):,} rows"))
-    for row in itertools.islice(found.rows, 5):
+    print(printable(f"{argv[0]}: {listing.kind}, {len(listing.rows):,} rows"))
+    for row in itertools.islice(listing.rows, 5):
         print({key: value for key, value in row._asdict().items() if value is not None})
     return 0
 

@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple
 
 from video import segments
 from video.rows import DataError, Listing, Part, Row, is_media
-from video.texts import PATH_COLUMNS, decode, parse_json, part, read_table, split_lines, whole
+from video.texts import PATH_COLUMNS, read_text, parse_json, parse_part, read_table, split_lines, parse_int
 
 COLUMNS = {  # what a column of a table, or a key of JSON, may be called
     "path": PATH_COLUMNS,
@@ -146,7 +146,7 @@ def _rows_of(place, record, columns, used, names):
                                                              "split"))
     answer, candidates = field["answer"], field["candidates"]
     if not isinstance(path, str) or (name_of["path"] or "").endswith("id") and "." in path:
-        path = path if whole(path) is None else str(whole(path))  # 7, and 7.0 of a column with gaps
+        path = path if parse_int(path) is None else str(parse_int(path))  # 7, and 7.0 of a column with gaps
     caption = _listed(caption, name_of["caption"])
     if isinstance(caption, list) and isinstance(answer, int) and candidates is None:
         caption, candidates = None, caption  # UMT's multiple choice
@@ -186,11 +186,11 @@ def _with_parts(place, row, captions, field, column):
     it)."""
     first, last = field["start_frame"], field["end_frame"]
     if first not in (None, "") or last not in (None, ""):
-        row = row._replace(frames_part=part(place, first, last, in_frames=True))
+        row = row._replace(frames_part=parse_part(place, first, last, in_frames=True))
         row = row._replace(part=row.frames_part)
     start, end, parts = field["start"], field["end"], _listed(field["parts"], column)
     if start not in (None, "") or end not in (None, ""):
-        row, parts = row._replace(part=part(place, start, end)), None
+        row, parts = row._replace(part=parse_part(place, start, end)), None
     if isinstance(parts, dict):
         parts = [parts.get("start"), parts.get("end")]
     if isinstance(parts, list) and parts:
@@ -212,7 +212,7 @@ def _each_part(place, row, captions, parts):
             len(parts) > 1 and others and len(parts) != others):
         raise DataError(f"{place}: parts are pairs [start, end], one for each caption or label, "
                         f"got {str(parts)[:60]}")
-    rows = [row._replace(part=part(place, *pair)) for pair in parts]
+    rows = [row._replace(part=parse_part(place, *pair)) for pair in parts]
     if labels and len(rows) > 1:
         rows = [one._replace(label=label) for one, label in zip(rows, labels)]
     return rows
@@ -253,7 +253,7 @@ def _label(value, several=False):
                                                    for one, ok in parts)
     if isinstance(value, str) or value is None:
         return value and value.strip() or None, True
-    return str(whole(value)), whole(value) is not None
+    return str(parse_int(value)), parse_int(value) is not None
 
 
 def _chosen(place, answer, candidates):
@@ -261,7 +261,7 @@ def _chosen(place, answer, candidates):
     if not isinstance(candidates, list) or not candidates:
         raise DataError(f"{place}: the candidates of a multiple choice are a list of texts, "
                         f"got {str(candidates)[:60]}")
-    right = candidates.index(answer) if answer in candidates else whole(answer)
+    right = candidates.index(answer) if answer in candidates else parse_int(answer)
     if right is None or right >= len(candidates):
         raise DataError(f"{place}: the answer of a multiple choice is the place of the right one, "
                         f"0 to {len(candidates) - 1}, got {str(answer)[:60]!r}")
@@ -271,11 +271,11 @@ def _chosen(place, answer, candidates):
 def _most_frequent(place, answer):
     """The answer in words; of a list of answers the most frequent one."""
     answers = _as_list(answer)
-    if not answers or not all(isinstance(text, str) or whole(text) is not None
+    if not answers or not all(isinstance(text, str) or parse_int(text) is not None
                               for text in answers):
         raise DataError(f"{place}: an answer is a text, a whole number, or a list of these, "
                         f"got {str(answer)[:60]!r}")
-    answers = [text if isinstance(text, str) else str(whole(text)) for text in answers]
+    answers = [text if isinstance(text, str) else str(parse_int(text)) for text in answers]
     return max(answers, key=answers.count)
 
 
@@ -300,7 +300,7 @@ def _others(records, *used):
 def _read_msrvtt_ids(source):
     """A list of MSR-VTT's video ids, like its 9k list; the sentences are in the JSON beside it."""
     path, ids = source.path, [str(record["video_id"]) for _, record in source.records]
-    found = [(file, parse_json(decode(file), file)) for file in source.beside("*.json")]
+    found = [(file, parse_json(read_text(file), file)) for file in source.beside("*.json")]
     found = [(file, content) for file, content in found
              if isinstance(content, dict) and {"videos", "sentences"} <= content.keys()]
     if not found:
@@ -341,7 +341,7 @@ def _read_msvd(source):
     """Lines of an id and a sentence; the split lists of the field, where they lie beside it."""
     splits = {line: split for split in ("train", "val", "test")
               for file in source.beside(f"{split}_list.txt")
-              for line in map(str.strip, split_lines(decode(file))) if line}
+              for line in map(str.strip, split_lines(read_text(file))) if line}
     rows, left = [], 0
     for number, line in source.lines:
         name, _, caption = line.partition(" ")
@@ -415,14 +415,14 @@ def _cut(name, part):
 def _read_vatex(source):
     def names(record, name, place):
         match = re.fullmatch(r"(.+)_(\d+)_(\d+)", name)
-        return (name, (match[1], part(place, match[2], match[3]))) if match else (name,)
+        return (name, (match[1], parse_part(place, match[2], match[3]))) if match else (name,)
     return read_records(source, "VATEX", names, path=("videoid",), caption=("encap",))
 
 
 def _read_internvid(source):
     def names(record, name, place):
         times = record["start_timestamp"], record["end_timestamp"]
-        return (f"{name}_{times[0]}_{times[1]}", (name, part(place, *times)))
+        return (f"{name}_{times[0]}_{times[1]}", (name, parse_part(place, *times)))
     found = read_records(source, "InternVid", names)
     return found._replace(rows=[row._replace(part=None) for row in found.rows])
 
@@ -452,14 +452,14 @@ def _read_webvid(source):
 
 def _is_numbered_qa(source):
     return {"video_id", "question", "answer"} <= set(source.columns) and all(
-        whole(record.get("video_id")) is not None for _, record in source.records)
+        parse_int(record.get("video_id")) is not None for _, record in source.records)
 
 
 def _read_numbered_qa(source):
     """MSRVTT-QA and MSVD-QA tell videos by numbers; MSVD's map file gives their names."""
     mapped = {}
     for file in source.beside("youtube_mapping.txt"):
-        pairs = [line.split() for line in split_lines(decode(file)) if line.strip()]
+        pairs = [line.split() for line in split_lines(read_text(file)) if line.strip()]
         mapped = {pair[-1]: pair[0] for pair in pairs}
 
     def names(record, number, place):
@@ -471,7 +471,7 @@ def _read_numbered_qa(source):
 def _read_nextqa(source):
     folders = {}
     for file in source.beside("map_vid_vidorID.json"):
-        folders = parse_json(decode(file), file)
+        folders = parse_json(read_text(file), file)
     return read_records(source, "NExT-QA", lambda record, name, _: (
         *((folders[name],) if name in folders else ()), name), path=("video",))
 
@@ -483,7 +483,7 @@ def _read_nextqa(source):
 def _read_kinetics(source):
     """Files are id_start_end.mp4 as they are usually cut, or the whole video as id.mp4."""
     def names(record, name, place):
-        cut = part(place, *(str(record.get(key)) for key in ("time_start", "time_end")))
+        cut = parse_part(place, *(str(record.get(key)) for key in ("time_start", "time_end")))
         label, split = (str(record[key]) if record.get(key) else None for key in ("label", "split"))
         folders = [label, label and label.replace(" ", "_"), split,
                    label and split and f"{split}/{label}"]
@@ -515,14 +515,14 @@ def _is_numbered_frames(source):
 def _read_numbered_frames(source):
     """Jester and Something-Something V1: `id;label`, videos as folders of pictures."""
     classes = [line for file in source.beside("*labels.csv")[:1]
-               for line in map(str.strip, split_lines(decode(file))) if line]
+               for line in map(str.strip, split_lines(read_text(file))) if line]
     pairs = [line.partition(";")[::2] for _, line in source.lines]
     return Listing("Jester and Something-Something V1",
                  [Row((name,), label.strip() or None) for name, label in pairs], classes or None)
 
 
 def _read_diving48(source):
-    classes = [parse_json(decode(file), file) for file in source.beside("*vocab*.json")[:1]]
+    classes = [parse_json(read_text(file), file) for file in source.beside("*vocab*.json")[:1]]
     names = ["_".join(words) for words in classes[0]] if classes else None
     return read_records(source, "Diving48", path=("vid_name",))._replace(classes=names)
 
@@ -551,14 +551,14 @@ def _epic_labels(source):
     Verbs and nouns are named by EPIC_100_verb_classes.csv and its like, else by their numbers. The
     pairs in both lists are the classes of "action", for some are in the validation list alone.
     """
-    names = {what: {whole(record["id"]): record["key"] for file in source.beside(
+    names = {what: {parse_int(record["id"]): record["key"] for file in source.beside(
         f"EPIC_100_{what}_classes.csv") for _, record in read_table(file)}
         for what in ("verb", "noun")}
 
     def label(record):
         pair = {}
         for what, known in names.items():
-            number = whole(record[f"{what}_class"])
+            number = parse_int(record[f"{what}_class"])
             if number is None or known and number not in known:
                 raise DataError(f"{source.path}: {record[f'{what}_class']!r} is no {what}_class")
             pair[what] = known.get(number, str(number))
@@ -575,7 +575,7 @@ def _epic_labels(source):
 def _read_charades(source):
     """Several classes a video: `c092 11.90 21.20;c147 0.00 12.60`."""
     known = dict(line.split(" ", 1) for file in source.beside("Charades_v1_classes.txt")
-                 for line in map(str.strip, split_lines(decode(file))) if line)
+                 for line in map(str.strip, split_lines(read_text(file))) if line)
     rows = []
     for place, record in source.records:
         codes = dict.fromkeys(one.split()[0] for one in record["actions"].split(";") if one.strip())
@@ -597,7 +597,7 @@ def _read_something(source):
     known, rows = set(classes or ()), []
     for place, item in source.records:
         name, template, caption = item.get("id"), item.get("template"), item.get("label")
-        name = name if isinstance(name, str) else whole(name)
+        name = name if isinstance(name, str) else parse_int(name)
         if name in (None, "") or not all(text is None or isinstance(text, str)
                                          for text in (template, caption)):
             raise DataError(f"{path}, {place}: needs an \"id\", and template and label must "
@@ -617,9 +617,9 @@ def _read_something(source):
 
 def _numbered_templates(file):
     """The templates of a labels file, in the order of their numbers."""
-    numbers = parse_json(decode(file), file)
+    numbers = parse_json(read_text(file), file)
     if isinstance(numbers, dict):
-        whole_numbers = {name: whole(number) for name, number in numbers.items()}
+        whole_numbers = {name: parse_int(number) for name, number in numbers.items()}
         if set(whole_numbers.values()) == set(range(len(whole_numbers))):
             return sorted(whole_numbers, key=whole_numbers.get)
     raise DataError(f"{file}: does not number the templates, 0 to one less than there are, "
@@ -645,7 +645,7 @@ def read_hmdb51(source):
     for file in source.beside("*" + ending):
         label = file.name[:-len(ending)]
         classes.append(label)
-        for at, line in enumerate(split_lines(decode(file)), 1):
+        for at, line in enumerate(split_lines(read_text(file)), 1):
             name, _, flag = line.strip().rpartition(" ")
             if line.strip() and (flag not in ("0", "1", "2") or not is_media(name)):
                 raise DataError(f"{file}, line {at}: expected a video's name and 0, 1 or 2, "
@@ -685,10 +685,10 @@ def ucf101_classes(folder):
     path = folder / "classInd.txt"
     if not path.is_file():
         return None
-    pairs = [line.split(maxsplit=1) for line in split_lines(decode(path)) if line.strip()]
-    if any(len(pair) != 2 or whole(pair[0]) is None for pair in pairs):
+    pairs = [line.split(maxsplit=1) for line in split_lines(read_text(path)) if line.strip()]
+    if any(len(pair) != 2 or parse_int(pair[0]) is None for pair in pairs):
         raise DataError(f"{path}: expected lines like '1 ApplyEyeMakeup'")
-    named = {whole(number): name.strip() for number, name in pairs}
+    named = {parse_int(number): name.strip() for number, name in pairs}
     if sorted(named) != list(range(1, len(pairs) + 1)):
         raise DataError(f"{path}: its numbers are not 1 to {len(pairs)}, each once")
     return [named[number] for number in sorted(named)]
@@ -746,7 +746,7 @@ def _read_frame_folders(source):
                         "or classes; write 'folder frames label', or a header, as 'path,label'")
     for (number, _), match in zip(source.lines, matches):
         count, label = (match[3], None) if starts else (match[2], match[3])
-        cut = part(f"{source.path}, line {number}", 0, count, in_frames=True)
+        cut = parse_part(f"{source.path}, line {number}", 0, count, in_frames=True)
         rows.append(Row(match[1].strip().strip('"'), label, part=cut))
     return Listing("list of `folder frames label` lines", rows)
 

@@ -1,10 +1,10 @@
-"""Temporal annotations, what happens when in long videos: one table of formats, a row each.
+"""Temporal annotations: which action happens when in a long video.
 
     file or folder --> the first row of FORMATS that recognises it --> its reader --> Annotation
 
-To add a format, write a row and its reader; docs/formats.md and the tests take the example from
-the row. What an annotation says and nobody uses is named once; what would change the meaning of a
-segment is a DataError.
+FORMATS is a table with one row per format. To add a format, write a row and its reader.
+docs/formats.md and the tests use the example in the row. Unused keys are reported once. A key that
+would change the meaning of a segment is a DataError.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp()) / "mine.json"
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from video.rows import DataError
-from video.texts import decode, parse_json, seconds, split_lines
+from video.texts import parse_json, parse_seconds, read_text, split_lines
 
 USED = {"subset", "annotations", "segment", "label", "duration", "fps", "frame_rate"}
-CHANGES = {  # keys that would change what a segment means, and why they are refused
-    "score": "these are predictions, no annotation",
+CHANGES = {  # keys that would change the meaning of a segment, and why they are refused
+    "score": "these are predictions, not annotations",
     "unit": "segments are in seconds", "time_unit": "segments are in seconds",
     "offset": "segments count from the start of the video",
     "ignore": "leave such segments out", "ambiguous": "leave such segments out",
@@ -36,26 +36,26 @@ _TEXT = re.compile(r"(\w+)_(val|test)\.txt")
 
 
 class Timed(NamedTuple):
-    """What happens when in one long video."""
+    """The segments of one long video."""
 
     subset: str  # as written: training, Validation, ...
     segments: list  # of (start s, end s, label as written)
-    duration: float | None = None  # seconds; None where the annotation does not say
-    rate: float | None = None  # frames a second; None where the annotation does not say
-    file: str = ""  # name of the video's file without suffix, where it may differ from the id
+    duration: float | None = None  # seconds; None where the annotation has none
+    rate: float | None = None  # frames per second; None where the annotation has none
+    file: str = ""  # file name without suffix, where it may differ from the id
 
 
 class Annotation(NamedTuple):
-    """What `read_segments` makes of an annotation."""
+    """The result of `read_segments`."""
 
     kind: str  # the format, for the user
     videos: dict  # {id: Timed}
-    subsets: tuple  # (to train on, to evaluate on), unless the user says otherwise
-    unused: tuple = ()  # keys that nothing was made of
-    notes: tuple = ()  # sentences for the user
+    subsets: tuple  # (for training, for evaluation), the default
+    unused: tuple = ()  # keys that are not used
+    notes: tuple = ()  # messages for the user
 
     def summary(self):
-        """One line: the format, videos of each subset, segments, classes, what is not used."""
+        """One line: format, videos per subset, segments, classes, unused keys."""
         labels = [label for row in self.videos.values() for *_, label in row.segments]
         counts = collections.Counter(row.subset for row in self.videos.values())
         parts = [", ".join(f"{count:,} videos of {name}" for name, count in counts.items()),
@@ -66,21 +66,21 @@ class Annotation(NamedTuple):
 
 
 class Source(NamedTuple):
-    """An annotation that was opened, of any format."""
+    """An opened annotation of any format."""
 
     path: Path
-    content: object = None  # of JSON
-    texts: tuple = ()  # paths of the texts below a folder
+    content: object = None  # parsed JSON
+    texts: tuple = ()  # paths of the text files below a folder
 
     @property
     def database(self):
-        """{id: what is said of the video}, empty where there is none."""
+        """{id: entry of the video}; empty where there is none."""
         content = self.content if isinstance(self.content, dict) else {}
         found = content.get("database")
         return found if isinstance(found, dict) else {}
 
     def any_has(self, key):
-        """True where some video of the database has the key."""
+        """True where at least one video of the database has the key."""
         return any(isinstance(row, dict) and key in row for row in self.database.values())
 
 
@@ -93,14 +93,14 @@ class Format(NamedTuple):
     file: str  # a usual name of the annotation
     example: str  # the annotation, in a few lines
     beside: tuple  # names of other files that belong to it
-    subsets: tuple  # to train on and to evaluate on, where the user does not say
-    about: str  # what the user should know, for docs/formats.md
+    subsets: tuple  # (for training, for evaluation), the default
+    about: str  # notes for the user, printed in docs/formats.md
 
 
 def read_segments(path):
-    """Read a temporal annotation of any format of FORMATS -> Annotation.
+    """Read a temporal annotation in any format of FORMATS -> Annotation.
 
-    Segments that end where they start, or earlier, are left out and counted in the notes. Raises
+    Segments that do not end after their start are left out and counted in the notes. Raises
     DataError: no such file, none of the formats, a segment or a key that cannot be understood.
     """
     path = Path(path)
@@ -108,30 +108,30 @@ def read_segments(path):
         source = Source(path, texts=tuple(sorted(
             file for file in path.rglob("*.txt") if _TEXT.fullmatch(file.name))))
     elif _TEXT.fullmatch(path.name):
-        raise DataError(f"{path}: one class of THUMOS14; give the folder that holds the texts of "
+        raise DataError(f"{path}: one class of THUMOS14; give the folder with the text files of "
                         "all classes")
     else:
-        source = Source(path, parse_json(decode(path), path))
-    one = next((one for one in FORMATS if one.matches(source)), None)
-    if one is None:
-        raise DataError(f"{path}: not an annotation as ActivityNet has them, JSON with a "
-                        "`database` of videos, and no folder of THUMOS14's texts")
+        source = Source(path, parse_json(read_text(path), path))
+    chosen = next((chosen for chosen in FORMATS if chosen.matches(source)), None)
+    if chosen is None:
+        raise DataError(f"{path}: not JSON in ActivityNet's form, with a `database` of "
+                        "videos, and not a folder of THUMOS14's text files")
     try:
-        videos, unused, notes = one.read(source)
+        videos, unused, notes = chosen.read(source)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: not an annotation as ActivityNet has them: JSON with a "
-                        "`database` of id, `subset` and `annotations` of `segment` and `label` "
+        raise DataError(f"{path}: not JSON in ActivityNet's form: a `database` of ids, "
+                        "each with `subset` and `annotations` of `segment` and `label` "
                         f"({type(error).__name__}: {error})") from None
     empty = sum(end <= start for row in videos.values() for start, end, _ in row.segments)
     if empty:
-        notes = (*notes, f"{empty} segments end where they start, or earlier, and are left out")
+        notes = (*notes, f"{empty} segments do not end after their start and are left out")
     videos = {name: row._replace(segments=[s for s in row.segments if s[1] > s[0]])
               for name, row in videos.items()}
     if not videos:
         raise DataError(f"{path}: names no video")
-    return Annotation(one.name, videos, one.subsets, unused, notes)
+    return Annotation(chosen.name, videos, chosen.subsets, unused, notes)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _read_database(source):
     for name, row in source.database.items():
         place, segments = f"{source.path}, {name}", []
         for entry in row.get("annotations") or ():
-            start, end = (_moment(place, moment) for moment in _pair(place, entry["segment"]))
+            start, end = (_boundary(place, value) for value in _pair(place, entry["segment"]))
             segments.append((start, end, entry["label"]))
             keys |= dict.fromkeys(entry)
             _refuse_changes(place, entry)
@@ -153,10 +153,10 @@ def _read_database(source):
         _refuse_changes(place, row)
         texts = (name, row.get("subset"), *(label for *_, label in segments))
         if not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{place}: not an annotation as ActivityNet has them: subset and "
-                            "labels are text")
+            raise DataError(f"{place}: not JSON in ActivityNet's form: subset and labels must "
+                            "be text")
         for text in texts:
-            text.encode()  # ValueError: it holds half a character
+            text.encode()  # ValueError for an unpaired surrogate
         fps = row.get("fps") if row.get("fps") is not None else row.get("frame_rate")
         videos[name] = Timed(row["subset"], segments, _positive(place, row.get("duration")),
                              _positive(place, fps))
@@ -164,7 +164,7 @@ def _read_database(source):
 
 
 def _read_fineaction(source):
-    """The features of a video may be named by its file."""
+    """ActivityNet's form, with the file name of each video: features may be named by it."""
     videos, unused, notes = _read_database(source)
     videos = {name: row._replace(file=Path(source.database[name].get("filename") or "").stem)
               for name, row in videos.items()}
@@ -172,18 +172,18 @@ def _read_fineaction(source):
 
 
 def _read_thumos(source):
-    """Segments that are called Ambiguous are no action: the official evaluation leaves them out."""
+    """Segments labelled Ambiguous are left out, as in the official evaluation."""
     videos, unused, notes = _read_database(source)
-    clear = {name: [one for one in row.segments if one[2].lower() != "ambiguous"]
+    kept = {name: [segment for segment in row.segments if segment[2].lower() != "ambiguous"]
              for name, row in videos.items()}
-    left = sum(len(row.segments) - len(clear[name]) for name, row in videos.items())
-    if left:
-        notes = (*notes, f"{left} segments called Ambiguous are left out")
-    return {name: row._replace(segments=clear[name]) for name, row in videos.items()}, unused, notes
+    ambiguous = sum(len(row.segments) - len(kept[name]) for name, row in videos.items())
+    if ambiguous:
+        notes = (*notes, f"{ambiguous} segments labelled Ambiguous are left out")
+    return {name: row._replace(segments=kept[name]) for name, row in videos.items()}, unused, notes
 
 
 def _read_thumos_texts(source):
-    """One text a class and subset; a line is an id, start and end in seconds."""
+    """One text file per class and subset. A line is an id, start and end in seconds."""
     videos, notes = {}, []
     for file in source.texts:
         label, subset = _TEXT.fullmatch(file.name).groups()
@@ -191,49 +191,49 @@ def _read_thumos_texts(source):
         if label == "Ambiguous":
             notes.append(f"{file.name} is left out, as in the official evaluation")
             continue
-        for number, line in enumerate(split_lines(decode(file)), 1):
+        for number, line in enumerate(split_lines(read_text(file)), 1):
             if not line.strip():
                 continue
             place, fields = f"{file}, line {number}", line.split()
-            if len(fields) != 3 or None in (seconds(fields[1]), seconds(fields[2])):
+            if len(fields) != 3 or None in (parse_seconds(fields[1]), parse_seconds(fields[2])):
                 raise DataError(f"{place}: expected an id, a start and an end in seconds, got "
                                 f"{line[:60]!r}")
             row = videos.setdefault(fields[0], Timed(subset, []))
             if row.subset != subset:
                 raise DataError(f"{place}: {fields[0]} is also a video of {row.subset}")
-            row.segments.append((seconds(fields[1]), seconds(fields[2]), label))
+            row.segments.append((parse_seconds(fields[1]), parse_seconds(fields[2]), label))
     return videos, (), tuple(notes)
 
 
 def _pair(place, segment):
     if not isinstance(segment, list) or len(segment) != 2:
-        raise DataError(f"{place}: not an annotation as ActivityNet has them: a segment is "
+        raise DataError(f"{place}: not JSON in ActivityNet's form: a segment must be "
                         f"[start s, end s], got {str(segment)[:60]}")
     return segment
 
 
-def _moment(place, value):
-    """A moment of a segment as float seconds. Some annotators begin a little before 0."""
-    known = seconds(abs(value)) if type(value) in (int, float) else None
-    if known is None:
-        raise DataError(f"{place}: not an annotation as ActivityNet has them: a segment holds "
-                        f"{str(value)[:60]!r} in place of seconds")
+def _boundary(place, value):
+    """A boundary of a segment, float seconds. Some annotations start slightly before 0."""
+    parsed = parse_seconds(abs(value)) if type(value) in (int, float) else None
+    if parsed is None:
+        raise DataError(f"{place}: not JSON in ActivityNet's form: a segment holds "
+                        f"{str(value)[:60]!r} instead of seconds")
     return float(value)
 
 
 def _positive(place, value):
-    """A duration or a rate: a number, or in HACS a text. None where it is not said, or 0."""
-    if value is not None and seconds(value) is None:
-        raise DataError(f"{place}: a duration in seconds and frames a second are numbers, got "
+    """A duration or frame rate: a number, in HACS as text. None where it is missing or 0."""
+    if value is not None and parse_seconds(value) is None:
+        raise DataError(f"{place}: duration and frames per second must be numbers, got "
                         f"{str(value)[:60]!r}")
-    return seconds(value) or None if value is not None else None
+    return parse_seconds(value) or None if value is not None else None
 
 
 def _refuse_changes(place, entry):
     for key, value in entry.items():
-        why = CHANGES.get(key.lower()) if value not in (None, "", False, []) else None
-        if why:
-            raise DataError(f"{place}: has {key!r} {str(value)[:40]}: {why}")
+        reason = CHANGES.get(key.lower()) if value not in (None, "", False, []) else None
+        if reason:
+            raise DataError(f"{place}: has {key!r} {str(value)[:40]}: {reason}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,53 +259,55 @@ def _is_activitynet(source):
     return bool(source.database) and ("taxonomy" in source.content or source.any_has("resolution"))
 
 
-# The first that recognises a source reads it: special formats before general ones.
+# The first row that recognises a source reads it, so special formats precede general ones.
 FORMATS = (
-    Format("THUMOS14 as ActionFormer has it", _is_thumos, _read_thumos, "thumos14.json",
+    Format("THUMOS14, ActionFormer's JSON", _is_thumos, _read_thumos, "thumos14.json",
            '{"database": {"video_validation_0000266": {"subset": "Validation",\n'
            '    "duration": 91.4, "fps": 30.0, "annotations": [{"label": "BaseballPitch",\n'
            '    "segment": [72.8, 76.4], "segment(frames)": [2184, 2292], "label_id": 0}]}}}',
            (), ("Validation", "Test"),
-           "a run trains on Validation and evaluates on Test, as everybody does: the training set "
-           "of THUMOS14 has no untrimmed videos"),
-    Format("THUMOS14, one text a class", lambda source: bool(source.texts), _read_thumos_texts,
-           "annotation/BaseballPitch_val.txt", "video_validation_0000266  72.80 76.40",
+           "a run trains on Validation and evaluates on Test, as is usual: the training set of "
+           "THUMOS14 has no untrimmed videos"),
+    Format("THUMOS14, one text file per class", lambda source: bool(source.texts),
+           _read_thumos_texts, "annotation/BaseballPitch_val.txt",
+           "video_validation_0000266  72.80 76.40",
            ("annotation/BaseballPitch_test.txt", "annotation/Ambiguous_val.txt"),
            ("Validation", "Test"),
-           "give the folder that holds the texts of both subsets, or one above it; the ambiguous "
-           "segments are left out. Every CliffDiving is a Diving too: both are kept"),
+           "give the folder with the text files of both subsets, or a folder above it. Ambiguous "
+           "segments are left out. Each CliffDiving segment is also a Diving segment; both stay"),
     Format("FineAction", _is_fineaction, _read_fineaction,
            "annotations_gt.json",
            '{"database": {"v_00000001": {"filename": "v_00000001.mp4", "subset": "training",\n'
            '    "duration": 91.4, "annotations": [{"label": "drink", "segment": [7.2, 8.1]}]}}}',
-           (), ("training", "validation"), "features are named by the id, or by the video's file"),
+           (), ("training", "validation"),
+           "features are named by the id or by the file of the video"),
     Format("HACS Segments", _is_hacs, _read_database, "HACS_segments_v1.1.1.json",
            '{"database": {"--0edUL8zmA": {"subset": "training", "duration": "92.166667",\n'
            '    "url": "https://x/y", "annotations": [\n'
            '        {"label": "Dodgeball", "segment": [5.4, 11.6]}]}}}',
-           (), ("training", "validation"), "the segments of the subset testing are not published"),
+           (), ("training", "validation"), "the subset testing is published without segments"),
     Format("ActivityNet 1.3", _is_activitynet, _read_database, "activity_net.v1-3.min.json",
            '{"version": "VERSION 1.3", "taxonomy": [], "database": {"sJFgo9H6zNo": {\n'
            '    "subset": "training", "duration": 141.44, "resolution": "320x240",\n'
            '    "url": "https://x/y", "annotations": [{"label": "Fun sliding down",\n'
            '    "segment": [0.01, 139.04]}]}}}',
            (), ("training", "validation"),
-           "ids have no `v_`, files and features mostly have one: both are found; the segments of "
-           "the subset testing are not published"),
+           "ids have no prefix `v_`, but most files and features have it; both are found. The "
+           "subset testing is published without segments"),
     Format("JSON in ActivityNet's form", lambda source: bool(source.database), _read_database,
            "mine.json",
            '{"database": {"ab": {"subset": "training", "duration": 30.5, "fps": 25,\n'
            '    "annotations": [{"label": "jump", "segment": [7.2, 8.1]}]}}}',
            (), ("training", "validation"),
-           "for annotations of your own; `duration` in seconds and `fps` may be left out"),
+           "for your own annotations; `duration` (seconds) and `fps` are optional"),
 )
 
 HEAD = """
 ## Temporal annotations
 
-`--annotations` of the stage `localise` takes what follows. The content decides the format. The run
-says which format it took the file for, how many videos each subset has, how many segments and
-classes there are, and what it did not use.
+`--annotations` of the stage `localise` reads the formats below. The content decides the format. The
+run prints the format, the number of videos in each subset, the numbers of segments and classes, and
+the keys that it does not use.
 
-`--train-subset` and `--val-subset` choose other subsets than those named here.
+`--train-subset` and `--val-subset` choose other subsets than the defaults named here.
 """

@@ -1,9 +1,9 @@
-"""A list as text, before its format is known: lines, a table with a header, JSON, JSON lines.
+"""Reading a list before its format is known: lines, a table with a header, JSON, JSON lines.
 
-    file --> decode --> Source(lines, content of JSON, columns, records)
+    file --> read_text --> Source(lines, content of JSON, columns, records)
 
-A table, JSON lines and a JSON list of objects become the same: records of named values, in lower
-case. So one reader of a format serves all three (video/formats.py).
+A table, JSON lines and a JSON list of objects all become records: named values, with names in
+lower case. One reader of a format (video/formats.py) therefore serves all three.
 """
 
 import csv
@@ -29,53 +29,55 @@ class Source(NamedTuple):
     """A list that was read, of any format."""
 
     path: Path
-    lines: list  # of (line number, stripped line), without empty ones
-    content: object = None  # of JSON
+    lines: list  # of (line number, stripped line); no empty lines or comments
+    content: object = None  # parsed JSON
     container: str = "list"  # list, table with a header, JSON, JSON lines
-    columns: tuple = ()  # names of the records' values, lower case, as they come
-    records: list = ()  # of (place in words, {column: value})
+    columns: tuple = ()  # names of the records' values, lower case, in order of appearance
+    records: list = ()  # of (location, such as "line 3", {column: value})
 
     def beside(self, pattern):
         """Files in the list's folder whose names match a pattern, sorted."""
         return sorted(self.path.parent.glob(pattern))
 
 
-def must_be_a_file(path):
-    """DataError where there is no readable regular file. Reading a pipe could wait for ever."""
+def require_file(path):
+    """DataError unless path is a readable regular file. Reading a pipe could block forever."""
     try:
         kind = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: it can be no name
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not a valid file name
         raise DataError(f"{path}: no such file or folder") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(kind):
-        raise DataError(f"{path}: a folder, a pipe or a device in place of a file")
+        raise DataError(f"{path}: is a folder, a pipe or a device, not a file")
 
 
-def decode(path):
-    """The text of a file: UTF-8, or UTF-16 with its mark. DataError where it is no text."""
-    must_be_a_file(path)
+def read_text(path):
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. DataError for other
+    content.
+    """
+    require_file(path)
     raw = path.read_bytes()
-    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+    is_utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
-        return raw.decode("utf-16" if wide else "utf-8-sig")
+        return raw.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        if path.suffix.lower() in _TEXT_SUFFIXES and (wide or b"\0" not in raw):
+        if path.suffix.lower() in _TEXT_SUFFIXES and (is_utf16 or b"\0" not in raw):
             line = raw[:error.start].count(b"\n") + 1
             raise DataError(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not "
-                            f"{'UTF-16' if wide else 'UTF-8; save the list with that encoding'}"
+                            f"{'UTF-16' if is_utf16 else 'UTF-8; save the list with that encoding'}"
                             ) from None
-        raise DataError(f"{path}: neither a video nor a text file; give a folder of videos, one "
+        raise DataError(f"{path}: neither a video nor a text file; give a folder of videos, a "
                         "video, or a list with 'path label' on each line") from None
 
 
 def split_lines(text):
-    """The lines of a text. str.splitlines would also split captions, at U+2028 or form feeds."""
+    """The lines of a text. str.splitlines would also split at U+2028 and form feeds in captions."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def parse_json(text, place):
-    """What a JSON text holds; DataError that names the place where it is none."""
+    """The value of a JSON text. DataError with `place` (file, line) if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -83,8 +85,8 @@ def parse_json(text, place):
 
 
 def read_source(path):
-    """Read a list -> Source. Raises DataError: no text, empty, broken JSON, a broken row."""
-    text = decode(path)
+    """Read a list -> Source. DataError: not text, empty, invalid JSON, an invalid row."""
+    text = read_text(path)
     lines = [(number, line)
              for number, line in enumerate(map(str.strip, split_lines(text)), 1)
              if line and line[:2] != "# "]
@@ -102,8 +104,8 @@ def read_source(path):
 
 
 def read_table(path):
-    """The records of a table that lies beside a list, whatever its columns are called."""
-    return _table(path, decode(path), [], ",").records
+    """The records of a table beside a list. Any column names are accepted."""
+    return _table(path, read_text(path), [], ",").records
 
 
 def _json(path, text, lines):
@@ -117,7 +119,7 @@ def _json(path, text, lines):
         content = [{"path": name, "label": label} for name, label in content.items()]
     elif isinstance(content, dict) and content and all(
             isinstance(column, dict) and column for column in content.values()) and {
-            key.lower() for key in content} & set(PATH_COLUMNS):  # column by column, as of pandas
+            key.lower() for key in content} & set(PATH_COLUMNS):  # by column, as pandas writes it
         rows = next(iter(content.values()))
         content = [{key: column.get(row) for key, column in content.items()} for row in rows]
     elif isinstance(content, dict) and {key.lower() for key in content} & set(PATH_COLUMNS):
@@ -129,7 +131,7 @@ def _json(path, text, lines):
 
 
 def _json_lines(path, lines):
-    """An object on each line, with the same names for the keys as columns have."""
+    """One object per line; its keys are the columns."""
     records = []
     for number, line in lines:
         item = parse_json(line, f"{path}, line {number}")
@@ -141,41 +143,41 @@ def _json_lines(path, lines):
 
 
 def _with_columns(source):
-    """The source with its columns, and with the keys of all records in lower case."""
+    """The source with its columns. The keys of all records become lower case."""
     columns, records = {}, []
     for place, record in source.records:
-        small = {key.strip().lower(): value for key, value in record.items()}
-        if len(small) < len(record):
-            raise DataError(f"{source.path}, {place}: two of its keys differ in case alone")
-        columns |= dict.fromkeys(small)
-        records.append((place, small))
+        lower_case = {key.strip().lower(): value for key, value in record.items()}
+        if len(lower_case) < len(record):
+            raise DataError(f"{source.path}, {place}: two of its keys differ only in case")
+        columns |= dict.fromkeys(lower_case)
+        records.append((place, lower_case))
     return source._replace(columns=tuple(columns), records=records)
 
 
 def _table(path, text, lines, delimiter, quoting=csv.QUOTE_MINIMAL):
     """A table whose header names its columns."""
-    # Strict: otherwise an unclosed quote makes the rest of the file one caption.
+    # Without strict, an unclosed quote turns the rest of the file into one caption.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting,
                         strict=True)
     names, records = None, []
     while True:
-        line = reader.line_num + 1  # the first of the row; quoted text may hold line breaks
+        line = reader.line_num + 1  # first line of the row; quoted text may contain line breaks
         try:
             row = next(reader, None)
         except csv.Error as error:
-            if delimiter == "\t" and quoting != csv.QUOTE_NONE:  # such files often have no quoting
+            if delimiter == "\t" and quoting != csv.QUOTE_NONE:  # such files often do not quote
                 return _table(path, text, lines, delimiter, csv.QUOTE_NONE)
-            raise DataError(f"{path}, line {line}: not a row of a table ({error}); quoted text "
-                            "ends with a quote, and a quote within it is doubled") from None
+            raise DataError(f"{path}, line {line}: not a row of a table ({error}); close quoted "
+                            "text with a quote, and double a quote inside it") from None
         if row is None:
             break
         if not any(map(str.strip, row)):
             continue
         if names is None:
             names = [name.strip().lower() for name in row]
-            twice = next((name for name in names if name and names.count(name) > 1), None)
-            if twice:
-                raise DataError(f"{path}, line {line}: two columns are called {twice!r}")
+            duplicate = next((name for name in names if name and names.count(name) > 1), None)
+            if duplicate:
+                raise DataError(f"{path}, line {line}: two columns are called {duplicate!r}")
             continue
         if len(row) != len(names):
             raise DataError(f"{path}, line {line}: {len(row)} columns, but the header has "
@@ -183,20 +185,20 @@ def _table(path, text, lines, delimiter, quoting=csv.QUOTE_MINIMAL):
         values = zip(names, map(str.strip, row))
         records.append((f"line {line}", {name: value for name, value in values if name}))
     if not records:
-        raise DataError(f"{path}: has a header and no line below it")
+        raise DataError(f"{path}: has a header but no line below it")
     columns = tuple(name for name in names if name)
     return Source(path, lines, None, "table with a header", columns, records)
 
 
 # ------------------------------------------------------------------------------------------------
-# Values
+# Values of records
 
 
-def whole(value):
-    """The whole number >= 0 that a value of JSON or a text means, or None.
+def parse_int(value):
+    """The whole number >= 0 that a JSON value or a text stands for, or None.
 
-    7, "7", and 7.0 or "7.0" (where a column had gaps) are 7. true, 7.5 and what fits no int64 are
-    none.
+    7, "7", 7.0 and "7.0" are 7, because columns with gaps are often written as floats. true, 7.5
+    and numbers of more than 18 digits, which may not fit int64, give None.
     """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -207,8 +209,8 @@ def whole(value):
     return value if is_int and 0 <= value < 10**18 else None
 
 
-def seconds(value):
-    """A time in seconds: 7, 7.5, "7.5", "1:07", "0:01:07.250". None where it is none."""
+def parse_seconds(value):
+    """A time in seconds, from 7, 7.5, "7.5", "1:07" or "0:01:07.250"; None for anything else."""
     if isinstance(value, str):
         match = re.fullmatch(r"(?:(?:(\d+):)?(\d{1,2}):)?(\d+(?:[.,]\d*)?)", value.strip())
         if not match:
@@ -220,10 +222,10 @@ def seconds(value):
     return float(value) if math.isfinite(value) and value >= 0 else None
 
 
-def part(place, start, end, in_frames=False):
-    """Part from two values as written. DataError where they are none, or name nothing."""
-    read = whole if in_frames else seconds
-    first, last = read(start), read(end)
+def parse_part(place, start, end, in_frames=False):
+    """Part from two values as written. DataError where one is invalid or the end is not later."""
+    parse = parse_int if in_frames else parse_seconds
+    first, last = parse(start), parse(end)
     if first is None or last is None or last <= first:
         unit = "frame numbers" if in_frames else "seconds, or hh:mm:ss.mmm"
         raise DataError(f"{place}: a part of a video needs a start and a later end, in {unit}, got "
