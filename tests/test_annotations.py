@@ -117,7 +117,7 @@ CASES = {
             "12,https://x/12.mp4,PT00H00M09S,006001_006050,A wave breaks.")},
         ["videos/006001_006050/12.mp4"], "results_2M_train.csv",
         [("12.mp4", None, "A wave breaks.", None)], None),
-    "captions in JSON, as VINDLU and UMT have them": (
+    "captions in JSON, as in VINDLU and UMT": (
         {"anno/test.json": json.dumps([dict(video="p.mp4", caption=["one", "two"]),
                                        dict(video="q.mp4", caption="three")])},
         ["p.mp4", "q.mp4"], "anno/test.json",
@@ -284,8 +284,8 @@ VIDEO = '{"video_id": "v", "split": %s}'
         ('"candidates": ["a", "b"], "answer": true', "the answer"),
         ('"candidates": ["a", "b"], "answer": []', "the answer"),
         ('"candidates": ["a"], "answer": "%s"' % ("9" * 5000), "the answer"),
-        ('"question": "q", "answer": []', "an answer is"),
-        ('"question": "q", "answer": true', "an answer is"))),
+        ('"question": "q", "answer": []', "an answer must be"),
+        ('"question": "q", "answer": true', "an answer must be"))),
     *(("x.json", '{"videos": [%s], "sentences": [%s]}' % both, reason) for both, reason in (
         ((VIDEO % "[]", '{"video_id": "v", "caption": "c"}'), "all of them text"),
         ((VIDEO % "3", ""), "all of them text"),
@@ -413,7 +413,7 @@ def test_the_classify_stage_takes_what_has_labels(tmp_path, kind, clip, capsys):
 
 
 @pytest.mark.parametrize("kind",
-                         ["MSR-VTT", "WebVid", "captions in JSON, as VINDLU and UMT have them"])
+                         ["MSR-VTT", "WebVid", "captions in JSON, as in VINDLU and UMT"])
 def test_the_clip_stage_takes_what_has_captions(tmp_path, kind, clip, capsys):
     texts, videos, source, *_ = CASES[kind]
     lay(tmp_path, texts, videos, clip)

@@ -113,7 +113,7 @@ def test_times_and_sentences_go_in_pairs(tmp_path, clip):
     assert [(row.caption, row.part) for row in rows] == [("one", Part(0, 2)), ("two", Part(4, 6.5))]
     entry["timestamps"].append([7, 8])
     (tmp_path / "x.json").write_text(json.dumps([entry]))
-    with pytest.raises(DataError, match="entry 1: parts are pairs"):
+    with pytest.raises(DataError, match="entry 1: parts must be pairs"):
         read(tmp_path / "x.json")
 
 
@@ -175,10 +175,10 @@ def test_ids_may_lie_in_many_class_folders(tmp_path, clip):
     ("x.txt", "a.mp4 20 1\nb.mp4 20 0\n", "may be classes, a count of frames"),
     ("x.txt", "a 1\nb 2\n", "may be frames or classes"),
     ("x.txt", "a 12 1 3\nb 12 2\n", "may be frames or classes"),
-    ("x.csv", "path,split\na.mp4,one\nb.mp4,two\n", "line 2: the split 'one' is not known"),
-    ("x.csv", 'path,segment\na.mp4,now\n', "segment is a list"),
+    ("x.csv", "path,split\na.mp4,one\nb.mp4,two\n", "line 2: the split 'one' is unknown"),
+    ("x.csv", 'path,segment\na.mp4,now\n', "segment must be a list"),
     ("x.jsonl", '{"path": "a.mp4", "label": {"verb": "run"}}\n{"path": "b.mp4", "label": "run"}\n',
-     "line 2: its label answers no question by name"),
+     "line 2: its label has no named questions"),
     ("x.json", '[{"path": "a.mp4", "label": "x", "class": "y"}, {"path": "b.mp4", "class": "y"}]',
      "entry 2: has no label")])
 def test_what_may_mean_two_things_is_refused(tmp_path, clip, name, text, reason):
@@ -239,7 +239,7 @@ def test_folders_that_are_no_classes_are_refused(tmp_path, clip, videos, reason)
 
 
 @pytest.mark.parametrize("videos, texts, note", [
-    (["run/a.mp4", "jump/b.mp4", "intro.mp4"], {}, "no labels, since intro.mp4"),
+    (["run/a.mp4", "jump/b.mp4", "intro.mp4"], {}, "no labels, because intro.mp4"),
     (["videos/run/a.mp4", "videos/jump/b.mp4"], {}, "one class, videos; give that folder"),
     (["run/a.mp4", "run/b.mp4"], {"run/a.txt": "a dog"}, "1 of 2 files have no .txt")])
 def test_what_is_odd_about_a_folder_is_said(tmp_path, clip, videos, texts, note):

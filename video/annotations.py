@@ -105,8 +105,8 @@ def read(source, video_folder="", pictures_are_videos=True):
             "".join(filter(None, (row.path, *labels_of(row.label), *row[2:6],
                                   *(row.candidates or ())))).encode()
         except UnicodeEncodeError:  # logs, lists and tokenizers would fail later
-            raise DataError(f"{source}: the texts or the name of {row.path} are not UTF-8 or have an "
-                            "invalid character; correct the text or rename the file") from None
+            raise DataError(f"{source}: the texts or the name of {row.path} are not UTF-8 or have "
+                            "an invalid character; correct the text or rename the file") from None
         if "\0" in row.path:
             raise DataError(f"{source}: {row.path} is not a valid file name")
     formats.all_have_the_same(source, listing.rows, [row.path for row in listing.rows])
@@ -429,8 +429,8 @@ def number_labels(source, labels, classes, in_order=True):
         invalid = [label for label in written if number[label] is None
                or number[label] >= MOST_CLASSES]
         if invalid:
-            raise DataError(f"{source}: label {invalid[0][:60]!r} is no class number; class numbers "
-                            f"are whole numbers from 0 to {MOST_CLASSES - 1:,}")
+            raise DataError(f"{source}: label {invalid[0][:60]!r} is no class number; class "
+                            f"numbers are whole numbers from 0 to {MOST_CLASSES - 1:,}")
         known = sorted(set(number.values()))
         if classes is None and known[-1] + 1 > len(known):
             note = (f"the labels are {len(known)} numbers from {known[0]} to {known[-1]}; each is "

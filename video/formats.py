@@ -1,14 +1,14 @@
-"""The annotation formats of lists: one table, a row each.
+"""The annotation formats of lists: one table, FORMATS, with one row per format.
 
     Source --> the first row of FORMATS that recognises it --> its reader --> Listing(kind, rows)
 
-Each benchmark writes "this clip shows that" in its own way. Conversion by hand is where labels
-shift by one and paths with spaces break. So lists are read as their authors publish them, and the
-content decides the format, never a flag.
+Each benchmark publishes its annotations in a form of its own. Conversion by hand causes errors,
+such as labels shifted by one. Lists are therefore read as published. The content decides the
+format; there is no flag for it.
 
-A format is one `Format` below: its name, the columns by which it is recognised (or a function), a
-reader, and an example. To add one, write a row and its reader; docs/formats.md and the tests take
-the example from the row. Most readers are calls of `read_records` with the names of their columns.
+A format is one `Format` below: its name, the columns (or a function) that identify it, a reader
+and an example. To add one, write a row and its reader. docs/formats.md and the tests use the
+example. Most readers call `read_records` with the names of their columns.
 """
 
 import ast
@@ -20,9 +20,10 @@ from typing import Callable, NamedTuple
 
 from video import segments
 from video.rows import DataError, Listing, Part, Row, is_media
-from video.texts import PATH_COLUMNS, read_text, parse_json, parse_part, read_table, split_lines, parse_int
+from video.texts import (PATH_COLUMNS, parse_int, parse_json, parse_part, read_table, read_text,
+                         split_lines)
 
-COLUMNS = {  # what a column of a table, or a key of JSON, may be called
+COLUMNS = {  # accepted names of a table's columns and of JSON keys
     "path": PATH_COLUMNS,
     "label": ("label", "class", "category", "tag", "labels", "classes", "tags"),
     "caption": ("caption", "text", "sentence", "description", "captions", "sentences"),
@@ -37,33 +38,33 @@ COLUMNS = {  # what a column of a table, or a key of JSON, may be called
     "end_frame": ("end_frame", "stop_frame", "frame_end"),
     "parts": ("timestamps", "times", "segments", "segment", "timestamp"),
 }
-SEVERAL = ("labels", "classes", "tags")  # columns whose text may hold several labels
-MARKS = re.compile(r"[|;]|(?<=\d),(?=\d)")  # between these; a comma between numbers alone
-TOGETHER = "its validation and test splits are held out together"
-NUMBERED = re.compile(r"(?:a|option|candidate)_?\d+")  # a column with one candidate
+SEVERAL_LABELS = ("labels", "classes", "tags")  # columns whose text may contain several labels
+LABEL_SEPARATOR = re.compile(r"[|;]|(?<=\d),(?=\d)")  # separates labels; commas: numbers only
+VAL_AND_TEST = "its validation and test splits are both held out, as one set"
+CANDIDATE_COLUMN = re.compile(r"(?:a|option|candidate)_?\d+")  # a column of one candidate
 
 
 class Format(NamedTuple):
     """One format of lists."""
 
     name: str
-    needs: tuple  # columns by which it is recognised, lower case; () = by `matches` alone
+    needs: tuple  # columns that identify it, lower case; () = only `matches`
     read: Callable  # Source -> Listing
-    file: str  # a usual name of the list
-    example: str  # the list, in three lines or fewer
-    videos: tuple  # files, or folders/ of pictures, as they may lie beside such a list
-    matches: Callable | None = None  # Source -> bool; None = it has the columns `needs`
-    about: str = ""  # what the user should know, for docs/formats.md
+    file: str  # usual file name of the list
+    example: str  # an example of the list, at most three lines
+    videos: tuple  # files, or folders/ of pictures, that belong to the example
+    matches: Callable | None = None  # Source -> bool; None = has all columns in `needs`
+    about: str = ""  # notes for the user, printed in docs/formats.md
 
     def recognises(self, source):
-        """True where the source is of this format."""
+        """True where the source has this format."""
         if self.matches:
             return self.matches(source)
         return bool(source.records) and set(self.needs) <= set(source.columns)
 
 
-def nearest(source):
-    """What a source of no known format resembles most, and what it lacks: text for a message."""
+def _nearest_format(source):
+    """The known format that a source resembles most, and the columns it lacks, for a message."""
     columns = {key.lower() for key in source.content} if isinstance(source.content, dict) else \
         set(source.columns)
     known = [one for one in FORMATS if one.needs]
@@ -79,66 +80,69 @@ def nearest(source):
 
 
 def read_records(source, kind=None, names=None, **columns):
-    """Listing, a row for each caption (or else each part) of each record.
+    """Listing with a row for each caption (or else each part) of each record.
 
-    names    (record, what its path column holds, place) -> possible names of its file
-    columns  field=(names of its column): in place of those of COLUMNS; () = no such column
+    names    function (record, value of its path column, location) -> possible names of its file
+    columns  field=(column names), instead of those in COLUMNS; () = the format has no such column
     """
     chosen = {field: [name for name in choices if name in source.columns]
               for field, choices in (COLUMNS | columns).items()}
-    # One column says the same of all records; only paths may be called differently.
-    chosen |= {field: found[:1] for field, found in chosen.items() if field != "path"}
-    used, rows, places = set(), [], []
-    for place, record in source.records:
-        found = _rows_of(f"{source.path}, {place}", record, chosen, used, names)
-        rows += found
-        places += [place] * len(found)
+    # All records must use the same column for a field. Only the path column may differ.
+    chosen |= {field: present[:1] for field, present in chosen.items() if field != "path"}
+    used, rows, locations = set(), [], []
+    for location, record in source.records:
+        record_rows = _rows_of(f"{source.path}, {location}", record, chosen, used, names)
+        rows += record_rows
+        locations += [location] * len(record_rows)
     if rows[0].candidates:
         kind = kind or "multiple choice"
     elif rows[0].question:
         kind = kind or "question answering"
     elif source.container == "JSON":
         captions = rows[0].caption
-        kind = kind or ("captions in JSON, as VINDLU and UMT have them" if captions else "JSON")
-    all_have_the_same(source.path, rows, places)
+        kind = kind or ("captions in JSON, as in VINDLU and UMT" if captions else "JSON")
+    all_have_the_same(source.path, rows, locations)
     if any(isinstance(row.label, tuple) for row in rows):
         rows = _one_or_several(source, chosen["label"], rows)
-    words = {str(record.get(name)).lower()[:3] for name in chosen["split"]
+    splits = {str(record.get(name)).lower()[:3] for name in chosen["split"]
              for _, record in source.records}
     return Listing(kind or source.container, rows,
                  unused=tuple(name for name in source.columns if name not in used),
-                 notes=(TOGETHER,) if {"val", "tes"} <= words else ())
+                 notes=(VAL_AND_TEST,) if {"val", "tes"} <= splits else ())
 
 
 def _one_or_several(source, columns, rows):
-    """Rows with a tuple of labels each; with one label each where a text column holds no more."""
-    if source.container == "table with a header" and columns[0] in SEVERAL and all(
+    """Rows whose labels are all tuples; or all single labels.
+
+    They are single where a table's column of several labels holds one label in each row.
+    """
+    if source.container == "table with a header" and columns[0] in SEVERAL_LABELS and all(
             isinstance(row.label, tuple) and len(row.label) == 1 for row in rows):
         return [row._replace(label=row.label[0]) for row in rows]
     return [row if isinstance(row.label, (tuple, dict)) else row._replace(label=(row.label,))
             for row in rows]
 
 
-def all_have_the_same(source, rows, places):
-    """DataError where some rows lack what others have; places: of the rows, in words."""
-    for what in ("label", "caption", "question", "answer", "candidates", "split", "part"):
-        has = [getattr(row, what) is not None for row in rows]
+def all_have_the_same(source, rows, locations):
+    """DataError where some rows lack a field that others have. places: location of each row."""
+    for field in ("label", "caption", "question", "answer", "candidates", "split", "part"):
+        has = [getattr(row, field) is not None for row in rows]
         if any(has) and not all(has):
-            raise DataError(f"{source}, {places[has.index(False)]}: has no {what}, "
-                            "other lines have")
+            raise DataError(f"{source}, {locations[has.index(False)]}: has no {field}, "
+                            "but other rows have one")
     several = [isinstance(row.label, dict) for row in rows]
     if any(several) and not all(several):
-        raise DataError(f"{source}, {places[several.index(False)]}: its label answers no question "
-                        "by name, those of other lines do")
+        raise DataError(f"{source}, {locations[several.index(False)]}: its label has no named "
+                        "questions, but those of other rows have them")
 
 
 def _rows_of(place, record, columns, used, names):
-    """The rows of one record; `used` collects the columns that something was made of."""
+    """The rows of one record. Names of columns that are used are added to the set `used`."""
     name_of = {field: next((name for name in choices if record.get(name) is not None), None)
                for field, choices in columns.items()}
     field = {key: record[name] if name else None for key, name in name_of.items()}
     used |= {name for field, name in name_of.items() if field != "parts"}
-    numbered = [name for name in record if NUMBERED.fullmatch(name)]
+    numbered = [name for name in record if CANDIDATE_COLUMN.fullmatch(name)]
     if field["candidates"] is None and numbered and field["answer"] is not None:
         field["candidates"] = [record[name] for name in numbered]
         used |= set(numbered)
@@ -146,25 +150,26 @@ def _rows_of(place, record, columns, used, names):
                                                              "split"))
     answer, candidates = field["answer"], field["candidates"]
     if not isinstance(path, str) or (name_of["path"] or "").endswith("id") and "." in path:
-        path = path if parse_int(path) is None else str(parse_int(path))  # 7, and 7.0 of a column with gaps
-    caption = _listed(caption, name_of["caption"])
+        # 7, or 7.0 from a column with gaps
+        path = path if parse_int(path) is None else str(parse_int(path))
+    caption = _parse_list(caption, name_of["caption"])
     if isinstance(caption, list) and isinstance(answer, int) and candidates is None:
         caption, candidates = None, caption  # UMT's multiple choice
     captions = _as_list(caption)
     texts = [path, *captions, *_as_list(candidates),
              *(text for text in (question, split) if text is not None)]
-    label, valid = _label(field["label"], name_of["label"] in SEVERAL)
-    if not all(isinstance(text, str) for text in texts) or not valid or not path.strip() \
+    label, is_valid = _label(field["label"], name_of["label"] in SEVERAL_LABELS)
+    if not all(isinstance(text, str) for text in texts) or not is_valid or not path.strip() \
             or caption == []:
-        raise DataError(f"{place}: needs a \"path\", and path and caption must be text, label text "
+        raise DataError(f"{place}: needs a \"path\"; path and caption must be text, label text "
                         f"or a whole number, got {str(record)[:60]}")
     if candidates is not None:
-        answer, candidates = _chosen(place, answer, candidates)
+        answer, candidates = _right_candidate(place, answer, candidates)
         captions = [answer]
     elif answer is not None:
         answer = _most_frequent(place, answer)
-    path = names(record, path.strip(), place) if names else as_name(path)
-    row = Row(path, label, None, split_of(split and split.strip(), place), question or None, answer,
+    path = names(record, path.strip(), place) if names else _path_or_id(path)
+    row = Row(path, label, None, _split(split and split.strip(), place), question or None, answer,
               candidates)
     rows, has_parts = _with_parts(place, row, [text.strip() for text in captions], field,
                                   name_of["parts"])
@@ -172,8 +177,8 @@ def _rows_of(place, record, columns, used, names):
     return rows
 
 
-def _listed(value, column):
-    """A list that a table holds as text, "['a', 'b']", as a list; anything else as it is."""
+def _parse_list(value, column):
+    """A list that a table holds as text, "['a', 'b']", as a list; any other value unchanged."""
     plural = column in ("captions", "sentences", *COLUMNS["parts"])
     if plural and isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -182,35 +187,35 @@ def _listed(value, column):
 
 
 def _with_parts(place, row, captions, field, column):
-    """(the row, once for each caption or label and its part; True where the column "parts" says
-    it)."""
+    """(a row for each caption or label, with its part; True where "parts" gives the part)."""
     first, last = field["start_frame"], field["end_frame"]
     if first not in (None, "") or last not in (None, ""):
         row = row._replace(frames_part=parse_part(place, first, last, in_frames=True))
         row = row._replace(part=row.frames_part)
-    start, end, parts = field["start"], field["end"], _listed(field["parts"], column)
+    start, end, parts = field["start"], field["end"], _parse_list(field["parts"], column)
     if start not in (None, "") or end not in (None, ""):
         row, parts = row._replace(part=parse_part(place, start, end)), None
     if isinstance(parts, dict):
         parts = [parts.get("start"), parts.get("end")]
     if isinstance(parts, list) and parts:
-        rows = _each_part(place, row, captions, parts)
+        rows = _row_per_part(place, row, captions, parts)
         captions = captions or [None] * len(rows)
         rows = rows if len(rows) > 1 else rows * len(captions)
         return [one._replace(caption=text) for one, text in zip(rows, captions)], True
     if parts not in (None, "", []) and column in ("timestamps", "segments", "segment"):
-        raise DataError(f"{place}: {column} is a list [start, end], got {str(parts)[:60]!r}")
+        raise DataError(f"{place}: {column} must be a list [start, end], got {str(parts)[:60]!r}")
     return [row._replace(caption=text) for text in captions or [None]], False
 
 
-def _each_part(place, row, captions, parts):
-    """A row for each part; several labels of a row without captions go with the parts in turn."""
+def _row_per_part(place, row, captions, parts):
+    """A row for each part. Several labels of a row without captions belong to the parts in order.
+    """
     parts = parts if isinstance(parts[0], list) else [parts]
     labels = row.label if isinstance(row.label, tuple) and not captions else ()
     others = len(captions) or len(labels)
     if any(not isinstance(pair, list) or len(pair) != 2 for pair in parts) or (
             len(parts) > 1 and others and len(parts) != others):
-        raise DataError(f"{place}: parts are pairs [start, end], one for each caption or label, "
+        raise DataError(f"{place}: parts must be pairs [start, end], one per caption or label, "
                         f"got {str(parts)[:60]}")
     rows = [row._replace(part=parse_part(place, *pair)) for pair in parts]
     if labels and len(rows) > 1:
@@ -218,20 +223,22 @@ def _each_part(place, row, captions, parts):
     return rows
 
 
-def as_name(path):
-    """A path as a list has it; an id without a suffix is a tuple: any video suffix may follow."""
+def _path_or_id(path):
+    """A path of a list. An id without suffix becomes a tuple: any video suffix may follow."""
     return path.strip() if is_media(path) else (path.strip(),)
 
 
-def split_of(text, place):
-    """"train" for train, Training ...; "val" for val, validation, dev, test ...; None for none.
-    DataError for other words."""
+def _split(text, place):
+    """"train" for train, Training ...; "val" for val, dev, test ...; None for an empty text.
+
+    DataError for other words.
+    """
     if not text:
         return None
     if re.match(r"train|trn", text, re.I):
         return "train"
     if not re.match(r"val|dev|test|eval|holdout", text, re.I):
-        raise DataError(f"{place}: the split {text[:30]!r} is not known; write train, val or test")
+        raise DataError(f"{place}: the split {text[:30]!r} is unknown; use train, val or test")
     return "val"
 
 
@@ -240,13 +247,15 @@ def _as_list(value):
 
 
 def _label(value, several=False):
-    """(the label of a row, True where it is one): text, several of them, or one of each
-    question."""
+    """(label of a row, True where it is valid).
+
+    A label is a text, a tuple of several texts, or a dict with one of these per question.
+    """
     if isinstance(value, dict):
         parts = {key: _label(one) for key, one in value.items()}
         return {key: one for key, (one, _) in parts.items()}, all(ok for _, ok in parts.values())
     if isinstance(value, str) and several:
-        value = [one for one in map(str.strip, MARKS.split(value)) if one]
+        value = [one for one in map(str.strip, LABEL_SEPARATOR.split(value)) if one]
     if isinstance(value, list):
         parts = [_label(one) for one in value]
         return tuple(one for one, _ in parts), all(ok and isinstance(one, str)
@@ -256,24 +265,24 @@ def _label(value, several=False):
     return str(parse_int(value)), parse_int(value) is not None
 
 
-def _chosen(place, answer, candidates):
-    """(the right one, all candidates) of a multiple choice whose answer is an index."""
+def _right_candidate(place, answer, candidates):
+    """(right candidate, all candidates) of a multiple choice. The answer is an index or a text."""
     if not isinstance(candidates, list) or not candidates:
-        raise DataError(f"{place}: the candidates of a multiple choice are a list of texts, "
+        raise DataError(f"{place}: the candidates of a multiple choice must be a list of texts, "
                         f"got {str(candidates)[:60]}")
     right = candidates.index(answer) if answer in candidates else parse_int(answer)
     if right is None or right >= len(candidates):
-        raise DataError(f"{place}: the answer of a multiple choice is the place of the right one, "
-                        f"0 to {len(candidates) - 1}, got {str(answer)[:60]!r}")
+        raise DataError(f"{place}: the answer of a multiple choice must be the index of the right "
+                        f"candidate, 0 to {len(candidates) - 1}, got {str(answer)[:60]!r}")
     return candidates[right], tuple(candidates)
 
 
 def _most_frequent(place, answer):
-    """The answer in words; of a list of answers the most frequent one."""
+    """The answer in words; of a list of answers, the most frequent one."""
     answers = _as_list(answer)
     if not answers or not all(isinstance(text, str) or parse_int(text) is not None
                               for text in answers):
-        raise DataError(f"{place}: an answer is a text, a whole number, or a list of these, "
+        raise DataError(f"{place}: an answer must be a text, a whole number or a list of these, "
                         f"got {str(answer)[:60]!r}")
     answers = [text if isinstance(text, str) else str(parse_int(text)) for text in answers]
     return max(answers, key=answers.count)
@@ -286,31 +295,31 @@ def _most_frequent(place, answer):
 def _read_msrvtt(source):
     content = source.content
     rows = _msrvtt_rows(source.path, content)
-    words = {str(video.get("split"))[:3] for video in content["videos"]}
-    return Listing("MSR-VTT", rows, unused=_others(content["videos"], "video_id", "split")
-                 + _others(content["sentences"], "video_id", "caption"),
-                 notes=(TOGETHER,) if {"val", "tes"} <= words else ())
+    splits = {str(video.get("split"))[:3] for video in content["videos"]}
+    return Listing("MSR-VTT", rows, unused=_unused_keys(content["videos"], "video_id", "split")
+                 + _unused_keys(content["sentences"], "video_id", "caption"),
+                 notes=(VAL_AND_TEST,) if {"val", "tes"} <= splits else ())
 
 
-def _others(records, *used):
-    """The keys of the first record that nothing is made of."""
+def _unused_keys(records, *used):
+    """Keys of the first record that are not in `used`."""
     return tuple(key for key in records[0] if key not in used) if records else ()
 
 
 def _read_msrvtt_ids(source):
-    """A list of MSR-VTT's video ids, like its 9k list; the sentences are in the JSON beside it."""
+    """A list of MSR-VTT video ids, such as the 9k list; the JSON beside it has the sentences."""
     path, ids = source.path, [str(record["video_id"]) for _, record in source.records]
     found = [(file, parse_json(read_text(file), file)) for file in source.beside("*.json")]
     found = [(file, content) for file, content in found
              if isinstance(content, dict) and {"videos", "sentences"} <= content.keys()]
     if not found:
-        raise DataError(f"{path}: lists video ids alone; put MSRVTT_data.json, which has the "
+        raise DataError(f"{path}: contains only video ids; put MSRVTT_data.json, which has the "
                         "sentences, beside it")
 
     def unknown(content):
         return len(set(ids) - {sentence["video_id"] for sentence in content["sentences"]})
 
-    # Two files are published, of different videos: take the one that knows most of these.
+    # Two files are published, of different videos: use the one that has most of these ids.
     file, content = min(found, key=lambda pair: unknown(pair[1]))
     rows = _msrvtt_rows(file, content, set(ids))
     return Listing(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
@@ -318,7 +327,7 @@ def _read_msrvtt_ids(source):
 
 
 def _msrvtt_rows(path, content, wanted=None):
-    """A row for each sentence, or for those of the wanted ids."""
+    """A row for each sentence, or only for those of the wanted ids."""
     try:
         splits = {video["video_id"]: video.get("split") for video in content["videos"]}
         pairs = [(sentence["video_id"], sentence["caption"]) for sentence in content["sentences"]]
@@ -327,47 +336,50 @@ def _msrvtt_rows(path, content, wanted=None):
     except (KeyError, TypeError, AttributeError):
         texts = [None]
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{path}: MSR-VTT needs video_id in videos, video_id and caption in "
-                        "sentences, all of them text")
+        raise DataError(f"{path}: MSR-VTT needs video_id in videos, and video_id and caption "
+                        "in sentences, all of them text")
     named = {name for name, _ in pairs}
     unknown = sorted((wanted or set()) - named) or sorted(named - splits.keys())
     if unknown:
-        raise DataError(f"{path}: {unknown[0]!r} is not both among its videos and in its sentences")
-    return [Row((name,), caption=caption.strip(), split=split_of(splits[name], path))
+        raise DataError(f"{path}: {unknown[0]!r} must be both in its videos and in its sentences")
+    return [Row((name,), caption=caption.strip(), split=_split(splits[name], path))
             for name, caption in pairs if wanted is None or name in wanted]
 
 
 def _read_msvd(source):
-    """Lines of an id and a sentence; the split lists of the field, where they lie beside it."""
+    """Lines of an id and a sentence; the usual split lists are used if they are beside it."""
     splits = {line: split for split in ("train", "val", "test")
               for file in source.beside(f"{split}_list.txt")
               for line in map(str.strip, split_lines(read_text(file))) if line}
-    rows, left = [], 0
+    rows, skipped = [], 0
     for number, line in source.lines:
         name, _, caption = line.partition(" ")
         if line.startswith("#") or splits and name not in splits:
-            left += line[0] != "#"
+            skipped += line[0] != "#"
             continue
         if not caption.strip():
             raise DataError(f"{source.path}, line {number}: expected a video's id and a sentence, "
                             f"got {line[:60]!r}")
-        rows.append(Row((name,), caption=caption.strip(), split=split_of(splits.get(name), name)))
-    notes = (f"{left:,} sentences are of videos in none of the split lists beside it",) if left \
-        else () if splits else ("the split lists train_list.txt, val_list.txt and test_list.txt "
-                                "are not beside it",)
+        rows.append(Row((name,), caption=caption.strip(), split=_split(splits.get(name), name)))
+    notes = (f"{skipped:,} sentences are of videos that no split list names",) if skipped \
+        else () if splits else ("there are no split lists train_list.txt, val_list.txt and "
+                                "test_list.txt beside it",)
     return Listing("MSVD", rows, notes=notes)
 
 
 def _paragraphs(source, kind, pairs, unused, notes):
-    """Listing, a row for each video: its sentences joined, the field's protocol of these sets."""
+    """Listing with a row per video: all its sentences joined, the usual protocol for these data.
+
+    pairs  (possible names of the file, sentence)
+    """
     sentences = {}
     for names, text in pairs:
         if not isinstance(text, str) or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{source.path}: {kind} needs text in each sentence and name, got "
+            raise DataError(f"{source.path}: {kind} needs text in each sentence and name; got "
                             f"{str(text)[:40]!r} of {str(names[0])[:40]!r}")
         sentences.setdefault(names, []).append(text.strip())
-    return Listing(kind, [Row(names, caption=" ".join(texts)) for names, texts in sentences.items()],
-                 unused=unused, notes=notes)
+    rows = [Row(names, caption=" ".join(texts)) for names, texts in sentences.items()]
+    return Listing(kind, rows, unused=unused, notes=notes)
 
 
 def _read_didemo(source):
@@ -375,7 +387,7 @@ def _read_didemo(source):
              for _, record in source.records]
     unused = tuple(name for name in source.columns if name not in ("video", "description"))
     return _paragraphs(source, "DiDeMo", pairs, unused, (
-        "all sentences of a video are one paragraph; their times are not used",))
+        "all sentences of a video form one paragraph; their times are not used",))
 
 
 def _is_activitynet_captions(source):
@@ -389,11 +401,11 @@ def _read_activitynet_captions(source):
     pairs = [((name, name.removeprefix("v_")), text) for name, one in source.content.items()
              for text in one["sentences"]]
     return _paragraphs(source, "ActivityNet Captions", pairs, ("timestamps", "duration"), (
-        "all sentences of a video are one paragraph; their times are not used",))
+        "all sentences of a video form one paragraph; their times are not used",))
 
 
 def _read_lsmdc(source):
-    """Tab-separated, without header: id, two pairs of times in the film, sentence."""
+    """Tab-separated, without a header: id, two pairs of times in the film, sentence."""
     rows = []
     for number, line in source.lines:
         fields = line.split("\t")
@@ -402,12 +414,14 @@ def _read_lsmdc(source):
                             f"tabs, got {len(fields)}")
         film = fields[0].rpartition("_")[0]
         rows.append(Row((f"{film}/{fields[0]}", fields[0]), caption=fields[-1].strip()))
-    return Listing("LSMDC", rows, notes=("its files are cut already: the times, which are those of "
-                                       "the film, are not used",))
+    return Listing("LSMDC", rows, notes=("its files are already cut; the times, which refer to the "
+                                         "whole film, are not used",))
 
 
-def _cut(name, part):
-    """Possible names of a clip: cut already, under two spellings, or a part of the whole video."""
+def _clip_names(name, part):
+    """Possible names of a clip: a file already cut, in two spellings, or a part of the whole
+    video.
+    """
     start, end = int(part.start), int(part.end)
     return f"{name}_{start:06d}_{end:06d}", f"{name}_{start}_{end}", (name, part)
 
@@ -423,8 +437,8 @@ def _read_internvid(source):
     def names(record, name, place):
         times = record["start_timestamp"], record["end_timestamp"]
         return (f"{name}_{times[0]}_{times[1]}", (name, parse_part(place, *times)))
-    found = read_records(source, "InternVid", names)
-    return found._replace(rows=[row._replace(part=None) for row in found.rows])
+    listing = read_records(source, "InternVid", names)
+    return listing._replace(rows=[row._replace(part=None) for row in listing.rows])
 
 
 def _read_coco(source):
@@ -436,8 +450,8 @@ def _read_coco(source):
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{source.path}: COCO captions need id and file_name in images, image_id "
                         "and caption in annotations") from None
-    return Listing("COCO captions", rows, unused=_others(content["images"], "id", "file_name")
-                 + _others(content["annotations"], "image_id", "caption"))
+    return Listing("COCO captions", rows, unused=_unused_keys(content["images"], "id", "file_name")
+                 + _unused_keys(content["annotations"], "image_id", "caption"))
 
 
 def _read_webvid(source):
@@ -456,7 +470,7 @@ def _is_numbered_qa(source):
 
 
 def _read_numbered_qa(source):
-    """MSRVTT-QA and MSVD-QA tell videos by numbers; MSVD's map file gives their names."""
+    """MSRVTT-QA and MSVD-QA number their videos; the map file of MSVD gives the names."""
     mapped = {}
     for file in source.beside("youtube_mapping.txt"):
         pairs = [line.split() for line in split_lines(read_text(file)) if line.strip()]
@@ -481,30 +495,33 @@ def _read_nextqa(source):
 
 
 def _read_kinetics(source):
-    """Files are id_start_end.mp4 as they are usually cut, or the whole video as id.mp4."""
+    """Files are called id_start_end.mp4, the usual way to cut them, or are whole videos, id.mp4."""
     def names(record, name, place):
         cut = parse_part(place, *(str(record.get(key)) for key in ("time_start", "time_end")))
         label, split = (str(record[key]) if record.get(key) else None for key in ("label", "split"))
         folders = [label, label and label.replace(" ", "_"), split,
                    label and split and f"{split}/{label}"]
-        *stems, whole_video = _cut(name, cut)
+        *stems, whole_video = _clip_names(name, cut)
         return (*(f"{folder}/{stem}" for stem in stems[:1] for folder in folders if folder),
                 *stems, whole_video)
-    found = read_records(source, "Kinetics", names, path=("youtube_id",))
-    return found._replace(rows=[row._replace(part=None) for row in found.rows])
+    listing = read_records(source, "Kinetics", names, path=("youtube_id",))
+    return listing._replace(rows=[row._replace(part=None) for row in listing.rows])
 
 
 def _read_hvu(source):
-    """Kinetics' columns and several tags; a table of their categories makes them questions."""
+    """The columns of Kinetics with several tags. A table of tag categories turns them into
+    questions.
+    """
     category = {record["tag"]: record["category"] for file in source.beside("*Categories*.csv")
                 for _, record in read_table(file)}
-    found = _read_kinetics(source)
-    lost = {tag for row in found.rows for tag in row.label if category and tag not in category}
-    notes = (f"{len(lost)} tags have no category, as {min(lost)}; not used",) if lost else ()
+    listing = _read_kinetics(source)
+    unknown = {tag for row in listing.rows for tag in row.label if category and tag not in category}
+    notes = (f"{len(unknown)} tags, such as {min(unknown)}, have no category and are not used",) \
+        if unknown else ()
     rows = [row if not category else row._replace(label={
         question: tuple(tag for tag in row.label if category.get(tag) == question)
-        for question in sorted(set(category.values()))}) for row in found.rows]
-    return found._replace(kind="HVU", rows=rows, notes=notes)
+        for question in sorted(set(category.values()))}) for row in listing.rows]
+    return listing._replace(kind="HVU", rows=rows, notes=notes)
 
 
 def _is_numbered_frames(source):
@@ -513,7 +530,7 @@ def _is_numbered_frames(source):
 
 
 def _read_numbered_frames(source):
-    """Jester and Something-Something V1: `id;label`, videos as folders of pictures."""
+    """Jester and Something-Something V1: `id;label`; videos are folders of pictures."""
     classes = [line for file in source.beside("*labels.csv")[:1]
                for line in map(str.strip, split_lines(read_text(file))) if line]
     pairs = [line.partition(";")[::2] for _, line in source.lines]
@@ -528,28 +545,29 @@ def _read_diving48(source):
 
 
 def _read_epic(source):
-    """Three questions: the verb, the noun, and both together."""
+    """Three questions: the verb, the noun, and the action, which is both together."""
     def files(record, name, place):
         person = name.split("_")[0]
         return f"{person}/videos/{name}", f"{person}/rgb_frames/{name}", f"{person}/{name}", name
 
     labels, classes = _epic_labels(source)
-    found = read_records(source, "EPIC-Kitchens-100", files, path=("video_id",), label=(),
+    listing = read_records(source, "EPIC-Kitchens-100", files, path=("video_id",), label=(),
                          caption=("narration",))
-    # Pictures of frames have numbers from 1 on.
+    # The numbers of the frame pictures start at 1.
     parts = [row.frames_part and Part(max(row.frames_part.start - 1, 0), row.frames_part.end - 1,
-                                      True) for row in found.rows]
-    return found._replace(
+                                      True) for row in listing.rows]
+    return listing._replace(
         rows=[row._replace(label=label, frames_part=one)
-              for row, label, one in zip(found.rows, labels, parts)], classes=classes,
-        unused=tuple(name for name in found.unused if name not in ("verb_class", "noun_class")))
+              for row, label, one in zip(listing.rows, labels, parts)], classes=classes,
+        unused=tuple(name for name in listing.unused if name not in ("verb_class", "noun_class")))
 
 
 def _epic_labels(source):
     """({question: label} of each record, {question: names}).
 
-    Verbs and nouns are named by EPIC_100_verb_classes.csv and its like, else by their numbers. The
-    pairs in both lists are the classes of "action", for some are in the validation list alone.
+    EPIC_100_verb_classes.csv and EPIC_100_noun_classes.csv name verbs and nouns; without them,
+    numbers are the names. The classes of "action" are the pairs in both lists, because the
+    validation list has pairs that the training list lacks.
     """
     names = {what: {parse_int(record["id"]): record["key"] for file in source.beside(
         f"EPIC_100_{what}_classes.csv") for _, record in read_table(file)}
@@ -560,7 +578,7 @@ def _epic_labels(source):
         for what, known in names.items():
             number = parse_int(record[f"{what}_class"])
             if number is None or known and number not in known:
-                raise DataError(f"{source.path}: {record[f'{what}_class']!r} is no {what}_class")
+                raise DataError(f"{source.path}: {record[f'{what}_class']!r} is not a {what}_class")
             pair[what] = known.get(number, str(number))
         return pair | {"action": " ".join(pair.values())}
 
@@ -573,7 +591,7 @@ def _epic_labels(source):
 
 
 def _read_charades(source):
-    """Several classes a video: `c092 11.90 21.20;c147 0.00 12.60`."""
+    """Several classes per video: `c092 11.90 21.20;c147 0.00 12.60`."""
     known = dict(line.split(" ", 1) for file in source.beside("Charades_v1_classes.txt")
                  for line in map(str.strip, split_lines(read_text(file))) if line)
     rows = []
@@ -586,11 +604,12 @@ def _read_charades(source):
         rows.append(Row((record["id"],), tuple(known.get(code, code) for code in codes)))
     return Listing("Charades", rows, list(known.values()) or None,
                  unused=tuple(name for name in source.columns if name not in ("id", "actions")),
-                 notes=("a video has the classes of all its actions; their times are not used",))
+                 notes=("a video has the classes of all its actions; the times are not used",))
 
 
 def _read_something(source):
-    """Something-Something V2: labels are templates without brackets; a labels file numbers them."""
+    """Something-Something V2. Labels are templates without brackets; the labels file numbers them.
+    """
     path, classes = source.path, None
     for file in source.beside("*labels.json"):
         classes = _numbered_templates(file)
@@ -616,14 +635,14 @@ def _read_something(source):
 
 
 def _numbered_templates(file):
-    """The templates of a labels file, in the order of their numbers."""
+    """The templates of a labels file, ordered by their numbers."""
     numbers = parse_json(read_text(file), file)
     if isinstance(numbers, dict):
         whole_numbers = {name: parse_int(number) for name, number in numbers.items()}
         if set(whole_numbers.values()) == set(range(len(whole_numbers))):
             return sorted(whole_numbers, key=whole_numbers.get)
-    raise DataError(f"{file}: does not number the templates, 0 to one less than there are, "
-                    "each once")
+    raise DataError(f"{file}: must give the templates the numbers from 0 on, each number "
+                    "once")
 
 
 def _is_label_names(source):
@@ -638,7 +657,7 @@ def _refuse_label_names(source):
 
 
 def read_hmdb51(source):
-    """All classes of the split that this file belongs to; 1 = train, 2 = test, 0 = in neither."""
+    """All classes of the split of this file; 1 = train, 2 = test, 0 = in neither."""
     path = source.path
     number = re.search(r"_test_split(\d)\.txt$", path.name)[1]
     ending, rows, classes = f"_test_split{number}.txt", [], []
@@ -660,11 +679,13 @@ _UCF101 = re.compile(r"(.*/)?([^/]+)/(v_\w+_g\d\d_c\d\d\.\w+)(?: (\d+))?")
 
 
 def _is_ucf101(source):
-    """True where every line names a class folder, and numbers, if any, say the same."""
-    found = [_UCF101.fullmatch(line) for _, line in source.lines]
-    if source.records or source.content is not None or not all(found):
+    """True where every line names a class folder, and numbers, if there are any, match the
+    folders.
+    """
+    matches = [_UCF101.fullmatch(line) for _, line in source.lines]
+    if source.records or source.content is not None or not all(matches):
         return False
-    pairs = {(match[2], match[4]) for match in found}
+    pairs = {(match[2], match[4]) for match in matches}
     names, numbers = ({pair[i] for pair in pairs} for i in (0, 1))
     return numbers == {None} or len(pairs) == len(names) == len(numbers)
 
@@ -681,7 +702,7 @@ def _read_ucf101(source):
 
 
 def ucf101_classes(folder):
-    """Names in the order of classInd.txt, None where there is no such file."""
+    """Class names in the order of classInd.txt; None where there is no such file."""
     path = folder / "classInd.txt"
     if not path.is_file():
         return None
@@ -690,16 +711,16 @@ def ucf101_classes(folder):
         raise DataError(f"{path}: expected lines like '1 ApplyEyeMakeup'")
     named = {parse_int(number): name.strip() for number, name in pairs}
     if sorted(named) != list(range(1, len(pairs) + 1)):
-        raise DataError(f"{path}: its numbers are not 1 to {len(pairs)}, each once")
+        raise DataError(f"{path}: must contain each number from 1 to {len(pairs)} once")
     return [named[number] for number in sorted(named)]
 
 
 # ------------------------------------------------------------------------------------------------
 # Lists without a header
 
-_WHOLE = re.compile(r"(.+?)[ ,]+0[ ,]+-1(?:[ ,]+(\d+))?")
-_NUMBERS = re.compile(r"(.+\.\w{2,5})((?:[ ,;\t]+\d+){2,})")
-_FOLDER = re.compile(r"(.+?)[ ,;\t]+(\d+)(?:[ ,;\t]+(\d+))?")
+_WHOLE_VIDEO = re.compile(r"(.+?)[ ,]+0[ ,]+-1(?:[ ,]+(\d+))?")
+_SEVERAL_NUMBERS = re.compile(r"(.+\.\w{2,5})((?:[ ,;\t]+\d+){2,})")
+_FRAME_FOLDER = re.compile(r"(.+?)[ ,;\t]+(\d+)(?:[ ,;\t]+(\d+))?")
 
 
 def _lines_match(pattern, media):
@@ -710,49 +731,50 @@ def _lines_match(pattern, media):
     return matches
 
 
-def _read_whole(source):
-    matches = [_WHOLE.fullmatch(line) for _, line in source.lines]
+def _read_whole_videos(source):
+    matches = [_WHOLE_VIDEO.fullmatch(line) for _, line in source.lines]
     return Listing("VideoMAE V2's list of whole videos",
                  [Row(match[1], match[2]) for match in matches])
 
 
-def _read_several(source):
-    """`path 1 5 7`: classes of one video. Refused where it could be `path start end label`."""
-    matches = [_NUMBERS.fullmatch(line) or re.fullmatch(r"(.+\.\w{2,5})[ ,;\t]+(\d+)", line)
+def _read_several_labels(source):
+    """`path 1 5 7`: several classes of one video. DataError if it may be `path start end label`."""
+    matches = [_SEVERAL_NUMBERS.fullmatch(line) or re.fullmatch(r"(.+\.\w{2,5})[ ,;\t]+(\d+)", line)
                for _, line in source.lines]
     labels = [tuple(re.findall(r"\d+", match[2])) for match in matches]
     joined = all(re.fullmatch(r"[ \t]+\d+(,\d+)*|\d+", match[2]) for match in matches)
     if len({len(one) for one in labels}) == 1 and not joined:
-        raise DataError(f"{source.path}: {len(labels[0])} numbers behind each path may be classes, "
-                        "a count of frames and a class, or a part and a class; write a header, as "
-                        "'path,labels' or 'path,start_frame,end_frame,label'")
+        raise DataError(f"{source.path}: {len(labels[0])} numbers after each path may be classes, "
+                        "a count of frames and a class, or a part and a class; add a header such "
+                        "as 'path,labels' or 'path,start_frame,end_frame,label'")
     return Listing("list of paths with several labels",
                  [Row(match[1].strip().strip('"'), label) for match, label in zip(matches, labels)])
 
 
-def _is_several(source):
+def _is_several_labels(source):
     one = re.compile(r"(.+\.\w{2,5})([ ,;\t]+\d+)+")
-    return _lines_match(one, True)(source) and any(_NUMBERS.fullmatch(line)
+    return _lines_match(one, True)(source) and any(_SEVERAL_NUMBERS.fullmatch(line)
                                                    for _, line in source.lines)
 
 
 def _read_frame_folders(source):
-    """`folder frames label`, as TSN and mmaction2 have it; VideoMAE V2: `folder 0 frames`."""
-    rows, matches = [], [_FOLDER.fullmatch(line) for _, line in source.lines]
-    starts = all(match[2] in ("0", "1") and match[3] not in (None, "0") for match in matches)
-    odd = next((match for match in matches if re.search(r"[ ,;\t]\d+$", match[1])), None)
-    if odd or any(match[3] is None for match in matches):
-        raise DataError(f"{source.path}: the numbers behind {(odd or matches[0])[1]} may be frames "
-                        "or classes; write 'folder frames label', or a header, as 'path,label'")
+    """`folder frames label`, as in TSN and mmaction2; in VideoMAE V2 `folder 0 frames`."""
+    rows, matches = [], [_FRAME_FOLDER.fullmatch(line) for _, line in source.lines]
+    has_start = all(match[2] in ("0", "1") and match[3] not in (None, "0") for match in matches)
+    ambiguous = next((match for match in matches if re.search(r"[ ,;\t]\d+$", match[1])), None)
+    if ambiguous or any(match[3] is None for match in matches):
+        raise DataError(f"{source.path}: the numbers after {(ambiguous or matches[0])[1]} may be "
+                        "frames or classes; write 'folder frames label', or add a header "
+                        "'path,label'")
     for (number, _), match in zip(source.lines, matches):
-        count, label = (match[3], None) if starts else (match[2], match[3])
+        count, label = (match[3], None) if has_start else (match[2], match[3])
         cut = parse_part(f"{source.path}, line {number}", 0, count, in_frames=True)
         rows.append(Row(match[1].strip().strip('"'), label, part=cut))
     return Listing("list of `folder frames label` lines", rows)
 
 
 def _read_list(source):
-    """`path` or `path label` lines."""
+    """Lines of `path` or `path label`."""
     path, lines = source.path, source.lines
     if all(is_media(line) for _, line in lines):
         return Listing("list of paths", [Row(line.strip('"')) for _, line in lines])
@@ -760,7 +782,7 @@ def _read_list(source):
     def splits_off_a_video(separator):
         return sum(separator in line and is_media(line.rsplit(separator, 1)[0])
                    for _, line in lines)
-    # Split at the last separator: a path may contain it too. A quoted label may contain it as well.
+    # Split at the last separator, because a path may contain it. A quoted label may contain it too.
     separator = max(("::", "\t", ";", ",", " "), key=splits_off_a_video)
     quoted = re.compile(r'(.+?)\s*[;,\t ]\s*"([^"]*)"')
     rows = [(number, match[1], match[2]) if (match := quoted.fullmatch(line)) else
@@ -769,46 +791,46 @@ def _read_list(source):
         del rows[0]
     for number, name, label in rows:
         if not is_media(name):
-            raise DataError(f"{path}, line {number}: expected 'path label', a video's name and "
+            raise DataError(f"{path}, line {number}: expected 'path label', a video name and "
                             f"then a space, comma, tab or '::', got {(name or label)[:60]!r}")
     return Listing("list of `path label` lines",
                  [Row(name.strip().strip('"'), label.strip() or None) for _, name, label in rows])
 
 
-def _keys(*names):
+def _has_keys(*names):
     def matches(source):
         return isinstance(source.content, dict) and set(names) <= source.content.keys()
     return matches
 
 
-def _named(pattern):
+def _is_called(pattern):
     return lambda source: re.fullmatch(pattern, source.path.name) is not None
 
 
-def _lines(pattern):
+def _lines_start_with(pattern):
     def matches(source):
         return not source.records and source.content is None and all(
             re.match(pattern, line) for _, line in source.lines if line[0] != "#")
     return matches
 
 
-def _table(kind):
+def _records_reader(kind):
     return functools.partial(read_records, kind=kind)
 
 
-# The first that recognises a source reads it: special formats before general ones.
+# The first row that recognises a source reads it, so special formats precede general ones.
 FORMATS = (
     Format("MSR-VTT", ("videos", "sentences"), _read_msrvtt, "MSRVTT_data.json",
            '{"videos": [{"video_id": "video0", "split": "train"}],\n'
            ' "sentences": [{"video_id": "video0", "caption": "a car drives"}]}',
-           ("TrainValVideo/video0.mp4",), _keys("videos", "sentences"),
-           "captions; the videos may lie in two folders, TrainValVideo and TestVideo"),
+           ("TrainValVideo/video0.mp4",), _has_keys("videos", "sentences"),
+           "captions; the videos may be in two folders, TrainValVideo and TestVideo"),
     Format("MSR-VTT ids", ("video_id",), _read_msrvtt_ids, "MSRVTT_train.9k.csv",
            "video_id\nvideo0", ("videos/video0.mp4",),
            lambda source: source.columns == ("video_id",) and all(
                re.fullmatch(r"video\d+", str(record["video_id"])) for _, record in source.records),
-           "the list of the 9k split; MSRVTT_data.json lies beside it"),
-    Format("MSR-VTT 1k-A", ("vid_key", "video_id", "sentence"), _table("MSR-VTT 1k-A"),
+           "the list of the 9k split, with MSRVTT_data.json beside it"),
+    Format("MSR-VTT 1k-A", ("vid_key", "video_id", "sentence"), _records_reader("MSR-VTT 1k-A"),
            "MSRVTT_JSFUSION_test.csv",
            'key,vid_key,video_id,sentence\nret0,msr9770,video9770,"a cat, asleep"',
            ("videos/video9770.mp4",), None, "captions of the usual test set"),
@@ -816,69 +838,71 @@ FORMATS = (
            "val_qa.json",
            '[{"category_id": 1, "video_id": 6513, "question": "what is he doing?",\n'
            '  "answer": "cook", "id": 1}]', ("videos/video6513.mp4",), _is_numbered_qa,
-           "videos have numbers; MSVD-QA's youtube_mapping.txt, which names them, lies beside it"),
+           "videos have numbers; youtube_mapping.txt beside it names those of MSVD-QA"),
     Format("MSVD", (), _read_msvd, "AllVideoDescriptions.txt",
            "mv89psg6zh4_33_46 a bird is bathing in a sink\n"
            "mv89psg6zh4_33_46 a bird splashes",
            ("YouTubeClips/mv89psg6zh4_33_46.avi",),
-           lambda source: _named("AllVideoDescriptions.txt")(source)
-           or _lines(r"[\w-]{11}_\d{1,5}_\d{1,5} [^\d\s]")(source),
-           "lines of an id and a sentence; train_list.txt, val_list.txt and test_list.txt beside "
-           "it are its splits"),
+           lambda source: _is_called("AllVideoDescriptions.txt")(source)
+           or _lines_start_with(r"[\w-]{11}_\d{1,5}_\d{1,5} [^\d\s]")(source),
+           "each line has an id and a sentence; train_list.txt, val_list.txt and test_list.txt "
+           "beside it give the splits"),
     Format("DiDeMo", ("video", "description", "times"), _read_didemo, "test_data.json",
            '[{"video": "user1_1.avi", "description": "a dog runs in", "times": [[0, 0]]},\n'
            ' {"video": "user1_1.avi", "description": "it leaves", "times": [[1, 1]]}]',
-           ("videos/user1_1.avi",), None, "all sentences of a video are one paragraph"),
+           ("videos/user1_1.avi",), None, "all sentences of a video form one paragraph"),
     Format("ActivityNet Captions", ("v_...", "timestamps", "sentences"),
            _read_activitynet_captions, "val_1.json",
            '{"v_ab": {"duration": 9.5, "timestamps": [[0, 4], [4, 9]],\n'
            '          "sentences": ["A dog runs in.", "It leaves."]}}',
            ("videos/v_ab.mp4",), _is_activitynet_captions,
-           "all sentences of a video are one paragraph"),
+           "all sentences of a video form one paragraph"),
     Format("LSMDC", (), _read_lsmdc, "LSMDC16_annos_test.csv",
            "1004_Juno_00.00.32.238-00.00.37.202\t00.00.32.238\t00.00.37.202\t00.00.32.238\t"
            "00.00.37.202\tSomeone walks.",
            ("1004_Juno/1004_Juno_00.00.32.238-00.00.37.202.avi",),
-           _lines(r"\S+_\d\d\.\d\d\.\d\d\.\d+-\S+\t"), "tab-separated, without header"),
+           _lines_start_with(r"\S+_\d\d\.\d\d\.\d\d\.\d+-\S+\t"),
+           "tab-separated, without a header"),
     Format("VATEX", ("videoid", "encap"), _read_vatex, "vatex_training_v1.0.json",
            '[{"videoID": "Ptf_2VRj-V0_000122_000132", "enCap": ["A boy climbs.", "A wall."],\n'
            '  "chCap": []}]', ("videos/Ptf_2VRj-V0_000122_000132.mp4",), None,
-           "English captions; files are cut already, or parts of ID.mp4"),
+           "English captions; files are already cut, or are parts of ID.mp4"),
     Format("InternVid", ("youtubeid", "start_timestamp", "end_timestamp", "caption"),
            _read_internvid, "InternVid-10M-FLT.jsonl",
            '{"YoutubeID": "aaa", "Start_timestamp": "00:00:04.000", "End_timestamp": '
            '"00:00:08.000",\n "Caption": "a field"}'.replace("\n ", " "), ("aaa.mp4",), None,
-           "parts of whole videos; or files called aaa_00:00:04.000_00:00:08.000.mp4"),
+           "parts of whole videos, or files called aaa_00:00:04.000_00:00:08.000.mp4"),
     Format("COCO captions", ("images", "annotations"), _read_coco, "captions_val2014.json",
            '{"images": [{"id": 9, "file_name": "COCO_val2014_000000000009.jpg"}],\n'
            ' "annotations": [{"image_id": 9, "caption": "a plate"}]}',
-           ("val2014/COCO_val2014_000000000009.jpg",), _keys("images", "annotations"),
+           ("val2014/COCO_val2014_000000000009.jpg",), _has_keys("images", "annotations"),
            "image-text data, for --image-data of stage clip"),
     Format("HVU", ("tags", "youtube_id", "time_start", "time_end"), _read_hvu,
            "HVU_Train_V1.0.csv", "Tags,youtube_id,time_start,time_end\n"
            "running|dog|park,ab,5,15", ("ab_000005_000015.mp4",), None,
-           "several labels a video; HVU_Tags_Categories_V1.0.csv beside it makes one question of "
-           "each category"),
+           "several labels per video; with HVU_Tags_Categories_V1.0.csv beside it, each category "
+           "becomes a question"),
     Format("Kinetics", ("youtube_id", "time_start", "time_end"), _read_kinetics, "train.csv",
            "label,youtube_id,time_start,time_end,split\nriding a bike,ab,5,15,train",
            ("train/riding a bike/ab_000005_000015.mp4",), None,
-           "files are ID_start_end.mp4, in class folders or not, or parts of ID.mp4"),
+           "files are called ID_start_end.mp4, in class folders or not, or are parts of ID.mp4"),
     Format("WebVid", ("videoid", "page_dir", "name"), _read_webvid, "results_2M_train.csv",
            "videoid,contentUrl,duration,page_dir,name\n"
            "12,https://x/12.mp4,PT00H00M09S,006001_006050,A wave breaks.",
            ("videos/006001_006050/12.mp4",), None, "captions"),
-    Format("TGIF-QA", ("gif_name", "question", "answer"), _table(None), "Test_frameqa_question.csv",
-           "gif_name\tquestion\tanswer\ntumblr_1\twhat runs ?\tdog", ("gifs/tumblr_1.gif",), None,
-           "tab-separated; a1 to a5 are the candidates of a multiple choice"),
+    Format("TGIF-QA", ("gif_name", "question", "answer"), _records_reader(None),
+           "Test_frameqa_question.csv", "gif_name\tquestion\tanswer\ntumblr_1\twhat runs ?\tdog",
+           ("gifs/tumblr_1.gif",), None,
+           "tab-separated; a1 to a5 are the candidates of multiple choice"),
     Format("NExT-QA", ("video", "question", "answer", "qid", "a0"), _read_nextqa, "val.csv",
            "video,frame_count,question,answer,qid,type,a0,a1,a2\n"
            "4010069381,369,how does he move,1,6,CH,runs,walks,jumps",
            ("videos/4010069381.mp4",), None,
-           "multiple choice; map_vid_vidorID.json beside it tells the folders"),
+           "multiple choice; map_vid_vidorID.json beside it gives the folders"),
     Format("Jester and Something-Something V1", (), _read_numbered_frames,
            "jester-v1-train.csv", "100;Swiping Left\n101;Thumb Up",
            ("20bn-jester-v1/100/", "20bn-jester-v1/101/"), _is_numbered_frames,
-           "folders of pictures; the file *labels.csv beside it fixes the order of classes"),
+           "folders of pictures; the file *labels.csv beside it gives the class order"),
     Format("Something-Something V2", ("id", "template"), _read_something,
            "something-something-v2-train.json",
            '[{"id": "7", "label": "dropping a pen", "template": "Dropping [something]"}]',
@@ -900,39 +924,39 @@ FORMATS = (
     Format("Charades", ("id", "actions"), _read_charades, "Charades_v1_train.csv",
            "id,subject,actions,length\n46GP8,HR43,c092 11.90 21.20;c147 0.00 12.60,24.83",
            ("Charades_v1/46GP8.mp4",), None,
-           "several classes a video; Charades_v1_classes.txt beside it names them"),
+           "several classes per video; Charades_v1_classes.txt beside it names them"),
     Format("HMDB51", (), read_hmdb51, "wave_test_split1.txt", "a.avi 1\nb.avi 2",
            ("wave/a.avi", "wave/b.avi"),
-           lambda source: _named(r".+_test_split\d\.txt")(source)
+           lambda source: _is_called(r".+_test_split\d\.txt")(source)
            and source.lines[0][1][-1] in "012",
-           "1 = train, 2 = test; the files of all classes lie in one folder"),
+           "1 = train, 2 = test; the files of all classes are in one folder"),
     Format("UCF101", (), _read_ucf101, "trainlist01.txt",
            "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1",
            ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi",),
            _is_ucf101,
-           "the file classInd.txt beside it fixes the order of classes"),
-    Format("VideoMAE V2's list of whole videos", (), _read_whole, "k710.csv",
-           "a.mp4 0 -1 3\nb.mp4 0 -1 1", ("a.mp4", "b.mp4"), _lines_match(_WHOLE, True),
+           "the file classInd.txt beside it gives the class order"),
+    Format("VideoMAE V2's list of whole videos", (), _read_whole_videos, "k710.csv",
+           "a.mp4 0 -1 3\nb.mp4 0 -1 1", ("a.mp4", "b.mp4"), _lines_match(_WHOLE_VIDEO, True),
            "`path 0 -1`, with or without a class"),
-    Format("list of paths with several labels", (), _read_several, "multi.txt",
-           "a.mp4 1 5 7\nb.mp4 5", ("a.mp4", "b.mp4"), _is_several,
-           "as mmaction2 has it"),
+    Format("list of paths with several labels", (), _read_several_labels, "multi.txt",
+           "a.mp4 1 5 7\nb.mp4 5", ("a.mp4", "b.mp4"), _is_several_labels,
+           "as in mmaction2"),
     Format("list of `folder frames label` lines", (), _read_frame_folders, "rawframes.txt",
            "data/clap_0 12 0\ndata/wave_0 12 1", ("data/clap_0/", "data/wave_0/"),
-           _lines_match(_FOLDER, False),
-           "folders of numbered pictures, as TSN and mmaction2 have them"),
+           _lines_match(_FRAME_FOLDER, False),
+           "folders of numbered pictures, as in TSN and mmaction2"),
     Format("file of label names", (), _refuse_label_names, "labels.json",
-           '{"Dropping something": "0"}', (), _is_label_names, "refused: it lists no video"),
+           '{"Dropping something": "0"}', (), _is_label_names, "refused: it lists no videos"),
     Format("table, JSON list or JSON lines", ("path",), read_records, "train.csv",
            "path,start,end,label\nlong.mp4,0,4,red\nlong.mp4,0:04,00:00:08.000,blue",
            ("long.mp4",),
            lambda source: bool(source.records) and any(
                set(record) & set(PATH_COLUMNS) for _, record in source.records),
-           "any of the column names above"),
+           "with any of the column names above"),
     Format("list of `path label` lines", (), _read_list, "train.txt", "a.mp4 0\nb.mp4 1",
            ("a.mp4", "b.mp4"),
            lambda source: not source.records and source.content is None,
-           "separated by space, tab, comma, semicolon or `::`; or `path` alone"),
+           "separated by space, tab, comma, semicolon or `::`; the label is optional"),
 )
 
 
@@ -941,46 +965,46 @@ def read_list(source):
     for one in FORMATS:
         if one.recognises(source):
             return one.read(source)
-    raise DataError(f"{source.path}: no known format; {nearest(source)}")
+    raise DataError(f"{source.path}: no known format; {_nearest_format(source)}")
 
 
 HEAD = """# Formats of lists
 
-`--data` of every stage, and `python data.py PATH`, take what follows. The content decides the
-format, never a flag. What a list says is used. What is not used is named once, when the run starts.
-What cannot be understood is refused in one line.
+`--data` of every stage, and `python data.py PATH`, read the formats below. The content decides the
+format; there is no flag for it. Content that is not used is named once, when the run starts.
+Content that cannot be understood is an error of one line.
 
-Videos lie in the list's folder, or one or two folders below it, or in the folder that
-`--video-folder` names. Nothing else is searched, unless the path in the list says so. An id may
-stand for a file with any video suffix, or for a folder of numbered pictures.
+Videos are searched in the list's folder and in the folder of `--video-folder`, both with two levels
+of sub-folders. Other folders are read only if the path in the list points there. An id stands for a
+file with any video suffix, or for a folder of numbered pictures.
 
 This page is printed by `python -m video.formats`.
 
 ## Folders
 
-- Videos in class folders: `run/a.mp4`, `jump/b.mp4`. The names of folders are names, also where
-  they are numbers.
-- Videos with a text beside each: `a.mp4`, `a.txt`. The text is the caption.
+- Videos in class folders: `run/a.mp4`, `jump/b.mp4`. Folder names are class names, even if they are
+  numbers.
+- Videos with a text file beside each: `a.mp4`, `a.txt`. The text is the caption.
 - Folders of numbered pictures in class folders: `clap/clap_0/img_00001.jpg`. Each folder is one
-  video, in the order of the numbers, at `--frame-rate` frames a second (25 where nothing is said;
-  0 = each picture is a clip of its own).
-- A folder with `metadata.csv` or `metadata.jsonl`, as the Hugging Face hub has it: the column
+  video, ordered by the numbers, with `--frame-rate` frames per second (default 25). With
+  `--frame-rate 0` each picture is a clip.
+- A folder with `metadata.csv` or `metadata.jsonl`, as on the Hugging Face hub. The column
   `file_name` names the files.
-- UCF101 and HMDB51: a folder with the official split lists in it or one folder below. The first
-  split is read; a list of another one is read where it is given itself. Without lists, a tenth is
-  held out in whole groups (`g01`), which is no official split.
+- UCF101 and HMDB51: a folder with the official split lists in it or in a sub-folder. The first
+  split is read. To read another split, give its list. Without lists, a tenth is held out in whole
+  groups (`g01`), which is no official split.
 
 ## Tables and records
 
-A CSV, a table separated by tabs or semicolons, a JSON list of objects and JSON lines are read
-alike. UTF-8 and UTF-16 are known. Names may be in any case.
-Long lines of the examples below are broken:
+A CSV, a table separated by tabs or semicolons, a JSON list of objects and JSON lines are
+equivalent. Files may be UTF-8 or UTF-16. Column names may be in any case.
+Long lines of the examples below are wrapped:
 
 """
 
 
 def page():
-    """docs/formats.md: each format with its example."""
+    """The text of docs/formats.md: each format with its example."""
     lines = [HEAD + "| what | names of its column |", "| --- | --- |"]
     for what, names in COLUMNS.items():
         some = ", ".join(f"`{name}`" for name in names[:5]) + ", ..." * (len(names) > 5)
