@@ -291,7 +291,7 @@ VIDEO = '{"video_id": "v", "split": %s}'
         ((VIDEO % "3", ""), "all of them text"),
         ((VIDEO % "null", '{"video_id": "v", "caption": 3}'), "all of them text"),
         ((VIDEO % "null", ""), "names no video"),
-        ((VIDEO % "null", '{"video_id": "w", "caption": "c"}'), "'w' is not"),
+        ((VIDEO % "null", '{"video_id": "w", "caption": "c"}'), "'w' is missing"),
         (("3", "null"), "all of them text"))),
     ("x.json", '[{"id": true}]', "entry 1"),
     ("x.json", '[{"id": 7, "template": ["a"]}]', "entry 1"),

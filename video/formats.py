@@ -341,7 +341,7 @@ def _msrvtt_rows(path, content, wanted=None):
     named = {name for name, _ in pairs}
     unknown = sorted((wanted or set()) - named) or sorted(named - splits.keys())
     if unknown:
-        raise DataError(f"{path}: {unknown[0]!r} must be both in its videos and in its sentences")
+        raise DataError(f"{path}: {unknown[0]!r} is missing in its videos or in its sentences")
     return [Row((name,), caption=caption.strip(), split=_split(splits[name], path))
             for name, caption in pairs if wanted is None or name in wanted]
 
@@ -974,9 +974,9 @@ HEAD = """# Formats of lists
 format; there is no flag for it. Content that is not used is named once, when the run starts.
 Content that cannot be understood is an error of one line.
 
-Videos are searched in the list's folder and in the folder of `--video-folder`, both with two levels
-of sub-folders. Other folders are read only if the path in the list points there. An id stands for a
-file with any video suffix, or for a folder of numbered pictures.
+Videos are searched for in the list's folder and in the folder of `--video-folder`, both with two
+levels of sub-folders. Other folders are read only if the path in the list points there. An id
+stands for a file with any video suffix, or for a folder of numbered pictures.
 
 This page is printed by `python -m video.formats`.
 
@@ -998,14 +998,14 @@ This page is printed by `python -m video.formats`.
 
 A CSV, a table separated by tabs or semicolons, a JSON list of objects and JSON lines are
 equivalent. Files may be UTF-8 or UTF-16. Column names may be in any case.
-Long lines of the examples below are wrapped:
+Long lines of the examples below are wrapped. The accepted column names are:
 
 """
 
 
 def page():
     """The text of docs/formats.md: each format with its example."""
-    lines = [HEAD + "| what | names of its column |", "| --- | --- |"]
+    lines = [HEAD + "| content | column names |", "| --- | --- |"]
     for what, names in COLUMNS.items():
         some = ", ".join(f"`{name}`" for name in names[:5]) + ", ..." * (len(names) > 5)
         lines.append(f"| {what.replace('_', ' ')} | {some} |")
