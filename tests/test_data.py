@@ -168,8 +168,8 @@ def test_a_rotated_video_is_turned_upright(tmp_path, cosine, sine, corner):
 @pytest.mark.parametrize("name, wanted, reason", [
     ("missing.mp4", [0], "no such file"), ("text.mp4", [0], "not a readable video"),
     ("truncated.mp4", [0], "not a readable video"), ("a.mp4", [40], "40 frames"),
-    ("a.mp4", [-1], "frames"), ("a.mp4", [4.1], "4.000 s"), ("a.mp4", [], "ask for"),
-    ("a.mp4", ["x"], "ask for"), ("a.mp4", [float("nan")], "nan")])
+    ("a.mp4", [-1], "frames"), ("a.mp4", [4.1], "4.000 s"), ("a.mp4", [], "frames must be"),
+    ("a.mp4", ["x"], "frames must be"), ("a.mp4", [float("nan")], "nan")])
 def test_what_cannot_be_read_is_one_line_that_names_the_file(folder, name, wanted, reason):
     with pytest.raises(DataError) as error:
         read_clip(folder / name, wanted)

@@ -138,7 +138,7 @@ def test_mistakes_about_files_get_one_line(extracted, encoders, tmp_path, capsys
              "it has training, validation"),
             (("--data", str(tmp_path / "empty"), "--annotations", annotation, "--train-subset",
               "VALIDATION"),
-             "none of the 2 videos"),
+             "features of none of the 2 videos"),
             (("--data", str(tmp_path / "broken"), "--annotations", annotation),
              "not a file of tools/extract.py"),
             (("--data", features, "--annotations", annotation, "--weights",

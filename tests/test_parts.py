@@ -119,9 +119,9 @@ def test_a_part_in_seconds_of_a_file_with_an_index_reads_only_what_is_around_it(
     (Part(1e300, 2e300), "no frame in seconds 1e+300"),
     (Part(30, 40, True), "no frame in frames 30 to 40; the video has 30 frames"),
     (Part(1.01, 1.02), "no frame in seconds 1.01 to 1.02"),
-    (Part(2, 2), "cannot take seconds 2 to 2"), (Part(2, 1, True), "cannot take frames 2 to 1"),
-    (Part(-1, 2), "starts at 0 or later"), (Part(-1, 2, True), "starts at 0 or later"),
-    (Part(math.nan, 2), "cannot take seconds nan to 2")])
+    (Part(2, 2), "cannot read seconds 2 to 2"), (Part(2, 1, True), "cannot read frames 2 to 1"),
+    (Part(-1, 2), "must start at 0 or later"), (Part(-1, 2, True), "must start at 0 or later"),
+    (Part(math.nan, 2), "cannot read seconds nan to 2")])
 def test_a_part_without_a_frame_is_one_line_that_says_what_the_video_has(tmp_path, name, part,
                                                                         reason):
     path = picture_folder(tmp_path / name) if name == "pictures" else write(tmp_path / name)

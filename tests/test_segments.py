@@ -123,7 +123,7 @@ def test_a_key_that_would_change_the_meaning_is_refused(tmp_path, more, reason):
     ('{"database": {"a": 3}}', "ActivityNet's form"),
     ('{"database": {}}', "ActivityNet's form"),
     (json.dumps(database(a=("training", [(1, 2, "x")], {"duration": "long"}))), "'long'"),
-    (json.dumps(database(a=("training", [(1, 2, "x")], {"fps": True}))), "are numbers"),
+    (json.dumps(database(a=("training", [(1, 2, "x")], {"fps": True}))), "must be numbers"),
     (json.dumps({"database": {"a": {"subset": "training", "annotations": [
         {"segment(frames)": [1, 2], "label": "x"}]}}}), "KeyError: 'segment'")])
 def test_what_is_no_annotation_is_one_line(tmp_path, text, reason):

@@ -77,14 +77,13 @@ def is_shards(source):
 
 
 def read(source, video_folder="", pictures_are_videos=True):
-    """Read any source that the table above or video/formats.py names.
+    """Read any source that the table above or video/formats.py names -> Listing.
 
     source        path of a folder, a list, a single video or a picture
     video_folder  where the files are, if not in the list's folder or below it
-    pictures_are_videos  True: numbered pictures in one folder are one video; False: each picture
+    pictures_are_videos  True: numbered pictures in one folder are one video. False: each picture
                          is a
-                  clip of one frame
-    returns       Listing
+            clip of one frame
     raises        DataError: no such file, no known format, a line that breaks its format
     """
     if video_folder and not os.path.isdir(video_folder):
@@ -130,8 +129,8 @@ def _read(source, video_folder, pictures_are_videos):
 def _locate(listing, folders, source):
     """The listing with one path per row.
 
-    Files are in one of the folders or below it. The files of a list of paths must all be in one
-    folder. Ids may be spread over several folders if no id is in two of them.
+    All files of a list of paths must be in, or relative to, one folder. Ids may be spread over
+    several folders if no id is in two of them.
     """
     if not listing.rows:
         raise DataError(f"{source}: names no video")
@@ -161,10 +160,12 @@ def _locate(listing, folders, source):
 
 
 def _preferred(ranked, matched, source):
-    """The folders to prefer, if several contain the same number of the list's files.
+    """The folder to prefer where several contain equally many of the list's files.
 
-    Returns [the least deep folder], or, if several are equally deep, [the one whose name occurs in
-    the list's name]. DataError where this is ambiguous. [] where one folder has the most files.
+    returns  [the folder closest to the top]; if several are equally close, [the one whose name
+             occurs
+             in the list's name]; [] if one folder has the most files
+    raises   DataError if there is no such folder
     """
     best = matched[ranked[0]]
     alike = [folder for folder in ranked
@@ -302,7 +303,7 @@ def _read_folder(folder, folders, pictures_are_videos):
 
 
 def _folder_notes(files, labelled, texts):
-    """Unusual properties of the files of a folder, as notes for the user."""
+    """Notes for the user about unusual files in a folder."""
     notes, tops = (), {name.parts[0] for name in files}
     outside = [name for name in files if len(name.parts) == 1]
     if outside and len(outside) < len(files):
@@ -412,9 +413,9 @@ def by_question(rows):
 def number_labels(source, labels, classes, in_order=True):
     """(class names, {label as written: number}, a note for the user or "").
 
-    labels    of all rows, as written: a text, a tuple of several, None for none
+    labels    of all rows, as written: a text, a tuple of several texts, or None
     classes   names in the order of their numbers; None: the labels themselves, sorted
-    in_order  True: a number may be an index into `classes`
+    in_order  True: the order of classes is official, so a number may be an index into them
     raises    DataError: a label that is not among the classes, or a number that cannot be a class
 
     Numbers are names too: the labels 1 and 2 are two classes, not three. If `classes` are words, a
@@ -452,14 +453,14 @@ def number_labels(source, labels, classes, in_order=True):
 
 
 def split_files(items, fraction=0.1, seed=0):
-    """(training items, held-out items): a fixed random share, at least one file, is held out.
+    """(training items, held-out items): a random share, at least one file, is held out.
 
     items   tuples that begin with a path. Items of one path (its captions and parts) stay
             together, and
             so do clips of one group of UCF101, which come from one video
 
-    The seed differs from the training seed, so runs with different seeds share a validation set. A
-    single file is in both parts.
+    The share is the same in all runs, because the seed is not the training seed. A single file is
+    in both parts.
     """
     groups = [_group(item[0]) for item in items]
     names = list(dict.fromkeys(groups))

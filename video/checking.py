@@ -1,9 +1,9 @@
 """Checks a data set and writes small copies of its files: `python data.py PATH`.
 
-    rows --> check: decode every frame of each clip --> report: bad files, statistics, contact
-    sheet
-                                                    --> shrink: a small copy that decodes fast
-                                                    --> write_list: a list of the good clips
+    annotations.read --> rows --> check: decode every frame of each clip, find bad files
+                                    |--> statistics and a contact sheet
+                                    |--> shrink: a small copy of each good clip (--cache)
+                                    |--> write_list: a list of the good clips (--fix-list)
 """
 
 import argparse
@@ -124,8 +124,7 @@ def check(rows, workers=0, copies=None, side=256, rate=25.0):
     side     short side of the copies, pixels; see `shrink`
     rate     frames per second of folders of pictures
     yields   for each clip, in order, {"clip": Row.clip, "bad": error or None, "info": `VideoInfo`
-             or
-             None, "picture": its middle frame, uint8 (h, w, 3), short side 96 pixels, or None}
+             or None, "picture": its middle frame, uint8 (h, w, 3), short side 96 pixels, or None}
     """
     clips = list(dict.fromkeys(row.clip for row in rows))
     yield from torch.utils.data.DataLoader(
@@ -163,8 +162,7 @@ def write_list(listing, bad, path, copies=None):
     listing  of `annotations.read`
     bad      clips to leave out
     path     of the new list; paths in it are relative to its folder. If the class order of the
-             source
-             is not alphabetical, labels are written as numbers
+             source is not alphabetical, labels are written as numbers
     copies   None or {clip: path of its copy}: the list names the copies instead, as whole files
     """
     folder, number = Path(path).resolve().parent, {}

@@ -1,15 +1,14 @@
 """The interface of all data sets: video files, tar shards, generated clips.
 
     item   {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, "bad": [...],
-            "part": video.rows.Part or None = whole video, "clip": a number that identifies the
-            clip}, and where the data set has them "caption", "captions", "question", "answer",
-            "candidates"
+            "part": video.rows.Part, None = the whole video, "clip": a number that identifies the
+            clip}, and in some data sets "caption", "captions", "question", "answer", "candidates"
     batch  several items: "video" uint8 (B, T, H, W, 3), "labels" {question: int64 (B,)}, lists of
            the rest; see data.batches
 
-A question is one set of classes, such as "verb" and "noun"; most data sets have one, "label".
-`several` names the questions that may have more than one class per clip. Their labels are vectors
-(Y,), uint8 or float32, with 1 for each class of the clip; in a batch float32 (B, Y).
+A question is a set of classes. Most data sets have one, "label"; others have "verb" and "noun".
+A clip may have several classes of a question in `several`. Its label is then a vector (Y,), uint8
+or float32, with 1 for each class of the clip; in a batch float32 (B, Y).
 
 Stages use only this interface, so they run on every data set.
 """
@@ -27,8 +26,8 @@ class ClipSet:
     weights = None  # (items,): probability of each item in training; None = equal
     captions = None  # of files: one per item; None = no captions
     states_facts = False  # True: `facts_in` reads classes from sentences
-    prompts_combine_by = "probabilities"  # how prompts are averaged: see clip_video.zero_shot
-    limit = ""  # the best possible result, in words, for reports; "" = unknown
+    prompts_combine_by = "probabilities"  # averaged over prompts: see clip_video.zero_shot
+    limit = ""  # the best result that is possible, as text for reports
 
     @property
     def has_captions(self):

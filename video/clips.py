@@ -30,11 +30,10 @@ class Clips:
         size         int or (H, W), pixels
         stride       frames from one chosen frame to the next, for dense sampling
         sampling     one of SAMPLINGS; "dense" and "segment" are ours, others follow official code
-        train        True: the window and the crop are random, a function of (seed, index, epoch),
-                     the
-                     same for all frames; with flip, half of the clips are mirrored. False: the
-                     window and
-                     the crop are centred, or see `views`
+        train        True: window and crop are random, the same crop for all frames; with flip,
+                     half of the
+                     clips are mirrored. All draws are functions of (seed, index, epoch).
+                     False: window and crop are centred, or see `views`
         transform    one of TRANSFORMS; "plain" is ours
         frame_rate   frames per second of folders of pictures, which do not state their rate
 
@@ -42,15 +41,14 @@ class Clips:
         area         smallest share of a frame that a random crop keeps; None = the transform's own
         operations   RandAugment (arXiv 1909.13719): number of operations, drawn once per clip; 0 =
                      none
-        magnitude    their strength, 0 to 30
+        magnitude    strength of RandAugment, 0 to 30
         erasing      probability of random erasing: a box turns grey, the same box in all frames
 
         With train=False:
-        views        (clips, crops): this many clips along time, and this many crops of each, from
-                     one end
-                     of the longer side to the other. "video" is then uint8 (1 + clips * crops, T,
-                     H, W, 3):
-                     first the centre view, then these
+        views        (clips, crops): number of clips along time, and of crops of each clip from one
+                     end of
+                     the longer side to the other. "video" is then uint8 (V, T, H, W, 3) with
+                     V = 1 + clips * crops; the centre view is first
         """
         for what, name, known in (("sampling", sampling, SAMPLINGS),
                                   ("transform", transform, TRANSFORMS)):
@@ -69,7 +67,7 @@ class Clips:
         self.after_crop = v2.RandomErasing(erasing, value=GREY) if erasing else None
 
     def clip(self, path, key, part=None):
-        """The clip of one file: uint8 (T, H, W, 3); with `views` uint8 (1 + views, T, H, W, 3).
+        """The clip of one file: uint8 (T, H, W, 3); with `views` uint8 (V, T, H, W, 3).
 
         path  of the file or folder of pictures, or a `video.decoding.Bytes`
         key   integers that seed the random draws of training; None for evaluation

@@ -8,9 +8,9 @@ hide frames, timestamps repeat, and phones store frames rotated.
 
 1. `open_video` returns a `Video`; for a folder of numbered pictures, a video.frames.PictureVideo.
    With a `Part`, its first frame has number 0 and time 0, and nothing outside it is returned.
-2. `info` reads all packets, without decoding them, to find out when each frame is shown. For a
-   part in seconds of a file with an index it reads only packets from the last keyframe before the
-   part.
+2. `info` reads all packets, without decoding them, to find out when each frame is shown. If the
+   part is in seconds and the file has an index, it reads only the packets of the part, from the
+   last keyframe before it.
 3. `read` seeks to the last keyframe before a wanted frame and decodes from there. It identifies
    frames by their timestamps, never by counting from the seek. The result equals that of decoding
    the whole file in order.
@@ -82,9 +82,8 @@ class Video:
 
     path  of the file, or a `Bytes`: the content of a file in memory
     info  its `VideoInfo`, if known; with a part, that of the part
-    part  the `Part` to which info, read, play and count refer; None = the whole file. A part is
-          cut at
-          the end of the file
+    part  the `Part` to which info, read, play and count refer; None = the whole file. A part is cut
+          at the end of the file
 
     All methods share one opening of the file. `probe` and `read_clip` are for callers who need
     only one. Any error inside becomes a DataError that names the file.
@@ -156,7 +155,9 @@ class Video:
 
     @property
     def info(self):
-        """The file's `VideoInfo`, from the packets; usually only the first frame is decoded."""
+        """The file's `VideoInfo`, from the packets. If timestamps are usable, one frame is
+        decoded.
+        """
         if self._info is None:
             self._info = self._probe()
         return self._info
@@ -284,9 +285,7 @@ class Video:
         return height, width, 90 * quarter_turns
 
     def read(self, times_or_indices, size=None):
-        """Frames as shown, upright: uint8 (T, H, W, 3) RGB; arguments and errors as in
-        `read_clip`.
-        """
+        """Frames as shown, upright: uint8 (T, H, W, 3) RGB; see `read_clip`."""
         info = self.info
         self._start_clock()
         numbers = frame_numbers(info, times_or_indices).tolist()
@@ -355,7 +354,7 @@ class Video:
         self._open()
 
     def _packets_from(self, number):
-        """Packets from which this frame and all later ones can be decoded."""
+        """Packets from which the frame with this number and all later ones can be decoded."""
         info, packets = self.info, None
         before = bisect.bisect_right(info.keyframes, number)
         key = info.pts[info.keyframes[before - 1]] if before else info.start_keyframe
@@ -418,7 +417,7 @@ class Bytes:
 
 
 def probe(path):
-    """The `VideoInfo` of a file, from its packets; usually only the first frame is decoded.
+    """The `VideoInfo` of a file.
 
     Raises DataError: no such file, not a video, no video stream, first frame damaged, too slow.
     """
@@ -486,7 +485,7 @@ def frame_numbers(info, wanted):
 
 
 def _groups(info, wanted):
-    """Split ascending frame numbers where a seek to a later keyframe saves enough decoding."""
+    """Groups of ascending frame numbers: a new group starts where a seek saves enough decoding."""
     groups, keyframes = [wanted[:1]], info.keyframes
     for previous, number in zip(wanted, wanted[1:]):
         count = bisect.bisect_right(keyframes, number)

@@ -36,7 +36,7 @@ class Grid(NamedTuple):
 
 
 def read_features(folder, videos, subset, classes=None, grid=Grid()):
-    """Features of long videos with their annotated segments.
+    """Features of long videos with their annotated segments: (items, class names, missing).
 
     folder    of files named by the ids of the annotation, or by `v_` + id: .npz of
               tools/extract.py,
@@ -45,14 +45,18 @@ def read_features(folder, videos, subset, classes=None, grid=Grid()):
     subset    the subset to read, as the annotation names it; case does not matter
     classes   names in label order; None: the sorted labels of this subset
     grid      `Grid` of files that hold only features
-    returns   three values: items, class names, ids of videos without features. An item is
-              {"features": float32 (T', F), "times": float64 (T',) s, "duration": s, "segments":
-              list of
-              (start s, end s, class number), "path": str, "model": str, "" = unknown, "window" and
-              "stride": int, frames, "misfit": a sentence if the lengths of features and annotation
-              differ, else ""}
     raises    DataError: no such subset or folder, no features at all, a damaged file, an unknown
               label, no segment, features that do not fit the annotation
+
+    missing are the ids of videos without features. An item is a dict:
+
+    features        float32 (T', F)
+    times           float64 (T',), seconds
+    duration        seconds
+    segments        list of (start s, end s, class number)
+    path, model     str; model is "" if unknown
+    window, stride  int, frames
+    misfit          a sentence if the lengths of features and annotation differ, else ""
     """
     folder, items = Path(folder), []
     rows = {name: row for name, row in videos.items() if row.subset.lower() == subset.lower()}
@@ -105,8 +109,8 @@ def _files(folder, rows):
         raise DataError(f"{others[0]}: {others[0].suffix} files are not read; save the features of "
                         "each video as .npy, (T', F)")
     if not matched:
-        raise DataError(f"{folder}: has no features of the {len(rows)} videos, "
-                        f"e.g. {next(iter(rows))}.npz")
+        raise DataError(f"{folder}: has features of none of the {len(rows)} videos, "
+                        f"such as {next(iter(rows))}.npz")
     return matched
 
 
@@ -118,7 +122,7 @@ def _read_file(path, row, grid):
         if not re.fullmatch("[fiu]|[fiu][fiu][fiu]U[iu][iu]", kinds):
             raise ValueError(f"arrays of wrong types, {kinds}")
         if len(raw) == 1:
-            return _placed(path, *raw.values(), row, grid)
+            return _item_on_grid(path, *raw.values(), row, grid)
         item = {"features": raw["feats"].astype(np.float32),
                 "times": raw["timestamps"].astype(float),
                 "duration": float(raw["duration"]), "model": str(raw["model"]),
@@ -141,7 +145,7 @@ def _arrays(path):
         return {key: file[key] for key in (file.files if len(file.files) == 1 else KEYS)}
 
 
-def _placed(path, features, row, grid):
+def _item_on_grid(path, features, row, grid):
     """An item whose times follow from `grid`.
 
     Row i of the features covers `window` frames, starting at frame i * stride.
@@ -187,9 +191,9 @@ def _check(path, item):
 
 
 def _check_lengths(folder, items):
-    """DataError where features of a folder are not (T', F), or over a tenth have a misfit.
+    """DataError if features of a folder are not (T', F), or over a tenth do not fit in length.
 
-    Every data set has a few odd videos. More of them mean a wrong stride or rate.
+    A few odd videos are normal. More of them mean a wrong stride or rate.
     """
     shapes = {item["features"].shape: item["path"] for item in items}
     if len({width for _, width in shapes}) > 1:

@@ -27,27 +27,23 @@ class VideoFiles(Clips, ClipSet):
     """Clips from video files, folders of pictures, or single pictures (clips of one frame).
 
     source    whatever `annotations.read` accepts: a folder, a list, the files of a benchmark
-    part      "all"; "train" or "val": without, or only, the tenth that `split_files` holds out. If
+    part      "all", "train" or "val". "val" is the tenth that `split_files` holds out, "train" the
+              rest. If the source has splits of its own, these are used instead; "all" is then its
+              training split with train=True, else its validation split
+    classes   {question: names in label order}, so that a validation list gets the label numbers of
               the
-              source has splits of its own, these are used instead; "all" is then its training
-              split
-              with train=True, else its validation split
-    classes   {question: names in label order}, to read a validation list with the labels of the
               training set; a sequence of names belongs to the question "label"
-    in_order  True: the order of `classes` is official (from weights or the source), so a number in
+    in_order  True: `classes` have an official order (from weights or the source), and a number in
               the
               list is an index into it. False: the order is ours, and a number is only a name
     video_folder  where the files are, if not in the source's folder or below it
-    frame_rate    frames per second of folders of pictures; 0 = no folder is a video: each picture
-                  is a
-              clip
+    frame_rate    frames per second of folders of pictures; 0 = each picture is a clip
     recipe    see video.clips.Clips.prepare
 
-    self[index] and self[index, epoch] return an item; see video/clip_set.py. Its labels are {},
-    {"label": int}, or those of other questions; for a question in `several`, uint8 (Y,) with 1 for
-    each class of the clip. A row with a part of a video is a clip of that part. "bad" names files
-    that cannot be read. With train=True the next readable file replaces one; with train=False
-    "video" is None, so that an evaluation can count it.
+    self[index] and self[index, epoch] return an item; see video/clip_set.py. A row with a part of
+    a video is a clip of that part. If the source has no labels, "labels" is {}. "bad" names files
+    that cannot be read. With train=True such a file is replaced by the next readable one. With
+    train=False "video" is None, so that an evaluation can count the file.
 
     `rows` are the rows of the clips. `captions` is None or has one caption per row. `kind` names
     the format. Raises DataError if the source has no known format, a label is unknown, or no file
@@ -64,7 +60,7 @@ class VideoFiles(Clips, ClipSet):
         self.kind, rows, self.notes = listing.kind, listing.rows, list(listing.notes)
         if listing.unused:
             self.notes.append(f"not used: {', '.join(listing.unused)}")
-        # The order of class folders is ours. A file beside a list gives an official order.
+        # The order of class folders is ours. A file beside a list gives the official order.
         is_official = bool(listing.classes) and not listing.kind.startswith("folder of")
         self.in_order = in_order if classes else is_official
         self._number_labels(rows, classes or listing.classes or {})
@@ -93,7 +89,8 @@ class VideoFiles(Clips, ClipSet):
                               "frames per second (--frame-rate)")
 
     def _number_labels(self, rows, classes):
-        """Set classes, numbers ({question: {label as written: number}}), several."""
+        """Set self.classes, self.several and self.numbers: {question: {label as written: number}}.
+        """
         classes = classes if isinstance(classes, dict) else {"label": classes}
         self.classes, self.numbers, several = {}, {}, set()
         for question, labels in annotations.by_question(rows).items():

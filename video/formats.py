@@ -2,9 +2,9 @@
 
     Source --> the first row of FORMATS that recognises it --> its reader --> Listing(kind, rows)
 
-Each benchmark publishes its annotations in a form of its own. Conversion by hand causes errors,
-such as labels shifted by one. Lists are therefore read as published. The content decides the
-format; there is no flag for it.
+Each benchmark publishes annotations in its own form. Conversion by hand causes errors, such as
+labels shifted by one, so lists are read as published. The content decides the format; there is no
+flag for it.
 
 A format is one `Format` below: its name, the columns (or a function) that identify it, a reader
 and an example. To add one, write a row and its reader. docs/formats.md and the tests use the
@@ -41,7 +41,7 @@ COLUMNS = {  # accepted names of a table's columns and of JSON keys
 SEVERAL_LABELS = ("labels", "classes", "tags")  # columns whose text may contain several labels
 LABEL_SEPARATOR = re.compile(r"[|;]|(?<=\d),(?=\d)")  # separates labels; commas: numbers only
 VAL_AND_TEST = "its validation and test splits are both held out, as one set"
-CANDIDATE_COLUMN = re.compile(r"(?:a|option|candidate)_?\d+")  # a column of one candidate
+CANDIDATE_COLUMN = re.compile(r"(?:a|option|candidate)_?\d+")  # one candidate each
 
 
 class Format(NamedTuple):
@@ -112,9 +112,9 @@ def read_records(source, kind=None, names=None, **columns):
 
 
 def _one_or_several(source, columns, rows):
-    """Rows whose labels are all tuples; or all single labels.
+    """The rows, of which some have a tuple of labels, with the same form of label in each.
 
-    They are single where a table's column of several labels holds one label in each row.
+    The form is a tuple of labels. If a table has one label in each row, it is a single label.
     """
     if source.container == "table with a header" and columns[0] in SEVERAL_LABELS and all(
             isinstance(row.label, tuple) and len(row.label) == 1 for row in rows):
@@ -124,7 +124,10 @@ def _one_or_several(source, columns, rows):
 
 
 def all_have_the_same(source, rows, locations):
-    """DataError where some rows lack a field that others have. places: location of each row."""
+    """DataError where some rows lack a field that others have.
+
+    locations  of the rows, for the message
+    """
     for field in ("label", "caption", "question", "answer", "candidates", "split", "part"):
         has = [getattr(row, field) is not None for row in rows]
         if any(has) and not all(has):
@@ -178,7 +181,7 @@ def _rows_of(place, record, columns, used, names):
 
 
 def _parse_list(value, column):
-    """A list that a table holds as text, "['a', 'b']", as a list; any other value unchanged."""
+    """A list that a table holds as text, "['a', 'b']", as a list. Other values stay as they are."""
     plural = column in ("captions", "sentences", *COLUMNS["parts"])
     if plural and isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -187,7 +190,7 @@ def _parse_list(value, column):
 
 
 def _with_parts(place, row, captions, field, column):
-    """(a row for each caption or label, with its part; True where "parts" gives the part)."""
+    """(a row for each caption or label, with its part; True if "parts" gave the part)."""
     first, last = field["start_frame"], field["end_frame"]
     if first not in (None, "") or last not in (None, ""):
         row = row._replace(frames_part=parse_part(place, first, last, in_frames=True))
@@ -208,8 +211,7 @@ def _with_parts(place, row, captions, field, column):
 
 
 def _row_per_part(place, row, captions, parts):
-    """A row for each part. Several labels of a row without captions belong to the parts in order.
-    """
+    """A row for each part. Labels without captions are assigned to the parts in order."""
     parts = parts if isinstance(parts[0], list) else [parts]
     labels = row.label if isinstance(row.label, tuple) and not captions else ()
     others = len(captions) or len(labels)
@@ -266,7 +268,7 @@ def _label(value, several=False):
 
 
 def _right_candidate(place, answer, candidates):
-    """(right candidate, all candidates) of a multiple choice. The answer is an index or a text."""
+    """(right candidate, all candidates) of a multiple choice; answer is an index or a text."""
     if not isinstance(candidates, list) or not candidates:
         raise DataError(f"{place}: the candidates of a multiple choice must be a list of texts, "
                         f"got {str(candidates)[:60]}")
@@ -347,7 +349,7 @@ def _msrvtt_rows(path, content, wanted=None):
 
 
 def _read_msvd(source):
-    """Lines of an id and a sentence; the usual split lists are used if they are beside it."""
+    """Lines of an id and a sentence. Split lists are used if they are beside the list."""
     splits = {line: split for split in ("train", "val", "test")
               for file in source.beside(f"{split}_list.txt")
               for line in map(str.strip, split_lines(read_text(file))) if line}
@@ -368,7 +370,7 @@ def _read_msvd(source):
 
 
 def _paragraphs(source, kind, pairs, unused, notes):
-    """Listing with a row per video: all its sentences joined, the usual protocol for these data.
+    """Listing with one row per video, whose caption is all its sentences: the usual protocol.
 
     pairs  (possible names of the file, sentence)
     """
@@ -419,9 +421,7 @@ def _read_lsmdc(source):
 
 
 def _clip_names(name, part):
-    """Possible names of a clip: a file already cut, in two spellings, or a part of the whole
-    video.
-    """
+    """Possible names of a clip: two spellings of a cut file, or a part of the whole video."""
     start, end = int(part.start), int(part.end)
     return f"{name}_{start:06d}_{end:06d}", f"{name}_{start}_{end}", (name, part)
 
@@ -495,7 +495,7 @@ def _read_nextqa(source):
 
 
 def _read_kinetics(source):
-    """Files are called id_start_end.mp4, the usual way to cut them, or are whole videos, id.mp4."""
+    """Files are cut and called id_start_end.mp4, or they are whole videos, id.mp4."""
     def names(record, name, place):
         cut = parse_part(place, *(str(record.get(key)) for key in ("time_start", "time_end")))
         label, split = (str(record[key]) if record.get(key) else None for key in ("label", "split"))
@@ -509,9 +509,7 @@ def _read_kinetics(source):
 
 
 def _read_hvu(source):
-    """The columns of Kinetics with several tags. A table of tag categories turns them into
-    questions.
-    """
+    """Kinetics' columns, with several tags. A table of tag categories makes them questions."""
     category = {record["tag"]: record["category"] for file in source.beside("*Categories*.csv")
                 for _, record in read_table(file)}
     listing = _read_kinetics(source)
@@ -565,9 +563,9 @@ def _read_epic(source):
 def _epic_labels(source):
     """({question: label} of each record, {question: names}).
 
-    EPIC_100_verb_classes.csv and EPIC_100_noun_classes.csv name verbs and nouns; without them,
-    numbers are the names. The classes of "action" are the pairs in both lists, because the
-    validation list has pairs that the training list lacks.
+    EPIC_100_verb_classes.csv and EPIC_100_noun_classes.csv name verbs and nouns; without them the
+    numbers are the names. The classes of "action" are the pairs in the training and validation
+    lists, because some pairs are only in the validation list.
     """
     names = {what: {parse_int(record["id"]): record["key"] for file in source.beside(
         f"EPIC_100_{what}_classes.csv") for _, record in read_table(file)}
@@ -608,8 +606,7 @@ def _read_charades(source):
 
 
 def _read_something(source):
-    """Something-Something V2. Labels are templates without brackets; the labels file numbers them.
-    """
+    """Something-Something V2. Labels are templates without brackets, numbered by a labels file."""
     path, classes = source.path, None
     for file in source.beside("*labels.json"):
         classes = _numbered_templates(file)
@@ -679,9 +676,7 @@ _UCF101 = re.compile(r"(.*/)?([^/]+)/(v_\w+_g\d\d_c\d\d\.\w+)(?: (\d+))?")
 
 
 def _is_ucf101(source):
-    """True where every line names a class folder, and numbers, if there are any, match the
-    folders.
-    """
+    """True if each line names a class folder and each number, if any, belongs to one folder."""
     matches = [_UCF101.fullmatch(line) for _, line in source.lines]
     if source.records or source.content is not None or not all(matches):
         return False
@@ -738,7 +733,7 @@ def _read_whole_videos(source):
 
 
 def _read_several_labels(source):
-    """`path 1 5 7`: several classes of one video. DataError if it may be `path start end label`."""
+    """`path 1 5 7`: classes of one video. DataError if it may be `path start end label`."""
     matches = [_SEVERAL_NUMBERS.fullmatch(line) or re.fullmatch(r"(.+\.\w{2,5})[ ,;\t]+(\d+)", line)
                for _, line in source.lines]
     labels = [tuple(re.findall(r"\d+", match[2])) for match in matches]

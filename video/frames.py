@@ -26,10 +26,10 @@ PICTURES = ("img", "image", "frame")  # preferred if a folder holds pictures of 
 
 
 def is_frames_folder(folder):
-    """True for a folder that directly holds two or more numbered pictures, with few gaps.
+    """True where a folder contains numbered pictures that form a video. Only names are read.
 
-    The names must be equal up to the number, and at least half of the numbers from the first to
-    the last must exist. This excludes photos whose numbers have large gaps. Only names are read.
+    Two or more names must be equal up to the number. At least half of the numbers from the first
+    to the last must exist, counted in the smallest step. Photos with large gaps are thus excluded.
     False where there is no such folder.
     """
     try:
@@ -47,8 +47,10 @@ def _is_dense(numbers):
 def picture_numbers(names, folder="pictures"):
     """[(number, name), ...] of the pictures that form a video, ascending; may be empty.
 
-    names are file names; other files are ignored. folder is for messages. Raises DataError where
-    the pictures or their order are unclear: several kinds, a duplicate number, a gap.
+    names   file names; names of other files are ignored
+    folder  for messages
+    raises  DataError where the pictures or their order are unclear: pictures of several kinds, a
+            duplicate number, a gap
     """
     stems = _by_stem(names)
     if len(stems) > 1:
@@ -83,8 +85,7 @@ class PictureVideo:
 
     info  its `VideoInfo`, if known; with a part, that of the part
     part  a video.decoding.Part; None = all. Frame numbers count the pictures from 0, whatever
-          numbers
-          their names have
+          numbers their names have
     rate  frames per second
 
     Any error inside becomes a DataError that names the folder or the picture.

@@ -1,8 +1,11 @@
-"""Worker processes that load clips ahead of training, and error messages if one dies.
+"""Worker processes that load clips ahead of the training loop.
 
-`load` wraps torch's DataLoader and adds four things. An error in a worker arrives as one line. A
-worker that dies is reported with the file it was reading. Workers ignore Ctrl-C and SIGTERM; the
-parent process handles them. No worker outlives the run.
+`load` wraps torch's DataLoader and adds four things:
+
+1. An error in a worker arrives as one line.
+2. If a worker dies, the message names the file that it was reading (`dead_worker`).
+3. Workers ignore Ctrl-C and SIGTERM; the parent process handles them.
+4. No worker outlives the run.
 """
 
 import contextlib
@@ -23,12 +26,14 @@ from video.annotations import DataError
 
 
 class Plan:
-    """Iterates over the item indices of each step, computed when needed; see data.batches.
+    """The order of the items: an iterable with a list of (item index, epoch) for each step.
 
-    Step k of process `rank` covers positions (k * world + rank) * B to that + B - 1 of the
-    sequence of all epochs. An epoch of a finite data set is a permutation drawn from (seed,
-    epoch). If the data set has `weights`, an epoch is as many draws with replacement by these
-    probabilities; each draw of an item then gets a number of its own, in place of the epoch.
+    Step k of process `rank` covers B positions of the sequence of all epochs, starting at position
+    (k * world + rank) * B. An epoch of a finite data set is a permutation drawn from (seed,
+    epoch). If the data set has `weights`, an epoch is instead as many draws with replacement, with
+    these probabilities. Each draw then has its own number instead of the epoch, because an item
+    that is drawn twice should differ. Of an endless data set the list holds only the positions.
+    See data.batches.
     """
 
     def __init__(self, dataset, batch_size, seed, steps, start, shuffle, rank, world, repeats):
@@ -70,8 +75,8 @@ def load(dataset, plan, workers, collate, **options):
     options  further arguments of DataLoader
     raises   DataError where an item or `collate` returns one
     """
-    # DataLoader gives each worker one torch thread. The loader has a generator of its own, because
-    # starting it draws a number from its generator.
+    # DataLoader gives each worker one torch thread. The loader has its own generator, so that
+    # starting it does not change torch's global generator.
     if plan is not None:
         dataset, options = _ErrorsAsItems(dataset), {"batch_sampler": plan}
     notes = torch.zeros(workers, 512, dtype=torch.uint8).share_memory_() if workers else None
@@ -97,7 +102,7 @@ def load(dataset, plan, workers, collate, **options):
                 raise batch
             yield batch
     finally:
-        del batches  # DataLoader asks the workers to end, and waits for some time
+        del batches  # DataLoader asks the workers to end and waits for them, up to a limit
         end()
 
 
@@ -193,5 +198,5 @@ def _has_ended(pid):
         return False
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:  # collected already, or a child of Python 3.14's fork server
+    except ChildProcessError:  # already collected, or a child of Python 3.14's fork server
         return not os.path.exists(f"/proc/{pid}") if os.path.exists("/proc/self") else True

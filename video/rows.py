@@ -1,4 +1,4 @@
-"""What an annotation says about a clip: `Row`, and `Listing`, all rows of one source.
+"""The rows of annotations: `Row`, one annotation of one clip, and `Listing`, the rows of a source.
 
 Readers of formats (video/formats.py) create rows. video/annotations.py locates their files.
 video/files.py turns rows into items of a data set.
@@ -36,9 +36,10 @@ class Part(NamedTuple):
         return f"{what} {self.start:g} to {'the end' if self.end == math.inf else f'{self.end:g}'}"
 
     def numbers(self, path, timestamps, duration):
-        """(first, last): numbers of the video's frames that lie in this part, half-open.
+        """(first, last): the frame numbers of this part, half-open.
 
-        A part in seconds contains the frames whose timestamps lie in it. DataError where none do.
+        A part in seconds contains the frames whose timestamps lie in it. DataError if there are
+        none.
 
         path        for messages
         timestamps  (frames,) float, seconds, of the whole video
@@ -58,16 +59,16 @@ class Part(NamedTuple):
 
 
 def check_part(part, info):
-    """DataError where over a tenth of a part, plus 1 s or 1 frame, lies after the video's end.
+    """DataError if much of a part lies after the video's end: a tenth of it plus 1 s or 1 frame.
 
-    The list may then use another unit. info: `VideoInfo` of the part, cut at the end of the video.
+    The list probably uses another unit then. info is the `VideoInfo` of the part, which stops at
+    the end of the video.
     """
     if part and part.end < math.inf:
         wanted, available = part.end - part.start, info.frames if part.in_frames else info.duration
         if wanted - available > 1 + 0.1 * wanted:
-            raise DataError(f"{info.path}: of {part} only {available:.4g} exist; seconds need "
-                            "the columns start and end, frame numbers start_frame and "
-                            "end_frame")
+            raise DataError(f"{info.path}: of {part} only {available:.4g} exist; seconds need the "
+                            "columns start and end, frame numbers start_frame and end_frame")
 
 
 class Row(NamedTuple):
@@ -79,8 +80,8 @@ class Row(NamedTuple):
     """
 
     path: str | tuple
-    label: str | tuple | dict | None = None  # as written; a tuple where a clip may have
-    #                                          several; {question: label} for several questions
+    label: str | tuple | dict | None = None  # as written; a tuple if clips may have several
+    #                                          labels; {question: label} for several questions
     caption: str | None = None
     split: str | None = None  # "train" or "val", if the source gives it; "val" includes test
     question: str | None = None

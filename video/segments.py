@@ -90,8 +90,8 @@ class Format(NamedTuple):
     name: str
     matches: Callable  # Source -> bool
     read: Callable  # Source -> (videos, unused, notes)
-    file: str  # a usual name of the annotation
-    example: str  # the annotation, in a few lines
+    file: str  # usual name of the annotation file
+    example: str  # an example of the annotation, in a few lines
     beside: tuple  # names of other files that belong to it
     subsets: tuple  # (for training, for evaluation), the default
     about: str  # notes for the user, printed in docs/formats.md
@@ -164,7 +164,7 @@ def _read_database(source):
 
 
 def _read_fineaction(source):
-    """ActivityNet's form, with the file name of each video: features may be named by it."""
+    """ActivityNet's form, where features may be named by the file of the video."""
     videos, unused, notes = _read_database(source)
     videos = {name: row._replace(file=Path(source.database[name].get("filename") or "").stem)
               for name, row in videos.items()}
@@ -172,7 +172,7 @@ def _read_fineaction(source):
 
 
 def _read_thumos(source):
-    """Segments labelled Ambiguous are left out, as in the official evaluation."""
+    """Leaves out segments labelled Ambiguous, as the official evaluation does."""
     videos, unused, notes = _read_database(source)
     kept = {name: [segment for segment in row.segments if segment[2].lower() != "ambiguous"]
              for name, row in videos.items()}

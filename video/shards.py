@@ -26,18 +26,19 @@ class VideoShards(Clips, ClipSet):
             pattern
             may be a URL that the `webdataset` package reads (pip install webdataset)
 
-    The other arguments are those of data.VideoFiles and `Clips.prepare`. A .cls file holds the
-    label, a number. part="val" is a random tenth of the shards, "train" the rest.
+    The other arguments are those of data.VideoFiles and `Clips.prepare`. A .txt or .json file
+    holds the caption, a .cls file the class number. part="val" is a random tenth of the shards,
+    "train" the rest.
 
-    Shards are for data too large to list. Training draws shards with replacement, without end, and
-    mixes samples in a buffer of 200. The length of a run is therefore its number of steps, however
-    shards are distributed over processes and workers. A batch is a function of (seed, number of
-    workers, step at which the run started). A resumed run draws new shards and does not repeat the
-    old ones. Evaluation reads its shards once, in order.
+    Shards are for data sets that are too large for a list. Training draws shards with replacement,
+    without end, and shuffles samples in a buffer of 200. The number of steps alone therefore
+    decides the length of a run. A batch is a function of (seed, number of workers, step at which
+    the run started): a resumed run draws new shards and does not repeat the old ones. Evaluation
+    reads its shards once, in order.
 
-    `items` and `captions` list the first shard for training, and all shards for evaluation.
-    Vocabulary and `summary` use them. Raises DataError: no such shard, no video in it, webdataset
-    not installed.
+    `items` and `captions` describe the first shard in training, and all shards in evaluation. They
+    are used for the vocabulary and for `summary`. Raises DataError: no such shard, no video in it,
+    webdataset not installed.
     """
 
     missing = ()

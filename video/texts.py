@@ -53,9 +53,7 @@ def require_file(path):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. DataError for other
-    content.
-    """
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; else DataError."""
     require_file(path)
     raw = path.read_bytes()
     is_utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
@@ -223,7 +221,8 @@ def parse_seconds(value):
 
 
 def parse_part(place, start, end, in_frames=False):
-    """Part from two values as written. DataError where one is invalid or the end is not later."""
+    """A Part from two values as written. DataError where one is invalid, or the end is not later.
+    """
     parse = parse_int if in_frames else parse_seconds
     first, last = parse(start), parse(end)
     if first is None or last is None or last <= first:

@@ -23,8 +23,8 @@ def _as_planes(video):
 def resize(video, size, how):
     """Resize uint8 (T, H, W, 3) to (h, w) pixels.
 
-    how  "area": bilinear, antialiased; "bicubic": antialiased, with Pillow's kernel;
-         "bilinear", "nearest": not antialiased, as in OpenCV
+    how  "area" (bilinear) and "bicubic" (Pillow's kernel) are antialiased; "bilinear" and "nearest"
+         are not, as in OpenCV
     """
     if tuple(video.shape[1:3]) == tuple(size):
         return video
