@@ -139,7 +139,7 @@ def _locate(listing, folders, source):
             for row in listing.rows]
     sample = rows[::max(1, len(rows) // 30)]
     matched = {folder: {i for i, row in enumerate(sample) if find(folder, row)}
-             for folder in _search_folders(folders)}
+               for folder in _search_folders(folders)}
     ranked = sorted(matched, key=lambda folder: -len(matched[folder]))
     if not matched[ranked[0]]:
         above = folders[-1].resolve().parent
@@ -260,19 +260,19 @@ class _FileFinder:
 
 
 def _read_folder(folder, folders, pictures_are_videos):
-    for place in (folder, *_subfolders(folder)):
-        names = os.listdir(place)
+    for subfolder in (folder, *_subfolders(folder)):
+        names = os.listdir(subfolder)
         splits = sorted(name for name in names if re.fullmatch(r".+_test_split1\.txt", name))
         if splits or "classInd.txt" in names:
-            listing = (formats.read_hmdb51(read_source(place / splits[0])) if splits else
-                     _read_ucf101(place, 1))
+            listing = (formats.read_hmdb51(read_source(subfolder / splits[0])) if splits else
+                       _read_ucf101(subfolder, 1))
             return _locate(listing, [*folders, folder], folder)
     lists = sorted(name for name in os.listdir(folder)
                    if Path(name).suffix.lower() in _LISTS and (folder / name).is_file())
     metadata = [name for name in ("metadata.csv", "metadata.jsonl") if name in lists]
     if metadata:
         return _read_metadata(folder, folders, metadata[0], lists)
-    files, what = _media_below(folder, pictures_are_videos)
+    files, content = _media_below(folder, pictures_are_videos)
     labelled = all(len(name.parts) > 1 for name in files)
     tops = {name.parts[0] for name in files}
     split = next((name for name in sorted(tops) if name.lower() in (
@@ -287,7 +287,7 @@ def _read_folder(folder, folders, pictures_are_videos):
     notes = _folder_notes(files, labelled, sum(map(os.path.isfile, beside)))
     if all(map(os.path.isfile, beside)):
         captions = [read_text(path).strip() for path in beside]
-        labelled, what = False, f"{what} with a .txt beside each"
+        labelled, content = False, f"{content} with a .txt beside each"
         lists = [name for name in lists if folder / name not in set(beside)]
     # These paths need no _locate, which could replace a broken link by a file in another folder.
     rows = [Row(str(folder / name), name.parts[0] if labelled else None, caption)
@@ -298,7 +298,7 @@ def _read_folder(folder, folders, pictures_are_videos):
     if all(_GROUP.fullmatch(name.name) for name in files):
         notes += ("its clips form groups, as in UCF101; whole groups are held out, which is no "
                   "official split",)
-    return Listing(f"folder of {what}", rows, sorted(classes, key=order) or None, tuple(lists),
+    return Listing(f"folder of {content}", rows, sorted(classes, key=order) or None, tuple(lists),
                    notes)
 
 
@@ -325,7 +325,7 @@ def _read_metadata(folder, folders, name, lists):
     notes = (f"{len(others)} files are not named in {name}, the first is {min(others)}",) \
         if others else ()
     return listing._replace(kind=f"folder with {name}", notes=notes, unused=(
-        *listing.unused, *(one for one in lists if one != name)))
+        *listing.unused, *(other for other in lists if other != name)))
 
 
 def _media_below(folder, pictures_are_videos):
@@ -342,10 +342,11 @@ def _media_below(folder, pictures_are_videos):
             os.path.realpath(link))
 
     files = []
-    for place, below, here in os.walk(folder, onerror=refuse, followlinks=True):
-        below[:] = [name for name in below if name[0] != "." and name != "lost+found"
-                    and not leads_back(Path(place, name))]
-        files += [Path(place, name).relative_to(folder) for name in here
+    for parent, folder_names, file_names in os.walk(folder, onerror=refuse, followlinks=True):
+        folder_names[:] = [name for name in folder_names
+                           if name[0] != "." and name != "lost+found"
+                           and not leads_back(Path(parent, name))]
+        files += [Path(parent, name).relative_to(folder) for name in file_names
                   if is_media(name) and not name.startswith(".")]
     files.sort()
     videos = [name for name in files if name.suffix.lower() in VIDEO_SUFFIXES]
@@ -355,23 +356,24 @@ def _media_below(folder, pictures_are_videos):
                         f"{' '.join(sorted(IMAGE_SUFFIXES))})")
     if videos:
         others = {name.parent for name in files} - {name.parent for name in videos}
-        frames = [place for place in sorted(others) if pictures_are_videos
-                  and is_frames_folder(folder / place)]
+        frames = [parent for parent in sorted(others) if pictures_are_videos
+                  and is_frames_folder(folder / parent)]
         if frames:
             raise DataError(f"{folder}: holds videos ({videos[0]}) and folders of numbered "
                             f"pictures ({frames[0]}); give a folder with one kind, or use "
                             "--frame-rate 0 to ignore pictures")
         return videos, "videos"
-    places = sorted({name.parent for name in files})
-    frames = [place for place in places if pictures_are_videos and is_frames_folder(folder / place)]
-    if 2 * len(frames) <= len(places):
+    parents = sorted({name.parent for name in files})
+    frames = [parent for parent in parents
+              if pictures_are_videos and is_frames_folder(folder / parent)]
+    if 2 * len(frames) <= len(parents):
         return files, "pictures"
-    if len(frames) < len(places):
-        others = sorted(set(places) - set(frames))
+    if len(frames) < len(parents):
+        others = sorted(set(parents) - set(frames))
         raise DataError(f"{folder}: {len(frames)} of its folders hold the pictures of a video, but "
                         f"{others[0]} does not; remove it, or use --frame-rate 0 to make each "
                         "picture a clip")
-    return places, "folders of numbered pictures"
+    return parents, "folders of numbered pictures"
 
 
 def _read_ucf101(folder, number):
@@ -393,7 +395,7 @@ def _read_ucf101(folder, number):
 def labels_of(label):
     """All labels of a row as one tuple of texts, for any form of `Row.label`."""
     if isinstance(label, dict):
-        return tuple(name for one in label.values() for name in labels_of(one))
+        return tuple(name for value in label.values() for name in labels_of(value))
     return label if isinstance(label, tuple) else () if label is None else (label,)
 
 
@@ -428,7 +430,7 @@ def number_labels(source, labels, classes, in_order=True):
     if not set(written) <= set(classes or ()) and all(map(_NUMBER.fullmatch, written)):
         number = {label: parse_int(label) for label in written}
         invalid = [label for label in written if number[label] is None
-               or number[label] >= MOST_CLASSES]
+                   or number[label] >= MOST_CLASSES]
         if invalid:
             raise DataError(f"{source}: label {invalid[0][:60]!r} is no class number; class "
                             f"numbers are whole numbers from 0 to {MOST_CLASSES - 1:,}")

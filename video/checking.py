@@ -199,7 +199,7 @@ def parser():
                         help="write a list of the good files to this .jsonl file")
     parser.add_argument("--cache", default="",
                         help="write small copies of the good files into this folder, with "
-                             "a list.jsonl for --data; existing copies are kept")
+                        "a list.jsonl for --data; existing copies are kept")
     parser.add_argument("--short-side", type=int, default=256,
                         help="short side of the copies in pixels (default: 256)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
@@ -256,9 +256,9 @@ def report(args):
         print(f"wrote {args.out}/sheet.png")
     if args.cache and good:
         write_list(listing, bad, Path(args.cache) / "list.jsonl", copies)
-        before = sum(os.path.getsize(path) for path in {one["clip"][0] for one in good}
+        before = sum(os.path.getsize(path) for path in {result["clip"][0] for result in good}
                      if os.path.isfile(path)) / 2**20
-        after = sum(os.path.getsize(copies[one["clip"]]) for one in good) / 2**20
+        after = sum(os.path.getsize(copies[result["clip"]]) for result in good) / 2**20
         print(f"wrote {args.cache}/list.jsonl: {before:,.0f} MiB became {after:,.0f} MiB")
     if args.fix_list:
         write_list(listing, bad, args.fix_list)

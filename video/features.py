@@ -96,13 +96,13 @@ def _files(folder, rows):
             parts[match[1]] = path
     for name, row in rows.items():
         names = (name, "v_" + name, *([row.file] if row.file else []))
-        same_stem = next((files[one] for one in names if one in files), ())
+        same_stem = next((files[stem] for stem in names if stem in files), ())
         if len(same_stem) > 1:
             raise DataError(f"{same_stem[0]} and {same_stem[1]}: two files of features of one "
                             "video; keep one")
         if same_stem:
             matched[name] = same_stem[0]
-        elif part := next((parts[one] for one in names if one in parts), None):
+        elif part := next((parts[stem] for stem in names if stem in parts), None):
             raise DataError(f"{part}: features of a part of {name}; localisation needs whole "
                             "videos: extract them with a list that names no parts")
     if not matched and others:

@@ -117,9 +117,9 @@ class VideoFiles(Clips, ClipSet):
     def absent_classes(self):
         """Names of classes without a clip."""
         present = {(question, numbers[label]) for question, numbers in self.numbers.items()
-                 for row in self.rows
-                 for label in annotations.labels_of(annotations.label_of(row, question))
-                 if label in numbers}
+                   for row in self.rows
+                   for label in annotations.labels_of(annotations.label_of(row, question))
+                   if label in numbers}
         return [name for question, names in self.classes.items()
                 for number, name in enumerate(names) if (question, number) not in present]
 

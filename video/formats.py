@@ -67,8 +67,8 @@ def _nearest_format(source):
     """The known format that a source resembles most, and the columns it lacks, for a message."""
     columns = {key.lower() for key in source.content} if isinstance(source.content, dict) else \
         set(source.columns)
-    known = [one for one in FORMATS if one.needs]
-    best = max(known, key=lambda one: (len(columns & set(one.needs)), -len(one.needs)))
+    known = [row for row in FORMATS if row.needs]
+    best = max(known, key=lambda row: (len(columns & set(row.needs)), -len(row.needs)))
     if not columns & set(best.needs):
         return "give a list with 'path label' on each line, or a table with a column 'path'"
     lacks = [name for name in best.needs if name not in columns]
@@ -103,18 +103,18 @@ def read_records(source, kind=None, names=None, **columns):
         kind = kind or ("captions in JSON, as in VINDLU and UMT" if captions else "JSON")
     all_have_the_same(source.path, rows, locations)
     if any(isinstance(row.label, tuple) for row in rows):
-        rows = _one_or_several(source, chosen["label"], rows)
+        rows = _same_form_of_label(source, chosen["label"], rows)
     splits = {str(record.get(name)).lower()[:3] for name in chosen["split"]
-             for _, record in source.records}
+              for _, record in source.records}
     return Listing(kind or source.container, rows,
-                 unused=tuple(name for name in source.columns if name not in used),
-                 notes=(VAL_AND_TEST,) if {"val", "tes"} <= splits else ())
+                   unused=tuple(name for name in source.columns if name not in used),
+                   notes=(VAL_AND_TEST,) if {"val", "tes"} <= splits else ())
 
 
-def _one_or_several(source, columns, rows):
-    """The rows, of which some have a tuple of labels, with the same form of label in each.
+def _same_form_of_label(source, columns, rows):
+    """Rows with a tuple of labels each; some had a single label.
 
-    The form is a tuple of labels. If a table has one label in each row, it is a single label.
+    If a table has exactly one label in every row, the rows have single labels instead.
     """
     if source.container == "table with a header" and columns[0] in SEVERAL_LABELS and all(
             isinstance(row.label, tuple) and len(row.label) == 1 for row in rows):
@@ -204,7 +204,7 @@ def _with_parts(place, row, captions, field, column):
         rows = _row_per_part(place, row, captions, parts)
         captions = captions or [None] * len(rows)
         rows = rows if len(rows) > 1 else rows * len(captions)
-        return [one._replace(caption=text) for one, text in zip(rows, captions)], True
+        return [part_row._replace(caption=text) for part_row, text in zip(rows, captions)], True
     if parts not in (None, "", []) and column in ("timestamps", "segments", "segment"):
         raise DataError(f"{place}: {column} must be a list [start, end], got {str(parts)[:60]!r}")
     return [row._replace(caption=text) for text in captions or [None]], False
@@ -221,7 +221,7 @@ def _row_per_part(place, row, captions, parts):
                         f"got {str(parts)[:60]}")
     rows = [row._replace(part=parse_part(place, *pair)) for pair in parts]
     if labels and len(rows) > 1:
-        rows = [one._replace(label=label) for one, label in zip(rows, labels)]
+        rows = [part_row._replace(label=label) for part_row, label in zip(rows, labels)]
     return rows
 
 
@@ -254,14 +254,14 @@ def _label(value, several=False):
     A label is a text, a tuple of several texts, or a dict with one of these per question.
     """
     if isinstance(value, dict):
-        parts = {key: _label(one) for key, one in value.items()}
-        return {key: one for key, (one, _) in parts.items()}, all(ok for _, ok in parts.values())
+        parts = {key: _label(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in parts.items()}, all(ok for _, ok in parts.values())
     if isinstance(value, str) and several:
-        value = [one for one in map(str.strip, LABEL_SEPARATOR.split(value)) if one]
+        value = [item for item in map(str.strip, LABEL_SEPARATOR.split(value)) if item]
     if isinstance(value, list):
-        parts = [_label(one) for one in value]
-        return tuple(one for one, _ in parts), all(ok and isinstance(one, str)
-                                                   for one, ok in parts)
+        parts = [_label(item) for item in value]
+        return tuple(item for item, _ in parts), all(ok and isinstance(item, str)
+                                                     for item, ok in parts)
     if isinstance(value, str) or value is None:
         return value and value.strip() or None, True
     return str(parse_int(value)), parse_int(value) is not None
@@ -299,8 +299,8 @@ def _read_msrvtt(source):
     rows = _msrvtt_rows(source.path, content)
     splits = {str(video.get("split"))[:3] for video in content["videos"]}
     return Listing("MSR-VTT", rows, unused=_unused_keys(content["videos"], "video_id", "split")
-                 + _unused_keys(content["sentences"], "video_id", "caption"),
-                 notes=(VAL_AND_TEST,) if {"val", "tes"} <= splits else ())
+                   + _unused_keys(content["sentences"], "video_id", "caption"),
+                   notes=(VAL_AND_TEST,) if {"val", "tes"} <= splits else ())
 
 
 def _unused_keys(records, *used):
@@ -311,10 +311,10 @@ def _unused_keys(records, *used):
 def _read_msrvtt_ids(source):
     """A list of MSR-VTT video ids, such as the 9k list; the JSON beside it has the sentences."""
     path, ids = source.path, [str(record["video_id"]) for _, record in source.records]
-    found = [(file, parse_json(read_text(file), file)) for file in source.beside("*.json")]
-    found = [(file, content) for file, content in found
-             if isinstance(content, dict) and {"videos", "sentences"} <= content.keys()]
-    if not found:
+    candidates = [(file, parse_json(read_text(file), file)) for file in source.beside("*.json")]
+    candidates = [(file, content) for file, content in candidates
+                  if isinstance(content, dict) and {"videos", "sentences"} <= content.keys()]
+    if not candidates:
         raise DataError(f"{path}: contains only video ids; put MSRVTT_data.json, which has the "
                         "sentences, beside it")
 
@@ -322,10 +322,10 @@ def _read_msrvtt_ids(source):
         return len(set(ids) - {sentence["video_id"] for sentence in content["sentences"]})
 
     # Two files are published, of different videos: use the one that has most of these ids.
-    file, content = min(found, key=lambda pair: unknown(pair[1]))
+    file, content = min(candidates, key=lambda pair: unknown(pair[1]))
     rows = _msrvtt_rows(file, content, set(ids))
     return Listing(f"MSR-VTT, the {len(ids):,} videos of {path.name}",
-                 [row._replace(split=None) for row in rows])
+                   [row._replace(split=None) for row in rows])
 
 
 def _msrvtt_rows(path, content, wanted=None):
@@ -395,13 +395,13 @@ def _read_didemo(source):
 def _is_activitynet_captions(source):
     content = source.content
     return isinstance(content, dict) and bool(content) and all(
-        isinstance(one, dict) and {"timestamps", "sentences"} <= one.keys()
-        for one in content.values())
+        isinstance(entry, dict) and {"timestamps", "sentences"} <= entry.keys()
+        for entry in content.values())
 
 
 def _read_activitynet_captions(source):
-    pairs = [((name, name.removeprefix("v_")), text) for name, one in source.content.items()
-             for text in one["sentences"]]
+    pairs = [((name, name.removeprefix("v_")), text) for name, entry in source.content.items()
+             for text in entry["sentences"]]
     return _paragraphs(source, "ActivityNet Captions", pairs, ("timestamps", "duration"), (
         "all sentences of a video form one paragraph; their times are not used",))
 
@@ -445,13 +445,13 @@ def _read_coco(source):
     content = source.content
     try:
         files = {image["id"]: image["file_name"] for image in content["images"]}
-        rows = [Row((files[one["image_id"]],), caption=one["caption"].strip())
-                for one in content["annotations"]]
+        rows = [Row((files[annotation["image_id"]],), caption=annotation["caption"].strip())
+                for annotation in content["annotations"]]
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{source.path}: COCO captions need id and file_name in images, image_id "
                         "and caption in annotations") from None
     return Listing("COCO captions", rows, unused=_unused_keys(content["images"], "id", "file_name")
-                 + _unused_keys(content["annotations"], "image_id", "caption"))
+                   + _unused_keys(content["annotations"], "image_id", "caption"))
 
 
 def _read_webvid(source):
@@ -533,7 +533,7 @@ def _read_numbered_frames(source):
                for line in map(str.strip, split_lines(read_text(file))) if line]
     pairs = [line.partition(";")[::2] for _, line in source.lines]
     return Listing("Jester and Something-Something V1",
-                 [Row((name,), label.strip() or None) for name, label in pairs], classes or None)
+                   [Row((name,), label.strip() or None) for name, label in pairs], classes or None)
 
 
 def _read_diving48(source):
@@ -550,7 +550,7 @@ def _read_epic(source):
 
     labels, classes = _epic_labels(source)
     listing = read_records(source, "EPIC-Kitchens-100", files, path=("video_id",), label=(),
-                         caption=("narration",))
+                           caption=("narration",))
     # The numbers of the frame pictures start at 1.
     parts = [row.frames_part and Part(max(row.frames_part.start - 1, 0), row.frames_part.end - 1,
                                       True) for row in listing.rows]
@@ -594,15 +594,16 @@ def _read_charades(source):
                  for line in map(str.strip, split_lines(read_text(file))) if line)
     rows = []
     for place, record in source.records:
-        codes = dict.fromkeys(one.split()[0] for one in record["actions"].split(";") if one.strip())
+        codes = dict.fromkeys(action.split()[0] for action in record["actions"].split(";")
+                              if action.strip())
         unknown = [code for code in codes if known and code not in known]
         if unknown:
             raise DataError(f"{source.path}, {place}: the class {unknown[0]!r} is not in "
                             "Charades_v1_classes.txt")
         rows.append(Row((record["id"],), tuple(known.get(code, code) for code in codes)))
     return Listing("Charades", rows, list(known.values()) or None,
-                 unused=tuple(name for name in source.columns if name not in ("id", "actions")),
-                 notes=("a video has the classes of all its actions; the times are not used",))
+                   unused=tuple(name for name in source.columns if name not in ("id", "actions")),
+                   notes=("a video has the classes of all its actions; the times are not used",))
 
 
 def _read_something(source):
@@ -693,7 +694,7 @@ def _read_ucf101(source):
     number = re.search(r"list0?(\d)", name)
     rows = [Row((stem, stem.split("/")[-1]), stem.split("/")[-2], split=split) for stem in stems]
     return Listing("UCF101" + (f", split {number[1]}" if number else ""), rows,
-                 ucf101_classes(source.path.parent))
+                   ucf101_classes(source.path.parent))
 
 
 def ucf101_classes(folder):
@@ -720,16 +721,16 @@ _FRAME_FOLDER = re.compile(r"(.+?)[ ,;\t]+(\d+)(?:[ ,;\t]+(\d+))?")
 
 def _lines_match(pattern, media):
     def matches(source):
-        found = [pattern.fullmatch(line) for _, line in source.lines]
+        matches_of_lines = [pattern.fullmatch(line) for _, line in source.lines]
         return not source.records and source.content is None and all(
-            match and is_media(match[1]) == media for match in found)
+            match and is_media(match[1]) == media for match in matches_of_lines)
     return matches
 
 
 def _read_whole_videos(source):
     matches = [_WHOLE_VIDEO.fullmatch(line) for _, line in source.lines]
     return Listing("VideoMAE V2's list of whole videos",
-                 [Row(match[1], match[2]) for match in matches])
+                   [Row(match[1], match[2]) for match in matches])
 
 
 def _read_several_labels(source):
@@ -738,18 +739,19 @@ def _read_several_labels(source):
                for _, line in source.lines]
     labels = [tuple(re.findall(r"\d+", match[2])) for match in matches]
     joined = all(re.fullmatch(r"[ \t]+\d+(,\d+)*|\d+", match[2]) for match in matches)
-    if len({len(one) for one in labels}) == 1 and not joined:
+    if len({len(numbers) for numbers in labels}) == 1 and not joined:
         raise DataError(f"{source.path}: {len(labels[0])} numbers after each path may be classes, "
                         "a count of frames and a class, or a part and a class; add a header such "
                         "as 'path,labels' or 'path,start_frame,end_frame,label'")
     return Listing("list of paths with several labels",
-                 [Row(match[1].strip().strip('"'), label) for match, label in zip(matches, labels)])
+                   [Row(match[1].strip().strip('"'), label)
+                    for match, label in zip(matches, labels)])
 
 
 def _is_several_labels(source):
-    one = re.compile(r"(.+\.\w{2,5})([ ,;\t]+\d+)+")
-    return _lines_match(one, True)(source) and any(_SEVERAL_NUMBERS.fullmatch(line)
-                                                   for _, line in source.lines)
+    pattern = re.compile(r"(.+\.\w{2,5})([ ,;\t]+\d+)+")
+    return _lines_match(pattern, True)(source) and any(_SEVERAL_NUMBERS.fullmatch(line)
+                                                       for _, line in source.lines)
 
 
 def _read_frame_folders(source):
@@ -789,7 +791,7 @@ def _read_list(source):
             raise DataError(f"{path}, line {number}: expected 'path label', a video name and "
                             f"then a space, comma, tab or '::', got {(name or label)[:60]!r}")
     return Listing("list of `path label` lines",
-                 [Row(name.strip().strip('"'), label.strip() or None) for _, name, label in rows])
+                   [Row(name.strip().strip('"'), label.strip() or None) for _, name, label in rows])
 
 
 def _has_keys(*names):
@@ -957,9 +959,9 @@ FORMATS = (
 
 def read_list(source):
     """Source -> Listing, by the first format that recognises it. DataError where none does."""
-    for one in FORMATS:
-        if one.recognises(source):
-            return one.read(source)
+    for row in FORMATS:
+        if row.recognises(source):
+            return row.read(source)
     raise DataError(f"{source.path}: no known format; {_nearest_format(source)}")
 
 
@@ -1001,17 +1003,17 @@ Long lines of the examples below are wrapped. The accepted column names are:
 def page():
     """The text of docs/formats.md: each format with its example."""
     lines = [HEAD + "| content | column names |", "| --- | --- |"]
-    for what, names in COLUMNS.items():
-        some = ", ".join(f"`{name}`" for name in names[:5]) + ", ..." * (len(names) > 5)
-        lines.append(f"| {what.replace('_', ' ')} | {some} |")
-    for one in FORMATS:
-        lines += _entry(f"## {one.name}", one.about, one.file, one.videos, one.example)
+    for field, names in COLUMNS.items():
+        examples = ", ".join(f"`{name}`" for name in names[:5]) + ", ..." * (len(names) > 5)
+        lines.append(f"| {field.replace('_', ' ')} | {examples} |")
+    for row in FORMATS:
+        lines += _entry(f"## {row.name}", row.about, row.file, row.videos, row.example)
     refused = ", ".join(f"`{key}`" for key in segments.CHANGES)
     lines += [segments.HEAD, textwrap.fill("A key of a video or a segment that would change its "
                                            f"meaning is refused: {refused}.", 99)]
-    for one in segments.FORMATS:
-        about = f"{one.about}. Subsets: {one.subsets[0]} and {one.subsets[1]}"
-        lines += _entry(f"### {one.name}", about, one.file, one.beside, one.example)
+    for row in segments.FORMATS:
+        about = f"{row.about}. Subsets: {row.subsets[0]} and {row.subsets[1]}"
+        lines += _entry(f"### {row.name}", about, row.file, row.beside, row.example)
     return "\n".join(lines) + "\n"
 
 

@@ -172,7 +172,7 @@ def dead_worker(error):
     error  what DataLoader raised: for a dead worker, or for a broken pipe to one
     """
     message = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) "
-                     r"(is killed by signal: \w+|exited unexpectedly)", str(error))
+                        r"(is killed by signal: \w+|exited unexpectedly)", str(error))
     notes = [_read(note) for rows in list(_notes) for note in rows]
     if message:
         dead, how = message[1].split(", "), message[2]

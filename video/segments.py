@@ -175,7 +175,7 @@ def _read_thumos(source):
     """Leaves out segments labelled Ambiguous, as the official evaluation does."""
     videos, unused, notes = _read_database(source)
     kept = {name: [segment for segment in row.segments if segment[2].lower() != "ambiguous"]
-             for name, row in videos.items()}
+            for name, row in videos.items()}
     ambiguous = sum(len(row.segments) - len(kept[name]) for name, row in videos.items())
     if ambiguous:
         notes = (*notes, f"{ambiguous} segments labelled Ambiguous are left out")

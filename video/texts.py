@@ -122,8 +122,8 @@ def _json(path, text, lines):
         content = [{key: column.get(row) for key, column in content.items()} for row in rows]
     elif isinstance(content, dict) and {key.lower() for key in content} & set(PATH_COLUMNS):
         content = [content]
-    if isinstance(content, list) and content and all(isinstance(one, dict) for one in content):
-        records = [(f"entry {number}", one) for number, one in enumerate(content, 1)]
+    if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
+        records = [(f"entry {number}", entry) for number, entry in enumerate(content, 1)]
         return _with_columns(Source(path, lines, content, "JSON", records=records))
     return Source(path, lines, content, "JSON")
 

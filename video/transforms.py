@@ -108,7 +108,7 @@ def _multi_scale(video, size, rng, flip, area, crop, crops):
     h, w = pairs[rng.integers(len(pairs))]
     down, right = (H - h) // 4, (W - w) // 4
     positions = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2),
-              (1, 1), (1, 3), (3, 1), (3, 3)]
+                 (1, 1), (1, 3), (3, 1), (3, 3)]
     row, column = positions[rng.integers(len(positions))]
     top, left = row * down, column * right
     return resize(video[:, top:top + h, left:left + w], size, "area")
