@@ -139,7 +139,7 @@ def all_have_the_same(source, rows, locations):
                         "questions, but those of other rows have them")
 
 
-def _rows_of(place, record, columns, used, names):
+def _rows_of(location, record, columns, used, names):
     """The rows of one record. Names of columns that are used are added to the set `used`."""
     name_of = {field: next((name for name in choices if record.get(name) is not None), None)
                for field, choices in columns.items()}
@@ -164,17 +164,17 @@ def _rows_of(place, record, columns, used, names):
     label, is_valid = _label(field["label"], name_of["label"] in SEVERAL_LABELS)
     if not all(isinstance(text, str) for text in texts) or not is_valid or not path.strip() \
             or caption == []:
-        raise DataError(f"{place}: needs a \"path\"; path and caption must be text, label text "
+        raise DataError(f"{location}: needs a \"path\"; path and caption must be text, label text "
                         f"or a whole number, got {str(record)[:60]}")
     if candidates is not None:
-        answer, candidates = _right_candidate(place, answer, candidates)
+        answer, candidates = _right_candidate(location, answer, candidates)
         captions = [answer]
     elif answer is not None:
-        answer = _most_frequent(place, answer)
-    path = names(record, path.strip(), place) if names else _path_or_id(path)
-    row = Row(path, label, None, _split(split and split.strip(), place), question or None, answer,
-              candidates)
-    rows, has_parts = _with_parts(place, row, [text.strip() for text in captions], field,
+        answer = _most_frequent(location, answer)
+    path = names(record, path.strip(), location) if names else _path_or_id(path)
+    row = Row(path, label, None, _split(split and split.strip(), location), question or None,
+              answer, candidates)
+    rows, has_parts = _with_parts(location, row, [text.strip() for text in captions], field,
                                   name_of["parts"])
     used |= {name_of["parts"]} if has_parts else set()
     return rows
@@ -189,37 +189,38 @@ def _parse_list(value, column):
     return value
 
 
-def _with_parts(place, row, captions, field, column):
+def _with_parts(location, row, captions, field, column):
     """(a row for each caption or label, with its part; True if "parts" gave the part)."""
     first, last = field["start_frame"], field["end_frame"]
     if first not in (None, "") or last not in (None, ""):
-        row = row._replace(frames_part=parse_part(place, first, last, in_frames=True))
+        row = row._replace(frames_part=parse_part(location, first, last, in_frames=True))
         row = row._replace(part=row.frames_part)
     start, end, parts = field["start"], field["end"], _parse_list(field["parts"], column)
     if start not in (None, "") or end not in (None, ""):
-        row, parts = row._replace(part=parse_part(place, start, end)), None
+        row, parts = row._replace(part=parse_part(location, start, end)), None
     if isinstance(parts, dict):
         parts = [parts.get("start"), parts.get("end")]
     if isinstance(parts, list) and parts:
-        rows = _row_per_part(place, row, captions, parts)
+        rows = _row_per_part(location, row, captions, parts)
         captions = captions or [None] * len(rows)
         rows = rows if len(rows) > 1 else rows * len(captions)
         return [part_row._replace(caption=text) for part_row, text in zip(rows, captions)], True
     if parts not in (None, "", []) and column in ("timestamps", "segments", "segment"):
-        raise DataError(f"{place}: {column} must be a list [start, end], got {str(parts)[:60]!r}")
+        raise DataError(f"{location}: {column} must be a list [start, end], "
+                        f"got {str(parts)[:60]!r}")
     return [row._replace(caption=text) for text in captions or [None]], False
 
 
-def _row_per_part(place, row, captions, parts):
+def _row_per_part(location, row, captions, parts):
     """A row for each part. Labels without captions are assigned to the parts in order."""
     parts = parts if isinstance(parts[0], list) else [parts]
     labels = row.label if isinstance(row.label, tuple) and not captions else ()
     others = len(captions) or len(labels)
     if any(not isinstance(pair, list) or len(pair) != 2 for pair in parts) or (
             len(parts) > 1 and others and len(parts) != others):
-        raise DataError(f"{place}: parts must be pairs [start, end], one per caption or label, "
+        raise DataError(f"{location}: parts must be pairs [start, end], one per caption or label, "
                         f"got {str(parts)[:60]}")
-    rows = [row._replace(part=parse_part(place, *pair)) for pair in parts]
+    rows = [row._replace(part=parse_part(location, *pair)) for pair in parts]
     if labels and len(rows) > 1:
         rows = [part_row._replace(label=label) for part_row, label in zip(rows, labels)]
     return rows
@@ -230,7 +231,7 @@ def _path_or_id(path):
     return path.strip() if is_media(path) else (path.strip(),)
 
 
-def _split(text, place):
+def _split(text, location):
     """"train" for train, Training ...; "val" for val, dev, test ...; None for an empty text.
 
     DataError for other words.
@@ -240,7 +241,7 @@ def _split(text, place):
     if re.match(r"train|trn", text, re.I):
         return "train"
     if not re.match(r"val|dev|test|eval|holdout", text, re.I):
-        raise DataError(f"{place}: the split {text[:30]!r} is unknown; use train, val or test")
+        raise DataError(f"{location}: the split {text[:30]!r} is unknown; use train, val or test")
     return "val"
 
 
@@ -267,24 +268,24 @@ def _label(value, several=False):
     return str(parse_int(value)), parse_int(value) is not None
 
 
-def _right_candidate(place, answer, candidates):
+def _right_candidate(location, answer, candidates):
     """(right candidate, all candidates) of a multiple choice; answer is an index or a text."""
     if not isinstance(candidates, list) or not candidates:
-        raise DataError(f"{place}: the candidates of a multiple choice must be a list of texts, "
+        raise DataError(f"{location}: the candidates of a multiple choice must be a list of texts, "
                         f"got {str(candidates)[:60]}")
     right = candidates.index(answer) if answer in candidates else parse_int(answer)
     if right is None or right >= len(candidates):
-        raise DataError(f"{place}: the answer of a multiple choice must be the index of the right "
-                        f"candidate, 0 to {len(candidates) - 1}, got {str(answer)[:60]!r}")
+        raise DataError(f"{location}: the answer of a multiple choice must be the index of the "
+                        f"right candidate, 0 to {len(candidates) - 1}, got {str(answer)[:60]!r}")
     return candidates[right], tuple(candidates)
 
 
-def _most_frequent(place, answer):
+def _most_frequent(location, answer):
     """The answer in words; of a list of answers, the most frequent one."""
     answers = _as_list(answer)
     if not answers or not all(isinstance(text, str) or parse_int(text) is not None
                               for text in answers):
-        raise DataError(f"{place}: an answer must be a text, a whole number or a list of these, "
+        raise DataError(f"{location}: an answer must be a text, a whole number or a list of these, "
                         f"got {str(answer)[:60]!r}")
     answers = [text if isinstance(text, str) else str(parse_int(text)) for text in answers]
     return max(answers, key=answers.count)
@@ -427,16 +428,16 @@ def _clip_names(name, part):
 
 
 def _read_vatex(source):
-    def names(record, name, place):
+    def names(record, name, location):
         match = re.fullmatch(r"(.+)_(\d+)_(\d+)", name)
-        return (name, (match[1], parse_part(place, match[2], match[3]))) if match else (name,)
+        return (name, (match[1], parse_part(location, match[2], match[3]))) if match else (name,)
     return read_records(source, "VATEX", names, path=("videoid",), caption=("encap",))
 
 
 def _read_internvid(source):
-    def names(record, name, place):
+    def names(record, name, location):
         times = record["start_timestamp"], record["end_timestamp"]
-        return (f"{name}_{times[0]}_{times[1]}", (name, parse_part(place, *times)))
+        return (f"{name}_{times[0]}_{times[1]}", (name, parse_part(location, *times)))
     listing = read_records(source, "InternVid", names)
     return listing._replace(rows=[row._replace(part=None) for row in listing.rows])
 
@@ -476,7 +477,7 @@ def _read_numbered_qa(source):
         pairs = [line.split() for line in split_lines(read_text(file)) if line.strip()]
         mapped = {pair[-1]: pair[0] for pair in pairs}
 
-    def names(record, number, place):
+    def names(record, number, location):
         known = mapped.get(f"vid{number}")
         return (known,) if known else (f"video{number}", f"vid{number}", number)
     return read_records(source, "MSVD-QA" if mapped else "MSRVTT-QA", names, path=("video_id",))
@@ -496,8 +497,8 @@ def _read_nextqa(source):
 
 def _read_kinetics(source):
     """Files are cut and called id_start_end.mp4, or they are whole videos, id.mp4."""
-    def names(record, name, place):
-        cut = parse_part(place, *(str(record.get(key)) for key in ("time_start", "time_end")))
+    def names(record, name, location):
+        cut = parse_part(location, *(str(record.get(key)) for key in ("time_start", "time_end")))
         label, split = (str(record[key]) if record.get(key) else None for key in ("label", "split"))
         folders = [label, label and label.replace(" ", "_"), split,
                    label and split and f"{split}/{label}"]
@@ -544,7 +545,7 @@ def _read_diving48(source):
 
 def _read_epic(source):
     """Three questions: the verb, the noun, and the action, which is both together."""
-    def files(record, name, place):
+    def files(record, name, location):
         person = name.split("_")[0]
         return f"{person}/videos/{name}", f"{person}/rgb_frames/{name}", f"{person}/{name}", name
 
@@ -593,12 +594,12 @@ def _read_charades(source):
     known = dict(line.split(" ", 1) for file in source.beside("Charades_v1_classes.txt")
                  for line in map(str.strip, split_lines(read_text(file))) if line)
     rows = []
-    for place, record in source.records:
+    for location, record in source.records:
         codes = dict.fromkeys(action.split()[0] for action in record["actions"].split(";")
                               if action.strip())
         unknown = [code for code in codes if known and code not in known]
         if unknown:
-            raise DataError(f"{source.path}, {place}: the class {unknown[0]!r} is not in "
+            raise DataError(f"{source.path}, {location}: the class {unknown[0]!r} is not in "
                             "Charades_v1_classes.txt")
         rows.append(Row((record["id"],), tuple(known.get(code, code) for code in codes)))
     return Listing("Charades", rows, list(known.values()) or None,
@@ -612,22 +613,22 @@ def _read_something(source):
     for file in source.beside("*labels.json"):
         classes = _numbered_templates(file)
     known, rows = set(classes or ()), []
-    for place, item in source.records:
+    for location, item in source.records:
         name, template, caption = item.get("id"), item.get("template"), item.get("label")
         name = name if isinstance(name, str) else parse_int(name)
         if name in (None, "") or not all(text is None or isinstance(text, str)
                                          for text in (template, caption)):
-            raise DataError(f"{path}, {place}: needs an \"id\", and template and label must "
+            raise DataError(f"{path}, {location}: needs an \"id\", and template and label must "
                             "be text")
         label = template and template.replace("[", "").replace("]", "")
         if label and classes and label not in known:
-            raise DataError(f"{path}, {place}: its template {label!r} is not in the labels "
+            raise DataError(f"{path}, {location}: its template {label!r} is not in the labels "
                             "file beside it")
         rows.append(Row((str(name),), label or None, caption))
     if classes is None and any(row.label for row in rows):
         raise DataError(f"{path}: put something-something-v2-labels.json, which numbers the "
                         "templates, beside it")
-    all_have_the_same(path, rows, [place for place, _ in source.records])
+    all_have_the_same(path, rows, [location for location, _ in source.records])
     return Listing("Something-Something V2", rows, classes, unused=tuple(
         name for name in source.columns if name not in ("id", "template", "label")))
 

@@ -143,23 +143,23 @@ def _read_database(source):
     videos, keys = {}, dict.fromkeys(source.content)
     _refuse_changes(source.path, source.content)
     for name, row in source.database.items():
-        place, segments = f"{source.path}, {name}", []
+        location, segments = f"{source.path}, {name}", []
         for entry in row.get("annotations") or ():
-            start, end = (_boundary(place, value) for value in _pair(place, entry["segment"]))
+            start, end = (_boundary(location, value) for value in _pair(location, entry["segment"]))
             segments.append((start, end, entry["label"]))
             keys |= dict.fromkeys(entry)
-            _refuse_changes(place, entry)
+            _refuse_changes(location, entry)
         keys |= dict.fromkeys(row)
-        _refuse_changes(place, row)
+        _refuse_changes(location, row)
         texts = (name, row.get("subset"), *(label for *_, label in segments))
         if not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{place}: not JSON in ActivityNet's form: subset and labels must "
+            raise DataError(f"{location}: not JSON in ActivityNet's form: subset and labels must "
                             "be text")
         for text in texts:
             text.encode()  # ValueError for an unpaired surrogate
         fps = row.get("fps") if row.get("fps") is not None else row.get("frame_rate")
-        videos[name] = Timed(row["subset"], segments, _positive(place, row.get("duration")),
-                             _positive(place, fps))
+        videos[name] = Timed(row["subset"], segments, _positive(location, row.get("duration")),
+                             _positive(location, fps))
     return videos, tuple(key for key in keys if key not in USED | {"database"}), ()
 
 
@@ -194,46 +194,46 @@ def _read_thumos_texts(source):
         for number, line in enumerate(split_lines(read_text(file)), 1):
             if not line.strip():
                 continue
-            place, fields = f"{file}, line {number}", line.split()
+            location, fields = f"{file}, line {number}", line.split()
             if len(fields) != 3 or None in (parse_seconds(fields[1]), parse_seconds(fields[2])):
-                raise DataError(f"{place}: expected an id, a start and an end in seconds, got "
+                raise DataError(f"{location}: expected an id, a start and an end in seconds, got "
                                 f"{line[:60]!r}")
             row = videos.setdefault(fields[0], Timed(subset, []))
             if row.subset != subset:
-                raise DataError(f"{place}: {fields[0]} is also a video of {row.subset}")
+                raise DataError(f"{location}: {fields[0]} is also a video of {row.subset}")
             row.segments.append((parse_seconds(fields[1]), parse_seconds(fields[2]), label))
     return videos, (), tuple(notes)
 
 
-def _pair(place, segment):
+def _pair(location, segment):
     if not isinstance(segment, list) or len(segment) != 2:
-        raise DataError(f"{place}: not JSON in ActivityNet's form: a segment must be "
+        raise DataError(f"{location}: not JSON in ActivityNet's form: a segment must be "
                         f"[start s, end s], got {str(segment)[:60]}")
     return segment
 
 
-def _boundary(place, value):
+def _boundary(location, value):
     """A boundary of a segment, float seconds. Some annotations start slightly before 0."""
     parsed = parse_seconds(abs(value)) if type(value) in (int, float) else None
     if parsed is None:
-        raise DataError(f"{place}: not JSON in ActivityNet's form: a segment holds "
+        raise DataError(f"{location}: not JSON in ActivityNet's form: a segment holds "
                         f"{str(value)[:60]!r} instead of seconds")
     return float(value)
 
 
-def _positive(place, value):
+def _positive(location, value):
     """A duration or frame rate: a number, in HACS as text. None where it is missing or 0."""
     if value is not None and parse_seconds(value) is None:
-        raise DataError(f"{place}: duration and frames per second must be numbers, got "
+        raise DataError(f"{location}: duration and frames per second must be numbers, got "
                         f"{str(value)[:60]!r}")
     return parse_seconds(value) or None if value is not None else None
 
 
-def _refuse_changes(place, entry):
+def _refuse_changes(location, entry):
     for key, value in entry.items():
         reason = CHANGES.get(key.lower()) if value not in (None, "", False, []) else None
         if reason:
-            raise DataError(f"{place}: has {key!r} {str(value)[:40]}: {reason}")
+            raise DataError(f"{location}: has {key!r} {str(value)[:40]}: {reason}")
 
 
 # ------------------------------------------------------------------------------------------------

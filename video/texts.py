@@ -74,12 +74,12 @@ def split_lines(text):
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def parse_json(text, place):
-    """The value of a JSON text. DataError with `place` (file, line) if it is not JSON."""
+def parse_json(text, location):
+    """The value of a JSON text. DataError with the location (file, line) if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error})") from None
+        raise DataError(f"{location}: not JSON ({error})") from None
 
 
 def read_source(path):
@@ -143,12 +143,12 @@ def _json_lines(path, lines):
 def _with_columns(source):
     """The source with its columns. The keys of all records become lower case."""
     columns, records = {}, []
-    for place, record in source.records:
+    for location, record in source.records:
         lower_case = {key.strip().lower(): value for key, value in record.items()}
         if len(lower_case) < len(record):
-            raise DataError(f"{source.path}, {place}: two of its keys differ only in case")
+            raise DataError(f"{source.path}, {location}: two of its keys differ only in case")
         columns |= dict.fromkeys(lower_case)
-        records.append((place, lower_case))
+        records.append((location, lower_case))
     return source._replace(columns=tuple(columns), records=records)
 
 
@@ -220,13 +220,13 @@ def parse_seconds(value):
     return float(value) if math.isfinite(value) and value >= 0 else None
 
 
-def parse_part(place, start, end, in_frames=False):
+def parse_part(location, start, end, in_frames=False):
     """A Part from two values as written. DataError where one is invalid, or the end is not later.
     """
     parse = parse_int if in_frames else parse_seconds
     first, last = parse(start), parse(end)
     if first is None or last is None or last <= first:
         unit = "frame numbers" if in_frames else "seconds, or hh:mm:ss.mmm"
-        raise DataError(f"{place}: a part of a video needs a start and a later end, in {unit}, got "
-                        f"{str(start)[:30]!r} and {str(end)[:30]!r}")
+        raise DataError(f"{location}: a part of a video needs a start and a later end, in {unit}; "
+                        f"got {str(start)[:30]!r} and {str(end)[:30]!r}")
     return Part(first, last, in_frames)
