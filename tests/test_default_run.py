@@ -31,13 +31,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = (" --steps 2 --batch-size 4 --eval-clips 8 --workers 0 --precision fp32 --no-figures "
          "--device cpu")
 SIZE = " --num-frames 2 --input-size 16"
+OWN = r"--(steps|batch-size|num-frames|input-size|train-clips|probe-clips) \S+"
+
+
+def small(command):
+    """A command of the default run with few small clips and two steps."""
+    probe = " --probe-clips 8" * ("--mode" in command)
+    return re.sub(OWN, "", command) + SMALL + SIZE * (not command.startswith("fuse")) + probe
 
 
 def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monkeypatch, capsys):
-    commands = {command.replace("--steps 200", "") + SMALL
-                + SIZE * (not command.startswith("fuse")): 1
-                for command in train.DEFAULT_RUN}
-    monkeypatch.setattr(train, "DEFAULT_RUN", commands)
+    monkeypatch.setattr(train, "DEFAULT_RUN", {small(line): 1 for line in train.DEFAULT_RUN})
     monkeypatch.setattr(machine, "processors", lambda: 2)
     own = table.write_table
     monkeypatch.setattr(table, "write_table", lambda out, seed, clips=20: own(out, seed, clips))
@@ -49,7 +53,7 @@ def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monk
     assert "2 steps of 4 clips" in (out / "clip" / "run.log").read_text()
     assert not (out / "clips").exists()
     found = json.loads((out / "table.json").read_text())
-    assert len(found["rows"]) == 6 and found["seed"] == 3
+    assert len(found["rows"]) == 8 and found["seed"] == 3
     columns = ("motion", "shape", "colour", "all facts", "unseen motion", "unseen all facts")
     for row in found["rows"].values():
         assert all(0 <= row[name] <= 100 for name in columns) and row["seconds"] >= 0
@@ -60,12 +64,12 @@ def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monk
     assert f"{bridge['all facts']:.1f} % right" in page  # in the box of the fused score
     assert page.count("<h2>") == 7 and 'class="s-fuse off"' not in page
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
-    assert len(before) == 6
+    assert len(before) == 7
     assert train.main(["--out", str(out), "--seed", "4"]) == 2
     assert "was made with seed 3" in capsys.readouterr().err
     (out / "fuse" / "metrics.json").unlink()
     assert train.main(["--out", str(out), "--seed", "3"]) == 0
-    assert capsys.readouterr().out.count("done already") == 5
+    assert capsys.readouterr().out.count("done already") == 6
     assert all((path.stat().st_mtime_ns == moment) == (path.parent.name != "fuse")
                for path, moment in before.items())
     (out / "table.json").unlink()
@@ -128,7 +132,7 @@ def test_a_stage_needs_those_whose_folders_its_flags_name():
         jobs.append(side_by_side.Job(train.parse(train.STAGES[name], flags), seconds, jobs))
     needs = {job.name: {other.name for other in job.needs} for job in jobs}
     assert needs == {"mae": set(), "clip": set(), "masked": {"mae"}, "multimodal": {"clip"},
-                     "scratch": set(), "fuse": {"masked", "multimodal"}}
+                     "untrained": set(), "scratch": set(), "fuse": {"masked", "multimodal"}}
 
 
 def test_the_time_left_by_hand(tmp_path):
