@@ -75,6 +75,16 @@ def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monk
     (out / "table.json").unlink()
     assert table.main([str(out)]) == 0 and (out / "table.json").exists()
     assert table.main([str(tmp_path)]) == 2
+    found["rows"]["cross-model attention"]["all facts"] = 90.0
+    found["rows"]["masked encoder"]["all facts"] = 80.0
+    found["rows"]["multimodal encoder"]["all facts"] = 70.0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "table.json").write_text(json.dumps(found | {"seed": 4}))
+    capsys.readouterr()
+    assert table.main([str(other), str(other)]) == 0
+    text = capsys.readouterr().out
+    assert "seeds 4, 4" in text and "better encoder, all facts | +10.0 | +10.0, +10.0 |" in text
 
 
 def test_the_default_run_takes_no_other_flags(capsys):

@@ -1,13 +1,15 @@
 """The table of the default run: what each encoder knows alone, and what both know together.
 
-    python tools/table.py runs/default
+    python tools/table.py runs/default                      one run: table.json, table.png
+    python tools/table.py runs/seed5 runs/seed6 ...         several: means, and what differs
 
 On the test split and on pairs of shape and colour never shown. The weight of late fusion is tuned
-on as many validation clips. Writes table.json and table.png, and prints the same.
+on as many validation clips. Of several runs it reads table.json and prints what README shows.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -127,16 +129,68 @@ def write_table(out, seed, clips=1000):
     return rows
 
 
+MASKED, MULTIMODAL, FUSED = "masked encoder", "multimodal encoder", "cross-model attention"
+DIFFERENCES = (  # what is compared, column, row, rows of which the better one is subtracted
+    ("masked over multimodal encoder, motion", "motion", MASKED, (MULTIMODAL,)),
+    ("multimodal over masked encoder, shape", "shape", MULTIMODAL, (MASKED,)),
+    ("the same, pairs never shown, probe", "unseen shape", MULTIMODAL, (MASKED,)),
+    ("the same, pairs never shown, sentences", "unseen shape", f"{MULTIMODAL}, sentences",
+     (MASKED,)),
+    ("cross-model attention over the better encoder, all facts", "all facts", FUSED,
+     (MASKED, MULTIMODAL)),
+    ("cross-model attention over tuned late fusion, all facts", "all facts", FUSED,
+     ("late, tuned",)),
+    ("cross-model attention over equal late fusion, all facts", "all facts", FUSED,
+     ("late fusion, equal",)),
+    ("masked encoder over the same network untrained, motion", "motion", MASKED,
+     ("untrained encoder",)),
+    ("masked encoder over the same network untrained, shape", "shape", MASKED,
+     ("untrained encoder",)),
+    ("masked encoder over the same network from scratch, motion", "motion", MASKED,
+     ("from scratch",)),
+    ("masked encoder over the same network from scratch, shape", "shape", MASKED,
+     ("from scratch",)),
+)
+SHOWN = ("motion", "shape", "all facts", "unseen motion", "unseen shape", "unseen all facts")
+
+
+def over_seeds(folders):
+    """Lines of Markdown: means over several runs, and differences, mean and standard deviation."""
+    tables = [json.loads((folder / "table.json").read_text()) for folder in folders]
+    seeds = [table["seed"] for table in tables]
+    tables = [{"late, tuned" if "tuned" in name else name: row
+               for name, row in table["rows"].items()} for table in tables]
+    yield f"Means over seeds {', '.join(map(str, seeds))}."
+    yield ""
+    yield f"| | {' | '.join(SHOWN)} |"
+    yield "|---" * (len(SHOWN) + 1) + "|"
+    for name in tables[0]:
+        means = (statistics.mean(table[name][column] for table in tables) for column in SHOWN)
+        yield f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} |"
+    yield ""
+    yield "| difference in points | mean | each seed |"
+    yield "|---|---|---|"
+    for what, column, one, others in DIFFERENCES:
+        found = [table[one][column] - max(table[other][column] for other in others)
+                 for table in tables]
+        yield (f"| {what} | {statistics.mean(found):+.1f} | "
+               f"{', '.join(f'{value:+.1f}' for value in found)} |")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of a default run")
+    parser.add_argument("out", type=Path, nargs="+", help="folder of a default run; several: means")
     args = parser.parse_args(argv)
     try:
-        seed = json.loads((args.out / "fuse" / "metrics.json").read_text())["settings"]["seed"]
-        write_table(args.out, seed)
+        if len(args.out) > 1:
+            print(*over_seeds(args.out), sep="\n")
+            return 0
+        out, = args.out
+        seed = json.loads((out / "fuse" / "metrics.json").read_text())["settings"]["seed"]
+        write_table(out, seed)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        print(f"table.py: {args.out}: no default run, or not a finished one: {error}",
-              file=sys.stderr)
+        print(f"table.py: {', '.join(map(str, args.out))}: no default run, or not a finished one: "
+              f"{error}", file=sys.stderr)
         return 2
     return 0
 
