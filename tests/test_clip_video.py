@@ -328,7 +328,7 @@ def test_the_end_may_have_a_number_of_its_own():
     encoder, ids = text_encoder(end=3), torch.tensor([[48, 5, 3, 49, 3], [1, 3, 2, 2, 2]])
     expected = encoder.proj(torch.stack([encoder.tokens(ids)[0, 2], encoder.tokens(ids)[1, 1]]))
     assert torch.equal(encoder(ids)[0], expected)
-    with pytest.raises(ValueError, match="without its end, token 3"):
+    with pytest.raises(ValueError, match="no end-of-text token, id 3"):
         encoder(torch.tensor([[1, 3], [1, 2]]))
 
 
@@ -348,7 +348,7 @@ def test_reading_word_by_word_gives_the_numbers_of_reading_at_once():
     for i, word in enumerate((7, 8)):
         sentence = torch.cat([IDS[1:, :4], torch.tensor([[word]])], dim=1)
         close(part[i:i + 1], encoder.tokens(sentence)[:, 4:], atol=1e-12)
-    with pytest.raises(ValueError, match="token 11 of a text encoder of 10"):
+    with pytest.raises(ValueError, match="a text of 11 tokens: this encoder takes up to 10"):
         encoder.step(IDS[:, :1], encoder.step(IDS, encoder.start_cache(2))[1])
 
 
