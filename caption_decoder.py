@@ -1,36 +1,39 @@
-"""Write a sentence about a video, one token at a time, with the video in view for each.
+"""A caption decoder: write a sentence about a video, one token at a time.
 
-A contrastive loss asks which caption belongs to a clip; two coarse summaries answer that. A
-captioning loss asks for every word, so the video tokens have to keep what a summary drops: who,
-what, how many, in which order. InternVideo adds both losses, from one forward pass of both encoders
-(CoCa, arXiv 2205.01917, Sec. 3.2; InternVideo, arXiv 2212.03191, Sec. 3.2).
+Contrastive learning compares one vector per video with one vector per caption. Captioning predicts
+every word, so the video tokens must keep details such as counts and order. InternVideo adds both
+losses (arXiv 2212.03191, Sec. 3.2), from one forward pass (CoCa, arXiv 2205.01917, Sec. 3.2).
 
-    video tokens (B, M, D) -- Q learned queries attend --> pooled (B, Q, W) ---+ once per video
-                                                                               | keys and values
-    text features (B, L, W) -norm-> [ self, causal -> cross ] x depth -> hidden (B, L, W)
-      hidden -- predictor: norm, linear, gelu, norm --> vocabulary --> logits (B, L, V)
-      text features:  <start>  a     dog   runs         position t has seen tokens 0..t
-      must predict:   a        dog   runs  <end>        and predicts token t+1
+    video tokens (B, M, D) -- Q learned queries attend to them --> pooled video (B, Q, W)
+                                                                       | keys, values
+    text features (B, L, W) -- norm --> [ causal self-attention, cross-attention ] x depth
+        --> hidden (B, L, W) -- norm, linear, gelu, norm, linear --> logits (B, L, V)
 
-1. `CaptionDecoder.pool`: a clip has M = t * (1+S) tokens, 1576 for 8 frames of ViT-B. Q learned
-   queries attend to them, and all later layers see Q vectors (CoCa, Sec. 3.2, Attentional Poolers).
-   No positions are added, so the order of the video tokens does not matter here.
-2. There is no word embedding. The input is the output of the causal text encoder at all positions.
-3. `SelfBlock`: attention and MLP are parallel, from one norm and one product (PaLM, arXiv
-   2204.02311, Sec. 2). All query heads share ONE head of keys and values (arXiv 1911.02150, Sec.
-   3). Positions are rotary (arXiv 2104.09864, Sec. 3.2). `CrossBlock` attends to the pooled video.
-4. `caption_loss`, teacher forcing: the true tokens are the input; all L-1 predictions are one pass.
-5. `generate`: the model's own tokens are the input, one by one. `step` caches keys and values.
-6. `VideoText` is the whole model of stage 2: `VideoCLIP` and this decoder.
+      position         0        1    2     3
+      text feature of  <start>  a    dog   runs         depends on the tokens up to its position
+      target           a        dog  runs  <end>        the next token
 
-Where we differ from the official code (CoTrain clip_decoders.py, coca.py), with equal numbers:
-cross attention runs as ONE head with L*heads queries, which saves transposes. Not equal: fresh
-weights have a standard deviation of 0.02 * sqrt(768 / W). With 0.02, a narrow decoder attends
-evenly to everything for hundreds of steps (LOG.md). Neither decoding nor the recipe was released.
+Letters: M = t * (1+S) video tokens, Q pooled tokens, L text tokens, W text width, V vocabulary.
+
+1. `CaptionDecoder.pool`: Q learned queries attend to the M video tokens (1576 for 8 frames of
+   ViT-B), so each layer attends to Q tokens only (CoCa, Sec. 3.2, Attentional Poolers). It adds no
+   positions, so the order of the video tokens has no effect.
+2. The input is the output of the causal text encoder at each position, not a word embedding.
+3. `SelfBlock`: attention and MLP run in parallel on one norm (PaLM, arXiv 2204.02311, Sec. 2). All
+   query heads share one head of keys and values (multi-query attention, arXiv 1911.02150, Sec. 3).
+   Positions are rotary (arXiv 2104.09864, Sec. 3.2). `CrossBlock` attends to the pooled video.
+4. `caption_loss` trains with teacher forcing: the true tokens are the input, so a single pass
+   predicts all L - 1 next tokens.
+5. `generate` feeds the predicted tokens back, one by one. `step` caches the keys and values.
+6. `VideoText` is the model of stage 2: `VideoCLIP` and this decoder.
+
+Where we differ from the official code (CoTrain clip_decoders.py, coca.py): new weights have a
+standard deviation of 0.02 * sqrt(768 / W). With 0.02, the attention of a narrow decoder stays
+uniform for hundreds of steps (LOG.md). Decoding and training recipe are ours: none was released.
 
 >>> decoder = CaptionDecoder(64, heads=4, depth=2, visual_width=48, vocabulary=100, queries=8)
->>> video, text = torch.zeros(2, 40, 48), torch.zeros(2, 10, 64)  # 10 tokens: start, eight, end
->>> decoder(video, text[:, :-1]).shape                            # logits (B, L-1, V)
+>>> video_tokens, text_features = torch.zeros(2, 40, 48), torch.zeros(2, 9, 64)
+>>> decoder(video_tokens, text_features).shape   # (B, L, V)
 torch.Size([2, 9, 100])
 """
 
@@ -46,8 +49,8 @@ from clip_video import VideoCLIP
 
 
 class Norm(nn.Module):
-    """LayerNorm over the last axis. As in the official code, its offset beta is never trained: a
-    buffer, zero unless a file of weights says otherwise."""
+    """LayerNorm over the last axis. As in the official code, the offset beta is a buffer: it does
+    not train. It is zero unless loaded weights hold other values."""
 
     def __init__(self, width):
         super().__init__()
@@ -59,34 +62,35 @@ class Norm(nn.Module):
 
 
 def swiglu(x):
-    """(..., 2*n) -> (..., n): the first half, gated by the second (arXiv 2002.05202, Sec. 2)."""
+    """(..., 2*n) -> (..., n): the first half times silu(second half) (arXiv 2002.05202, Sec. 2)."""
     value, gate = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
 def rotary_frequencies(head_width):
-    """(K/2,) float32, radians per position: 1 for the first pair of channels, down to 1/10000."""
+    """-> (K/2,) float32, in radians per position. They fall from 1 towards 1/10000."""
     return 1.0 / 10000 ** (torch.arange(0, head_width, 2).float() / head_width)
 
 
 def rotate(x, angles):
-    """Rotate the pairs of channels (j, j + K/2) of x (B, L, heads, K) by angles (L, K/2). The dot
-    product of q rotated by a and k rotated by b depends on the distance a - b, not on a or b."""
+    """Rotate the channel pairs (j, j + K/2) of x (B, L, heads, K) by angles (L, K/2), in radians.
+    If q is rotated by angle a and k by angle b, their dot product depends only on a - b, that is,
+    on the distance between their positions."""
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]                  # (L, 1, K/2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def multi_query(q, k, v, mask=None):
-    """q (B, L, heads, K), k, v (B, 1, N, K) -> (B, L, heads*K): one head of keys and values serves
-    all heads of queries. Without a mask, the heads are treated as more queries of one head."""
-    if mask is None:
+    """Attention in which all query heads share one head of keys and values.
+    q (B, L, heads, K), k, v (B, 1, N, K) -> (B, L, heads*K)"""
+    if mask is None:  # one head with L*heads queries has equal results and saves transposes
         return attention(q.flatten(1, 2)[:, None], k, v).reshape(*q.shape[:2], -1)
     return attention(q.transpose(1, 2), k, v, mask).transpose(1, 2).flatten(2)
 
 
 class CrossAttention(nn.Module):
-    """Tokens of width W attend to tokens of another width, with one head of keys and values."""
+    """Multi-query attention from tokens of width W to tokens of width context_width."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -96,17 +100,17 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def keys(self, context):
-        """context (B, N, context_width) -> keys, values (B, 1, N, K), computed once per video."""
+        """context (B, N, context_width) -> keys and values, (B, 1, N, K) each."""
         return self.kv(context)[:, None].chunk(2, dim=-1)
 
     def forward(self, x, k, v):
-        """x (B, L, W) -> (B, L, W)"""
+        """x (B, L, W), k, v (B, 1, N, K) -> (B, L, W)"""
         return self.proj(multi_query(self.q(x).unflatten(-1, (self.heads, -1)), k, v))
 
 
 class Pooler(nn.Module):
-    """Learned queries compress any number of tokens to Q vectors. There is no residual and no MLP.
-    Only here the context has a norm."""
+    """Cross-attention from learned queries, without residual and MLP. Only here the context has a
+    norm, as in the official code."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -115,12 +119,12 @@ class Pooler(nn.Module):
 
     def forward(self, queries, context):
         """queries (Q, W), context (B, M, D) -> (B, Q, W)"""
-        queries = self.norm(queries).expand(context.shape[0], -1, -1)
+        queries = self.norm(queries).expand(context.shape[0], -1, -1)        # (B, Q, W)
         return self.attn(queries, *self.attn.keys(self.context_norm(context)))
 
 
 class SelfBlock(nn.Module):
-    """x + attention(norm x) + mlp(norm x), the first product of both in one matrix."""
+    """x + attention(norm x) + mlp(norm x). One matrix holds q, k, v and the MLP's first layer."""
 
     def __init__(self, width, heads, mlp_width):
         super().__init__()
@@ -135,25 +139,30 @@ class SelfBlock(nn.Module):
     def angles(self, first, count, device):
         """Radians of positions first .. first + count - 1: (count, K/2)."""
         frequencies = self.frequencies
-        if frequencies.dtype not in (torch.float32, torch.float64):  # model.bfloat16() rounded them
+        # model.bfloat16() has rounded the buffer. Its angles are wrong at late positions.
+        if frequencies.dtype not in (torch.float32, torch.float64):
             frequencies = rotary_frequencies(2 * len(frequencies)).to(device)
         return torch.arange(first, first + count, device=device)[:, None] * frequencies
 
     def forward(self, x, past=None):
-        """x (B, L, W); past: keys and values (B, 1, n, K) of n earlier tokens, or None -> (B, L, W)
-        and the keys and values (B, 1, n+L, K) of all."""
+        """Attend to all tokens up to the own position.
+
+        x        (B, L, W)
+        past     keys and values (B, 1, n, K) of n earlier tokens, or None
+        returns  (B, L, W), and the keys and values (B, 1, n+L, K) of all tokens
+        """
         angles = self.angles(0 if past is None else past[0].shape[2], x.shape[1], x.device)
-        q, k, v, inner = self.fused(self.norm(x)).split(self.sizes, dim=-1)
+        q, k, v, mlp_hidden = self.fused(self.norm(x)).split(self.sizes, dim=-1)
         q = rotate(q.unflatten(-1, (self.heads, -1)), angles)                # (B, L, heads, K)
         k, v = rotate(k[:, :, None], angles).transpose(1, 2), v[:, None]     # (B, 1, L, K)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        mask = Mask(causal=True) if x.shape[1] > 1 else None  # one token: everything is its past
-        return x + self.proj(multi_query(q, k, v, mask)) + self.fc2(swiglu(inner)), (k, v)
+        mask = Mask(causal=True) if x.shape[1] > 1 else None  # one token: no key is after it
+        return x + self.proj(multi_query(q, k, v, mask)) + self.fc2(swiglu(mlp_hidden)), (k, v)
 
 
 class CrossBlock(nn.Module):
-    """x + attention(norm x, pooled video) + mlp(norm x), also in parallel."""
+    """x + cross-attention(norm x; pooled video) + mlp(norm x)"""
 
     def __init__(self, width, heads, mlp_width):
         super().__init__()
@@ -170,19 +179,19 @@ class CrossBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `CaptionDecoder`."""
+    """All options of `CaptionDecoder`."""
 
-    width: int  # W, of text features and decoder; a multiple of heads
+    width: int  # W, of the text features and of the decoder; a multiple of heads
     heads: int
-    visual_width: int  # D, width of a video token
+    visual_width: int  # D, of the video tokens
     vocabulary: int  # V
-    depth: int = 6  # layers, each a SelfBlock and a CrossBlock
+    depth: int = 6  # layers; each has a SelfBlock and a CrossBlock
     queries: int = 256  # Q, learned queries of the pooler
     mlp_width: int | None = None  # None: 4*W
 
 
 class CaptionDecoder(nn.Module):
-    """From video tokens and the text so far to the next token. Arguments: see Options."""
+    """Predict the next token from the video and the text so far. Arguments: see Options."""
 
     def __init__(self, width, **options):
         super().__init__()
@@ -191,7 +200,7 @@ class CaptionDecoder(nn.Module):
         self.config = {"model": "CaptionDecoder"} | asdict(o)
         if width % o.heads or width // o.heads % 2:
             raise ValueError(f"width {width} does not divide into {o.heads} heads of an even width")
-        self.queries = nn.Parameter(torch.randn(o.queries, width) * width**-0.5)
+        self.queries = nn.Parameter(torch.randn(o.queries, width) * width**-0.5)  # (Q, W)
         self.pooler = Pooler(width, o.heads, o.visual_width)
         self.pooled_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         sizes = width, o.heads, o.mlp_width
@@ -206,43 +215,44 @@ class CaptionDecoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def pool(self, visual):
-        """visual (B, M, D), tokens in any order -> (B, Q, W), computed once per video."""
-        return self.pooled_norm(self.pooler(self.queries, visual))
+    def pool(self, video_tokens):
+        """video_tokens (B, M, D), in any order -> (B, Q, W)"""
+        return self.pooled_norm(self.pooler(self.queries, video_tokens))
 
-    def step(self, text, pooled, cache):
-        """Go on by L tokens: one in decoding, all of them in teacher forcing.
+    def step(self, text_features, pooled, cache):
+        """Decode L more tokens: one at a time in `generate`, all at once with teacher forcing.
 
-        text     (B, L, W), features of the new tokens
-        pooled   (B, Q, W) from `pool`, read at the first step only
-        cache    None at the first step, then what the last step returned: for each layer the keys
-                 and values (B, 1, n, K) of the text and those (B, 1, Q, K) of the pooled video
-        returns  hidden (B, L, W) and the new cache
+        text_features  (B, L, W) of the new tokens
+        pooled         (B, Q, W) from `pool`; only the first call uses it
+        cache          None in the first call, then the result of the previous call. For each layer:
+                       keys and values (B, 1, n, K) of the text, (B, 1, Q, K) of the pooled video
+        returns        hidden (B, L, W) and the new cache
         """
         if cache is None:
             cache = [(None, block.attn.keys(pooled)) for block in self.cross_blocks]
-        x, new_cache = self.text_norm(text), []
-        for block, cross, (past, video) in zip(self.self_blocks, self.cross_blocks, cache):
-            x, past = block(x, past)
-            x = cross(x, *video)
-            new_cache.append((past, video))
+        x, new_cache = self.text_norm(text_features), []
+        for self_block, cross_block, (text_kv, video_kv) in zip(
+                self.self_blocks, self.cross_blocks, cache):
+            x, text_kv = self_block(x, text_kv)
+            x = cross_block(x, *video_kv)
+            new_cache.append((text_kv, video_kv))
         return x, new_cache
 
-    def hidden(self, visual, text):
-        """(B, M, D), (B, L, W) -> (B, L, W), what the predictor and answers to questions read."""
-        return self.step(text, self.pool(visual), None)[0]
+    def hidden(self, video_tokens, text_features):
+        """(B, M, D), (B, L, W) -> (B, L, W), the input of `logits` and of question answering."""
+        return self.step(text_features, self.pool(video_tokens), None)[0]
 
     def logits(self, hidden):
         """(..., W) -> (..., V)"""
         return self.vocabulary(self.predictor(hidden))
 
-    def forward(self, visual, text):
+    def forward(self, video_tokens, text_features):
         """Teacher forcing: logits (B, L, V) of the token after each position.
 
-        visual   (B, M, D) float, tokens of the last vision layer, class tokens included, no norm
-        text     (B, L, W) float, from a causal text encoder, after its last norm, not projected
+        video_tokens   (B, M, D) float, of the last visual layer, with class tokens, without a norm
+        text_features  (B, L, W) float, of a causal text encoder, after its last norm
         """
-        return self.logits(self.hidden(visual, text))
+        return self.logits(self.hidden(video_tokens, text_features))
 
     @classmethod
     def from_config(cls, config):
@@ -251,40 +261,45 @@ class CaptionDecoder(nn.Module):
 
     @classmethod
     def from_official(cls, source, *, heads=None):
-        """InternVideo-MM's decoder, in eval mode: see weights.caption_decoder.load."""
+        """Load InternVideo-MM's decoder or that of a run, in eval mode. See
+        weights.caption_decoder.load."""
         from weights import caption_decoder
         return caption_decoder.load(cls, source, heads=heads)
 
     def to_official(self):
-        """{official name: tensor}, as InternVideo's own code names them."""
+        """{official name: tensor}, with the names of InternVideo's code."""
         from weights import caption_decoder
         return caption_decoder.to_official(self)
 
 
 def caption_loss(logits, ids, is_text, *, count=None):
-    """Mean cross entropy of the next token, in nats; about ln V for an untrained decoder.
-    `engine.large_batches.chunked_caption_loss` has the same value for a large vocabulary.
+    """Mean cross entropy of the next token, in nats. An untrained decoder has about ln V.
+    `engine.large_batches.chunked_caption_loss` has the same value in less memory, for a large V.
 
-    logits   (B, L-1, V): the decoder's output for text features 0..L-2
-    ids      (B, L) int: start, words, end, padding; tokens 1..L-1 are the targets, the end, too:
-             a decoder that never predicts it never stops
-    is_text  (B, L) bool, False = padding, which is ignored. It comes last, so that causal attention
-             needs no mask for it
-    count    divides the sum; default: the targets in this batch. Several processes pass their mean
+    logits   (B, L-1, V), of the text features 0 to L-2
+    ids      (B, L) int: start, words, end, padding. The targets are tokens 1 to L-1. They include
+             the end, so that the decoder learns to stop
+    is_text  (B, L) bool, False = padding, which is no target. Padding comes last, so causal
+             attention needs no mask for it
+    count    divides the sum; None: the number of targets in this batch. Several processes pass the
+             mean of their numbers
+    returns  () float32 (float64 for float64 logits)
     """
     if logits.shape[:2] != (ids.shape[0], ids.shape[1] - 1):
-        raise ValueError(f"{tuple(ids.shape)} token ids need {ids.shape[0]} x {ids.shape[1] - 1} "
-                         f"predictions, got {logits.shape[0]} x {logits.shape[1]}: the decoder "
-                         "takes the text features without the last position")
-    targets, wanted = ids[:, 1:].long(), is_text[:, 1:]  # the shift by one
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    total = F.cross_entropy(wide, targets.masked_fill(~wanted, -100).flatten(), reduction="sum")
-    return total / (wanted.sum().clamp(min=1) if count is None else count)
+        raise ValueError(f"token ids of shape {tuple(ids.shape)} need logits for {ids.shape[0]} x "
+                         f"{ids.shape[1] - 1} tokens, got {logits.shape[0]} x {logits.shape[1]}: "
+                         "give the decoder the text features without the last position")
+    targets, is_target = ids[:, 1:].long(), is_text[:, 1:]       # (B, L-1): the shift by one token
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    # cross_entropy ignores the target -100.
+    total = F.cross_entropy(logits, targets.masked_fill(~is_target, -100).flatten(),
+                            reduction="sum")
+    return total / (is_target.sum().clamp(min=1) if count is None else count)
 
 
 class VideoText(nn.Module):
-    """The model of stage 2: a `clip_video.VideoCLIP`, and a decoder of the same widths and
-    vocabulary. Files name their weights `clip.*` and `caption_decoder.*`, as InternVideo's own."""
+    """The model of stage 2: a `clip_video.VideoCLIP`, and a `CaptionDecoder` for its widths and its
+    vocabulary. Weights are named `clip.*` and `caption_decoder.*`, as in InternVideo's files."""
 
     def __init__(self, clip, caption_decoder):
         super().__init__()
@@ -292,7 +307,7 @@ class VideoText(nn.Module):
 
     @property
     def config(self):
-        """The configurations of both parts: what config.json holds."""
+        """The configurations of both parts, as in config.json."""
         return {"model": "VideoText", "clip": self.clip.config,
                 "caption_decoder": self.caption_decoder.config}
 
@@ -304,22 +319,21 @@ class VideoText(nn.Module):
 
     @classmethod
     def from_run(cls, folder):
-        """Load a run of `train.py clip`, in eval mode."""
+        """Load the model of a run of `train.py clip`, in eval mode."""
         return cls(VideoCLIP.from_official(folder), CaptionDecoder.from_official(folder)).eval()
 
     def to_official(self):
-        """{official name: tensor}, laid out like InternVideo's own file."""
+        """{official name: tensor}, as in InternVideo's files."""
         clip = {"clip." + name: tensor for name, tensor in self.clip.to_official().items()}
         return clip | self.caption_decoder.to_official()
 
     def forward(self, video, ids):
-        """What both losses take, from one pass of both encoders.
+        """The inputs of both losses, from one forward pass of both encoders.
 
         video    (B, C, T, H, W) float, normalised with clip.mean and clip.std
         ids      (B, L) int64
-        returns  video and text embedding (B, E), which with `clip.logit_scale` are for
-                 `contrastive_loss`; hidden (B, L-1, W): `caption_decoder.logits` of it is for
-                 `caption_loss`
+        returns  video and text embeddings (B, E), for `contrastive_loss`; hidden (B, L-1, W), from
+                 which `caption_decoder.logits` computes the logits of `caption_loss`
         """
         if self.training:
             self.clip.clamp_scale()
@@ -329,7 +343,8 @@ class VideoText(nn.Module):
         return video_embedding, text_embedding, hidden
 
     def caption(self, video, tokenizer, maximum, **options):
-        """video as `forward` -> B sentences of at most `maximum` tokens; options: of `generate`."""
+        """video (B, C, T, H, W), as in `forward` -> a list of B captions, each of at most `maximum`
+        tokens. options: see `generate`."""
         _, tokens = self.clip.encode_video_tokens(video)
         return tokenizer.decode(generate(
             self.caption_decoder, self.clip.text, tokens.flatten(1, 2), start=tokenizer.start,
@@ -337,64 +352,70 @@ class VideoText(nn.Module):
 
 
 @torch.no_grad()
-def generate(decoder, text_encoder, visual, *, start, end, maximum, minimum=0, search=None):
-    """Captions for a batch of videos, by greedy decoding: always the most probable next token.
+def generate(decoder, text_encoder, video_tokens, *, start, end, maximum, minimum=0, search=None):
+    """Write a caption for each video by greedy decoding: take the most probable token every time.
 
     text_encoder       has `start_cache` and `step`, as clip_video.TextEncoder
-    visual             (B, M, D) video tokens
-    start, end         ids of the tokens that open and close a sentence
-    minimum, maximum   number of tokens, at least 0 and 1; the text encoder needs room for `maximum`
-    search             chooses the tokens in place of argmax: see tasks/caption_search.py
-    returns            B lists of token ids, without start and end, of various lengths
+    video_tokens       (B, M, D)
+    start, end         token ids that begin and end a caption
+    minimum, maximum   limits of a caption's length in tokens, without start and end. `maximum` is
+                       at least 1 and at most the length that the text encoder takes
+    search             replaces argmax: see tasks/caption_search.py
+    returns            B lists of token ids of different lengths, without start and end
     """
     if not 0 <= minimum <= maximum or maximum < 1:
-        raise ValueError(f"{minimum} to {maximum} tokens: need 0 <= minimum <= maximum >= 1")
-    pooled, cache, text_cache = decoder.pool(visual), None, text_encoder.start_cache(len(visual))
-    ids = torch.full((len(visual),), start, device=visual.device)  # newest token of each sentence
-    words = ids[:, None][:, :0]                                    # (n, tokens so far)
-    ended = torch.zeros_like(ids, dtype=torch.bool)
-    for place in range(maximum):
-        features, text_cache = text_encoder.step(ids[:, None], text_cache)
-        hidden, cache = decoder.step(features, pooled, cache)
-        logits = decoder.logits(hidden[:, -1])                     # (n, V)
+        raise ValueError(f"{minimum} to {maximum} tokens: need 0 <= minimum <= maximum and "
+                         "maximum >= 1")
+    pooled, cache, text_cache = (decoder.pool(video_tokens), None,
+                                 text_encoder.start_cache(len(video_tokens)))
+    # There are n = B sentences, or a multiple of B if `search` keeps several per video.
+    ids = torch.full((len(video_tokens),), start, device=video_tokens.device)  # (n,), newest token
+    tokens = ids[:, None][:, :0]                                   # (n, tokens so far)
+    ended = torch.zeros_like(ids, dtype=torch.bool)                # (n,)
+    for position in range(maximum):
+        text_features, text_cache = text_encoder.step(ids[:, None], text_cache)  # (n, 1, W)
+        hidden, cache = decoder.step(text_features, pooled, cache)               # (n, 1, W)
+        logits = decoder.logits(hidden[:, -1])                                   # (n, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if place < minimum:
+        if position < minimum:
             logits[:, end] = -math.inf
         if search is None:
             ids = logits.argmax(dim=-1)
         else:
-            ids, words, ended, cache, text_cache = search(logits, words, ended, cache, text_cache)
-        words = torch.cat([words, ids[:, None]], dim=1)
+            ids, tokens, ended, cache, text_cache = search(logits, tokens, ended, cache, text_cache)
+        tokens = torch.cat([tokens, ids[:, None]], dim=1)
         ended = ended | (ids == end)
         if ended.all():
             break
-    best = words.unflatten(0, (len(visual), -1))[:, 0].tolist()    # a search keeps the best first
+    # `search` puts the best sentence of a video first.
+    best = tokens.unflatten(0, (len(video_tokens), -1))[:, 0].tolist()
     return [row[:row.index(end)] if end in row else row for row in best]
 
 
 @torch.no_grad()
 def main():
-    """`python caption_decoder.py`: the shapes, of an untrained model on one generated clip."""
+    """`python caption_decoder.py` prints the shapes for one clip and an untrained model."""
     from video.moving_shapes import MovingShapes
     from video.transforms import normalise
     from weights.tokenizer import train_tokenizer
 
-    world = MovingShapes("train", 4, 64)
-    tokenizer = train_tokenizer([world[i]["caption"] for i in range(100)], 800)
-    ids, is_text = tokenizer.encode(world[0]["caption"], 32, trim=True)
+    dataset = MovingShapes("train", 4, 64)
+    tokenizer = train_tokenizer([dataset[i]["caption"] for i in range(100)], 800)
+    ids, is_text = tokenizer.encode(dataset[0]["caption"], 32, trim=True)
     V = tokenizer.vocabulary
     clip = VideoCLIP("tiny", frames=4, image_size=64, vocabulary=V, context=32, end=tokenizer.end)
     decoder = CaptionDecoder(128, heads=2, depth=2, visual_width=192, queries=8, vocabulary=V)
     model = VideoText(clip, decoder).eval()
-    video = normalise(torch.as_tensor(world[0]["video"])[None], clip.mean, clip.std)
+    video = normalise(torch.as_tensor(dataset[0]["video"])[None], clip.mean, clip.std)
     tokens = clip.encode_video_tokens(video)[1].flatten(1, 2)
     logits = decoder.logits(model(video, ids)[2])
-    for name, value in (("video tokens (B, M, D)", tokens), ("caption (B, L)", ids),
-                        ("pooled (B, Q, W)", decoder.pool(tokens)), ("logits (B, L-1, V)", logits)):
-        print(f"{name:28s} {tuple(value.shape)}")
-    print(f"loss of {world[0]['caption']!r}, untrained: {caption_loss(logits, ids, is_text):.2f}; "
-          f"ln V = {math.log(V):.2f} at chance")
-    print("what it writes, untrained:", *model.caption(video, tokenizer, maximum=10))
+    for name, tensor in (
+            ("video tokens (B, M, D)", tokens), ("caption ids (B, L)", ids),
+            ("pooled video (B, Q, W)", decoder.pool(tokens)), ("logits (B, L-1, V)", logits)):
+        print(f"{name:28s} {tuple(tensor.shape)}")
+    print(f"caption loss of the untrained model {caption_loss(logits, ids, is_text):.2f} for "
+          f"{dataset[0]['caption']!r}; ln V = {math.log(V):.2f}")
+    print("caption of the untrained model:", *model.caption(video, tokenizer, maximum=10))
 
 
 if __name__ == "__main__":
