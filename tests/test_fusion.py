@@ -403,7 +403,7 @@ def test_the_tower_of_a_video_text_model_sees_clips_as_it_was_trained():
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(before=[2, 1]), "rising"), (dict(before=[3]), "blocks 0 to 2"),
-    (dict(layers=[0, 1]), "name 3 layers"),
+    (dict(layers=[0, 1]), "give 3 blocks"),
     (dict(before=[0], layers=[9]), "from 0 to 3"), (dict(source="class"), "choose all or patches"),
     (dict(heads=5), "not a multiple of 5 heads"),
     (dict(before=[0], layers=[[0], [1]]), "a list for each of the 1"),
@@ -415,7 +415,7 @@ def test_impossible_places_are_refused(options, complaint):
 
 
 def test_heads_for_different_classes_are_refused():
-    with pytest.raises(ValueError, match="heads name 5, 7 classes"):
+    with pytest.raises(ValueError, match="heads have 5, 7 classes"):
         InternVideo(encoders(5)[0], encoders(7)[1])
 
 
