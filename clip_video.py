@@ -50,8 +50,7 @@ from engine.large_batches import BlockedLoss
 from engine.processes import gather_with_gradient
 from uniformerv2 import UniFormerV2
 
-# Mean and standard deviation of red, green and blue, for pixels in [0, 1]. ViCLIP uses those of
-# ImageNet, the other models those of CLIP.
+# Of red, green and blue, for pixels in [0, 1]. ViCLIP uses ImageNet's, the other models CLIP's.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -247,9 +246,7 @@ class JointEncoder(nn.Module):
 
 class VideoCLIP(nn.Module):
     """A visual and a text encoder with one embedding space. Arguments: see Options.
-
-    mean, std   three numbers each, for red, green and blue; they normalise pixels in [0, 1]
-    """
+    Its `mean` and `std`, three numbers each, normalise pixels in [0, 1]."""
 
     def __init__(self, size="b16", **options):
         super().__init__()
@@ -306,8 +303,7 @@ class VideoCLIP(nn.Module):
         return self.encode_video_tokens(video)[0]                            # (B, E)
 
     def encode_text_tokens(self, ids):
-        """ids (B, L) int64 -> embedding (B, E), not normalised, and tokens (B, L, W), which have
-        passed the last norm."""
+        """ids (B, L) -> embedding (B, E), not normalised; tokens (B, L, W), after the last norm."""
         return self.text(ids)
 
     def encode_text(self, ids):

@@ -19,18 +19,17 @@ tokens, width Dm. A score is the output of an encoder's head: the logits of Y cl
 1. `CrossModelAttention`: attention to the tokens of the other encoder, then an MLP. A gate tanh(g)
    multiplies each. g starts at 0, so the encoders start unchanged. At g = 0, y = tanh(g) * f(x) has
    dy/dg = f(x) and dy/df = 0. The gate therefore trains from the first step, and f after it.
-2. `InternVideo.encode_masked` puts such layers before chosen blocks of the masked encoder. Their
-   keys come from multimodal blocks of the same relative depth, because early blocks hold
-   information that the last block has lost. At the end, the multimodal encoder's global token (paper:
-   "query token") attends to the masked encoder's tokens.
+2. `InternVideo.encode_masked` puts such layers before chosen blocks of the masked encoder. The keys
+   come from multimodal blocks of the same relative depth. At the end, the multimodal encoder's
+   global token (in the paper "query token") attends to the masked encoder's tokens.
 3. The weights of the scores are a softmax of learned numbers that start equal. Before training, the
    result is therefore the mean of both encoders' logits.
 4. `InternVideo.freeze`: only the cross-model attention, the weights of the scores, the heads with
    their norms, and the initial global token train. The encoders stay in eval mode.
 
-None of this was released. Our choices where the paper is silent: four blocks, evenly spaced; the
-same relative depth; keys from all tokens; as many heads as the queries' encoder; one gate a branch;
-a convex sum of logits. VideoMAE-H with UniFormerV2-L: 90.2 M parameters train, 985 M are frozen.
+None of this was released. Our own choices: four blocks, evenly spaced; the same relative depth;
+keys from all tokens; as many heads as the queries' encoder; a gate per branch; a convex sum of
+logits. VideoMAE-H with UniFormerV2-L: 90.2 M parameters train, 985 M are frozen.
 
 >>> from mae import VideoClassifier
 >>> from uniformerv2 import UniFormerV2
@@ -102,8 +101,9 @@ class Options:
 
     # Blocks of the masked encoder with cross-model attention before them, rising; None: `evenly`.
     before: list | None = None
-    # For each of these, the multimodal block whose output it attends to; None: the same relative
-    # depth. With two multimodal encoders: a list for each.
+    # For each of these, the multimodal block whose output gives the keys; None: the same relative
+    # depth. Early blocks hold information that the last block has lost. With two multimodal
+    # encoders: a list for each.
     layers: list | None = None
     last: bool = True  # the global token attends to the masked encoder's tokens
     heads: int | None = None  # of the attention in the masked encoder; None: as many as it has
@@ -335,7 +335,7 @@ class InternVideo(nn.Module):
 
 
 def evenly(count, depth):
-    """`count` blocks of `depth`, evenly spaced; the last is the last block.
+    """Numbers of `count` evenly spaced blocks out of `depth`, with the last block among them.
 
     >>> evenly(4, 32), evenly(4, 12), evenly(2, 3)
     ([7, 15, 23, 31], [2, 5, 8, 11], [1, 2])
@@ -359,16 +359,16 @@ def view(clip, encoder):
     frames, size = encoder.config["frames"], tuple(encoder.config["image_size"])
     if clip.dtype != torch.uint8 or clip.ndim != 5 or clip.shape[-1] != 3:
         raise ValueError(f"a clip is uint8 (B, T, H, W, 3), not {str(clip.dtype)[6:]} "
-                         f"{tuple(clip.shape)}; pixels are normalised here, for each encoder")
+                         f"{tuple(clip.shape)}; `view` normalises the pixels")
     B, T, H, W, _ = clip.shape
     if T < frames:
         raise ValueError(f"a clip of {T} frames for an encoder of {frames}: sample more frames")
     if T != frames:
         clip = clip[:, ((torch.arange(frames, device=clip.device) + 0.5) * T / frames).long()]
     if (H, W) != size:
-        frames_first = clip.flatten(0, 1).permute(0, 3, 1, 2).float()        # (B*t, 3, H, W)
+        frames_first = clip.flatten(0, 1).permute(0, 3, 1, 2).float()        # (B*frames, 3, H, W)
         resized = F.interpolate(frames_first, size, mode="bilinear", antialias=True)
-        clip = resized.permute(0, 2, 3, 1).unflatten(0, (B, frames))         # (B, t, h, w, 3)
+        clip = resized.permute(0, 2, 3, 1).unflatten(0, (B, frames))         # (B, frames, *size, 3)
     return normalise(clip, encoder.mean, encoder.std)
 
 
@@ -386,8 +386,8 @@ def main():
     rows = [("clip", "(B, T, H, W, 3)", clip),
             ("input of the masked encoder", "(B, C, T, H, W)", view(clip, model.masked))]
     for index, (block, layer) in enumerate(zip(model.before, model.layers[0])):
-        rows.append((f"attention before block {block} to block {layer}", "(B, N, t, 1+S)",
-                     model.attention_maps(clip, index)))
+        rows.append((f"attention: masked block {block}, multimodal block {layer}",
+                     "(B, N, t, 1+S)", model.attention_maps(clip, index)))
     rows += [("masked tokens after the last block", "(B, N, D)", masked.tokens),
              ("global token after cross-model attention", "(B, 1, Dm)", multimodal.query),
              ("logits", "(B, Y)", model(clip))]

@@ -333,7 +333,7 @@ def test_the_command_prints_the_shapes(capsys):
     caption_decoder.main()
     lines = capsys.readouterr().out.splitlines()
     assert any("(B, M, D)" in line and "(1, 260, 192)" in line for line in lines)
-    assert "at chance" in lines[-2] and lines[-1].startswith("what it writes, untrained:")
+    assert "ln V" in lines[-2] and lines[-1].startswith("caption of the untrained model:")
 
 
 # ------------------------------------------------------------------------------------------------
