@@ -1,4 +1,4 @@
-"""Clips for training and evaluation: from a list of files to batches.
+"""Data sets of clips, and the batches for training and evaluation.
 
     list --> Row (path, part, label, ...) --> Video --> choose_frames --> crop_frames --> item
              video/annotations, files         video/decoding, sampling, transforms, clips
@@ -6,27 +6,27 @@
     item: {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, ...}
     batch: {"video": uint8 (B, T, H, W, 3), "labels": {question: int64 (B,)}, ...}
 
-1. `VideoFiles` reads a list of files, as video/annotations.py understands it. `VideoShards` reads
-   tar shards. video/moving_shapes.py generates clips. All three return the same items.
-2. A clip is decoded, sampled and cropped by one recipe (video/clips.py). "dense" sampling (stage 1)
-   takes every 4th frame, from a random start in training and from the middle in evaluation.
-   "segment" sampling (other stages) takes one frame of each of T equal parts: a random one in
-   training, the middle one in evaluation. Other names reproduce official numbers.
-3. `batches` collates items for training. Step k holds the same clips for any number of workers
-   and after any resume, because each random draw is a function of (seed, index, epoch). Tar shards
-   are the exception; see `VideoShards`.
+1. `VideoFiles` reads a list of files in a format of video/annotations.py. `VideoShards` reads tar
+   shards. video/moving_shapes.py generates clips. All three return the same items.
+2. video/clips.py decodes, samples and crops each clip. "dense" sampling (stage 1) takes every 4th
+   frame, from a random start in training and from the middle in evaluation. "segment" sampling
+   (other stages) takes one frame of each of T equal segments: a random one in training, the middle
+   one in evaluation. The other samplings reproduce official numbers.
+3. `batches` collates items for training. Each random number is a function of (seed, index, epoch).
+   So step k gets the same clips for any number of workers and after any resume. Tar shards are the
+   exception; see `VideoShards`.
 4. `held_out` collates each item of an evaluation set once.
 5. Frames stay uint8 until they are on the device; `video.transforms.normalise` converts them.
 
-Where we differ from official code: official loaders put another random video in place of a corrupt
-one, even in evaluation (VideoMAE kinetics.py:118). Here training reports what it skipped, and
-evaluation never substitutes. VideoMAE fine-tuning spreads 16 frames over 64 with spacing 64/15; our
-"dense" has the exact stride of its pretraining. InternVideo's segment sampling never draws the last
-frame of a segment; our "segment" can. `--sampling videomae-dense` and others like it follow the
-official rules exactly.
+Where we differ from official code: official loaders replace a corrupt video by another random one,
+even in evaluation (VideoMAE kinetics.py:118). Here training skips it and reports it; evaluation
+skips and counts it. VideoMAE fine-tuning spreads 16 frames over 64 with spacing 64/15; our "dense"
+has the exact stride of VideoMAE pretraining. InternVideo's segment sampling never draws the last
+frame of a segment; our "segment" can. `--sampling videomae-dense` and the like follow the official
+rules exactly.
 
     python data.py PATH                 check a data set: bad files, statistics, a contact sheet
-    python data.py PATH --cache DIR     write small copies, so that later epochs load faster
+    python data.py PATH --cache DIR     write small copies of the videos, which load faster
 
 >>> spread(9, 3)
 [0, 3, 6]
@@ -46,7 +46,7 @@ from video.shards import ShardStream, VideoShards, describe_sample
 
 
 def open_clips(source, *args, **options):
-    """VideoFiles, or VideoShards where the source is tar shards; arguments as theirs."""
+    """VideoShards where the source is tar shards, else VideoFiles. Both take these arguments."""
     return (VideoShards if annotations.is_shards(source) else VideoFiles)(source, *args, **options)
 
 
@@ -55,13 +55,14 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
               frame_rate=25.0, **augment):
     """The training set and the held-out sets of a run: (train_set, {"val": ..., ...}).
 
-    source    what --data names: a folder, a list ...; "" = generated clips
-    held_out  what --val-data names; "" = a part of `source`
+    source    value of --data: a folder, a list ...; "" = generated clips
+    held_out  value of --val-data; "" = a part of `source`
     world     class of video.moving_shapes that generates clips; its HELD_OUT names the held-out
               sets. Files have only "val"
-    augment   more for the training set; this and the rest: see VideoFiles
+    augment   further options of the training set
 
-    Only this function asks whether clips come from files: all data sets have one interface.
+    VideoFiles explains the other options. Only this function asks whether clips come from files,
+    because all data sets have the same interface.
     """
     if not source:
         make = functools.partial(getattr(moving_shapes, world), frames=frames, size=size, seed=seed,
@@ -77,13 +78,13 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
     print(f"--data {train_set.summary()}")
     if held_out:
         print(f"--val-data {val.summary()}")
-        both = {row.path for row in getattr(train_set, "rows", ())} & {
+        shared = {row.path for row in getattr(train_set, "rows", ())} & {
             row.path for row in getattr(val, "rows", ())}
-        if both:
-            print(f"{len(both):,} videos are in both --data and --val-data, as {min(both)}")
+        if shared:
+            print(f"{len(shared):,} videos are in both --data and --val-data, as {min(shared)}")
     if val.several != train_set.several:
-        has = "several labels" if val.several else "one label"
-        raise DataError(f"{val.source}: its clips have {has} each, those of --data have not")
+        count = "several labels" if val.several else "one label"
+        raise DataError(f"{val.source}: its clips have {count} each, those of --data do not")
     absent = val.absent_classes()
     print(f"held out: {len(val)} clips" + (f"; none of {', '.join(absent[:5])}"
                                            f"{', ...' * (len(absent) > 5)}" if absent else ""))
@@ -94,11 +95,11 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
 # Batches
 
 BATCH_LISTS = (*TEXTS, "captions", "path", "part", "clip", "facts",
-               "index")  # one entry for each clip
+               "index")  # lists with one entry per clip
 
 
 def collate(items):
-    """Items of one data set -> a batch, without the unreadable ones; or a DataError among them."""
+    """Items of one data set -> a batch without the unreadable items; or a DataError among them."""
     for item in items:
         if isinstance(item, DataError):
             return item
@@ -113,12 +114,14 @@ def collate(items):
 
 
 def collate_labels(labels):
-    """The answers of several clips to one question, None = none: int64 (B,), -1 = none; where a
-    clip may have several answers, float32 (B, Y) with a one for each, no one = none."""
-    several = next((label for label in labels if np.ndim(label)), None)
-    if several is None:
+    """Labels of B clips for one question -> int64 (B,), -1 = no label. None in `labels` = no label.
+
+    Where a clip may have several labels: float32 (B, Y), 1 for each label, all 0 = no label.
+    """
+    example = next((label for label in labels if np.ndim(label)), None)
+    if example is None:
         return torch.tensor([-1 if label is None else label for label in labels])
-    rows = [np.zeros(len(several)) if label is None else label for label in labels]
+    rows = [np.zeros(len(example)) if label is None else label for label in labels]
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
@@ -126,21 +129,22 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
             repeats=1):
     """Iterate over the batches of steps start .. steps - 1; batch k is a function of (seed, k).
 
-    An endless data set is read in order: step k holds indices k*B to k*B + B - 1. A finite one is
-    read epoch after epoch, each in its own order drawn from (seed, epoch) unless shuffle=False. A
-    batch may contain clips of two epochs, so that all batches have the same size. The batches of
-    `world` processes at step k are together the batch of one process with batch size B * world.
+    An endless data set is read in order: step k has indices k*B to k*B + B - 1. A finite data set
+    is read epoch by epoch. Each epoch has its own order, a function of (seed, epoch), unless
+    shuffle=False. All batches have the same size, so a batch may contain clips of two epochs. The
+    batches of `world` processes at step k together are the batch of one process with batch size
+    B * world.
 
-    workers  processes that load ahead; 0 = load in this one
-    repeats  clips of each file side by side, each with its own random draws (repeated augmentation,
-             arXiv 1901.09335, as VideoMAE uses it); finite data sets only
+    workers  processes that load ahead; 0 = load in this process
+    repeats  clips per file in a batch, each augmented on its own (repeated augmentation, arXiv
+             1901.09335, as in VideoMAE); finite data sets only
     yields   dict: "video" uint8 (B, T, H, W, 3), "labels" {question: see `collate_labels`}, "bad"
-             list of (path, reason), and lists such as "caption" and "path", see BATCH_LISTS
-    raises   DataError where the data set does, or for a batch of nothing but unreadable files
+             list of (path, reason), and the lists of BATCH_LISTS, such as "caption" and "path"
+    raises   DataError of the data set, or where all files of a batch are unreadable
     """
     shards = isinstance(dataset, VideoShards)
     if repeats > 1 and (shards or not hasattr(dataset, "__len__")):
-        raise DataError(f"repeats={repeats}: an endless data set has no use for it")
+        raise DataError(f"repeats={repeats}: needs a finite data set")
     if shards:
         stream = ShardStream(dataset, seed, start, rank)
         loaded = load(stream, None, workers, collate, batch_size=batch_size)
@@ -150,26 +154,27 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
         loaded = load(dataset, plan, workers, collate)
     for batch in loaded:
         if batch["video"] is None:
-            raise DataError(f"a whole batch of unreadable files; {batch['bad'][0][1]}")
+            raise DataError(f"all files of a batch are unreadable; {batch['bad'][0][1]}")
         yield batch
 
 
 def spread(n, count):
-    """Indices of `count` of n items, evenly spaced from 0 on; all indices where n <= count."""
+    """`count` of the indices 0 to n - 1, evenly spaced from 0; all of them where n <= count."""
     return [i * n // min(n, count) for i in range(min(n, count))]
 
 
 def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
-    """Iterate once over `count` items, in order, as batches like those of `batches`.
+    """Iterate once over `count` items in order; yields batches as `batches` does.
 
-    An endless data set gives its first items. A finite one gives evenly spaced ones (`spread`),
+    An endless data set gives its first items. A finite one gives evenly spaced items (`spread`),
     because lists are often sorted by class; count=None takes all. Process `rank` of `world` gets
-    every world-th batch, so that together they see every item once. "number" is the batch's place
-    among all.
+    every world-th batch, so that all processes together see each item once. batch["number"] is the
+    index of the batch among those of all processes.
 
-    The last batch may be smaller, and so may one with unreadable files. These are in "bad", so that
-    evaluated + bad = count. If no item can be read: DataError; one of several processes instead
-    yields one batch whose "video" is None. No other batch is empty.
+    The last batch, or one with unreadable files, may be smaller. batch["bad"] lists unreadable
+    files, so readable + bad clips = count. If a single process can read no item, it raises
+    DataError. One of several processes instead yields one batch whose "video" is None. No other
+    batch is empty.
     """
     if hasattr(dataset, "__len__"):
         count = len(dataset) if count is None else min(count, len(dataset))
@@ -182,7 +187,8 @@ def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
     else:
         plan = [list(chosen[first:first + batch_size]) for first in range(0, count, batch_size)]
         loaded = load(dataset, plan[rank::world], workers, collate)
-    waiting, bad = None, []  # one batch is held back: the last one also reports what follows it
+    # Each batch is yielded one step late: the last one must also report bad files that follow it.
+    waiting, bad = None, []
     for number, batch in zip(itertools.count(rank, world), loaded):
         bad += batch["bad"]
         if batch["video"] is None:
@@ -200,7 +206,7 @@ def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
 
 
 def main(argv=None):
-    """Check a data set. Returns the exit code: 0, 1 where files are bad, 2 for a user's mistake."""
+    """Check a data set -> the exit code: 0, 1 where files are unreadable, 2 for a user's error."""
     from video import checking
     return checking.main(VideoFiles, argv)
 

@@ -1,13 +1,13 @@
-"""The four stages of InternVideo side by side, and the loop that trains any of them.
+"""The four stages of InternVideo, and the loop that trains each of them.
 
-    python train.py                       the default run: every stage, on generated clips, on a CPU
+    python train.py                       the default run: all four stages on generated clips
     python train.py mae                   one stage; `python train.py mae --help` lists its flags
-    python train.py mae --data DIR        the same on your videos
+    python train.py mae --data DIR        the same stage on your videos
     python train.py clip --data LIST      videos and sentences: CSV with a header `path,caption`
-    python train.py classify --weights RUN --data DIR       fine-tune or probe either encoder
-    python train.py fuse --masked RUN --multimodal RUN      cross-model attention between them
+    python train.py classify --weights RUN --data DIR       fine-tune or probe an encoder
+    python train.py fuse --masked RUN --multimodal RUN      cross-model attention between two
     python train.py mae --steps 0 --weights RUN             evaluate only
-    python train.py mae --resume          go on where the last run stopped
+    python train.py mae --resume          continue from the newest checkpoint
     torchrun --nproc-per-node 8 train.py mae --data DIR     on eight GPUs; see engine/processes.py
 
     stage.datasets() --> train_set, {"val": ...} --+
@@ -15,22 +15,24 @@
     stage.loss(model, batch, rng) -----------------+    log, evaluate, save, resume --> out/
 
 The idea, in steps:
-1. A stage is a dataclass. Its fields are its recipe, and become the flags. Its methods say which
-   clips, which model and which loss; engine/stage.py lists all that it may redefine.
-2. Equations stand in the components (mae.reconstruction_loss), choices in the stages (mask ratio).
-   The stages of tasks (retrieve, answer, localise) stand in tasks/, beside their metrics.
-3. `train` runs any stage and knows none by name. What its `run.` calls do stands in engine/run.py.
-4. Randomness is a function of (seed, step) alone. A run that was killed and resumed on the same
-   processor, with as many threads, ends with the same weights, bit for bit. The number of workers
-   does not matter, the number of processes only within rounding. (Tar shards are not repeatable.)
-5. Evaluation seeds itself: the same held-out clips and the same masks every time.
-6. An error ends in one line: exit code 2 for a user's error, 1 where the machine or the numbers
-   fail, 130 where the run was interrupted.
+1. A stage is a dataclass. Its fields are the recipe; each field becomes a flag. Its methods define
+   the clips, the model and the loss. engine/stage.py lists the methods that a stage may override.
+2. Equations are in the components (mae.reconstruction_loss); choices are in the stages (mask
+   ratio). The stages of tasks (retrieve, answer, localise) are in tasks/, beside their metrics.
+3. `train` runs every stage and has no code for a particular one. engine/run.py implements the
+   methods of `run`.
+4. Randomness is a function of (seed, step) alone. A run that is killed and resumed on the same
+   processor, with the same number of threads, ends with bit-identical weights. The number of
+   workers does not matter. The number of processes changes rounding only. Tar shards are the
+   exception: a resumed run draws new samples.
+5. Every evaluation uses the same held-out clips and the same masks.
+6. An error prints one line. The exit code is 2 for a user's error, 1 where the machine or the
+   numbers fail, and 130 for an interrupted run.
 
-A run leaves in --out: log.jsonl (a line for every tenth step), metrics.json (the last evaluation
-and all settings), model.safetensors with config.json (and tokenizer.json, or questions.json and
-predictions.csv, where words or classes have names), last.pt, last.1.pt (for --resume), pictures,
-report.html.
+A run writes into --out: log.jsonl (a line every --log-every steps), metrics.json (the last
+evaluation and all settings), model.safetensors, config.json, last.pt and last.1.pt (for --resume),
+pictures, report.html. Stages with text add tokenizer.json. Classifiers add questions.json and
+predictions.csv.
 """
 
 import functools
@@ -86,18 +88,18 @@ class MaskedModelling(MaskedStage, name="mae"):
     batch_size: int = flag(16, paper="1024 in all")
     beta2: float = flag(0.95, paper="0.95")
     model: str = flag("tiny", "network size", paper="base, large, huge", choices=tuple(mae.SIZES))
-    mask_ratio: float = flag(0.75, "share of each frame that is hidden; leaves 7 of 25 places here",
-                             paper="0.9, leaves 20 of 196")
+    mask_ratio: float = flag(0.75, "share of each frame that is hidden; 7 of 25 patches stay here",
+                             paper="0.9: 20 of 196 stay")
     mask_type: str = flag("tube", paper="tube")
     normalise: bool = flag(True, "targets with mean 0 and variance 1 per tubelet and channel",
                            paper="yes")
-    positions: str = flag("cosines", "position codes: cosines = of time, row and column, cosines "
-                          "that fit the grid; axes = of the same, sinusoids; sinusoid = of the "
-                          "token's number", paper="sinusoid",
+    positions: str = flag("cosines", "position codes: cosines = cosines of time, row and column "
+                          "with periods that fit the grid; axes = sinusoids of time, row and "
+                          "column; sinusoid = sinusoids of the token's index", paper="sinusoid",
                           choices=("cosines", "axes", "sinusoid"))
-    decoder_depth: int = flag(0, "decoder blocks; 0 = as the size says", low=0,
+    decoder_depth: int = flag(0, "decoder blocks; 0 = as in --model", low=0,
                               paper="4; 12 for large")
-    decoder_width: int = flag(0, "width of the decoder; 0 = as the size says", low=0,
+    decoder_width: int = flag(0, "width of the decoder; 0 = as in --model", low=0,
                               paper="half of the encoder's")
     drop_path: float = flag(0.0, "share of samples that skip a block", paper="0", low=0, high=1)
     num_frames: int = flag(8, paper="16")
@@ -105,10 +107,10 @@ class MaskedModelling(MaskedStage, name="mae"):
     sampling: str = flag("dense", paper="videomae-pretrain")
     transform: str = flag("plain", paper="videomae-pretrain")
 
-    network = mae.VideoMAE  # what `build` makes
+    network = mae.VideoMAE  # class of the model that `build` returns
 
     def build(self, train_set):
-        """From --weights, or from scratch."""
+        """The network, from --weights or from scratch."""
         if self.weights:
             self.check_clips(weights.hub_clips(self.weights))
             model = self.network.from_official(self.weights, frames=self.num_frames,
@@ -127,7 +129,7 @@ class MaskedModelling(MaskedStage, name="mae"):
         return model
 
     def size(self):
-        """The mae.Size that --model, --decoder-depth and --decoder-width name."""
+        """The mae.Size given by --model, --decoder-depth and --decoder-width."""
         size = mae.SIZES[self.model]
         if self.decoder_depth:
             size = replace(size, decoder_depth=self.decoder_depth)
@@ -156,19 +158,19 @@ class MaskedModelling(MaskedStage, name="mae"):
         return loss, metrics
 
     def protocol(self, held_out):
-        """What the loss is to be compared with."""
+        """What the loss measures, and what a trivial guess costs."""
         return {"loss": "mean squared error of normalised pixels; predicting the mean of every "
-                        "tubelet costs 0.99 to 1.0. It does not approach 0: fine texture and noise "
-                        "cannot be predicted" if self.normalise else
-                        "mean squared error of pixels in [0, 1]; the trivial loss is that of the "
-                        "clip's mean visible colour"}
+                        "tubelet costs 0.99 to 1.0. It does not approach 0, because fine texture "
+                        "and noise cannot be predicted" if self.normalise else
+                        "mean squared error of pixels in [0, 1]; the trivial loss is that of "
+                        "predicting the clip's mean visible colour"}
 
     def pictures(self, model, batch, folder, results):
-        """reconstruction_0.png to _3.png, and the same as GIFs."""
+        """Draw reconstruction_0.png to _3.png, and the same clips as GIFs -> paths."""
         return reconstruction.draw(self, model, batch, folder)
 
 
-# Both encoders of the default run of stage 2, made for four minutes on a laptop.
+# Sizes of both encoders in the default run: stage 2 takes about four minutes on a laptop.
 SMALL, SMALL_TEXT = uniformerv2.Size(96, 3, 4, 384, 8, 40), clip_video.TextSize(96, 2, 2)
 
 
@@ -176,34 +178,34 @@ SMALL, SMALL_TEXT = uniformerv2.Size(96, 3, 4, 384, 8, 40), clip_video.TextSize(
 class VideoLanguage(VideoTextStage, name="clip"):
     """Stage 2: align videos with sentences, and write sentences (InternVideo, Sec. 3.2).
 
-    Contrastive and captioning loss from one forward pass; batches of videos and of single pictures
-    alternate. More pairs in a batch are more negatives. --accum cannot give them, because
-    micro-batches never meet; --cache-size can."""
+    One forward pass gives the contrastive and the captioning loss. Batches of videos and of images
+    alternate. A larger batch has more negatives. --accum does not add any, because the loss never
+    compares pairs of two micro-batches. --cache-size allows a larger batch in the same memory."""
 
     steps: int = flag(2000, paper="400,000")
     lr: float = flag(2e-3, paper="8e-5, from CLIP's weights")
     warmup: float = flag(0.05, paper="0.01")
     weight_decay: float = flag(0.2, paper="0.2")
     beta2: float = flag(0.98, paper="0.98")
-    batch_size: int = flag(32, "pairs per process and step, each the others' negatives",
+    batch_size: int = flag(32, "pairs per process and step; all others are negatives",
                            paper="14,336 videos or 86,016 images in all")
-    accum: int = flag(1, "must stay 1: micro-batches would not be each other's negatives; see "
+    accum: int = flag(1, "must be 1: pairs of two micro-batches are not compared; see "
                       "--cache-size")
-    cache_size: int = flag(0, "gradient caching: pairs in memory at a time, equal to the large "
-                           "batch; 0 = all", low=0)
-    model: str = flag("small", "size of both encoders; small is ours", paper="b16, l14",
+    cache_size: int = flag(0, "gradient caching: pairs in memory at a time; gives the gradient of "
+                           "the whole batch; 0 = all", low=0)
+    model: str = flag("small", "size of both encoders; small is for CPUs", paper="b16, l14",
                       choices=("small", *clip_video.TEXT_SIZES))
     kind: str = flag("video", "video = UniFormerV2, frames = frame-wise CLIP, joint = ViCLIP's "
                      "encoder, without its masking", paper="video", choices=tuple(clip_video.KINDS))
-    local_units: int = flag(1, "0, 1 or 2 per block, to compare neighbouring frames", low=0, high=2,
-                            paper="0; UniFormerV2 for motion: 2")
-    temporal_downsample: bool = flag(True, "embed three frames at a time, at every second one",
+    local_units: int = flag(1, "0, 1 or 2 local units per block; they mix neighbouring frames",
+                            low=0, high=2, paper="0; UniFormerV2 for motion: 2")
+    temporal_downsample: bool = flag(True, "embed three frames at a time, with stride 2",
                                      paper="UniFormerV2 for motion: yes")
-    global_layers: str = flag("", "layers after which a global block reads the clip, as 8,9,10,11, "
-                              "or none; default: the last for small, the last four else",
+    global_layers: str = flag("", "layers that are followed by a global block, such as 8,9,10,11, "
+                              "or none; default: the last one for small, else the last four",
                               paper="the last four")
-    context: int = flag(32, "most tokens of a caption, start and end included", paper="77", low=3)
-    vocabulary: int = flag(800, "most tokens of the vocabulary, learned from the captions",
+    context: int = flag(32, "maximum tokens of a caption, with start and end", paper="77", low=3)
+    vocabulary: int = flag(800, "maximum size of the vocabulary learned from the captions",
                            paper="49,408", low=515)
     caption_depth: int = flag(2, "layers of the caption decoder", paper="6", low=1)
     queries: int = flag(8, "learned queries of the caption decoder", paper="256", low=1)
@@ -211,22 +213,22 @@ class VideoLanguage(VideoTextStage, name="clip"):
     num_frames: int = flag(8, paper="8")
     sampling: str = flag("segment", paper="internvideo")
     transform: str = flag("plain", paper="internvideo; clip for images")
-    image_every: int = flag(2, "every n-th batch is of images; 0 = none", low=0, group="clips",
-                            paper="2, they alternate")
+    image_every: int = flag(2, "every n-th batch holds images; 0 = none", low=0, group="clips",
+                            paper="2")
     image_batch: int = flag(64, "pairs in a batch of images, per process", low=1, group="clips",
                             paper="86,016 in all, 6 times the videos")
-    motion_words: float = flag(1.0, "share of captions that name the motion; the others say what "
-                               "one frame shows, as most captions of the web do", low=0, high=1,
+    motion_words: float = flag(1.0, "share of captions that name the motion; the others describe "
+                               "one frame, as most captions of the web do", low=0, high=1,
                                only="generated", group="clips")
     eval_clips: int = flag(200)
     eval_every: int = flag(1000)
-    gallery: int = flag(100, "the first so many held-out clips are for retrieval, which is harder "
-                        "the more there are", low=2, group="clips")
+    gallery: int = flag(100, "number of held-out clips for retrieval, the first ones; a larger "
+                        "gallery is harder", low=2, group="clips")
     test: int = TEST_CLIPS
-    small = SMALL  # the size with this name
+    small = SMALL  # the size that `--model small` names
 
     def datasets(self):
-        """Videos with sentences; of held-out ones each once, with all its captions."""
+        """Videos with captions; a held-out video occurs once, with all its captions."""
         self.check_flags()
         train_set, held_out = self.open_sets(flip=False, motion_words=self.motion_words)
         held_out["val"].by_video()
@@ -236,7 +238,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
     def build(self, train_set):
         """Both encoders and the caption decoder, from --weights or from scratch."""
         captions = self.captions(train_set)
-        model = self.load() if self.weights else self.fresh(captions)
+        model = self.load() if self.weights else self.new_model(captions)
         self.check_captions(captions)
         model.caption_decoder.requires_grad_(self.caption_weight > 0)
         model.clip.text.requires_grad_(not self.freeze_text)
@@ -244,12 +246,12 @@ class VideoLanguage(VideoTextStage, name="clip"):
         model.clip.recompute(self.recompute)
         return model
 
-    def fresh(self, captions):
-        """Everything from scratch, the vocabulary too."""
+    def new_model(self, captions):
+        """A model from scratch, with a vocabulary learned from `captions`."""
         self.bpe = load_tokenizer(self.tokenizer) if self.tokenizer else \
             train_tokenizer(captions, self.vocabulary)
         size, text, layers = self.model, self.model, None
-        if size == "small":  # one global block, after the last layer: two more brought nothing
+        if size == "small":  # one global block, after the last layer: three were not better
             size, text, layers = SMALL, SMALL_TEXT, (SMALL.depth - 1,)
         clip = clip_video.VideoCLIP(
             size, text_size=text, kind=self.kind, frames=self.num_frames,
@@ -260,7 +262,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
         return VideoText(clip, self.fresh_decoder(clip))
 
     def fresh_decoder(self, clip):
-        """A caption decoder for these encoders."""
+        """An untrained caption decoder for the encoders of `clip`."""
         text = clip.config["text_size"]
         return CaptionDecoder(
             text["width"], heads=text["heads"], depth=self.caption_depth, queries=self.queries,
@@ -270,56 +272,57 @@ class VideoLanguage(VideoTextStage, name="clip"):
         """loss = contrastive + caption_weight * captioning (InternVideo, Sec. 3.2)."""
         video, captions = batch["video"], batch["caption"]
         image = "image" in batch
-        if image:  # where several frames are embedded at a time, the picture stands still
+        if image:  # repeat the image where several frames are embedded at a time
             video = video.expand(-1, model.clip.visual.stride, -1, -1, -1)
         video = normalise(video, model.clip.mean, model.clip.std)
         ids, is_token = (x.to(video.device) for x in self.bpe.encode(captions, self.context,
                                                                      trim=True))
-        parts = model if self.caption_weight else model.clip
+        network = model if self.caption_weight else model.clip
 
         def encode(video, ids):
             with self.autocast():
-                video_features, text_features, rest = parts(video, ids)
-            return (video_features, text_features) + (rest,) * (parts is model)
+                video_features, text_features, hidden = network(video, ids)
+            return (video_features, text_features) + (hidden,) * (network is model)
 
-        if self.cache_size and torch.is_grad_enabled():  # the same numbers, piece by piece
+        if self.cache_size and torch.is_grad_enabled():  # same numbers, less memory
             encode = functools.partial(large_batches.in_pieces, encode, self.cache_size)
         video_features, text_features, *hidden = encode(video, ids)
         contrastive = retrieval.pair_loss(video_features, text_features, model.clip.logit_scale,
                                           batch, gather=model.training)
-        kind = "image_" if image else ""
-        metrics = {"loss": contrastive.detach(), kind + "contrastive": contrastive.detach()}
+        prefix = "image_" if image else ""
+        metrics = {"loss": contrastive.detach(), prefix + "contrastive": contrastive.detach()}
         if not hidden:
             return contrastive, metrics
         count = processes.mean(is_token[:, 1:].sum()).clamp(min=1) if model.training else None
         decoder = model.caption_decoder
         with self.autocast():
-            if decoder.options.vocabulary > large_batches.CHUNKED_ABOVE:  # the same, in chunks
+            if decoder.options.vocabulary > large_batches.CHUNKED_ABOVE:  # same, less memory
                 caption = large_batches.chunked_caption_loss(decoder, hidden[0], ids, is_token,
                                                              count=count)
             else:
                 caption = caption_loss(decoder.logits(hidden[0]), ids, is_token, count=count)
         loss = contrastive + self.caption_weight * caption
-        return loss, metrics | {"loss": loss.detach(), kind + "caption": caption.detach()}
+        return loss, metrics | {"loss": loss.detach(), prefix + "caption": caption.detach()}
 
     def batches(self, videos, first):
-        """Batches of videos and of single pictures in turn (InternVideo, Sec. 4.1).
+        """Alternate batches of videos and of images (InternVideo, Sec. 4.1).
 
-        Pictures come from clips of their own: several of one clip in one batch trained far less."""
+        Each image of a batch comes from another clip. Several images of one clip in a batch made
+        training much worse."""
         if not self.image_every:
             yield from super().batches(videos, first)
             return
-        before = -(-first // self.image_every)  # steps 0, n, 2n, ... are of images
+        images_done = -(-first // self.image_every)  # steps 0, n, 2n, ... have images
         options = dict(workers=self.workers, rank=processes.rank(), world=processes.world())
-        images = data.batches(self.images, self.image_batch, self.seed, self.steps, start=before,
-                              **options)
-        clips = data.batches(videos, self.batch_size, self.seed, self.steps, start=first - before,
-                             **options)
+        images = data.batches(self.images, self.image_batch, self.seed, self.steps,
+                              start=images_done, **options)
+        clips = data.batches(videos, self.batch_size, self.seed, self.steps,
+                             start=first - images_done, **options)
         for step in range(first, self.steps):
             yield next(clips) if step % self.image_every else next(images) | {"image": True}
 
     def evaluate(self, model, batches, dataset):
-        """Losses, retrieval, zero-shot classes, and the facts that written captions state."""
+        """Losses, retrieval, zero-shot accuracy, and the share of facts right in captions."""
         options = dict(context=self.context, autocast=self.autocast, device=self.device)
         results = {}
         if dataset.has_captions:
@@ -341,37 +344,39 @@ class VideoLanguage(VideoTextStage, name="clip"):
 class PostPretraining(ClassifierStage, name="classify"):
     """Stage 3: supervised post-pretraining of either encoder (InternVideo, Sec. 3.2).
 
-    Fine-tune all of it, or freeze it and train a probe on its features, which are computed once."""
+    Fine-tune the whole encoder, or freeze it and train a probe on its features. Features for a
+    probe are computed once."""
 
     steps: int = flag(500, paper="VideoMAE, UniFormerV2: 35 to 100 epochs of Kinetics-400")
     lr: float = flag(6e-3, paper="5e-4 to 2e-3 per 256 clips for VideoMAE, 1e-5 for UniFormerV2")
-    encoder: str = flag("masked", "which one starts from scratch where there are no --weights: "
+    encoder: str = flag("masked", "the encoder to train from scratch where --weights is empty: "
                         "masked = VideoMAE's, multimodal = UniFormerV2",
                         choices=("masked", "multimodal"))
-    model: str = flag("small", "its size; small is ours: `tiny` of mae.py, the encoder of the clip "
-                      "stage", choices=("small", *dict.fromkeys((*mae.SIZES, *uniformerv2.SIZES))))
-    layer_decay: float = flag(1.0, "each layer further from the head learns at this fraction of "
-                              "the rate of the next", paper="0.75", low=0, high=1)
-    drop_path: float = flag(0.0, "share of samples that skip the last block, fewer in earlier ones",
+    model: str = flag("small", "size of the encoder; small = `tiny` of mae.py, or the encoder of "
+                      "the clip stage",
+                      choices=("small", *dict.fromkeys((*mae.SIZES, *uniformerv2.SIZES))))
+    layer_decay: float = flag(1.0, "layer-wise decay: the learning rate of a layer is this "
+                              "factor times that of the layer above", paper="0.75", low=0, high=1)
+    drop_path: float = flag(0.0, "share of samples that skip the last block; less in earlier ones",
                             paper="0.1 or 0.2", low=0, high=1)
     drop: float = flag(0.0, "dropout before the head", paper="0 to 0.5", low=0, high=1)
     smoothing: float = flag(0.1, "label smoothing", paper="0.1", low=0, high=1)
-    mixup: float = flag(0.0, "alpha of mixup, 0 = none", paper="0.8", low=0)
-    cutmix: float = flag(0.0, "alpha of cutmix, 0 = none; with both, a coin chooses", paper="1.0",
-                         low=0)
+    mixup: float = flag(0.0, "alpha of mixup; 0 = none", paper="0.8", low=0)
+    cutmix: float = flag(0.0, "alpha of cutmix; 0 = none; with --mixup, one of both is drawn",
+                         paper="1.0", low=0)
     positions: str = flag("sinusoid", "position codes of official VideoMAE weights on another "
-                          "grid: sinusoid = computed for it, resized = stretched (InternVideo's "
-                          "ViT-H at 384 px)", choices=("sinusoid", "resized"))
+                          "grid: sinusoid = computed for that grid, resized = interpolated "
+                          "(InternVideo's ViT-H at 384 px)", choices=("sinusoid", "resized"))
 
     def usual_clips(self):
-        """(frames, pixels) of a network from scratch: on files, of a published one its own."""
+        """(frames, pixels) for a network from scratch. On files, published sizes have their own."""
         size = uniformerv2.SIZES.get(self.model)
         if self.data and self.model != "small":
             return (8, size.image_size) if size else (16, 224)
         return super().usual_clips()
 
     def build(self, train_set):
-        """The encoder with a head, or a probe on it; frozen but for the probe."""
+        """The encoder with a head, or the frozen encoder with a probe."""
         classes = recognition.size(self.classes)
         model = self.probe_in_weights(classes)
         if model is not None:
@@ -379,7 +384,7 @@ class PostPretraining(ClassifierStage, name="classify"):
         else:
             model = self.encoder_for(classes)
         encoder = getattr(model, "encoder", model) if self.mode == "attentive" else model
-        encoder.grid_of(self.num_frames, *self.sides)  # takes such clips?
+        encoder.grid_of(self.num_frames, *self.sides)  # ValueError where the clips do not fit
         if self.mode == "finetune":
             model.recompute(self.recompute)
             return model
@@ -388,7 +393,7 @@ class PostPretraining(ClassifierStage, name="classify"):
         return probes.freeze_all_but_the_probe(model)
 
     def encoder_for(self, classes):
-        """From --weights, or from scratch, with a head for so many classes."""
+        """The encoder, from --weights or from scratch, with a head for `classes` classes."""
         if self.weights:
             self.check_clips(weights.hub_clips(self.weights))
             model = encoders.load_encoder(
@@ -417,7 +422,7 @@ class PostPretraining(ClassifierStage, name="classify"):
                                        **options)
 
     def check_encoder(self, encoder):
-        """Take over what --weights have fixed. UserError where a flag asks for something else."""
+        """Copy into the flags what --weights fix. UserError where a flag contradicts them."""
         sizes = mae.SIZES if encoder.family == "masked" else uniformerv2.SIZES
         positions = encoder.config.get("positions", "learned")
         self.refuse_other(positions="resized" if positions == "stored" else positions)
@@ -425,7 +430,7 @@ class PostPretraining(ClassifierStage, name="classify"):
                                    model=encoders.size_name(encoder.config["size"], sizes))
 
     def scale_of(self, model, name):
-        """Layer-wise decay: the embedding is layer 0, blocks are 1 to L, all behind them L + 1."""
+        """Layer-wise decay: the embedding is layer 0, block i is layer i, the head depth + 1."""
         if self.mode != "finetune":
             return 1.0
         return self.layer_decay ** (model.depth + 1 - model.layer_of(name))
@@ -442,7 +447,7 @@ class PostPretraining(ClassifierStage, name="classify"):
             return model(video).float()
 
     def loss(self, model, batch, rng):
-        """Cross entropy, with label smoothing and mixed clips in training."""
+        """Cross entropy; in training with label smoothing, mixup and cutmix."""
         target = self.target(batch)
         if model.training and self.mixup + self.cutmix > 0 and "video" in batch:
             video = normalise(batch["video"], model.mean, model.std)
@@ -458,33 +463,33 @@ class PostPretraining(ClassifierStage, name="classify"):
 class CrossModel(TwoEncodersStage, name="fuse"):
     """Stage 4: cross-model attention between two frozen encoders, and a learned sum of scores.
 
-    InternVideo, Sec. 3.2, Cross-Model Interaction. Only cross-model attention, gates, shares, heads
-    with their norms and query tokens train."""
+    InternVideo, Sec. 3.2, Cross-Model Interaction. Trained are only cross-model attention, gates,
+    shares, query tokens, and both heads with their norms."""
 
     steps: int = flag(200, paper="5 epochs")
     batch_size: int = flag(32, paper="64")
     lr: float = flag(3e-3, paper="5e-5, or 5e-6: it prints 5 x 10^5")
-    scalar_scale: float = flag(30.0, "factor on the learning rate of gates and shares: a step of "
-                               "AdamW moves each number alike, and these few have far to go",
+    scalar_scale: float = flag(30.0, "factor on the learning rate of gates and shares: AdamW moves "
+                               "all numbers alike, and these must move further",
                                paper="none named", low=0)
     warmup: float = flag(0.2, paper="1 of 5 epochs")
     weight_decay: float = flag(0.001, paper="0.001")
     ema: float = flag(0.0, paper="0.9999")
     drop: float = flag(0.0, "dropout before both heads", paper="0.9", low=0, high=1)
-    before: str = flag("", "blocks of the masked encoder with cross-model attention before them, "
-                       "as 7,15,23,31; default: four, evenly", paper="names none")
-    layers: str = flag("", "layer of the multimodal encoder that each of them reads, as "
-                       "5,11,17,23; default: as far up")
+    before: str = flag("", "blocks of the masked encoder that get cross-model attention before "
+                       "them, such as 7,15,23,31; default: four, evenly spaced", paper="names none")
+    layers: str = flag("", "layer of the multimodal encoder that each of these attends to, such "
+                       "as 5,11,17,23; default: at the same relative depth")
     gates: bool = flag(True, "tanh gates that start at 0", paper="yes")
-    way: str = flag("both", "whose tokens are queries: both, only the masked encoder's, or only "
-                    "the multimodal encoder's global token", paper="both",
-                    choices=("both", "masked", "multimodal"))
-    thaw: bool = flag(False, "train everything, both encoders too", paper="no")
-    bridges: bool = flag(True, "cross-model attention; --no-bridges: only heads and the sum of "
-                         "scores train")
+    way: str = flag("both", "whose tokens are queries: masked = those of the masked encoder, "
+                    "multimodal = the global token of the multimodal encoder, or both",
+                    paper="both", choices=("both", "masked", "multimodal"))
+    thaw: bool = flag(False, "train all parameters, also those of both encoders", paper="no")
+    bridges: bool = flag(True, "cross-model attention; --no-bridges trains only the heads and "
+                         "the sum of scores")
 
     def build(self, train_set):
-        """From --weights, or both encoders with new cross-model attention."""
+        """The model of --weights, or both encoders with new cross-model attention."""
         classes = recognition.size(self.classes)
         if self.weights:
             model = fusion.InternVideo.from_run(self.weights)
@@ -494,35 +499,35 @@ class CrossModel(TwoEncodersStage, name="fuse"):
             self.refuse_other(drop=model.config["drop"])
             model = model.with_head(classes, rows=self.rows[0])
         else:
-            model = self.fresh([
+            model = self.new_model([
                 encoder if rows == list(range(encoder.config["classes"])) else
                 encoder.with_head(classes, rows=rows)
                 for encoder, rows in zip(self.parts, self.rows)])
         model.recompute(self.recompute)
         return model.requires_grad_(True) if self.thaw else model
 
-    def fresh(self, parts):
-        """New cross-model attention between these encoders."""
+    def new_model(self, encoders):
+        """Both encoders with untrained cross-model attention between them."""
         if self.way == "multimodal" and (self.before or self.layers):
-            raise UserError("--way multimodal: has no bridges before blocks; leave out --before "
-                            "and --layers")
+            raise UserError("--way multimodal: has no cross-model attention before blocks; leave "
+                            "out --before and --layers")
         layers = numbers(self.layers, "layers")
         return fusion.InternVideo(
-            parts[0], parts[1:], layers=layers and [layers] * (len(parts) - 1),
+            encoders[0], encoders[1:], layers=layers and [layers] * (len(encoders) - 1),
             before=[] if self.way == "multimodal" else numbers(self.before, "before"),
             last=self.way != "masked", gates=self.gates, bridges=self.bridges, drop=self.drop)
 
     def scale_of(self, model, name):
-        """Gates and shares learn faster."""
+        """Gates and shares have a larger learning rate (--scalar-scale)."""
         return self.scalar_scale if ".gate_" in name or name == "balance" else 1.0
 
     def logits(self, model, batch):
-        """Logits (B, Y) of a batch of clips, each of which both encoders see."""
+        """Logits (B, Y) of a batch of clips, which go through both encoders."""
         with self.autocast():
             return model(batch["video"]).float()
 
     def loss(self, model, batch, rng):
-        """Cross entropy of the summed scores; shares and gates are logged."""
+        """Cross entropy of the summed scores. The metrics also hold shares and gates."""
         logits, target = self.logits(model, batch), self.target(batch)
         loss = recognition.cross_entropy(logits, target, self.classes, several=self.several)
         metrics = {"loss": loss.detach()}
@@ -536,23 +541,23 @@ class CrossModel(TwoEncodersStage, name="fuse"):
     def protocol(self, held_out):
         """How the accuracies are measured."""
         return super().protocol(held_out) | {
-            "step 0": "untrained, the gates are closed: the equal average of both encoders' logits"}
+            "step 0": "untrained, all gates are closed: the mean of both encoders' logits"}
 
 
 # --------------------------------------------------------------------------------------------------
 # The loop
 
-# Classes of modules whose forward pass --compile compiles, each module by itself.
+# --compile compiles the forward pass of each module of these classes.
 BLOCKS = (Block, caption_decoder.SelfBlock, caption_decoder.CrossBlock, fusion.CrossModelAttention)
 
 
 @one_line_errors
-def train(stage, again="--resume"):
-    """Train, evaluate and save one stage; returns what its metrics.json holds.
+def train(stage, resume_command="--resume"):
+    """Train, evaluate and save one stage -> the content of metrics.json, a dict.
 
-    again  what to type to go on with this run where it ends early: "--resume", or a whole line
+    resume_command  what a user types to continue this run, for messages: "--resume" or a command
     """
-    run = Run(stage, again)                         # folder, device, precision, kernels
+    run = Run(stage, resume_command)                # folder, device, precision, kernels
     torch.manual_seed(stage.seed)
     train_set, held_out = stage.datasets()          # held_out: {"val": ..., "unseen": ...}
     model = build_model(stage, train_set)           # stage.build(train_set)
@@ -563,7 +568,7 @@ def train(stage, again="--resume"):
     first = run.resume(optimizer)                   # 0, or where the last checkpoint stopped
     train_set = run.start(train_set, held_out)      # the log; the evaluation before any step
 
-    with run.training():                            # a bar; a signal ends the run after a step
+    with run.training():                            # progress bar; signals end it after a step
         for step, micro_batches in run.steps(stage.batches(train_set, first)):
             rate, metrics = learning_rate(stage, step), {}
             optimizer.set_rate(rate)
@@ -591,22 +596,22 @@ def train(stage, again="--resume"):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-# The default run: what a reader would type, and seconds on two CPU cores. {out} is its folder.
-# LOG.md says how it was chosen. Encoders stay frozen after stages 1 and 2, so that the table shows
+# The default run: {command as a user would type it: seconds on two CPU cores}. {out} is --out.
+# LOG.md says how it was chosen. The encoders stay frozen after stages 1 and 2, so the table shows
 # what each pretraining taught. All stages with labels use the same 4,000 labelled clips.
 CLIPS = "--input-size 32"                      # of 8 frames
-FEW_CLIPS = f"{CLIPS} --num-frames 4"          # for the multimodal encoder, as the paper's 8 and 16
+FEW_FRAMES = f"{CLIPS} --num-frames 4"         # for the multimodal encoder, as the paper's 8 and 16
 PROBE = "--probe-clips 4000 --steps 1000"
 DEFAULT_RUN = {
     # Plain pixels: the picture then borrows nothing. Half is hidden: 8 of 16 places are visible.
     f"mae {CLIPS} --no-normalise --mask-ratio 0.5 --decoder-depth 1 --train-clips 10000 "
     "--batch-size 64 --lr 1e-2 --steps 2000 --out {out}/mae": 210,
     # No local units: InternVideo's value. Most captions of the web name no motion.
-    f"clip {FEW_CLIPS} --local-units 0 --no-temporal-downsample --motion-words 0.1 --steps 900 "
+    f"clip {FEW_FRAMES} --local-units 0 --no-temporal-downsample --motion-words 0.1 --steps 900 "
     "--out {out}/clip": 230,
-    # Masked modelling trains no token to represent the clip, so a query has to find it.
+    # Masked modelling trains no token that represents the whole clip: a query attends to all.
     f"classify {CLIPS} --mode attentive {PROBE} --weights {{out}}/mae --out {{out}}/masked": 12,
-    f"classify {FEW_CLIPS} --mode probe --standardise {PROBE} --weights {{out}}/clip "
+    f"classify {FEW_FRAMES} --mode probe --standardise {PROBE} --weights {{out}}/clip "
     "--out {out}/multimodal": 15,
     "fuse --train-clips 4000 --masked {out}/masked --multimodal {out}/multimodal "
     "--out {out}/fuse": 50,
@@ -617,35 +622,34 @@ DEFAULT_RUN = {
 }
 
 
-def names():
-    """Names of all stages, those of this file first."""
+def stage_names():
+    """Names of all stages; those of this file come first."""
     return sorted(STAGES, key=lambda name: STAGES[name].__module__.startswith("tasks."))
 
 
-def command(argv):
-    """["mae", "--steps", "10"] -> that stage; [] or only --out and --seed -> the default run."""
+def run_command(argv):
+    """Run one stage, as ["mae", "--steps", "10"]; or the default run, for [] or --out, --seed."""
     if not argv or argv[0].split("=")[0] in ("--out", "--seed"):
         default_run(DEFAULT_RUN, train, argv)
     elif argv[0] in ("-h", "--help"):
         print(__doc__)
         print("stages: " + ", ".join(f"{name} ({STAGES[name].__doc__.splitlines()[0]})"
-                                     for name in names()))
+                                     for name in stage_names()))
     elif argv[0] not in STAGES:
-        raise UserError(f"no stage {argv[0]!r}: choose {', '.join(names())}, or nothing for the "
-                        "default run")
+        raise UserError(f"no stage {argv[0]!r}: choose {', '.join(stage_names())}, or nothing for "
+                        "the default run")
     else:
         train(parse(STAGES[argv[0]], argv[1:]))
 
 
 def main(argv=None):
-    """Run a stage, or the default run -> the exit code: 0; 2 for an error of the user's, 1 for
-    one of the machine or of the numbers, 130 where the run was asked to stop."""
+    """Run a stage or the default run -> the exit code: 0, or as listed at the top of this file."""
     machine.keep_memory()
-    return exit_code(lambda: command(sys.argv[1:] if argv is None else argv))
+    return exit_code(lambda: run_command(sys.argv[1:] if argv is None else argv))
 
 
-# Every file in tasks/ may define stages; importing it registers them. "train" is this file for
-# them, even where it was started as a command.
+# Every file in tasks/ may define stages; importing the file registers them. `import train` in them
+# must find this module, although it is called "__main__" when it runs as a command.
 sys.modules["train"] = sys.modules[__name__]
 TASKS = {module.name: importlib.import_module(f"tasks.{module.name}")
          for module in pkgutil.iter_modules(tasks.__path__)}
