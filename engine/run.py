@@ -1,8 +1,10 @@
-"""A run of a stage: folder, device, log, signals, progress bar, bad files, checkpoints, results.
+"""One run of a stage: folder, device, log, signals, progress bar, bad files, checkpoints, results.
 
-`train.train` is the loop; it calls these methods at the places where they act. What a run leaves in
---out: log.jsonl, metrics.json, model.safetensors, config.json, last.pt, last.1.pt, pictures,
-report.html; some stages add tokenizer.json, or questions.json and predictions.csv.
+    Run(stage) -> prepare(model) -> resume(optimizer) -> start(data sets)
+        -> training(): steps(batches) -> check_finite -> log -> evaluate -> save
+        -> finish() -> metrics.json, weights, pictures
+
+`train.train` is the loop that calls these methods. Its docstring lists the files of a run.
 """
 
 import contextlib
@@ -28,11 +30,11 @@ from engine.errors import Interrupted, RunError, UserError
 from engine.stage import check_model, check_stage, check_trained
 from video.loading import dead_worker
 
-MOST_BAD = 0.5  # share of unreadable clips above which a run stops, once there are ten
+MAX_UNREADABLE = 0.5  # a run stops above this share of unreadable clips, if there are 10 or more
 
 
 class Log:
-    """log.jsonl: one JSON object per line. After a resume, lines past the checkpoint go."""
+    """log.jsonl: one JSON object per line. A resume deletes the lines after its checkpoint."""
 
     def __init__(self, path, step):
         self.path, kept = path, []
@@ -40,7 +42,7 @@ class Log:
             return
         if step and path.exists():
             for line in path.read_text(errors="replace").split("\n"):
-                # A kill may have cut off the last line.
+                # Where the run was killed, the last line may be incomplete.
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
@@ -56,36 +58,39 @@ class Log:
 
 
 def add_means(total, values, count):
-    """Add {name: number} of one of `count` micro-batches to their means in `total`."""
+    """Add the metrics of one of `count` micro-batches to their means in `total`, in place."""
     for name, value in values.items():
         total[name] = total.get(name, 0.0) + float(value) / count
 
 
-def listed(numbers):
-    """{name: number} in one line."""
+def format_metrics(numbers):
+    """{name: number} as text on one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
-def clips_in(batch):
-    """How many clips a batch holds, as pixels or as features."""
+def clip_count(batch):
+    """Number of clips in a batch of videos or of stored features."""
     return len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
 
 
 class Run:
-    """One run of a stage. `again`: what to type to go on with it, "--resume" or a whole line."""
+    """One run of a stage.
 
-    def __init__(self, stage, again="--resume"):
-        self.stage, self.again = stage, again
+    resume_command  what a user types to continue this run: "--resume" or a command; for messages
+    """
+
+    def __init__(self, stage, resume_command="--resume"):
+        self.stage, self.resume_command = stage, resume_command
         self.out = Path(stage.out or f"runs/{stage.name}")
         stage.out = str(self.out)
         check_stage(stage)
         stage.device = processes.start(machine.choose_device(stage.device))
         stage.precision = machine.choose_precision(stage.precision, stage.device)
-        stage.compile, self.why_compile = machine.choose_compile(stage)
+        stage.compile, self.compile_reason = machine.choose_compile(stage)
         attention.use(stage.attention)
-        self.onednn = self.why_onednn = ""
+        self.onednn = self.onednn_reason = ""
         if stage.device == "cpu":
-            self.onednn, self.why_onednn = machine.choose_products()
+            self.onednn, self.onednn_reason = machine.choose_products()
         if stage.device == "cpu" and stage.attention == "flex" and stage.steps:
             raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose "
                             "auto, reference or sdpa")
@@ -99,13 +104,14 @@ class Run:
         """Move the model to the device, compile its blocks, wrap it for several processes.
 
         compiled  classes of modules whose forward pass is compiled
-        returns   (batch, rng) -> what stage.loss returns; the gradients are means over processes
+        returns   function (batch, rng) -> the results of stage.loss; after its backward pass the
+                  gradients are means over processes
         """
         stage, self.model = self.stage, model.to(self.stage.device)
         check_model(stage, model)
-        self.why_threads = ""
+        self.threads_reason = ""
         if stage.device == "cpu":
-            self.why_threads = machine.choose_threads(sum(p.numel() for p in model.parameters()),
+            self.threads_reason = machine.choose_threads(sum(p.numel() for p in model.parameters()),
                                                       stage.pixels())
         if stage.compile == "on":
             machine.compile_blocks(model, compiled)
@@ -116,12 +122,12 @@ class Run:
         return self.training_loss
 
     def open_folder(self):
-        """Make --out, or move an earlier run in it aside. Errors before this leave it as it is."""
+        """Make --out, and move an earlier run in it aside. An error before this changes nothing."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.out):
                 pass
-        except (OSError, ValueError) as error:  # ValueError: a character that no name may have
+        except (OSError, ValueError) as error:  # ValueError: a character that is not allowed
             raise UserError(f"--out {self.out}: "
                             f"{getattr(error, 'strerror', None) or error}") from None
         if not self.stage.resume and processes.rank() == 0:
@@ -130,7 +136,7 @@ class Run:
         processes.wait()
 
     def resume(self, optimizer):
-        """With --resume, take over the newest good checkpoint -> its step; else 0."""
+        """With --resume, load the newest readable checkpoint -> its step; otherwise 0."""
         stage, self.optimizer = self.stage, optimizer
         own = checkpoints.tensors_of(self.model, None, self.average)
         last = checkpoints.resume_from(self.out, stage, own) if stage.resume else None
@@ -143,14 +149,14 @@ class Run:
             self.initial, self.bad = saved["initial"], saved["bad"]
             onednn = saved.get("onednn", saved["settings"].get("onednn"))
             if stage.device == "cpu" and onednn in ("on", "off") and onednn != self.onednn:
-                # Another machine does not change a run in its midst.
-                self.onednn, self.why_onednn = machine.choose_products(onednn)
+                # The choice changes the last bits, so a run keeps it on another machine.
+                self.onednn, self.onednn_reason = machine.choose_products(onednn)
         self.first = self.step
         processes.wait()
         return self.first
 
     def start(self, train_set, held_out):
-        """Print what this run is, open the log, evaluate before the first step -> training set.
+        """Print the settings, open the log, evaluate before the first step -> the training set.
 
         held_out  {name: data set}
         """
@@ -170,24 +176,24 @@ class Run:
         return train_set
 
     def describe(self, train_set):
-        """Print the run's size, its machine choices, all settings and the protocol."""
+        """Print the size of the run, choices for this machine, all settings and the protocol."""
         stage, clips = self.stage, optimisers.clips_per_step(self.stage)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        several = f", {processes.world()} processes" * (processes.world() > 1)
-        several += " with a part of the weights each" * (bool(several) and stage.shard)
+        group = f", {processes.world()} processes" * (processes.world() > 1)
+        group += " with a part of the weights each" * (bool(group) and stage.shard)
         finite = hasattr(train_set, "__len__") and not isinstance(train_set, data.VideoShards)
         epochs = f", {stage.steps * clips / len(train_set):.3g} epochs" if finite else ""
         count = torch.get_num_threads()
-        threads = f"{count} thread{'s' * (count > 1)}" + f" ({self.why_threads})" * bool(
-            self.why_threads)
+        threads = f"{count} thread{'s' * (count > 1)}" + f" ({self.threads_reason})" * bool(
+            self.threads_reason)
         print(f"{stage.name}: {self.parameters / 1e6:.2f} M parameters, {stage.steps} steps of "
               f"{clips} clips{epochs}, peak lr {optimisers.peak_rate(stage):.2e}, {stage.device}, "
-              f"{stage.precision}{several}, {threads} -> {self.out}")
+              f"{stage.precision}{group}, {threads} -> {self.out}")
         print(f"attention: {stage.attention}; blocks "
               f"{'compiled' if stage.compile == 'on' else 'not compiled'}"
-              + f" ({self.why_compile})" * bool(self.why_compile)
-              + f"; oneDNN for float32 {self.onednn} ({self.why_onednn})" * bool(self.onednn))
+              + f" ({self.compile_reason})" * bool(self.compile_reason)
+              + f"; oneDNN for float32 {self.onednn} ({self.onednn_reason})" * bool(self.onednn))
         print("settings: " + json.dumps(dataclasses.asdict(stage)))
         if self.protocol:
             print("protocol: " + "; ".join(f"{name.replace('_', ' ')}: {value}"
@@ -197,15 +203,15 @@ class Run:
 
     @contextlib.contextmanager
     def training(self):
-        """A context with a progress bar in which Ctrl-C and SIGTERM end the run after a step.
+        """Context with a progress bar, in which Ctrl-C and SIGTERM end the run after a step.
 
-        A second Ctrl-C ends it at once. Raises Interrupted at its end where the run was asked to
-        stop, also where that was in the last step.
+        A second signal of the same kind ends the run at once. After a signal the context ends with
+        Interrupted, even if the signal came in the last step.
         """
         stage = self.stage
-        listened = [number for number in (signal.SIGINT, signal.SIGTERM)
-                    if signal.getsignal(number) is not signal.SIG_IGN]  # a shell's background job
-        previous = [(number, signal.signal(number, self.hear)) for number in listened]
+        handled = [number for number in (signal.SIGINT, signal.SIGTERM)
+                    if signal.getsignal(number) is not signal.SIG_IGN]  # as in a background job
+        previous = [(number, signal.signal(number, self.on_signal)) for number in handled]
         self.bar = tqdm(total=stage.steps, initial=self.first, desc=stage.name, unit="step",
                         dynamic_ncols=True, disable=stage.steps == 0 or processes.rank() > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 15)
@@ -213,8 +219,8 @@ class Run:
             yield
         finally:
             self.bar.close()
-            for number in listened:
-                signal.signal(number, signal.SIG_IGN)  # while the workers end: a moment
+            for number in handled:
+                signal.signal(number, signal.SIG_IGN)  # no signal while the workers end
             self.batches = None
             # When one of several processes ends, torchrun sends the others SIGTERM.
             if not self.stopping or processes.world() == 1:
@@ -222,23 +228,23 @@ class Run:
                     signal.signal(number, handler)
         stop = bool(self.signals) or self.stopping
         if processes.means({"stop": stop}, stage.device)["stop"] > 0:
-            line = self.again if self.again != "--resume" else (
+            line = self.resume_command if self.resume_command != "--resume" else (
                 f"python train.py {stage.name} --resume --out {self.out} and the same flags")
             raise Interrupted(f"stopped at step {self.step} of {stage.steps}, saved in "
                               f"{self.out}/last.pt; go on with: {line}")
 
-    def hear(self, number, _):
+    def on_signal(self, number, _):
         """The signal handler during training."""
-        if number in self.signals and processes.world() == 1:  # the second time: now
+        if number in self.signals and processes.world() == 1:  # second time: stop now
             raise KeyboardInterrupt
         self.signals.append(number)
 
     def steps(self, batches):
-        """Yield (step, its micro-batches on the device) up to --steps, or until asked to stop."""
+        """Yield (step, micro-batches on the device), up to --steps or until a stop is requested."""
         self.batches = iter(batches)
         del batches
         self.start_window()
-        self.unreadable = self.asked_for = 0
+        self.unreadable = self.requested = 0
         self.stage.training_mode(self.model)
         while self.step < self.stage.steps and not self.stopping:
             self.files = []
@@ -246,51 +252,54 @@ class Run:
             self.step += 1
 
     def micro_batches(self):
+        """Yield the micro-batches of a step. Measure the time spent waiting for them."""
         for _ in range(self.stage.accum):
             began = time.monotonic()
             batch = next(self.batches)
             self.waited += time.monotonic() - began
             self.count_unreadable(batch)
             self.files += batch.get("path", ())
-            self.clips += clips_in(batch)
+            self.clips += clip_count(batch)
             yield evaluation.to_device(batch, self.stage.device)
 
     def count_unreadable(self, batch):
-        """Name each unreadable file once. DataError where most clips cannot be read."""
+        """Print each unreadable file once. DataError where most clips cannot be read."""
         unreadable = batch.get("bad", ())
         for path, reason in unreadable:
             if path not in self.bad:
                 self.bad[path] = reason
                 tqdm.write(f"skipped: {reason}")
         self.unreadable += len(unreadable)
-        self.asked_for += clips_in(batch) + len(unreadable)
-        if self.unreadable >= 10 and self.unreadable > MOST_BAD * self.asked_for:
-            raise data.DataError(f"{self.unreadable} of {self.asked_for} clips could not be read, "
+        self.requested += clip_count(batch) + len(unreadable)
+        if self.unreadable >= 10 and self.unreadable > MAX_UNREADABLE * self.requested:
+            raise data.DataError(f"{self.unreadable} of {self.requested} clips could not be read, "
                                  f"more than half, the last: {reason}; `python data.py PATH` lists "
                                  "all such files")
 
     def accumulating(self, last):
-        """Context of a micro-batch: the last one's backward pass exchanges the gradients."""
+        """Context of a micro-batch. Only the last one's backward pass averages over processes."""
         return processes.exchange(self.training_loss, on=last)
 
     def check_finite(self, metrics, grad_norm, rate):
-        """Means of {name: number} over all processes, all finite.
+        """{name: number} -> means over all processes, all of them finite.
 
-        Else: saves the weights before this step and raises RunError. Here the processes also agree
-        to stop: one that is asked to stop stops all, after the same step.
+        Where a number is not finite: saves the weights from before this step and raises RunError.
+        The processes also agree here whether to stop: a signal to one of them stops all of them
+        after the same step.
         """
         stage = self.stage
         if "loss" not in metrics:
             raise UserError(f"stage {stage.name}: loss() returns no number named loss")
-        suspect = not all(map(math.isfinite, metrics.values()))
+        failed_here = not all(map(math.isfinite, metrics.values()))
         metrics = processes.means(metrics | {"stop": bool(self.signals)}, stage.device)
         self.stopping = metrics.pop("stop") > 0
         if math.isfinite(grad_norm) and all(map(math.isfinite, metrics.values())):
             return metrics
         self.save(self.step)
-        rows = processes.collect([(processes.rank(), suspect, self.files)])
-        known = any(guilty for _, guilty, _ in rows)
-        names = [path for _, guilty, files in rows if guilty or not known for path in files]
+        # Name the files of the processes whose loss failed; of all, where only the gradient did.
+        rows = processes.collect([(processes.rank(), failed_here, self.files)])
+        known = any(failed for _, failed, _ in rows)
+        names = [path for _, failed, files in rows if failed or not known for path in files]
         lower = "--blr or --lr" if hasattr(stage, "blr") else "--lr"
         raise RunError(
             f"step {self.step}: loss {metrics['loss']}, gradient norm {grad_norm}, lr {rate:.2e}, "
@@ -298,50 +307,50 @@ class Run:
             f"are in {self.out}/last.pt; try a lower {lower}, or --precision fp32")
 
     def update_average(self):
-        """With --ema, after each step of the optimiser."""
+        """With --ema, update the average of the weights. Call it after each optimiser step."""
         if self.average:
             self.average.update(self.model)
 
     def start_window(self):
-        """Speed is measured from here to the next line of the log."""
+        """Start to measure the speed that the next line of the log reports."""
         self.window, self.waited, self.clips = time.monotonic(), 0.0, 0
 
     def seconds(self):
-        """Of the whole run, over all its resumes."""
+        """Seconds of the whole run, summed over its resumes."""
         return self.seconds_before + time.monotonic() - self.started
 
     def log(self, step, metrics, rate, grad_norm):
-        """Move the bar; every --log-every steps, write the numbers and the speed into the log."""
+        """Advance the bar. Every --log-every steps, log the metrics and the speed."""
         stage = self.stage
-        self.latest |= metrics  # a stage may report some numbers in some steps only
+        self.latest |= metrics  # a stage may report a metric in some steps only
         self.bar.update()
         if step % stage.log_every and step != stage.steps:
             return
         elapsed = time.monotonic() - self.window
-        waits, memory = self.waited / elapsed, round(machine.memory_mib(stage.device))
+        waiting, memory = self.waited / elapsed, round(machine.memory_mib(stage.device))
         speed = self.clips * processes.world() / elapsed
         self.log_file.write(step=step, **self.latest, lr=rate, grad_norm=grad_norm,
-                            clips_per_s=speed, data_wait=waits, memory_mib=memory,
+                            clips_per_s=speed, data_wait=waiting, memory_mib=memory,
                             seconds=self.seconds())
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, lr {rate:.1e}, {speed:.0f} clips/s, "
-                                 f"data {waits:.0%}, {memory} MiB")
-        if waits > 0.2 and step >= self.first + 3 * stage.log_every and not self.warned:
+                                 f"data {waiting:.0%}, {memory} MiB")
+        if waiting > 0.2 and step >= self.first + 3 * stage.log_every and not self.warned:
             self.warned = True
-            tqdm.write(f"the step waits for clips {waits:.0%} of the time: raise --workers"
+            tqdm.write(f"the step waits for clips {waiting:.0%} of the time: raise --workers"
                            + ", or make small copies with data.py --cache" * bool(stage.data))
         self.start_window()
 
     def evaluates_at(self, step):
-        """After every --eval-every steps, and after the last."""
+        """True after every --eval-every steps, and after the last step."""
         every = self.stage.eval_every or max(1, self.stage.steps // 5)
         return step % every == 0 or step == self.stage.steps
 
     def saves_at(self, step):
-        """After every --save-every steps, after the last, and where the run was asked to stop."""
+        """True after every --save-every steps, after the last step, and before a requested stop."""
         return step % self.stage.save_every == 0 or step == self.stage.steps or self.stopping
 
     def evaluate(self, step, names=None):
-        """Evaluate on all held-out sets but "test", or on those named; log and print numbers."""
+        """Evaluate on the sets in `names`, else on all but "test". Log and print the metrics."""
         held_out = {name: clips for name, clips in self.sets.items()
                     if (name in names if names else name != "test")}
         self.model.eval()
@@ -352,15 +361,15 @@ class Run:
         numbers = evaluation.numbers_of(results)
         self.metrics |= numbers
         self.log_file.write(step=step, **numbers)
-        tqdm.write(f"step {step}: {listed(numbers)}")
+        tqdm.write(f"step {step}: {format_metrics(numbers)}")
         self.start_window()
 
     def averaged(self):
-        """Context: with --ema, the model has the averaged weights."""
+        """Context in which the model has the averaged weights, if there is --ema."""
         return self.average.in_place(self.model) if self.average else contextlib.nullcontext()
 
     def save(self, step):
-        """Write a checkpoint of the model, the average and the optimiser after so many steps."""
+        """Write a checkpoint: model, average, optimiser, and that `step` steps are done."""
         tensors = checkpoints.tensors_of(self.model, self.optimizer, self.average)
         facts = dict(step=step, settings=dataclasses.asdict(self.stage), seconds=self.seconds(),
                      processes=processes.world(), initial=self.initial, bad=self.bad,
@@ -371,7 +380,7 @@ class Run:
     # After the last step
 
     def finish(self):
-        """Measure what is measured once, write all files; returns what is in metrics.json."""
+        """Measure what is measured once and write all files -> the content of metrics.json."""
         stage, model = self.stage, self.model
         if "test" in self.sets:
             self.evaluate(self.step, ["test"])
@@ -392,11 +401,11 @@ class Run:
             print(f"{len(self.bad)} unreadable training files were skipped (named above and in "
                   "metrics.json)")
         processes.wait()
-        print(f"{stage.name}: done in {report['seconds']:.0f} s; {listed(self.metrics)}")
+        print(f"{stage.name}: done in {report['seconds']:.0f} s; {format_metrics(self.metrics)}")
         return report
 
     def report(self):
-        """What metrics.json holds."""
+        """The content of metrics.json, a dict."""
         rows = processes.collect([(processes.rank(), list(self.bad.items()))])
         self.bad = dict(pair for _, pairs in rows for pair in pairs)
         unreadable = dict(pair for clips in self.sets.values() for pair in clips.bad)
@@ -407,7 +416,10 @@ class Run:
                     bad_files=self.bad | unreadable, settings=dataclasses.asdict(self.stage))
 
     def write_outputs(self, tensors, metrics):
-        """Write what a run leaves, metrics.json last: where that is, all is. A page shows it."""
+        """Write weights, pictures, metrics.json and report.html.
+
+        metrics.json comes after the others, so a folder that has it is complete.
+        """
         stage, batch = self.stage, self.sets["val"].first
         weights.save(self.out, tensors, self.model.config)
         stage.extras(self.out)
@@ -423,17 +435,20 @@ class Run:
 
 
 def one_line_errors(train):
-    """Decorator of train(stage, again): errors of the machine become a RunError, an interruption
-    becomes Interrupted. Each is one line that names the last good checkpoint."""
+    """Decorator of train(stage, resume_command) that turns errors into one line.
+
+    An error of the machine becomes a RunError, an interruption becomes Interrupted. The line names
+    the last good checkpoint.
+    """
     @functools.wraps(train)
-    def wrapped(stage, again="--resume"):
+    def wrapped(stage, resume_command="--resume"):
         def with_checkpoint(reason):
-            # What lies in --out before the run began is another run's.
-            kept = checkpoints.checkpoints(Path(stage.out)) if stage.began else []
-            return reason + (f"; the last good checkpoint is {kept[0]}, go on with {again}" if kept
-                             else "; no checkpoint was written yet")
+            # A checkpoint in --out from before this run began belongs to another run.
+            found = checkpoints.checkpoints(Path(stage.out)) if stage.began else []
+            return reason + (f"; the last good checkpoint is {found[0]}, go on with "
+                             f"{resume_command}" if found else "; no checkpoint was written yet")
         try:
-            return train(stage, again)
+            return train(stage, resume_command)
         except KeyboardInterrupt:
             raise Interrupted(with_checkpoint("interrupted")) from None
         except (OSError, EOFError, MemoryError, RuntimeError) as error:
@@ -445,22 +460,22 @@ def one_line_errors(train):
 
 
 def describe_error(error, stage):
-    """One line on an error of the machine, or None where it is an error of this program."""
+    """An error of the machine -> one line of text. An error of this program -> None."""
     text = str(error)
     if isinstance(error, RunError):
         return None
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         return f"out of memory on {stage.device}: try {', or '.join(lower_memory(stage))}; " \
                "--dry-run estimates what a step needs"
-    chain = error  # a worker's death is heard at any time, also while a checkpoint is written
-    while chain is not None:
-        if dead := dead_worker(chain):
+    cause = error  # a worker can die at any time, also while a checkpoint is written
+    while cause is not None:
+        if dead := dead_worker(cause):
             return dead
-        chain = chain.__context__
-    if not getattr(error, "filename", None) and re.search(  # torch hands clips over there
+        cause = cause.__context__
+    if not getattr(error, "filename", None) and re.search(  # workers send clips this way
             r"shared memory (object|file)|shared memory\(shm\)|</torch_\d+_\d+|items of ancdata|"
             r"Too many open files", text):
-        return (f"no room to hand clips from one process to another "
+        return (f"no room to pass clips from one process to another "
                 f"({text.strip().splitlines()[0][:150]}): fewer --workers, a smaller --batch-size, "
                 "a larger /dev/shm, or a higher `ulimit -n`")
     if isinstance(error, OSError) and error.errno:
@@ -471,9 +486,9 @@ def describe_error(error, stage):
 
 
 def lower_memory(stage):
-    """Flags that need less memory for the same step."""
+    """Flags with which the same step needs less memory."""
     batch, flags = stage.batch_size, []
-    parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # fewest equal parts
+    parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # smallest divisor
     if hasattr(stage, "cache_size"):
         cache = stage.cache_size or batch
         flags += [f"--cache-size {cache // 2}"] * (cache > 1)

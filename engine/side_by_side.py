@@ -26,7 +26,7 @@ from tqdm import tqdm
 from engine import machine
 from engine.command_line import exit_code
 from engine.errors import Interrupted, RunError, UserError
-from engine.run import listed
+from engine.run import format_metrics
 from video import moving_shapes
 
 TICK = 0.5  # seconds from one look at the logs to the next
@@ -84,7 +84,7 @@ class Job:
                     self.left = self.seconds * (1 - step / self.stage.steps)
                     self.latest = f"{step}/{self.stage.steps} loss {row['loss']:.3f}"
                 elif line not in self.said:
-                    texts.append(f"{self.name}: step {step}: {listed(row)}")
+                    texts.append(f"{self.name}: step {step}: {format_metrics(row)}")
         self.said.update(self.lines())
         return texts
 

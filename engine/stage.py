@@ -1,32 +1,33 @@
-"""The base of all stages: fields that become flags, and the methods that the loop calls.
+"""The base class of all stages: fields that become flags, and the methods that the loop calls.
 
-A stage is a dataclass. Its fields are the recipe, its methods are the behaviour; `train.train` runs
-any stage and knows none by name. A stage of your own is one file in tasks/, and two rows of tables
-if its model is a new class (below). train.py imports every file there, and the class registers
-itself:
+A stage is a dataclass. Its fields are the recipe and its methods are the behaviour. `train.train`
+runs every stage and has no code for a particular one. To add a stage, write one file in tasks/.
+train.py imports every file there, and the class registers itself:
 
     @dataclass
     class Distill(ClipStage, name="distill"):            # python train.py distill --teacher RUN
-        # its docstring is the line in `python train.py --help`
+        # the first line of its docstring stands in `python train.py --help`
         steps: int = flag(500, paper="800 epochs")       # help and range are those of Stage.steps
-        teacher: str = flag("", "a run or an official file: the frozen teacher")
+        teacher: str = flag("", "the frozen teacher: a run's folder or an official file")
 
         def datasets(self): ...                          # self.open_sets()
         def build(self, train_set): ...                  # self.frozen = load_encoder(self.teacher)
         def loss(self, model, batch, rng): ...
 
-To write one, read `Stage` and `ClipStage` here, and the first card in train.py. Other bases are
-MaskedStage in tasks/reconstruction.py, which hides a part of each clip, and ClassifierStage in
-tasks/labelled.py. The loop then trains, evaluates, saves and resumes what you wrote.
+First read `Stage` and `ClipStage` below, and the first stage in train.py. There are two more base
+classes: MaskedStage (tasks/reconstruction.py) hides a part of each clip, and ClassifierStage
+(tasks/labelled.py) predicts labels. The loop trains, evaluates, saves and resumes any of them.
 
-- What `build` returns is trained and saved. A frozen network that belongs to no file of the run,
-  such as a teacher, stays outside: keep it on `self`, and move it to the device in `loss`.
-- --resume compares all flags but those of checkpoints.FREE_TO_CHANGE. It may go on with another
-  --weights, since a checkpoint holds all that was loaded. A teacher needs a flag of its own, and
-  its files must stay what they are until the run has ended.
-- Other stages load a run by the model's name in its `config`: a new class of model needs a row in
-  MODELS (weights/families.py), and an encoder one in ENCODERS (weights/encoders.py).
-- tests/test_runs.py has a table of stages; a row there tests that a killed run resumes bit by bit.
+- The loop trains and saves the model that `build` returns. A frozen network that is not to be
+  saved, such as a teacher, is no part of it: keep it on `self`, and move it to the device in
+  `loss`.
+- --resume compares all flags except checkpoints.FREE_TO_CHANGE. --weights may change, because a
+  checkpoint holds all weights of the model. A teacher needs a flag of its own, and its files must
+  not change until the run has ended.
+- Other stages load a run by the model's name in its `config`. A new class of model needs a row in
+  MODELS (weights/families.py). A new encoder also needs one in ENCODERS (weights/encoders.py).
+- tests/test_runs.py has a table of stages. A row there tests that a killed run of the stage resumes
+  bit-identically.
 """
 
 import contextlib
@@ -49,22 +50,22 @@ from engine.frame_size import LARGEST, frame_size, height_width, spelled
 from video.sampling import SAMPLINGS
 from video.transforms import TRANSFORMS
 
-STAGES = {}  # {name that users type: class}; filled by Stage.__init_subclass__
-GROUPS = ("recipe", "clips", "run", "machine")  # of --help, in this order
-USUAL = dict(help="", low=None, high=None, choices=None, paper="", only="", group="recipe")
+STAGES = {}  # {name that users type: class}; Stage.__init_subclass__ fills it
+GROUPS = ("recipe", "clips", "run", "machine")  # headings of --help, in this order
+FLAG_DEFAULTS = dict(help="", low=None, high=None, choices=None, paper="", only="", group="recipe")
 
 
 def flag(default, help=None, low=None, high=None, choices=None, paper=None, only=None, group=None):
-    """A field of a stage, and a flag of the command line.
+    """A field of a stage, which is also a command-line flag.
 
-    help     what it is, with its unit
-    low, high, choices   the legal values
+    help     meaning and unit
+    low, high, choices   the allowed values
     paper    the paper's value
-    only     "files": only with --data; "generated": only without. Else a value that is not the
-             default is refused
-    group    of --help: "recipe", "clips", "run" or "machine"
+    only     "files": only for --data; "generated": only without --data. In the other case, any
+             value except the default is an error
+    group    heading of --help: one of GROUPS
 
-    What is left out is taken from the field of the same name in a base class.
+    Arguments that are None are taken from the field of the same name in a base class.
     """
     given = dict(help=help, low=low, high=high, choices=choices, paper=paper, only=only,
                  group=group)
@@ -73,34 +74,34 @@ def flag(default, help=None, low=None, high=None, choices=None, paper=None, only
 
 
 def details(field):
-    """The arguments of `flag` for a field of a stage, {"help": ..., "low": ..., ...}."""
-    return USUAL | field.metadata
+    """The arguments of `flag` for a field of a stage: {"help": ..., "low": ..., ...}."""
+    return FLAG_DEFAULTS | field.metadata
 
 
 def generator(seed, *parts):
-    """A torch.Generator on the CPU whose state is a function of its arguments alone."""
-    words = [seed] + [zlib.crc32(str(part).encode()) for part in parts]
-    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+    """A torch.Generator on the CPU whose state is a function of these arguments alone."""
+    entropy = [seed] + [zlib.crc32(str(part).encode()) for part in parts]
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
 
 
 @dataclass
 class Stage:
-    """A recipe: what every stage has. A stage must define
+    """The fields and methods that every stage has. A stage must define
 
     datasets()               -> (training set, {"val": data set, ...}); see data.py for an item
-    build(train_set)         -> the model, untrained or from --weights; its dict `config` says what
-                                it was made with and can be written as JSON
+    build(train_set)         -> the model, untrained or from --weights; its attribute `config`, a
+                                dict, has the options of the model and can be written as JSON
     loss(model, batch, rng)  -> (loss, {"loss": number, ...}); random numbers come from `rng` alone
 
-    and may redefine the methods below. Held-out sets are evaluated by name: all of them at every
-    evaluation, but "test" only once, after the last step, on `stage.test` clips.
+    and may override the methods below. Each evaluation measures all held-out sets except "test".
+    That set is measured only once, after the last step, on `stage.test` clips.
     """
 
-    name = ""           # what users type; set by `class X(Stage, name=...)`
-    typed = frozenset()  # names of the flags that the user typed, or set in code to another value
-    fixed = frozenset()  # names of the flags that --weights fixed
-    began = False       # True once the files in --out are this run's
+    name = ""           # name on the command line; set by `class X(Stage, name=...)`
+    typed = frozenset()  # flags that the user typed, or that code set to another value
+    fixed = frozenset()  # flags whose values --weights determine
+    began = False       # True as soon as the files in --out belong to this run
     test = 0            # clips of the set "test"; a stage with such a set has a flag for it
 
     data: str = flag("", "folder of videos, or a list of `path label` lines; default: generated "
@@ -109,62 +110,62 @@ class Stage:
                          group="clips")
     out: str = flag("", "folder for logs, weights and pictures; default: runs/<stage>", group="run")
     weights: str = flag("", "start from these weights: a run's folder or an official file")
-    resume: bool = flag(False, "go on from the newest good checkpoint in --out; starts anew where "
-                        "there is none, so that a cluster may start the same line again and again",
+    resume: bool = flag(False, "continue from the newest readable checkpoint in --out, or start at "
+                        "step 0 where there is none, so that a cluster can repeat one command",
                         group="run")
     steps: int = flag(1000, "optimiser steps; 0 = evaluate only", low=0)
     batch_size: int = flag(32, "clips per process and step", low=1)
-    accum: int = flag(1, "micro-batches per step: more clips a step, no more memory", low=1)
-    lr: float = flag(1e-3, "learning rate at its peak", low=0)
+    accum: int = flag(1, "micro-batches per step: more clips, the same memory", low=1)
+    lr: float = flag(1e-3, "peak learning rate", low=0)
     min_lr: float = flag(0.01, "final learning rate as a fraction of the peak", low=0, high=1)
-    warmup: float = flag(0.05, "share of the steps that warm up linearly from 0", low=0, high=1)
+    warmup: float = flag(0.05, "share of the steps with a linear warm-up from 0", low=0, high=1)
     optimizer: str = flag("muon", "muon = Muon for the matrices of blocks and other numbered "
                           "layers, AdamW for the rest; adamw = AdamW for all",
                           choices=("muon", "adamw"), paper="adamw")
-    weight_decay: float = flag(0.05, "weight decay of matrices, not of words, tokens, positions",
+    weight_decay: float = flag(0.05, "weight decay; none for norms, biases, embeddings, positions",
                                low=0)
     beta2: float = flag(0.999, "AdamW second-moment decay", low=0, high=0.999999)
     clip_grad: float = flag(1.0, "largest gradient norm; 0 = no clipping", low=0)
-    ema: float = flag(0.0, "decay per step of an average of the weights, used for evaluation; "
-                      "0 = none", low=0, high=1)
+    ema: float = flag(0.0, "decay per step of a moving average of the weights, used for "
+                      "evaluation; 0 = none", low=0, high=1)
     figures: bool = flag(True, "pictures and report.html at the end of the run; --no-figures saves "
                           "some seconds",
                          group="run")
-    seed: int = flag(0, "of everything random", low=0, group="run")
+    seed: int = flag(0, "seed of all random numbers", low=0, group="run")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", group="machine")
-    precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = that where the processor has "
-                          "it", choices=("auto", "bf16", "fp32"), group="machine")
-    attention: str = flag("auto", "form of all attentions; auto = by device and mask, see "
+    precision: str = flag("auto", "bf16 = bfloat16 autocast; auto = bf16 where the processor "
+                          "supports it", choices=("auto", "bf16", "fp32"), group="machine")
+    attention: str = flag("auto", "implementation of attention; auto = by device and mask, see "
                           "attention.choose", group="machine",
                           choices=FORMS)
-    compile: str = flag("auto", "torch.compile each block; auto = on CUDA: on a CPU it takes half "
-                        "a minute and gains at most 4 percent", choices=("auto", "on", "off"),
-                        group="machine")
-    recompute: bool = flag(False, "gradient checkpointing: a third more time for a fraction of the "
+    compile: str = flag("auto", "torch.compile each block; auto = on CUDA only, because on a CPU "
+                        "it takes half a minute and gains at most 4 percent",
+                        choices=("auto", "on", "off"), group="machine")
+    recompute: bool = flag(False, "gradient checkpointing: a third more time, a fraction of the "
                            "memory", group="machine")
     shard: bool = flag(False, "several processes: each keeps a part of weights, gradients and "
                        "optimiser states (FSDP2)", group="machine")
-    workers: int = flag(1, "processes that prepare clips, per training process; 0 = in that one",
+    workers: int = flag(1, "processes that prepare clips, per training process; 0 = itself",
                         low=0, high=1000, group="machine")
     eval_clips: int = flag(256, "held-out clips per evaluation", low=1, group="clips")
-    eval_batch: int = flag(32, "clips at a time in evaluation, per process; no number depends on "
-                           "--batch-size", low=1, group="machine")
-    eval_every: int = flag(0, "steps between evaluations; 0 = five times in the run", low=0,
+    eval_batch: int = flag(32, "clips per batch in evaluation, per process; does not change "
+                           "results", low=1, group="machine")
+    eval_every: int = flag(0, "steps between evaluations; 0 = five evaluations in the run", low=0,
                            group="run")
     save_every: int = flag(100, "steps between checkpoints", low=1, group="run")
     log_every: int = flag(10, "steps between lines of log.jsonl", low=1, group="run")
-    dry_run: bool = flag(False, "print parameters, FLOPs per clip, memory and time, then stop",
+    dry_run: bool = flag(False, "print parameters, FLOPs per clip, memory and time, then exit",
                          group="run")
 
     def __init_subclass__(cls, name=None, **options):
-        """Register the stage; complete its flags from those of the same names in its bases."""
+        """Register the stage. Complete its flags with those of the same names in base classes."""
         super().__init_subclass__(**options)
         for key, field in vars(cls).items():
             if isinstance(field, dataclasses.Field):
-                above = next((vars(base)["__dataclass_fields__"][key].metadata
+                inherited = next((vars(base)["__dataclass_fields__"][key].metadata
                               for base in cls.__mro__[1:]
                               if key in vars(base).get("__dataclass_fields__", {})), {})
-                field.metadata = types.MappingProxyType(above | field.metadata)
+                field.metadata = types.MappingProxyType(inherited | field.metadata)
         cls.name = name or cls.__name__.lower()
         if name:
             STAGES[name] = cls
@@ -173,29 +174,30 @@ class Stage:
         self.typed = frozenset(field.name for field in dataclasses.fields(self)
                                if getattr(self, field.name) != field.default)
 
-    # What a stage may redefine
+    # Methods that a stage may override
 
     def batches(self, train_set, first, repeats=1):
-        """Micro-batches from step `first` on; a function of (seed, step) alone."""
+        """Micro-batches from step `first` on. They are a function of (seed, step) alone."""
         return data.batches(train_set, self.batch_size, self.seed, self.steps * self.accum,
                             start=first * self.accum, workers=self.workers, repeats=repeats,
                             rank=processes.rank(), world=processes.world())
 
     def example(self, model, train_set):
-        """A training batch of one clip, for --dry-run: nothing was prepared."""
+        """A training batch of one clip for --dry-run, where `prepare` has not run."""
         return next(iter(data.batches(train_set, 1, self.seed, 1)))
 
     def pixels(self):
-        """Pixels of a micro-batch, B * T * H * W, as far as the flags say."""
+        """Pixels of a micro-batch, B * T * H * W; sizes that are no flags count as 1."""
         height, width = height_width(getattr(self, "input_size", 1))
         return self.batch_size * getattr(self, "num_frames", 1) * height * width
 
     def evaluate(self, model, batches, held_out_set):
-        """Measure the model on one held-out set -> {name: value}.
+        """Measure the model on one held-out set -> {name: value}. By default, average the metrics.
 
-        Here: the means of the training metrics. batches: its clips, on the device. Numbers go into
-        the log and metrics.json under "<name of the set>_<name>"; anything else (tensors, tables)
-        is for `finish` and `pictures`, which get the whole dict.
+        batches  its clips, on the device
+
+        Numbers go into the log and metrics.json under "<set>_<name>". Other values (tensors,
+        tables) are for `finish` and `pictures`, which get the whole dict.
         """
         rows = []
         for batch in batches:
@@ -206,20 +208,20 @@ class Stage:
         return evaluation.weighted_mean(processes.collect(rows))
 
     def prepare(self, model, train_set, held_out):
-        """What takes time and is needed before the first evaluation; --out exists.
+        """Work that takes time and is needed before the first evaluation. --out exists by then.
 
-        Returns what `batches` gets as its train_set.
+        Returns the train_set for `batches`.
         """
         return train_set
 
     def untrained(self):
-        """What --steps 0 would measure though nothing has trained it; "" = nothing is untrained.
+        """What --steps 0 would measure untrained, for an error message; "" = nothing.
 
-        Asked after `build`."""
+        Called after `build`."""
         return "" if self.weights else "a network from scratch"
 
     def training_mode(self, model):
-        """Put the model in training mode; a stage with frozen parts leaves them in eval mode."""
+        """Put the model in training mode. A stage with frozen parts keeps them in eval mode."""
         model.train()
 
     def scale_of(self, model, name):
@@ -227,35 +229,37 @@ class Stage:
         return 1.0
 
     def protocol(self, held_out):
-        """What was measured on what: {word: value}, printed at the start and in metrics.json."""
+        """How results are measured: {term: value}, printed at the start and in metrics.json."""
         return {}
 
     def finish(self, model, held_out, results):
-        """What is measured once, after the last evaluation -> {name: number}.
+        """Measure what is needed only once, after the last evaluation -> {name: number}.
 
-        held_out: {name: data set}; results: {name of the set: what `evaluate` returned}.
+        held_out  {name: data set}
+        results   {name of the set: result of `evaluate`}
         """
         return {}
 
     def tables(self, results):
-        """What is no number and belongs into metrics.json -> {name: what JSON holds}.
+        """Entries of metrics.json that are not numbers -> {name: a value that JSON can hold}.
 
-        results: {name of the set: what `evaluate` returned}."""
+        results  {name of the set: result of `evaluate`}
+        """
         return {}
 
     def pictures(self, model, batch, folder, results):
-        """Draw what the stage learned on one held-out batch -> paths."""
+        """Draw results on one held-out batch into the folder -> paths."""
         return []
 
     def extras(self, folder):
-        """Write what else belongs beside the weights."""
+        """Write further files beside the weights, such as a tokenizer."""
 
-    # What a stage may call
+    # Methods that a stage may call
 
     def check_against_weights(self, **values):
-        """Take over what --weights have fixed: {flag: value that holds}.
+        """Set flags to the values that --weights determine: {flag: value in the weights}.
 
-        UserError as `refuse_other`.
+        UserError as in `refuse_other`.
         """
         self.refuse_other(**values)
         for name, value in values.items():
@@ -263,10 +267,9 @@ class Stage:
         self.fixed |= values.keys()
 
     def refuse_other(self, **values):
-        """UserError where a flag asks for something else than --weights have: {flag: theirs}.
+        """UserError where a flag contradicts --weights: {flag: value in the weights}.
 
-        A flag asks where it was typed, also with its default, or set in code to something else than
-        its default.
+        Only flags count that were typed, or that differ from their default.
         """
         for name, value in values.items():
             wanted, default = getattr(self, name), type(self).__dataclass_fields__[name].default
@@ -275,29 +278,31 @@ class Stage:
                                 f"own, {value}; leave it out")
 
     def kept(self, settings, compute):
-        """compute(), a dict of tensors and lists, kept in --out/features.pt. A resumed run reads it
-        again, unless the file is damaged or was made with other settings."""
+        """The result of compute(), a dict of tensors and lists, cached in --out/features.pt.
+
+        A resumed run reads the file, unless it is damaged or was made with other settings.
+        """
         path = Path(self.out) / "features.pt"
         if self.resume and path.exists():
-            with contextlib.suppress(Exception):  # computing it again costs little
+            with contextlib.suppress(Exception):  # damaged in any way: compute it again
                 saved = weights.load(path)
                 if saved.pop("settings") == settings:
                     return saved
-        found = compute()
+        result = compute()
         if processes.rank() == 0:
-            weights.write_torch(path, found | {"settings": settings})
-        return found
+            weights.write_torch(path, result | {"settings": settings})
+        return result
 
     def autocast(self):
-        """Run networks, not losses, in bfloat16 where --precision says so."""
-        kind = torch.device(self.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+        """Context in which networks compute in bfloat16, with --precision bf16; not for losses."""
+        device_type = torch.device(self.device).type
+        return torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def held_out(self, dataset, count, batch_size, shared=True):
         """Batches of a data set for evaluation, on the device, each with its "number".
 
-        shared  True: each process gets other batches, and `processes.collect` puts results
-                together; False: each process gets all
+        shared  True: the processes share the batches, and `processes.collect` joins their results;
+                False: each process gets all batches
         """
         rank, world = (processes.rank(), processes.world()) if shared else (0, 1)
         for batch in data.held_out(dataset, count, batch_size, self.workers, rank, world):
@@ -305,14 +310,14 @@ class Stage:
                 yield evaluation.to_device(batch, self.device)
 
 
-# The flag of stages whose generated world has a test split.
-TEST_CLIPS = flag(0, "at the end also measure so many clips of the test split, which no choice has "
-                  "ever used", only="generated", low=0, group="clips")
+# The flag --test, for stages whose generated clips have a test split.
+TEST_CLIPS = flag(0, "clips of the test split to measure at the end; no setting was ever "
+                  "chosen with that split", only="generated", low=0, group="clips")
 
 
 @dataclass
 class ClipStage(Stage):
-    """A stage whose data sets are clips."""
+    """Base class of the stages that train on clips."""
 
     num_frames: int = flag(8, "frames per clip", low=1, high=10**4, group="clips")
     input_size: frame_size = flag(40, "height and width in pixels, or HxW, as 112x160", low=1,
@@ -320,17 +325,17 @@ class ClipStage(Stage):
     sampling: str = flag("segment", "segment = frames spread over the video, dense = neighbouring "
                          "frames; the others are those of the published models", only="files",
                          choices=tuple(SAMPLINGS), group="clips")
-    transform: str = flag("plain", "how frames are resized and cropped; plain is ours, the others "
-                          "are those of the published models", only="files",
+    transform: str = flag("plain", "how frames are resized and cropped: plain, or as a published "
+                          "model does it", only="files",
                           choices=tuple(TRANSFORMS), group="clips")
-    video_folder: str = flag("", "where the files of --data lie, if not in its folder or below it",
+    video_folder: str = flag("", "folder of the videos, if they are not in that of --data",
                              only="files", group="clips")
-    frame_rate: float = flag(25.0, "frames a second of videos that are folders of pictures; 0 = "
-                             "each picture is a clip", only="files", low=0, high=1000,
+    frame_rate: float = flag(25.0, "frames per second of videos that are folders of images; 0 = "
+                             "each image is a clip", only="files", low=0, high=1000,
                              group="clips")
-    train_clips: int = flag(0, "train on so many clips, over and over; 0 = all", low=0,
+    train_clips: int = flag(0, "train on this many clips, over and over; 0 = all", low=0,
                             group="clips")
-    world = "MovingShapes"  # the class of video.moving_shapes that generates its clips
+    world = "MovingShapes"  # class of video.moving_shapes that generates clips
 
     @property
     def sides(self):
@@ -349,10 +354,13 @@ class ClipStage(Stage):
             held_out.pop("test", None)
         return train_set, held_out
 
-    def check_clips(self, told):
-        """UserError where a folder of Hugging Face is for other clips (weights.hub_clips), unless
-        --positions says how the position codes of others come about."""
-        for name, value in told.items():
+    def check_clips(self, expected):
+        """UserError where weights of Hugging Face expect clips of another size.
+
+        There is no error if --positions was typed: it says how position codes for other sizes are
+        made. expected: result of weights.hub_clips.
+        """
+        for name, value in expected.items():
             theirs, given = spelled(value) if name == "input_size" else value, getattr(self, name)
             if given != theirs and "positions" not in self.typed:
                 name = name.replace("_", "-")
@@ -361,12 +369,12 @@ class ClipStage(Stage):
                     "type --positions, too: it says how the position codes of other clips are made")
 
     def evaluated(self, dataset):
-        """Numbers of the items of a held-out set that an evaluation measures, in order."""
+        """Indices of the items of a held-out set that an evaluation measures, in order."""
         return data.spread(len(dataset), self.eval_clips) if hasattr(dataset, "__len__") else \
             range(self.eval_clips)
 
     def clips_protocol(self, held_out):
-        """What of which clips is measured."""
+        """The part of `protocol` that describes the clips."""
         val = held_out["val"]
         of_files = {"sampling": self.sampling, "transform": self.transform} if self.data else {}
         others = {name: one.source for name, one in held_out.items() if one.source != val.source}
@@ -375,48 +383,48 @@ class ClipStage(Stage):
 
 
 def check_stage(stage):
-    """UserError with one line for each fault of a stage that somebody wrote."""
-    kind, faults = type(stage), []
-    if any(isinstance(value, dataclasses.Field) for value in vars(kind).values()):
-        faults.append("has flags that are no fields yet: write @dataclass above the class")
+    """UserError with one line for each mistake in the code of a stage."""
+    cls, faults = type(stage), []
+    if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
+        faults.append("has flags that are not fields yet: write @dataclass before the class")
     for method in ("datasets", "build", "loss"):
-        if not callable(getattr(kind, method, None)):
+        if not callable(getattr(cls, method, None)):
             faults.append(f"has no method {method}(); see engine.stage.Stage")
-    methods = {name for base in kind.__mro__ for name, value in vars(base).items()
+    methods = {name for base in cls.__mro__ for name, value in vars(base).items()
                if isinstance(value, types.FunctionType) and not name.startswith("_")}
     for field in dataclasses.fields(stage):
         if field.name in methods or isinstance(field.default, types.FunctionType):
             faults.append(f"the field {field.name} has the name of a method")
     if faults:
-        raise UserError(*(f"stage {stage.name or kind.__name__}: {fault}" for fault in faults))
+        raise UserError(*(f"stage {stage.name or cls.__name__}: {fault}" for fault in faults))
 
 
 def build_model(stage, train_set):
-    """stage.build(train_set). UserError where the network refuses what the flags or weights say."""
+    """The model of stage.build(train_set). UserError where flags or weights do not fit it."""
     try:
         model = stage.build(train_set)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    if not (stage.resume or stage.dry_run):  # a checkpoint may hold it trained
+    if not (stage.resume or stage.dry_run):  # a checkpoint may hold trained weights
         check_trained(stage)
     return model
 
 
 def check_trained(stage):
-    """UserError where --steps 0 would measure what nothing has trained."""
-    what = "" if stage.steps else stage.untrained()
-    if what:
-        raise UserError(f"--steps 0: would measure {what}, which nothing has trained; give "
+    """UserError where --steps 0 would measure untrained weights."""
+    untrained = "" if stage.steps else stage.untrained()
+    if untrained:
+        raise UserError(f"--steps 0: would measure {untrained}, which nothing has trained; give "
                         "--weights of a finished run of this stage, or train it with --steps N")
 
 
 def check_model(stage, model):
-    """UserError where the model cannot be written: its `config` must be a dict that JSON holds."""
+    """UserError where `model.config` is not a dict that can be written as JSON."""
     try:
         if not isinstance(model.config, dict):
-            raise TypeError("is no dict")
+            raise TypeError("is not a dict")
         json.dumps(model.config)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"stage {stage.name}: build() returns a {type(model).__name__} whose "
