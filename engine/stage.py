@@ -386,7 +386,7 @@ def check_stage(stage):
     """UserError with one line for each mistake in the code of a stage."""
     cls, faults = type(stage), []
     if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
-        faults.append("has flags that are not fields yet: write @dataclass before the class")
+        faults.append("has flags that are not fields yet: write @dataclass above the class")
     for method in ("datasets", "build", "loss"):
         if not callable(getattr(cls, method, None)):
             faults.append(f"has no method {method}(); see engine.stage.Stage")
@@ -424,7 +424,7 @@ def check_model(stage, model):
     """UserError where `model.config` is not a dict that can be written as JSON."""
     try:
         if not isinstance(model.config, dict):
-            raise TypeError("is not a dict")
+            raise TypeError("is no dict")
         json.dumps(model.config)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"stage {stage.name}: build() returns a {type(model).__name__} whose "
