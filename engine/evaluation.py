@@ -1,4 +1,7 @@
-"""Evaluation: the held-out batches of a data set, kept or decoded again, and means over them."""
+"""Evaluation: held-out batches, which stay in memory where they are small, and means over clips.
+
+    data set --> HeldOut: batches on the device --> stage.evaluate --> {name: value} of each set
+"""
 
 import numbers
 
@@ -9,7 +12,7 @@ from engine import processes
 
 
 def weighted_mean(rows):
-    """[(number, clips, {name: value}, ...), ...] -> {name: mean over all clips}."""
+    """[(batch number, clips, {name: value}, ...), ...] -> {name: mean over all clips}."""
     total = {}
     for _, count, values, *_ in rows:
         for name, value in values.items():
@@ -18,44 +21,45 @@ def weighted_mean(rows):
 
 
 def to_device(batch, device):
-    """A batch, a dict, with its tensors on the device; from pinned memory without waiting."""
+    """A batch with its tensors on the device. Copies from pinned memory are asynchronous."""
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
 def numbers_of(results):
-    """{set: {name: value}} -> {"<set>_<name>": number}; what is no number is left out."""
+    """{set: {name: value}} -> {"<set>_<name>": number}, without values that are not numbers."""
     return {f"{which}_{name}": value if isinstance(value, (int, float)) else float(value)
             for which, values in results.items() for name, value in values.items()
             if isinstance(value, numbers.Real)}
 
 
 class HeldOut:
-    """The held-out batches of this process, on its device, each time they are iterated over.
+    """An iterable over the held-out batches of this process, on its device.
 
-    They are kept in memory where they are small, and decoded again by the workers where they are
-    not. After a pass:
+    The first pass decodes them. Later passes take them from memory, or decode them again where they
+    have more than CACHE_BYTES. After a pass these attributes are set:
 
-    clips    how many could be read, of all processes
-    bad      [(path, reason), ...] of those that could not
-    first    the first batch, for pictures; None where this process has none
+    clips    number of readable clips of all processes
+    bad      [(path, reason), ...] of unreadable clips of all processes
+    first    first batch of this process, for pictures; None where it has none
 
-    The pass ends in DataError where no clip can be read. All processes must come to its end.
+    The first pass ends with DataError where no clip is readable. All processes must finish a pass,
+    because its end is a collective call.
     """
 
-    KEPT = 2**28  # bytes
+    CACHE_BYTES = 2**28
 
     def __init__(self, dataset, count, stage):
         self.dataset, self.count, self.stage = dataset, count, stage
-        self.first = self.clips = self.bad = self.kept = None
+        self.first = self.clips = self.bad = self.cached = None
 
     def __iter__(self):
-        if self.kept is not None:
-            for batch in self.kept:
+        if self.cached is not None:
+            for batch in self.cached:
                 yield to_device(batch, self.stage.device)
             return
-        self.first, kept, size, rows = None, [], 0, []  # size: bytes up to here
+        self.first, cached, size, rows = None, [], 0, []  # size: bytes of all batches so far
         for batch in data.held_out(self.dataset, self.count, self.stage.eval_batch,
                                    self.stage.workers, processes.rank(), processes.world()):
             readable = batch["video"] is not None
@@ -65,26 +69,26 @@ class HeldOut:
             if not readable:
                 continue
             self.first = self.first or batch
-            if size <= self.KEPT:
-                kept.append(batch)
+            if size <= self.CACHE_BYTES:
+                cached.append(batch)
             else:
-                kept.clear()
+                cached.clear()
             yield to_device(batch, self.stage.device)
         rows = processes.collect(rows)
         self.clips = sum(count for _, count, *_ in rows)
         self.bad = [pair for *_, bad, _ in rows for pair in bad]
         if not self.clips:
             raise data.DataError(f"none of the held-out clips can be read; {self.bad[0][1]}")
-        # All processes keep, or none: collective calls must meet at the end of the next pass.
-        self.kept = kept if all(size <= self.KEPT for *_, size in rows) else None
+        # All processes cache or none: a pass over decoded batches ends in a collective call.
+        self.cached = cached if all(size <= self.CACHE_BYTES for *_, size in rows) else None
 
 
 def evaluate(stage, model, held_out):
-    """{name: HeldOut} -> {name: what stage.evaluate returns for it, and "clips"}."""
+    """{name: HeldOut} -> {name: result of stage.evaluate, and "clips", the number of clips}."""
     results = {}
     for name, clips in held_out.items():
         results[name] = dict(stage.evaluate(model, clips, clips.dataset))
-        if clips.clips is None:  # the stage did not read all clips; a whole pass counts them
+        if clips.clips is None:  # the stage did not read all clips: a full pass counts them
             for _ in clips:
                 pass
         results[name]["clips"] = clips.clips
