@@ -1,28 +1,28 @@
-r"""Several processes, one run: what every file needs to know about the others.
+r"""Distributed training: the calls by which the processes of one run exchange data.
 
     torchrun --nproc-per-node 8 train.py mae --data DIR         all GPUs of one machine
     torchrun --nproc-per-node 8 --nnodes 4 --rdzv-backend c10d \
         --rdzv-endpoint HOST:29500 train.py mae ...             several machines
-    python train.py mae ...                                     one process: this file does nothing
+    python train.py mae ...                                     one process: no communication
 
 Dropout (attention.py), batch statistics (batch_norm.py) and the contrastive loss (clip_video.py)
-depend on the joined batch of all processes. They import this file and not the training loop.
+depend on the global batch, which is the batches of all processes together.
 
-The promise: W processes with B clips each take the same step as one process with W * B clips. Loss
-and gradients are equal within rounding. DDP alone does not give that. It takes five things:
-1. Clips: at step k, process r has rows r*B to r*B + B - 1 of the joined batch (data.batches).
-2. Random numbers: each process draws those of the joined batch from the same generator and keeps
+W processes with B clips each take the same step as one process with W * B clips: loss and gradients
+are equal within rounding. DDP alone does not guarantee that. Five parts are needed:
+1. Clips: at step k, process r has rows r*B to r*B + B - 1 of the global batch (data.batches).
+2. Random numbers: each process draws those of the global batch from the same generator and keeps
    its own rows (`joined`). They are a function of (seed, step, row) alone.
-3. Losses: what compares rows (contrastive loss, batch statistics) gathers them first, with gradient
-   (`gather_with_gradient`). What divides a sum by its own count (of words, say) divides by the mean
-   count of all processes (`mean`); the mean of these quotients is the quotient of the sums.
-4. Gradients: the mean over processes, by DDP, or by FSDP2, which also cuts weights, gradients and
-   optimiser states into W parts (`parallel`).
-5. Evaluation: whole batches are dealt out and results put together in their order (`collect`). The
-   sum is the same for any W, and every clip counts once.
+3. Losses: a loss that compares rows first gathers them, with gradient (`gather_with_gradient`). So
+   do batch statistics. A mean over words divides by the mean count of all processes (`mean`). The
+   mean of these quotients over processes is the quotient of the sums.
+4. Gradients: DDP or FSDP2 averages them over processes (`parallel`). FSDP2 also splits weights,
+   gradients and optimiser states into W parts.
+5. Evaluation: each process measures some of the batches, and `collect` joins the results in the
+   order of the batches. The result is the same for any W, and every clip counts once.
 
-Where we differ: official loaders pad the last batch of an evaluation, so some clips count twice
-(VideoMAE engine_for_finetuning.py).
+Where we differ from official code: official loaders pad the last batch of an evaluation, so some
+clips count twice (VideoMAE engine_for_finetuning.py).
 
 Two or four gloo processes agree with one to 1e-6 in every stage (tests/test_processes.py).
 
@@ -47,30 +47,30 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 def world():
-    """How many processes work on this run."""
+    """Number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank():
-    """Which of them this one is, 0 to world() - 1. Process 0 alone prints and writes."""
+    """Index of this process, 0 to world() - 1. Only process 0 prints and writes."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def several():
-    """True where torchrun has started more processes than this one, even before they have met."""
+    """True where torchrun started several processes, also before they are connected (`start`)."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def start(device):
-    """Meet the others, where torchrun has started several; returns the device of this process.
+    """Connect to the other processes, if there are several -> the device of this process.
 
-    device  "cpu", "cuda" or "cuda:N"; of several processes on a machine each takes a GPU of its own
+    device  "cpu", "cuda" or "cuda:N"; each of several processes on a machine takes its own GPU
     """
     if not several():
         return device
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda"):
-        device = f"cuda:{local}"
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
@@ -78,22 +78,22 @@ def start(device):
 
 
 def wait():
-    """Until all are here."""
+    """Wait until all processes have reached this call."""
     if world() > 1:
         dist.barrier()
 
 
 def end():
-    """All is done: leave the others, at the end of the program."""
+    """Disconnect from the other processes, at the end of the program."""
     if world() > 1:
         dist.destroy_process_group()
 
 
 def first_to_say(text):
-    """True for the first process that wants to print this text: several may stop for one reason."""
+    """True for the first process that calls this with the text, so that an error prints once."""
     if not several():
         return True
-    try:  # torchrun keeps a small table of numbers for its processes
+    try:  # torchrun has a key-value store for its processes
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                               is_master=False)
         return store.add(f"said {zlib.crc32(text.encode())}", 1) == 1
@@ -102,13 +102,13 @@ def first_to_say(text):
 
 
 # ------------------------------------------------------------------------------------------------
-# The joined batch
+# The global batch
 
 
 def joined(count):
-    """(W * B, slice): rows of the joined batch, and which of them this process computes now.
+    """(W * B, slice): number of rows of the global batch, and the rows that this process computes.
 
-    count  B, or fewer inside of a `piece`
+    count  rows to compute: B, or fewer inside a `piece`
     """
     total, first = _piece or (count, 0)
     first += rank() * total
@@ -120,7 +120,7 @@ _piece = None
 
 @contextlib.contextmanager
 def piece(total, first):
-    """Context in which only some of our `total` rows are computed, from `first` on.
+    """Context in which only some of this process's `total` rows are computed, from `first` on.
 
     Random numbers are still drawn for all rows.
     """
@@ -133,7 +133,7 @@ def piece(total, first):
 
 
 def mean(x):
-    """Mean of a tensor over all processes, without gradient. Alone: x itself."""
+    """Mean of a tensor over all processes, without gradient. With one process: x itself."""
     if world() == 1:
         return x
     x = x.detach().clone()
@@ -142,7 +142,7 @@ def mean(x):
 
 
 def means(numbers, device="cpu"):
-    """{name: number} -> the means over all processes, which must have the same names."""
+    """{name: number} -> means over all processes. All must have the same names."""
     if world() == 1:
         return dict(numbers)
     values = torch.tensor(list(map(float, numbers.values())), dtype=torch.float64, device=device)
@@ -150,7 +150,7 @@ def means(numbers, device="cpu"):
 
 
 class Gather(torch.autograd.Function):
-    """See `gather_with_gradient`."""
+    """The autograd function of `gather_with_gradient`."""
 
     @staticmethod
     def forward(ctx, x):
@@ -166,41 +166,47 @@ class Gather(torch.autograd.Function):
 
 
 def gather_with_gradient(x):
-    """x (B, ...) of every process, joined in order of rank: (world*B, ...). Alone: x itself.
+    """x (B, ...) of every process, concatenated by rank: (W*B, ...). With one process: x itself.
 
-    Backward, the gradients of all processes for our part are added up. Each process then has
-    `world` times the gradient of one process with the joined batch. Data-parallel training takes
-    the mean over processes afterwards, which is that gradient. B must be equal everywhere.
+    The backward pass sums the gradients of all processes for this process's rows. Each process
+    computes the loss of the global batch, so the sum is W times the gradient of that loss. DDP or
+    FSDP2 then averages over processes, which removes the factor W. B must be equal in all of them.
     """
     return Gather.apply(x) if world() > 1 else x
 
 
 def row_before(x):
-    """x (B, ...) -> (1, ...): the row before our first one in the joined batch; before row 0, the
-    last."""
+    """x (B, ...) -> (1, ...): the row of the global batch before this process's first row.
+
+    The row before row 0 is the last row.
+    """
     return gather_with_gradient(x[-1:])[rank() - 1][None]
 
 
 def collect(rows, device="cpu"):
-    """Put together what was dealt out: [(number, ...), ...] of each process -> of all, by number.
+    """[(number, ...), ...] of each process -> the rows of all processes, sorted by number.
 
-    Tensors in the rows, also in dicts and lists, come back on `device`. Alone: the rows themselves.
+    Tensors in the rows, also in dicts and lists, are returned on `device`. With one process: the
+    rows themselves.
     """
     if world() == 1:
         return list(rows)
-    carry = torch.utils._pytree.tree_map_only
+    tree_map = torch.utils._pytree.tree_map_only
     parts = [None] * world()
-    dist.all_gather_object(parts, carry(torch.Tensor, lambda x: x.cpu(), list(rows)))
-    rows = carry(torch.Tensor, lambda x: x.to(device), [row for part in parts for row in part])
+    dist.all_gather_object(parts, tree_map(torch.Tensor, lambda x: x.cpu(), list(rows)))
+    rows = tree_map(torch.Tensor, lambda x: x.to(device), [row for part in parts for row in part])
     return sorted(rows, key=lambda row: row[0])
 
 
 # ------------------------------------------------------------------------------------------------
-# Gradients, and weights cut into parts
+# Gradients, and sharded weights
 
 
 class Step(torch.nn.Module):
-    """A model with its loss. DDP and FSDP2 wrap this, so a loss may call any part of the model."""
+    """A model and its loss as one module, which DDP or FSDP2 wraps.
+
+    So the loss may call any part of the model.
+    """
 
     def __init__(self, model, loss):
         super().__init__()
@@ -211,10 +217,11 @@ class Step(torch.nn.Module):
 
 
 def parallel(model, loss, shard=False, parts=()):
-    """loss(model, ...) -> a function of the other inputs whose gradients are means over processes.
+    """loss(model, *inputs) -> function of the inputs whose gradients are means over processes.
 
-    shard  True = FSDP2: every process keeps a part of all weights, gradients and optimiser states
-           and gathers a block while it computes with it. Optimisers must be made afterwards.
+    shard  True = FSDP2: each process keeps a part of weights, gradients and optimiser states. It
+           gathers the weights of one block while it computes with that block. Create optimisers
+           after this call
     parts  classes of modules that are gathered one at a time
     """
     step = Step(model, loss)
@@ -230,20 +237,22 @@ def parallel(model, loss, shard=False, parts=()):
             fully_shard(module, **options)
     step = fully_shard(step, **options)
     with torch.no_grad():
-        step()  # FSDP2 must meet the outermost module first, before evaluation calls what is inside
+        step()  # FSDP2 must see the outermost module first; evaluation calls inner ones
     step.reshard()
     return step
 
 
 def scalars(model):
-    """Parameters of one number. They cannot be cut; `clip` averages their gradients."""
+    """The scalar parameters. FSDP2 cannot split them, so `clip` averages their gradients."""
     return {parameter for parameter in model.parameters() if parameter.ndim == 0}
 
 
 @contextlib.contextmanager
 def exchange(step, on):
-    """Context of a micro-batch: on=False keeps its gradients here, to be exchanged with the last
-    one's."""
+    """Context of a micro-batch. on=True averages the gradients over processes in its backward pass.
+
+    on=False only adds them up in this process.
+    """
     if hasattr(step, "set_requires_gradient_sync"):
         step.set_requires_gradient_sync(on)
         yield
@@ -255,9 +264,9 @@ def exchange(step, on):
 
 
 def clip(model, limit):
-    """Scale all gradients to a norm of at most `limit`; returns the norm before.
+    """Scale all gradients so that their norm is at most `limit` -> the norm before scaling.
 
-    Averages first what FSDP2 has not averaged: the gradients of `scalars`.
+    First averages over processes the gradients of `scalars`, which FSDP2 leaves out.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
@@ -266,7 +275,7 @@ def clip(model, limit):
     for parameter in parameters:
         if parameter.ndim == 0:
             parameter.grad = mean(parameter.grad)
-            square += parameter.grad**2 / world()  # counted once when all add up
+            square += parameter.grad**2 / world()  # all processes add it, so it counts once
         else:
             square += parameter.grad.to_local().square().sum()
     norm = float(mean(square) * world()) ** 0.5
@@ -277,69 +286,73 @@ def clip(model, limit):
 
 
 def whole(x):
-    """A tensor that may be cut into parts -> all of it, on every process."""
+    """A tensor that may be sharded -> the full tensor, on every process."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def place(x, parameter):
-    """All of a tensor -> what this process keeps of it, cut like a parameter of the same shape."""
+    """A full tensor -> this process's part, sharded like `parameter` if it has the same shape."""
     x = x.to(parameter.device)
     if isinstance(parameter, DTensor) and x.shape == parameter.shape and not isinstance(x, DTensor):
-        everywhere = DTensor.from_local(x, parameter.device_mesh, [Replicate()], run_check=False)
-        return everywhere.redistribute(placements=parameter.placements)
+        replicated = DTensor.from_local(x, parameter.device_mesh, [Replicate()], run_check=False)
+        return replicated.redistribute(placements=parameter.placements)
     return x
 
 
 @contextlib.contextmanager
 def unsharded(step):
-    """Context in which every process has all weights, for work outside of the step.
+    """Context in which every process has all weights, for work outside the training step.
 
-    FSDP2's hooks are off: processes may compute different things, and must not wait for each other.
+    FSDP2's hooks are off, because the processes may compute different things here and must not wait
+    for each other.
     """
     from torch.distributed.fsdp import FSDPModule
-    cut = [(module, module._forward_pre_hooks, module._forward_hooks) for module in step.modules()
-           if isinstance(module, FSDPModule)]
-    for module, *_ in cut:
+    sharded = [(module, module._forward_pre_hooks, module._forward_hooks)
+               for module in step.modules() if isinstance(module, FSDPModule)]
+    for module, *_ in sharded:
         module.unshard()
         module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for module, before, after in cut:
+        for module, before, after in sharded:
             module._forward_pre_hooks, module._forward_hooks = before, after
             module.reshard()
 
 
 # ------------------------------------------------------------------------------------------------
-# Checkpoints in parts (torch.distributed.checkpoint), which load at any number of processes
+# Sharded checkpoints (torch.distributed.checkpoint), which load with any number of processes
 
 
-def contents(folder):
-    """torch's reader for a folder of parts, after a safe look at its table of contents.
+def safe_reader(folder):
+    """torch's reader for a folder of parts, with a safe unpickler for its metadata.
 
-    Unpickling may name the classes of such a table alone, and only tensors may be in it. Else
-    ValueError.
+    ValueError where the metadata names a class that such metadata does not need, or an entry that
+    is not a tensor.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    class Careful(pickle.Unpickler):
+    class SafeUnpickler(pickle.Unpickler):
         def find_class(self, module, name):
             dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
             if (module, name) in ALLOWED or dtype:
                 return super().find_class(module, name)
-            raise ValueError(f"its table of contents names {module}.{name}")
+            raise ValueError(f"its metadata names {module}.{name}")
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args, **kwargs):
-            return Careful(io.BytesIO((Path(folder) / ".metadata").read_bytes())).load()
+            return SafeUnpickler(io.BytesIO((Path(folder) / ".metadata").read_bytes())).load()
 
-    found = Reader(folder)
-    others = [name for name, kind in found.read_metadata().state_dict_metadata.items()
+    reader = Reader(folder)
+    others = [name for name, kind in reader.read_metadata().state_dict_metadata.items()
               if not isinstance(kind, TensorStorageMetadata)]
     if others:
         raise ValueError(f"holds more than tensors: {others[0]}")
-    return found
+    return reader
+
+
+# Names that the metadata of a sharded checkpoint may contain: (module, class or function).
 
 
 ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in (
@@ -351,7 +364,7 @@ ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in (
 
 
 def crc(path):
-    """CRC-32 of a file."""
+    """CRC-32 checksum of a file."""
     value = 0
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -360,16 +373,16 @@ def crc(path):
 
 
 def save_parts(folder, tensors, facts):
-    """Every process writes its part of {name: tensor} into a folder.
+    """Write {name: tensor} into a folder; every process writes its own part.
 
-    facts.json has `facts` and a CRC-32 of each file.
+    facts.json holds `facts` and a CRC-32 of each file.
     """
     import torch.distributed.checkpoint as checkpoint
     folder = Path(folder)
     try:
         checkpoint.save(dict(tensors), storage_writer=checkpoint.FileSystemWriter(
             folder, sync_files=True))
-    except checkpoint.CheckpointException as error:  # every process gets it; all stopped writing
+    except checkpoint.CheckpointException as error:  # raised in every process; none writes now
         if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise first_cause(error, folder) from None
@@ -388,17 +401,17 @@ def save_parts(folder, tensors, facts):
 
 
 def first_cause(error, folder):
-    """What went wrong in one of the processes, as an OSError.
+    """The error of one process behind a CheckpointException, as an OSError.
 
-    torch's own error is no Exception, so nobody would catch it. It also hides an interruption and a
-    lack of memory; these are returned as they are.
+    CheckpointException is not a subclass of Exception, so `except Exception` does not catch it. It
+    may also hide a KeyboardInterrupt or a MemoryError; these are returned unchanged.
     """
-    for found, _ in (error.failures or {}).values():
-        if isinstance(found, (KeyboardInterrupt, MemoryError)):
-            return found
+    for failure, _ in (error.failures or {}).values():
+        if isinstance(failure, (KeyboardInterrupt, MemoryError)):
+            return failure
     first = cause = next(iter(error.failures.values()))[0] if error.failures else error
     while cause is not None and not (isinstance(cause, OSError) and cause.errno):
-        cause = cause.__context__  # torch's writer of archives complains of what followed
+        cause = cause.__context__  # torch's writer raises a second error on top of the first
     if cause is not None:
         return OSError(cause.errno, cause.strerror, cause.filename or str(folder))
     line = (str(first).strip().splitlines() or [type(first).__name__])[0]
@@ -407,29 +420,26 @@ def first_cause(error, folder):
 
 
 def read_facts(folder):
-    """The facts of `save_parts`, after a check that every file is as it was written.
-
-    ValueError where one is not.
-    """
-    found = json.loads((Path(folder) / "facts.json").read_text())
-    if zlib.crc32(found["facts"].encode()) != found["crc"]:
+    """The facts of `save_parts`. ValueError where the checksum of a file in the folder is wrong."""
+    saved = json.loads((Path(folder) / "facts.json").read_text())
+    if zlib.crc32(saved["facts"].encode()) != saved["crc"]:
         raise ValueError("the checksum of facts.json is wrong")
-    mine = sorted(found["files"])[rank()::world()]
-    wrong = [(name,) for name in mine if not (Path(folder) / name).exists()
-             or crc(Path(folder) / name) != found["files"][name]]
+    own = sorted(saved["files"])[rank()::world()]  # each process checks some of the files
+    wrong = [(name,) for name in own if not (Path(folder) / name).exists()
+             or crc(Path(folder) / name) != saved["files"][name]]
     wrong = collect(wrong)
     if wrong:
         raise ValueError(f"the checksum of {wrong[0][0]} is wrong")
-    return json.loads(found["facts"])
+    return json.loads(saved["facts"])
 
 
 def read_parts(folder, make):
-    """{name: tensor} that several processes wrote, however many read.
+    """{name: tensor} of a folder of `save_parts`, read by any number of processes.
 
-    make  function (name, shape, dtype) -> the tensor to fill, whole or cut
+    make  function (name, shape, dtype) -> the tensor to fill, full or sharded
     """
     import torch.distributed.checkpoint as checkpoint
-    source = contents(folder)
+    source = safe_reader(folder)
     tensors = {name: make(name, kind.size, kind.properties.dtype)
                for name, kind in source.read_metadata().state_dict_metadata.items()}
     try:
