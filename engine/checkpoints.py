@@ -1,8 +1,15 @@
-"""Checkpoints: last.pt and the one before it, written aside and renamed, read strictly.
+"""Checkpoints: last.pt and the one before it, last.1.pt.
 
-A checkpoint is {"step", "settings", "seconds", ...} (see FACTS) and three groups of tensors:
-"model", "average" (--ema) and "optimiser". With --shard it is a folder in which each process has
-written its part. It loads at any number of processes.
+    model, optimiser, average --> tensors_of --> save_checkpoint --> last.pt
+    last.pt, or last.1.pt if it is damaged --> resume_from --> restore --> model, optimiser, average
+
+1. A checkpoint has facts {"step", "settings", "seconds", ...} (see FACTS) and three groups of
+   tensors: "model", "average" (--ema) and "optimiser".
+2. With --shard a checkpoint is a folder with a part of each process. Any number of processes can
+   load it.
+3. A new checkpoint is written under another name and then renamed, so a kill never damages the old
+   one. Reading checks names, shapes and checksums.
+4. A run resumes only with the recipe of its checkpoint (`check_recipe`).
 """
 
 import dataclasses
@@ -19,90 +26,91 @@ from engine import processes
 from engine.errors import UserError
 from engine.optimisers import clips_per_step
 
-KEPT = 2  # should the newest be damaged, --resume takes the one before
+MAX_CHECKPOINTS = 2  # if the newest is damaged, --resume takes the one before
 
-# Flags that a resumed run may change: they do not decide what is learned.
+# Flags that a resumed run may change, because they do not change what is learned.
 FREE_TO_CHANGE = {
     "out", "resume", "device", "workers", "steps", "eval_every", "save_every", "log_every",
     "eval_clips", "eval_batch", "dry_run", "weights", "shard", "attention", "compile", "precision",
     "recompute", "figures"}
 
-# Flags of older versions that a checkpoint may name: {flag: its default}, where that is not 0, ""
-# or False. FREE: any value may go on, because it changed nothing or --weights decided it.
+# Flags of older versions that a checkpoint may contain: {flag: its default}. Defaults of 0, "" and
+# False are left out. FREE: every value is accepted, because the flag changed nothing, or --weights
+# determined it.
 FREE = object()
 REMOVED = {
     "keep": FREE, "max_bad": FREE, "onednn": FREE, "decoder": "pyav", "blr": 1.5e-4,
-    "space_time": "joint", "source": "all",                           # of mae, of fuse
-    "motion_words": 1.0,                                              # of retrieve, as all below
+    "space_time": "joint", "source": "all",                           # of mae; of fuse
+    "motion_words": 1.0,                                              # of retrieve, like all below
     "gallery": FREE, "merge_share": FREE, "model": FREE, "kind": FREE, "local_units": FREE,
     "temporal_downsample": FREE, "vocabulary": FREE, "caption_depth": FREE, "queries": FREE,
     "image_batch": FREE}
 
-# What a checkpoint says of its run. "onednn" ("on", "off", "") was among the settings before.
+# Facts of a checkpoint and their types. "onednn" ("on", "off", "") was a setting in older versions.
 FACTS = {"step": int, "settings": dict, "seconds": float, "processes": int, "initial": dict,
          "bad": dict}
 
 
 def recipe_of(stage):
-    """The settings that decide what is learned."""
+    """The settings that change what is learned: {flag: value}."""
     return {key: value for key, value in dataclasses.asdict(stage).items()
             if key not in FREE_TO_CHANGE}
 
 
 def tensors_of(model, optimizer, average):
-    """Everything a run must remember beside its facts.
+    """All tensors of a checkpoint. optimizer, average: may be None.
 
-    -> {"model": ..., "average": ..., "optimiser": {"<parameter>.<what>": tensor}}. By name, so that
-    it can be read however many processes hold it in parts. optimizer, average: or None
+    -> {"model": ..., "average": ..., "optimiser": {"<parameter>.<state name>": tensor}}. Names
+    instead of positions let any number of processes load it.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    slots = {f"{names[parameter]}.{what}": value
-             for parameter, state in (optimizer.state if optimizer else {}).items()
-             for what, value in state.items()}
+    states = {f"{names[parameter]}.{key}": value
+              for parameter, state in (optimizer.state if optimizer else {}).items()
+              for key, value in state.items()}
     return {"model": model.state_dict(), "average": average.state if average else {},
-            "optimiser": slots}
+            "optimiser": states}
 
 
 def restore(tensors, model, optimizer, average):
-    """Put back what `tensors_of` took, whole or in parts. UserError where it does not fit."""
-    other = UserError("the checkpoint's tensors are not those of this model; start anew without "
-                      "--resume")
+    """Load the result of `tensors_of`, full or sharded. UserError where it does not fit."""
+    mismatch = UserError("the checkpoint's tensors are not those of this model; start anew without "
+                         "--resume")
     for saved, own in ((tensors["model"], model.state_dict()),
                        (tensors["average"], average.state if average else {})):
         if list(saved) != list(own) or any(saved[name].shape != own[name].shape for name in own):
-            raise other
+            raise mismatch
         for name, value in own.items():
             value.detach().copy_(processes.place(saved[name], value))
     parameters = dict(model.named_parameters())
     owner = {parameter: part for part in optimizer.parts for group in part.param_groups
              for parameter in group["params"]}
-    slots = {}
-    for key, value in tensors["optimiser"].items():
-        name, what = key.rpartition(".")[::2]
+    states = {}
+    for full_name, value in tensors["optimiser"].items():
+        name, key = full_name.rpartition(".")[::2]
         part = owner.get(parameters.get(name))
         if part is None or value.ndim and value.shape != parameters[name].shape:
-            raise other
-        slots.setdefault(part, {}).setdefault(name, set()).add(what)
-    if any(whats != next(iter(group.values())) for group in slots.values()
-           for whats in group.values()):
-        raise other  # an optimiser remembers the same of every parameter
-    for key, value in tensors["optimiser"].items():
-        name, what = key.rpartition(".")[::2]
+            raise mismatch
+        states.setdefault(part, {}).setdefault(name, set()).add(key)
+    if any(keys != next(iter(group.values())) for group in states.values()
+           for keys in group.values()):
+        raise mismatch  # an optimiser has the same states for every parameter
+    for full_name, value in tensors["optimiser"].items():
+        name, key = full_name.rpartition(".")[::2]
         parameter = parameters[name]
-        owner[parameter].state[parameter][what] = processes.place(value, parameter)
+        owner[parameter].state[parameter][key] = processes.place(value, parameter)
 
 
 def checkpoints(out):
-    """Those in a run's folder, newest first: last.pt, last.1.pt ... Folders, with --shard."""
+    """The checkpoints in a run's folder, newest first: [last.pt, last.1.pt, ...]."""
     older = {int(path.name.split(".")[1]): path for path in out.glob("last.*.pt")
              if path.name.split(".")[1].isdecimal()}
     return [path for path in (out / "last.pt", *(older[n] for n in sorted(older))) if path.exists()]
 
 
 def save_checkpoint(out, facts, tensors, shard=False):
-    """Write last.pt aside, rename the earlier ones, give it its name, remove what is beyond KEPT.
+    """Write a new last.pt, rename the earlier ones, remove those beyond MAX_CHECKPOINTS.
 
-    All processes call this; with `shard` each writes its part, else the first writes all.
+    All processes call this. With `shard` each writes its part, otherwise process 0 writes all.
     """
     new = out / "last.pt.part"
     if shard:
@@ -121,39 +129,39 @@ def save_checkpoint(out, facts, tensors, shard=False):
     def place(n):
         return out / (f"last.{n}.pt" if n else "last.pt")
 
-    free = next(n for n in itertools.count() if n == KEPT or not place(n).exists())
-    remove(place(free))  # there if it is beyond KEPT; a folder cannot be replaced
+    free = next(n for n in itertools.count() if n == MAX_CHECKPOINTS or not place(n).exists())
+    remove(place(free))  # needed for n == MAX_CHECKPOINTS: os.replace cannot replace a folder
     for n in range(free, 0, -1):
         os.replace(place(n - 1), place(n))
     os.replace(new, place(0))
     weights.settle(out)
-    for old in checkpoints(out)[KEPT:]:
+    for old in checkpoints(out)[MAX_CHECKPOINTS:]:
         remove(old)
 
 
 def remove(path):
-    """A file or a whole folder, if there is one."""
+    """Remove a file or a folder, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_checkpoint(path, like):
-    """(facts, tensors) of one checkpoint; ValueError where it is not what was written.
+    """(facts, tensors) of one checkpoint. ValueError where it is damaged.
 
-    like  the model's own tensors, `tensors_of` without the optimiser's
+    like  the model's own tensors: `tensors_of` without an optimiser
     """
     try:
         return read_parts(path, like) if path.is_dir() else read_whole(path)
     except MemoryError:
         raise
-    except Exception as error:  # whatever a torn file makes torch raise
+    except Exception as error:  # torch raises many types for a damaged file
         if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise  # not the file's fault
+            raise  # the machine's error, not the file's
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(lines[0][:100]) from None
 
 
 def read_whole(path):
-    """`read_checkpoint` of a file."""
+    """`read_checkpoint` for a file."""
     saved = weights.load(path)
     tensors = {key: saved.pop(key) for key in ("model", "average", "optimiser")}
     if saved["tensors"] != [len(group) for group in tensors.values()]:
@@ -162,12 +170,12 @@ def read_whole(path):
         raise ValueError("its facts have other types")
     if not all(isinstance(value, torch.Tensor) for group in tensors.values()
                for value in group.values()):
-        raise ValueError("holds something else than tensors")
+        raise ValueError("holds more than tensors")
     return saved, tensors
 
 
 def read_parts(path, like):
-    """`read_checkpoint` of a folder."""
+    """`read_checkpoint` for a folder of parts."""
     saved = processes.read_facts(path)
 
     def make(name, shape, dtype):
@@ -181,16 +189,17 @@ def read_parts(path, like):
     for name, value in processes.read_parts(path, make).items():
         group, name = name.split("/", 1)
         tensors[group][name] = value
-    for group in ("model", "average"):  # parts come in an order of their own
+    for group in ("model", "average"):  # restore the model's order of names
         tensors[group] = {name: tensors[group][name] for name in like["model"]
                           if name in tensors[group]}
     return saved, tensors
 
 
 def resume_from(out, stage, like):
-    """(facts, tensors) of the newest checkpoint that can be read, or None where there is none.
+    """(facts, tensors) of the newest readable checkpoint; None where the folder has none.
 
-    A damaged one is named and set aside. UserError where none can be read or the recipe is another.
+    Damaged ones are printed and renamed. UserError where all are damaged, or where the recipe is
+    another one.
     """
     damaged = []
     for path in checkpoints(out):
@@ -214,12 +223,12 @@ def resume_from(out, stage, like):
               f"aside as {aside}")
         if processes.rank() == 0:
             bad.rename(aside)
-    tell_changes(path, saved, stage)
+    print_changes(path, saved, stage)
     return saved, tensors
 
 
 def without_caption_decoder(tensors, like):
-    """Tensors of an older run of `retrieve`, which kept its encoders in a model with a decoder."""
+    """The tensors without the caption decoder that older runs of `retrieve` have in their model."""
     inner = [name.removeprefix("clip.") for name in tensors["model"] if name.startswith("clip.")]
     if inner != list(like["model"]):
         return tensors
@@ -230,59 +239,59 @@ def without_caption_decoder(tensors, like):
 def check_recipe(path, saved, stage):
     """UserError where a checkpoint was made with another recipe.
 
-    Compares both ways: a flag that the checkpoint does not know had its default in it and must not
-    be typed otherwise; a flag of the checkpoint that was removed since must have had its default.
+    A flag that the checkpoint does not contain counts as its default: another value may not be
+    typed. A flag that has been removed since must have had its default in the checkpoint.
     """
-    was, now = saved["settings"], recipe_of(stage)
+    old, new = saved["settings"], recipe_of(stage)
     defaults = {field.name: field.default for field in dataclasses.fields(stage)}
-    before = saved["processes"] * was["batch_size"] * was["accum"]
-    # Older code wrote down flags that --weights fix as they were typed, not as they are.
-    skipped = stage.fixed if "onednn" in was else set()
-    # As many clips a step as before may be shared out in another way.
-    same = {"batch_size", "accum"} if before == clips_per_step(stage) else set()
-    other = {key: was.get(key, defaults[key]) for key, value in now.items()
-             if was.get(key, defaults[key]) != value and key not in same
-             and (key in was or key in stage.typed) and key not in skipped}
-    gone = {key: value for key, value in was.items() if key not in defaults
-            and value and REMOVED.get(key) not in (FREE, value)}
+    old_clips = saved["processes"] * old["batch_size"] * old["accum"]
+    # Older versions stored flags that --weights determine as typed, not with their real values.
+    skipped = stage.fixed if "onednn" in old else set()
+    # The same clips per step may be split over processes and micro-batches in another way.
+    same = {"batch_size", "accum"} if old_clips == clips_per_step(stage) else set()
+    changed = {key: old.get(key, defaults[key]) for key, value in new.items()
+               if old.get(key, defaults[key]) != value and key not in same
+               and (key in old or key in stage.typed) and key not in skipped}
+    removed = {key: value for key, value in old.items() if key not in defaults
+               and value and REMOVED.get(key) not in (FREE, value)}
 
     def flags(values):
         return ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items())
 
-    if gone:
-        raise UserError(f"{path} was made with {flags(gone)}, which this version does not have: "
+    if removed:
+        raise UserError(f"{path} was made with {flags(removed)}, which this version does not have: "
                         "start anew with another --out")
-    if other:
-        raise UserError(f"{path} was made with {flags(other)}: resume with the same, or use "
+    if changed:
+        raise UserError(f"{path} was made with {flags(changed)}: resume with the same, or use "
                         "another --out")
 
 
-def tell_changes(path, saved, stage):
-    """Print what a resumed run does otherwise than before."""
-    was = saved["settings"]
-    before = saved["processes"] * was["batch_size"] * was["accum"]
-    if was["steps"] != stage.steps:
-        print(f"--steps was {was['steps']} and is {stage.steps} now: the learning rate follows the "
+def print_changes(path, saved, stage):
+    """Print what differs in a resumed run: steps, precision, processes."""
+    old = saved["settings"]
+    old_clips = saved["processes"] * old["batch_size"] * old["accum"]
+    if old["steps"] != stage.steps:
+        print(f"--steps was {old['steps']} and is {stage.steps} now: the learning rate follows the "
               "new schedule from here on")
-    if was["precision"] != stage.precision:
-        print(f"--precision was {was['precision']} and is {stage.precision} now")
+    if old["precision"] != stage.precision:
+        print(f"--precision was {old['precision']} and is {stage.precision} now")
     if saved["processes"] != processes.world():
         clips = clips_per_step(stage)
         print(f"{path} was made by {saved['processes']} processes, {processes.world()} go on with "
-              "it: " + (f"{clips} clips a step as before" if before == clips else
-                        f"a step had {before} clips and has {clips} now (--batch-size is per "
+              "it: " + (f"{clips} clips a step as before" if old_clips == clips else
+                        f"a step had {old_clips} clips and has {clips} now (--batch-size is per "
                         "process)"))
 
 
 def keep_old_run(out):
-    """Move what an earlier run left in `out` into out/previous-N: nothing is overwritten."""
+    """Move the files of an earlier run in `out` into out/previous-N, so none is overwritten."""
     names = ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "tokenizer.json",
              "questions.json", "predictions.csv", "report.html")
-    left = [out / name for name in names if (out / name).exists()] + checkpoints(out)
-    if not left:
+    old_files = [out / name for name in names if (out / name).exists()] + checkpoints(out)
+    if not old_files:
         return
     n = next(n for n in itertools.count(1) if not (out / f"previous-{n}").exists())
     (out / f"previous-{n}").mkdir()
-    for path in left + sorted(out.glob("*.png")) + sorted(out.glob("*.gif")):
+    for path in old_files + sorted(out.glob("*.png")) + sorted(out.glob("*.gif")):
         path.rename(out / f"previous-{n}" / path.name)
     print(f"{out} holds an earlier run: moved to {out}/previous-{n} (--resume would go on with it)")
