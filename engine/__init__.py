@@ -1,4 +1,4 @@
-"""What runs a stage: its base class, checkpoints, processes, optimisers, log, errors, pictures.
+"""Running a stage: its base class, checkpoints, processes, optimisers, log, errors, pictures.
 
-No file here knows a model.
+No file here depends on a particular model.
 """

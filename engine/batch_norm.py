@@ -1,4 +1,4 @@
-"""Batch normalisation over the batches of all processes."""
+"""Batch normalisation with the statistics of all processes."""
 
 import torch
 from torch import nn
@@ -7,10 +7,10 @@ from engine.processes import gather_with_gradient, world
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d on x (n, D) with the statistics of all processes' batches together.
+    """BatchNorm1d on x (n, D) with mean and variance over the rows of all processes.
 
-    The variance of all is the mean of the variances plus the variance of the means, so n must be
-    equal in all processes.
+    The total variance is the mean of the processes' variances plus the variance of their means.
+    This holds only where n is equal in all processes.
     """
 
     def forward(self, x):
@@ -19,9 +19,9 @@ class BatchNorm(nn.BatchNorm1d):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             var, mean = torch.var_mean(wide, dim=0, correction=0)
-            both = gather_with_gradient(torch.stack([mean, var])[None])      # (processes, 2, D)
-            mean = both[:, 0].mean(dim=0)
-            var = both[:, 1].mean(dim=0) + both[:, 0].var(dim=0, correction=0)
+            stats = gather_with_gradient(torch.stack([mean, var])[None])      # (processes, 2, D)
+            mean = stats[:, 0].mean(dim=0)
+            var = stats[:, 1].mean(dim=0) + stats[:, 0].var(dim=0, correction=0)
             with torch.no_grad():
                 n = world() * len(x)
                 self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)

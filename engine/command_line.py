@@ -1,4 +1,8 @@
-"""The command line: the fields of a stage as flags, errors as one line and an exit code."""
+"""The command line: flags from the fields of a stage; one line and an exit code for an error.
+
+    ["--steps", "10"] --> parse(class of the stage) --> stage
+    exit_code(command) --> 0, 1, 2 or 130
+"""
 
 import argparse
 import dataclasses
@@ -15,7 +19,7 @@ from engine.stage import GROUPS, details
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the usage text of fifty flags before it."""
+    """An ArgumentParser whose errors are one line, without a usage text of fifty flags."""
 
     def error(self, message):
         self.exit(2, f"train.py: {message} (see python {self.prog} --help)\n")
@@ -23,30 +27,30 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv):
         parsed = super().parse_args(argv)
         for name, value in vars(parsed).items():
-            if isinstance(value, list):  # what argparse makes of --flag=--
+            if isinstance(value, list):  # argparse returns [] for --flag=--
                 raise UserError(f"{spelled(name)}: expected a value")
         return parsed
 
 
 def spelled(name):
-    """A field's name as users type it."""
+    """The name of a field as users type it: "batch_size" -> "--batch-size"."""
     return "--" + name.replace("_", "-")
 
 
 def parser_of(kind):
-    """A parser for the fields of a stage, in groups; it returns only what was typed."""
+    """The parser of a class of stages, flags in groups. It returns only flags that were typed."""
     parser = Parser(prog=f"train.py {kind.name}", usage=f"train.py {kind.name} [--FLAG VALUE ...]",
                     description=inspect.getdoc(kind), argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, add_help=False)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     groups["run"].add_argument("-h", "--help", action="help", help="print this and exit")
-    notes = {"": "", "files": "; only with --data", "generated": "; only without --data"}
+    conditions = {"": "", "files": "; only with --data", "generated": "; only without --data"}
     for field in dataclasses.fields(kind):
         info = details(field)
         paper = f"; paper: {info['paper']}" if info["paper"] else ""
         shown = '""' if field.default == "" else field.default
-        text = f"{info['help']} (default: {shown}{paper}{notes[info['only']]})"
+        text = f"{info['help']} (default: {shown}{paper}{conditions[info['only']]})"
         options = dict(dest=field.name, help=text.replace("%", "%%"))
         if field.type in (bool, "bool"):
             options["action"] = argparse.BooleanOptionalAction
@@ -58,9 +62,9 @@ def parser_of(kind):
 
 
 def parse(kind, argv):
-    """Class of a stage, ["--flag", "value", ...] -> the stage; its `typed` names what was typed.
+    """A class of stages and ["--flag", "value", ...] -> the stage. Its `typed` has the typed flags.
 
-    --some-flag and --some_flag are the same. UserError where a value is not legal.
+    --some-flag and --some_flag are the same. UserError where a value is not allowed.
     """
     argv = ["--" + arg[2:].split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]):]
             if arg.startswith("--") else arg for arg in argv]
@@ -72,11 +76,11 @@ def parse(kind, argv):
         value, info = getattr(stage, field.name), details(field)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low = info["low"]
-            high = 10**9 if info["high"] is None else info["high"]  # what numpy and torch count
+            high = 10**9 if info["high"] is None else info["high"]  # within int32
             if not math.isfinite(value) or (low is not None and value < low) or value > high:
                 raise UserError(f"{spelled(field.name)} {value}: must be at least {low} and at "
                                 f"most {high}")
-        if value != field.default and info["only"] == unused:  # it would change nothing
+        if value != field.default and info["only"] == unused:  # the flag would have no effect
             raise UserError(f"{spelled(field.name)}: is for " + (
                 "moving shapes; leave it or --data out" if stage.data else
                 "video files; a clip of moving shapes is all there is; give --data or leave it "
@@ -85,52 +89,52 @@ def parse(kind, argv):
 
 
 def check_environment():
-    """UserError where the variables of torchrun are incomplete. Only process 0 prints."""
+    """UserError where the variables of torchrun are wrong. Silence all processes but process 0."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         if not os.environ.get(name, "0").isdecimal():
-            raise UserError(f"{name}={os.environ.pop(name)}: torchrun makes it a number; unset it")
+            raise UserError(f"{name}={os.environ.pop(name)}: torchrun sets a number here; unset it")
     if processes.several() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise UserError(f"WORLD_SIZE={os.environ.pop('WORLD_SIZE')}: several processes are started "
-                        "with torchrun; unset it for one")
+                        "with torchrun; unset it for one process")
     if processes.several() and int(os.environ["RANK"]) > 0:
         sys.stdout = open(os.devnull, "w")
 
 
 def exit_code(command):
-    """Call `command()`; print an error as one line -> 0, 1 (RunError), 2 (UserError), 130."""
+    """Call command(); print an error as one line -> 0; 1, 2 or 130 as in engine/errors.py."""
     def interrupt(*_):
-        signal.signal(signal.SIGTERM, before)  # a second one ends the program at once
+        signal.signal(signal.SIGTERM, before)  # a second SIGTERM ends the program at once
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C; `Run.training` handles its own
+    before = signal.signal(signal.SIGTERM, interrupt)  # like Ctrl-C; not in Run.training
     try:
         try:
             check_environment()
             command()
             processes.end()
             return 0
-        finally:  # inside: torchrun may send SIGTERM to a process that is about to end
+        finally:  # inside the outer try: torchrun may send SIGTERM at this moment
             if signal.getsignal(signal.SIGTERM) is interrupt:
                 signal.signal(signal.SIGTERM, before)
     except UserError as error:
         lines, code = error.args, 2
     except RunError as error:
         lines, code = error.args, 130 if isinstance(error, Interrupted) else 1
-    except KeyboardInterrupt:  # before a stage began, or at the table of the default run
-        lines, code = ["interrupted; nothing is lost: the same line goes on"], 130
+    except KeyboardInterrupt:  # outside of a stage
+        lines, code = ["interrupted; nothing is lost: the same command continues"], 130
     for line in lines:
-        line = printable(str(line))  # a name may have any characters; an error is one line
+        line = printable(str(line))  # file names may contain line breaks
         if processes.first_to_say(line):
-            several = processes.several()  # with several processes, start behind another's bar
+            several = processes.several()  # then start a new line, after another process's bar
             who = f"\ntrain.py: process {os.environ['RANK']}" if several else "train.py"
             print(f"{who}: {line}", file=sys.stderr)
     return code
 
 
 def text_of(path, flag):
-    """The text of a UTF-8 file that a flag names. UserError where it is none."""
+    """The text of a UTF-8 file given by a flag. UserError where it cannot be read."""
     try:
-        if not os.path.isfile(path):  # a pipe would block
+        if not os.path.isfile(path):  # opening a pipe would block
             raise OSError("no such file")
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -139,7 +143,7 @@ def text_of(path, flag):
 
 
 def numbers(text, flag):
-    """"2,5,8" -> [2, 5, 8], "" -> None; UserError where it is neither."""
+    """A list of integers: "2,5,8" -> [2, 5, 8], "" -> None. UserError for any other text."""
     if not text:
         return None
     if not re.fullmatch(r"\d+(,\d+)*", text):

@@ -1,8 +1,10 @@
-"""`python train.py`: the commands of the default run, its table and its page.
+"""`python train.py`: run the commands of the default run, then write its table and its page.
 
-On a CPU as many stages run at a time as there are processors, each with a process of its own. With
-one processor, on a GPU or under torchrun they run one after the other, in this process. The results
-are the same, bit for bit.
+    commands --> jobs --> train, side by side or one after the other --> table.json, report.html
+
+On a CPU, as many stages run at a time as there are processors, each in its own process. With one
+processor, on a GPU or under torchrun, they run one after the other in this process. The results are
+bit-identical.
 """
 
 import contextlib
@@ -19,26 +21,29 @@ from engine.errors import UserError
 from engine.stage import STAGES
 from video import moving_shapes
 
-ROOM = 2**32  # free bytes on the disk without which no clips are kept there
+ROOM = 2**32  # bytes; clips are cached only where the disk has this much free space
 
 
 def default_run(commands, train, argv):
-    """Commands of train.py, then tools/table.py and a page of all. What is done is not done again.
+    """Run the commands, then tools/table.py, and write one page about all runs.
 
-    commands  {"STAGE --flag value ...": seconds on two cores}; {out} stands for --out. What a
-              command needs stands before it
+    A stage that has finished before is skipped.
+
+    commands  {"STAGE --flag value ...": seconds on two cores}; {out} stands for --out. A command
+              comes after those whose results it needs
     train     the function that runs a stage
     """
     parser = Parser(prog="train.py", allow_abbrev=False,
                     description="The default run: every stage on generated clips.")
-    parser.add_argument("--out", default="runs/default", help="folder; in it one for each stage")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--out", default="runs/default", help="folder for all stages")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     args = parser.parse_args(argv)
     if not 0 <= args.seed <= 10**9:
         raise UserError(f"--seed {args.seed}: must be at least 0 and at most {10**9}")
-    began = time.monotonic()
-    again = "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default") \
-        + f" --seed {args.seed}" * (args.seed > 0)
+    started = time.monotonic()
+    resume_command = (
+        "python train.py" + f" --out {shlex.quote(args.out)}" * (args.out != "runs/default")
+        + f" --seed {args.seed}" * (args.seed > 0))
     jobs, names = [], []
     for command, seconds in commands.items():
         name, *flags = shlex.split(command.format(out=shlex.quote(args.out)))
@@ -56,20 +61,20 @@ def default_run(commands, train, argv):
           + ", ".join(f"{job.name} {job.seconds} s" for job in jobs))
     with clips_kept(Path(args.out) / "clips") as clips:
         if at_once > 1:
-            side_by_side.run(train, jobs, at_once, again, clips)
+            side_by_side.run(train, jobs, at_once, resume_command, clips)
         else:
             for job in jobs:
-                train(job.stage, again)
+                train(job.stage, resume_command)
     if processes.rank() == 0:
         from tools import table
         table.write_table(args.out, args.seed)
         report.write(args.out, names)
-    print(f"the default run took {time.monotonic() - began:.0f} s; pictures, table and weights are "
-          f"in {args.out}; open {args.out}/report.html in a browser")
+    print(f"the default run took {time.monotonic() - started:.0f} s; pictures, table and weights "
+          f"are in {args.out}; open {args.out}/report.html in a browser")
 
 
 def stages_at_once(jobs):
-    """How many of the jobs run at a time."""
+    """Number of jobs that run at the same time."""
     if processes.several() or any(machine.choose_device(job.stage.device) != "cpu" for job in jobs):
         return 1
     return min(len(jobs), machine.processors())
@@ -77,13 +82,14 @@ def stages_at_once(jobs):
 
 @contextlib.contextmanager
 def clips_kept(folder):
-    """Context in which the stages read each other's clips, which lie in a folder -> its name.
+    """Context in which generated clips are cached in a folder, which all stages share -> its name.
 
-    None without it: where several processes would share it, or the disk has little room. It lives
-    as long as the context, for clips of a run that was killed may be of other code.
+    None where there is no cache: with several processes, or with little space on the disk. The
+    folder is new in each context, because clips of an earlier run may come from other code. It is
+    removed at the end.
     """
     clips = None
-    with contextlib.suppress(OSError, ValueError):  # a stage says what is wrong with --out
+    with contextlib.suppress(OSError, ValueError):  # the first stage reports errors of --out
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not processes.several() and shutil.disk_usage(folder.parent).free >= ROOM:
@@ -99,15 +105,15 @@ def clips_kept(folder):
 
 
 def is_done(stage):
-    """True where the folder of a stage has its metrics.json. UserError where that is another's."""
+    """True where the stage has finished. UserError where it ran with another seed."""
     path = Path(stage.out) / "metrics.json"
     if not os.path.exists(path):
         return False
     try:
         seed = json.loads(path.read_text())["settings"]["seed"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not what a run wrote; remove it to have the stage done "
-                        "anew") from None
+        raise UserError(f"{path}: not what a run wrote; remove it to run the stage "
+                        "again") from None
     if seed != stage.seed:
         raise UserError(f"--seed {stage.seed}: {stage.out} was made with seed {seed}; use another "
                         "--out")

@@ -1,4 +1,4 @@
-"""--dry-run: what a step costs, without taking one."""
+"""--dry-run: estimate what a training step costs, without training."""
 
 import time
 
@@ -10,22 +10,22 @@ from engine.stage import generator
 
 
 def dry_run(stage, model, train_set):
-    """Print size, FLOPs, memory and time of a step, counted on one clip.
+    """Print parameters, FLOPs, memory and time of a step, extrapolated from one clip.
 
-    Returns {"parameters", "forward_flops", "expected_bytes", "seconds"}.
+    Returns {"parameters", "forward_flops" (of one clip), "expected_bytes", "seconds" (of a step)}.
     """
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    def of_cpu_kernel(q, k, v, *_, **__):  # torch counts only the attention kernels of GPUs
+    def cpu_attention_flops(q, k, v, *_, **__):  # torch counts only GPU attention kernels
         return sdpa_flop_count(q, k, v)
 
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_cpu_kernel}
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention_flops}
     model.to(stage.device).train()
     batch = to_device(stage.example(model, train_set), stage.device)
-    kept = {}
+    saved = {}  # {address: bytes} of the tensors that the backward pass needs
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
@@ -34,9 +34,10 @@ def dry_run(stage, model, train_set):
         loss, _ = stage.loss(model, batch, generator(stage.seed, "dry run"))
     forward = counter.get_total_flops()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+    activations = sum(size for pointer, size in saved.items() if pointer not in weights)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Bytes in float32: weights; for trained ones a gradient and two AdamW states; the average.
     fixed = 4 * parameters + 12 * trained + (4 * parameters if stage.ema else 0)
     fixed /= processes.world() if stage.shard else 1
     total = fixed + activations * stage.batch_size
@@ -50,13 +51,13 @@ def dry_run(stage, model, train_set):
     seconds = seconds_of(stage, model, batch) * stage.batch_size * stage.accum
     minutes = seconds * stage.steps / 60
     print(f"expected time        {seconds:10.2f} s a step at most, {minutes:.1f} minutes for "
-          f"{stage.steps} steps, clip by clip; reading them is not in it")
+          f"{stage.steps} steps, measured with single clips; without reading them")
     return dict(parameters=parameters, forward_flops=forward, expected_bytes=total,
                 seconds=seconds)
 
 
 def seconds_of(stage, model, batch):
-    """Seconds that forward and backward pass of this batch take, the second time."""
+    """Seconds of a forward and backward pass of this batch, measured at the second call."""
     for _ in range(2):
         began = time.monotonic()
         stage.loss(model, batch, generator(stage.seed, "dry run"))[0].backward()

@@ -1,29 +1,25 @@
-"""What ends a run early, and how it is said: one line, an exit code, never a traceback."""
+"""The errors that end a run: each prints one line and has an exit code; never a traceback."""
 
 
 class UserError(ValueError):
-    """The user can correct this. The message is one line: what is wrong, where, what to do.
-
-    Exit code 2.
-    """
+    """The user can correct it. One line: what is wrong, where, what to do. Exit code 2."""
 
     def __str__(self):
         return printable(super().__str__())
 
 
 class RunError(RuntimeError):
-    """A run cannot go on: not finite numbers, no memory, a full disk. One line. Exit code 1."""
+    """A run cannot continue: not finite numbers, no memory, a full disk. One line, exit code 1."""
 
 
 class Interrupted(RunError):
-    """The run was asked to end by SIGINT or SIGTERM. One line. Exit code 130."""
+    """SIGINT or SIGTERM ended the run. One line, exit code 130."""
 
 
 def printable(text):
-    """The text on one line, as any terminal shows it.
+    """The text on one line, with escapes for characters that do not print.
 
-    Characters that do not print become escapes. File names may hold line breaks, and bytes that
-    are not UTF-8.
+    File names may contain line breaks, and bytes that are not UTF-8.
     """
     if text.isprintable():
         return text

@@ -1,14 +1,16 @@
-"""The size of frames as users type it: 112 for squares, or height x width, as 112x160."""
+"""The size of frames on the command line: 112 for squares, or height x width, as 112x160."""
 
 import argparse
 import re
 
-LARGEST = 10**4  # pixels of a side
+LARGEST = 10**4  # pixels of one side
 
 
 def frame_size(text):
-    """What was typed -> an int, or where the sides differ the text "HxW": both can be written as
-    JSON and compared. For argparse: ArgumentTypeError where it is neither."""
+    """Typed text -> an int for squares, otherwise the text "HxW". Both fit JSON and compare by ==.
+
+    ArgumentTypeError, for argparse, where the text is neither.
+    """
     if re.fullmatch(r"-?\d+", text):
         return int(text)
     sides = [int(side) for side in text.split("x")] if re.fullmatch(r"\d+x\d+", text) else []
@@ -26,6 +28,6 @@ def height_width(size):
 
 
 def spelled(size):
-    """An int, "HxW" or (H, W) -> an int or "HxW", as `frame_size` returns it."""
+    """An int, "HxW" or (H, W) -> an int or "HxW", as in `frame_size`."""
     height, width = height_width(size)
     return height if height == width else f"{height}x{width}"
