@@ -1,4 +1,4 @@
-"""What the machine allows: device, precision, threads, matrix products, compiling, memory."""
+"""Choices that depend on the machine: device, precision, threads, oneDNN, torch.compile, memory."""
 
 import contextlib
 import ctypes
@@ -15,12 +15,12 @@ from engine.errors import UserError
 
 
 def choose_device(name):
-    """"auto" or a torch device name -> the device's name; UserError where it is not available."""
+    """"auto" or the name of a torch device -> its name. UserError where it is not available."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no numbers
+        torch.zeros(1, device=device).item()  # fails for the device "meta", too
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not available here; use cpu"
                       + (" or cuda" if torch.cuda.is_available() else "")) from None
@@ -28,65 +28,67 @@ def choose_device(name):
 
 
 def choose_precision(name, device):
-    """bf16 where the processor multiplies bfloat16 itself; emulating it is slow."""
+    """--precision -> "bf16" or "fp32"; auto = bf16 where the processor supports it natively."""
     if name != "auto":
         return name
     if device.startswith("cuda"):
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()
+        supports = getattr(torch.cpu, "get_capabilities", dict)()
         before_2_13 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        fast = any(map(has.get, ("avx512_bf16", "amx_bf16", "bf16"))) or before_2_13()
+        fast = any(map(supports.get, ("avx512_bf16", "amx_bf16", "bf16"))) or before_2_13()
     return "bf16" if fast else "fp32"
 
 
-CGROUP = Path("/sys/fs/cgroup")  # where Linux tells the limits of a container
+CGROUP = Path("/sys/fs/cgroup")  # where Linux lists the limits of a container
 
 
 def processors():
-    """How many processors this process may use: those it is bound to, or fewer by a quota."""
+    """Number of processors this process may use, by its affinity and by a container's quota."""
     count = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # version 2, 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, v1
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no quota
-            runs, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
-            count = min(count, runs // period) if runs > 0 else count
+            quota, period = map(int, " ".join(
+                (CGROUP / name).read_text() for name in names).split())
+            count = min(count, quota // period) if quota > 0 else count
     return max(1, count)
 
 
-SMALL = 1e13  # parameters times pixels of a micro-batch
+SMALL_NETWORK = 1e13  # parameters times pixels of a micro-batch
 
 
 def choose_threads(parameters, pixels):
-    """Set the threads of a network on a CPU -> why so many, in words.
+    """Set the number of threads for a network on a CPU -> the reason, in words.
 
     parameters   of the network
     pixels       of a micro-batch, B * T * H * W
 
-    1. OMP_NUM_THREADS decides where it is set.
-    2. A small network takes one thread. Its steps are many short pieces, after each of which
-       threads wait for the slowest one: a second thread gains nothing on a quiet machine, and
-       where a neighbour keeps a processor busy it doubles the time (LOG.md).
-    3. Another takes all processors. Workers are not subtracted: beside it they mostly wait.
+    1. If OMP_NUM_THREADS is set, it decides.
+    2. A small network gets one thread. Its steps consist of many short operations, and after each
+       one all threads wait for the slowest. A second thread gains nothing on an idle machine. Where
+       another program uses a processor, it doubles the time (LOG.md).
+    3. A larger network gets all processors. Workers are not subtracted, because they mostly wait.
 
-    Machine and settings alone decide, not what else runs: the number changes the last bits.
+    The number changes the last bits of results. So it depends on machine and settings alone, not on
+    other programs.
     """
     if os.environ.get("OMP_NUM_THREADS"):
         return "OMP_NUM_THREADS"
-    small = parameters * pixels < SMALL
+    small = parameters * pixels < SMALL_NETWORK
     torch.set_num_threads(1 if small else processors())
     return "a small network" if small else "all processors"
 
 
 def choose_products(choice="auto"):
-    """Let oneDNN multiply float32 matrices on a CPU, or not -> "on" or "off", and why.
+    """Choose oneDNN for float32 matrix products on a CPU, or not -> "on" or "off", and the reason.
 
-    choice  "auto", or "on" or "off" where a run goes on that began so: its last bits depend on it
+    choice  "auto"; or "on" or "off" to repeat the choice of a resumed run, for the same last bits
 
-    PyTorch uses MKL otherwise, where there is one. It is slower on processors that are not Intel's,
-    by a tenth (Zen 4) to a half (Zen 5; LOG.md). The switch permits bfloat16 units, which oneDNN
-    takes only where there are AMX units; elsewhere it computes in float32. So one product is tried,
-    which must be right to 1e-5. Time is not measured: the choice changes the last bits of a run, so
-    it must be the same each time, and in all processes of a run.
+    Otherwise PyTorch uses MKL, if it has it. MKL is slower on processors that are not from Intel,
+    by a tenth (Zen 4) to a half (Zen 5; LOG.md). PyTorch's switch for oneDNN also permits bfloat16
+    units. oneDNN uses them only on processors with AMX and computes in float32 elsewhere. So one
+    product is computed as a test, and its error must be below 1e-5. Time is not measured, because
+    the choice changes the last bits: it must be the same in every run and in all its processes.
     """
     setting = torch.backends.mkldnn.matmul
     setting.fp32_precision = "none"
@@ -99,11 +101,11 @@ def choose_products(choice="auto"):
         error[precision] = float((a @ b - exact).abs().max() / exact.abs().max())
     maker = processor_maker()
     slow = torch.backends.mkl.is_available() and maker not in ("", "GenuineIntel")
-    better = processes.collect([(processes.rank(), slow and error["bf16"] < 1e-5)])
-    take = choice == "on" or all(each for _, each in better)
-    setting.fp32_precision = "bf16" if take else "none"
-    return "on" if take else "off", (
-        f"processor by {maker or 'an unknown maker'}, error {error['bf16']:.0e} in place of "
+    votes = processes.collect([(processes.rank(), slow and error["bf16"] < 1e-5)])
+    enabled = choice == "on" or all(vote for _, vote in votes)
+    setting.fp32_precision = "bf16" if enabled else "none"
+    return "on" if enabled else "off", (
+        f"processor by {maker or 'an unknown maker'}, error {error['bf16']:.0e} instead of "
         f"{error['none']:.0e}" + ", as the run began" * (choice == "on"))
 
 
@@ -116,10 +118,10 @@ def processor_maker():
 
 
 def keep_memory():
-    """Linux: let the C library keep the memory of freed tensors.
+    """On Linux, let the C library keep the memory of freed tensors. Elsewhere this does nothing.
 
-    It would return large blocks to the system and ask for them again, page by page, in the next
-    step: up to a quarter of a large step on a CPU. Elsewhere this does nothing.
+    By default it returns large blocks to the system and requests them again in the next step. That
+    takes up to a quarter of a large step on a CPU.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
@@ -129,22 +131,22 @@ def keep_memory():
 
 
 def choose_compile(stage):
-    """--compile -> "on" or "off", and why."""
+    """--compile -> "on" or "off", and the reason."""
     cuda = stage.device.startswith("cuda")
     if stage.compile == "off" or (stage.compile == "auto" and not cuda):
         return "off", ""
     if stage.shard:
-        return "off", "--shard moves weights around each block, which cannot be compiled"
+        return "off", "--shard gathers weights around each block, which cannot be compiled"
     reason = flex.no_compiler("cuda" if cuda else "cpu")
     return ("off", f"nothing can be compiled here: {reason}") if reason else ("on", "")
 
 
 def compile_blocks(model, kinds):
-    """Compile the forward pass of each module of these classes, in place: names and weights stay.
+    """Compile the forward pass of each module of these classes in place.
 
-    Blocks of one shape share their code. fullgraph: a graph break is an error, not a slow block.
-    One piece of code serves encoder and decoder, training and evaluation, so it may have many
-    versions.
+    Names and weights do not change. Modules of the same shape share compiled code. With fullgraph,
+    a graph break is an error instead of a slow block. Encoder and decoder, training and evaluation
+    use the same forward pass, so it may be compiled many times.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in model.modules():
@@ -153,7 +155,7 @@ def compile_blocks(model, kinds):
 
 
 def memory_mib(device):
-    """Most memory used so far, in MiB: of the GPU, or of this process."""
+    """Peak memory so far, in MiB: of the GPU, or of this process on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Optimisers, the learning rate, and the average of the weights."""
+"""The optimiser of a recipe, the learning-rate schedule, and the average of the weights."""
 
 import contextlib
 import math
@@ -9,22 +9,22 @@ from engine import processes
 
 
 def clips_per_step(stage):
-    """Of all micro-batches and all processes."""
+    """Clips per optimiser step, over all micro-batches and processes."""
     return stage.batch_size * stage.accum * processes.world()
 
 
 def peak_rate(stage):
-    """The rate after warm-up: --lr, or --blr, where a stage has it, per 256 clips of a step."""
+    """Learning rate after warm-up: --lr; where that is 0, --blr times clips per step / 256."""
     return stage.lr or getattr(stage, "blr", 0.0) * clips_per_step(stage) / 256
 
 
 def learning_rate(stage, step):
-    """Rate of step 0, 1, ...: linear warm-up from 0, then half a cosine to min_lr of the peak."""
+    """Learning rate of a step: linear warm-up from 0, then a half cosine down to min_lr * peak."""
     peak = peak_rate(stage)
-    warm = int(stage.warmup * stage.steps)
-    if step < warm:
-        return peak * step / warm
-    progress = (step - warm) / max(1, stage.steps - warm)
+    warmup = int(stage.warmup * stage.steps)
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, stage.steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (stage.min_lr + (1 - stage.min_lr) * cosine)
 
@@ -32,9 +32,10 @@ def learning_rate(stage, step):
 class Muon(torch.optim.Muon):
     """Muon (Jordan et al. 2024): the update of a matrix is made orthogonal.
 
-    All directions of the gradient then count alike. AdamW needs thousands of steps to find the weak
-    ones, such as "attend to the neighbour" (LOG.md). This is torch's Muon, but all matrices of one
-    shape are updated as one stack: the same numbers within rounding, and one kernel call per shape.
+    All directions of the gradient then have the same weight. AdamW needs thousands of steps to
+    learn weak directions, such as "attend to the neighbour" (LOG.md). The updates are those of
+    torch's Muon within rounding. But all matrices of one shape are updated as one stack, with one
+    kernel call per shape.
     """
 
     @torch.no_grad()
@@ -62,9 +63,9 @@ class Muon(torch.optim.Muon):
 
     @staticmethod
     def orthogonal(stack, a, b, c, steps=5):
-        """(n, rows, columns), rows <= columns -> the same in bfloat16, singular values close to 1.
+        """(n, rows, columns), rows <= columns -> the same in bfloat16 with singular values near 1.
 
-        Newton-Schulz: `steps` rounds of x -> a x + b x x'x + c x x'x x'x; no decomposition needed.
+        Newton-Schulz iteration: `steps` times x -> a x + b xx'x + c xx'xx'x. It needs no SVD.
         """
         x = stack.bfloat16()
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -75,24 +76,27 @@ class Muon(torch.optim.Muon):
 
 
 def numbered_layers(model):
-    """The parameters in ModuleLists and Sequentials: those of blocks, and of heads and cross-model
-    attentions that have several layers -> set of parameters."""
+    """The set of parameters inside ModuleLists and Sequentials.
+
+    These are the parameters of blocks, and of heads and cross-model attention with several layers.
+    """
     return {parameter for container in model.modules()
             if isinstance(container, (torch.nn.ModuleList, torch.nn.Sequential))
             for parameter in container.parameters()}
 
 
 def undecayed(model):
-    """Parameters that weight decay leaves alone, because their size means something -> a set.
+    """The set of parameters without weight decay.
 
-    Biases, norms and all else of one axis; word embeddings; and the tokens and position tables that
-    a module names in its attribute `undecayed`: so do VideoMAE and InternVideo's video-text model.
-    UniFormerV2's own recipe spares only what has one axis.
+    These are biases, norms and all others with one axis; word embeddings; and the tokens and
+    position tables listed in the attribute `undecayed` of a module. VideoMAE and InternVideo's
+    video-text model do the same. UniFormerV2's recipe only excludes parameters with one axis.
     """
     tables = {getattr(module, name) for module in model.modules()
               for name in getattr(module, "undecayed", ())}
-    words = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    return tables | words | {x for x in model.parameters() if x.ndim < 2}
+    embeddings = {module.weight for module in model.modules()
+                  if isinstance(module, torch.nn.Embedding)}
+    return tables | embeddings | {x for x in model.parameters() if x.ndim < 2}
 
 
 class Optimizer:
@@ -124,19 +128,20 @@ class Optimizer:
 
 
 def build_optimizer(model, stage):
-    """The optimiser of a recipe. Its learning rate is set before each step.
+    """The optimiser of a recipe. Set its learning rate before each step.
 
-    It decays all but the `undecayed`. Muon moves the matrices of numbered layers. It is scaled to
-    the step size of AdamW, so that one learning rate serves both.
+    With --optimizer muon, Muon trains the matrices of `numbered_layers` and AdamW the rest. Muon's
+    updates are scaled to the step size of AdamW, so both use one learning rate. Weight decay does
+    not apply to `undecayed`.
     """
-    layers, kept, muon, adamw = numbered_layers(model), undecayed(model), {}, {}
+    layers, no_decay, muon, adamw = numbered_layers(model), undecayed(model), {}, {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay = 0.0 if parameter in kept else stage.weight_decay
-        matrix = parameter.ndim == 2 and parameter in layers and parameter not in kept
+        decay = 0.0 if parameter in no_decay else stage.weight_decay
+        matrix = parameter.ndim == 2 and parameter in layers and parameter not in no_decay
         groups = muon if stage.optimizer == "muon" and matrix else adamw
-        # Parameters cut into parts (--shard) and whole ones do not mix in a group.
+        # A group may not mix sharded parameters (--shard) and full ones.
         key = decay, stage.scale_of(model, name), hasattr(parameter, "placements")
         groups.setdefault(key, []).append(parameter)
 
@@ -155,12 +160,12 @@ def build_optimizer(model, stage):
 
 
 def clip_gradients(model, limit):
-    """Scale all gradients to a norm of at most `limit`, 0 = no limit -> the norm before."""
+    """Scale all gradients to a norm of at most `limit` (0 = none) -> the norm before scaling."""
     return processes.clip(model, limit or math.inf)
 
 
 class WeightAverage:
-    """Exponential moving average of the weights (Polyak), kept in float32."""
+    """Exponential moving average of the weights, in the data type of the weights."""
 
     def __init__(self, model, decay):
         self.decay = decay
@@ -176,7 +181,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self, model):
-        """A context in which the model has the averaged weights."""
+        """Context in which the model has the averaged weights."""
         own = {key: value.detach().clone() for key, value in model.state_dict().items()}
         model.load_state_dict(self.state)
         try:
