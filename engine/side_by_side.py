@@ -1,11 +1,11 @@
-"""Stages that do not need each other, side by side, a process each, and one line that shows all.
+"""Run several stages at the same time, each in its own process, with one progress line for all.
 
-    jobs --> ready, when what a job needs is over --> running, so many at a time --> over
+    waiting jobs --> ready: all jobs that they need are done --> running, `at_once` --> done
 
-`needs` are not stated anywhere: a stage needs those before it whose folders its flags name. What a
-stage prints goes into run.log in its folder; its progress is read from its log.jsonl. An error in
-one of them ends the others after a step, with a checkpoint. So does Ctrl-C or SIGTERM; a second one
-ends them at once.
+1. A job needs the earlier jobs whose folders its flags name.
+2. A stage prints into run.log in its folder. Its progress is read from its log.jsonl.
+3. An error in one stage ends the others after a step, with a checkpoint. Ctrl-C and SIGTERM do the
+   same for all of them. A second signal ends them at once.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from engine.errors import Interrupted, RunError, UserError
 from engine.run import format_metrics
 from video import moving_shapes
 
-TICK = 0.5  # seconds from one look at the logs to the next
+POLL_SECONDS = 0.5  # interval at which the logs are read
 
-# Forked processes need not import torch again. Elsewhere than on Linux forking is not safe.
+# Forked processes need not import torch again. Forking is safe only on Linux.
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 class Job:
-    """One stage: what it needs, its process, how far it is.
+    """One stage to run: the jobs that it needs, its process, its progress.
 
     stage    a Stage with `out`
-    seconds  that it takes, roughly
-    earlier  the jobs before it, which it may need
+    seconds  estimate of its time
+    earlier  earlier jobs, some of which it may need
     """
 
     def __init__(self, stage, seconds, earlier):
@@ -48,33 +48,33 @@ class Job:
         self.name, self.out = Path(stage.out).name, Path(stage.out)
         named = {getattr(stage, field.name) for field in dataclasses.fields(stage)}
         self.needs = [job for job in earlier if job.stage.out in named]
-        self.process, self.latest, self.said = None, "", set()
+        self.process, self.latest, self.read_lines = None, "", set()
 
-    def start(self, train, again, clips):
-        """Begin; `again` and `clips` as in `run`."""
+    def start(self, train, resume_command, clips):
+        """Start the process. resume_command and clips: as in `run`."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "run.log").touch()
-        except (OSError, ValueError) as error:  # ValueError: a character that no name may have
+        except (OSError, ValueError) as error:  # ValueError: a character that is not allowed
             raise UserError(f"--out {self.out}: "
                             f"{getattr(error, 'strerror', None) or error}") from None
-        self.said = set(self.lines())
-        self.hears, tells = PROCESSES.Pipe(duplex=False)
-        self.process = PROCESSES.Process(target=work, args=(
-            train, self.stage, again, clips, tells, os.getpid(),
+        self.read_lines = set(self.lines())
+        self.receiver, sender = PROCESSES.Pipe(duplex=False)
+        self.process = PROCESSES.Process(target=run_job, args=(
+            train, self.stage, resume_command, clips, sender, os.getpid(),
             multiprocessing.get_start_method()))
         self.process.start()
-        tells.close()
+        sender.close()
 
     def lines(self):
-        """The whole lines of its log so far."""
+        """The complete lines of its log so far."""
         try:
             return (self.out / "log.jsonl").read_text(errors="replace").split("\n")[:-1]
         except OSError:
             return []
 
-    def look(self):
-        """Read the log: move `left` and `latest` -> texts of new evaluations."""
+    def read_log(self):
+        """Read the log and update `left` and `latest` -> texts of new evaluations."""
         texts = []
         for line in self.lines():
             with contextlib.suppress(ValueError):
@@ -83,106 +83,106 @@ class Job:
                 if "lr" in row:
                     self.left = self.seconds * (1 - step / self.stage.steps)
                     self.latest = f"{step}/{self.stage.steps} loss {row['loss']:.3f}"
-                elif line not in self.said:
+                elif line not in self.read_lines:
                     texts.append(f"{self.name}: step {step}: {format_metrics(row)}")
-        self.said.update(self.lines())
+        self.read_lines.update(self.lines())
         return texts
 
     def end(self):
-        """The process has ended: raise the error that it ended with, if any."""
+        """Clean up after the process has ended. Raise the error that ended it, if any."""
         self.process.join()
         code, self.left = self.process.exitcode, 0.0
         if not code:
             return
         log = f"{self.out}/run.log"
         with contextlib.suppress(EOFError):
-            if self.hears.poll():
-                error = self.hears.recv()
+            if self.receiver.poll():
+                error = self.receiver.recv()
                 raise type(error)(*(f"{self.name}: {line}" for line in error.args))
         raise RunError(f"{self.name}: " + (
-            f"its process was killed by signal {-code}, by nobody you know: out of memory; see "
+            f"its process was killed by signal {-code}; if nobody did that, memory ran out; see "
             f"{log}" if code < 0 else f"ended with exit code {code}; see the end of {log}"))
 
 
-def work(train, stage, again, clips, tells, parent, method):
-    """What the process of a job does: run the stage, tell its error, end with its exit code."""
+def run_job(train, stage, resume_command, clips, sender, parent, method):
+    """Main function of a job's process: run the stage, send its error, exit with its code."""
     file = sys.stdout = sys.stderr = open(Path(stage.out) / "run.log", "a", buffering=1)
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
-    multiprocessing.set_start_method(method, force=True)  # of its workers: as without this file
-    tqdm.set_lock(threading.RLock())  # the one from before the fork is shared with all others
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    multiprocessing.set_start_method(method, force=True)  # for the workers of the stage, as usual
+    tqdm.set_lock(threading.RLock())  # the lock from before the fork is shared by all jobs
+    threading.Thread(target=end_after_parent, args=(parent,), daemon=True).start()
     machine.keep_memory()
     moving_shapes.keep(clips)
 
     def command():
         try:
-            train(stage, again)
+            train(stage, resume_command)
         except (UserError, RunError) as error:
-            tells.send(error)
+            sender.send(error)
             raise
 
     raise SystemExit(exit_code(command))
 
 
-def end_with(parent):
-    """Ask this process to end, as SIGTERM does, when the one that started it is no more."""
+def end_after_parent(parent):
+    """Send SIGTERM to this process when its parent has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def ready(waiting, over, room):
-    """At most `room` of the waiting jobs, those that may start: what they need is over."""
-    return [job for job in waiting if over.issuperset(job.needs)][:room]
+def ready(waiting, done_jobs, room):
+    """At most `room` waiting jobs that can start, because all jobs that they need are done."""
+    return [job for job in waiting if done_jobs.issuperset(job.needs)][:room]
 
 
 def seconds_left(jobs, at_once):
-    """Seconds until all jobs are over, `at_once` at a time, by what each has left."""
-    waiting, ends, over, now = list(jobs), {}, set(), 0.0
+    """Estimated seconds until all jobs are done, `at_once` at a time, from `left` of each."""
+    waiting, ends, done_jobs, now = list(jobs), {}, set(), 0.0
     while waiting or ends:
-        for job in ready(waiting, over, at_once - len(ends)):
+        for job in ready(waiting, done_jobs, at_once - len(ends)):
             waiting.remove(job)
             ends[job] = now + job.left
         first = min(ends, key=ends.get)
         now = ends.pop(first)
-        over.add(first)
+        done_jobs.add(first)
     return now
 
 
-def run(train, jobs, at_once, again, clips):
-    """Do all jobs. Raises the error of the first that fails, or Interrupted, when all have ended.
+def run(train, jobs, at_once, resume_command, clips):
+    """Run all jobs. Raises the first job's error, or Interrupted, after all jobs have ended.
 
-    train    the function that runs a stage
-    again    what to type to go on where the run ends early
-    clips    folder for clips that several jobs read, or None; see moving_shapes.keep
+    train           the function that runs a stage
+    resume_command  what a user types to continue, for messages
+    clips           folder in which jobs share generated clips, or None; see moving_shapes.keep
     """
-    waiting, running, over, display = list(jobs), [], set(), Display(jobs, at_once)
+    waiting, running, done_jobs, display = list(jobs), [], set(), Display(jobs, at_once)
     try:
         while waiting or running:
-            for job in ready(waiting, over, at_once - len(running)):
+            for job in ready(waiting, done_jobs, at_once - len(running)):
                 waiting.remove(job)
                 running.append(job)
-                job.start(train, again, clips)
-            connection.wait([job.process.sentinel for job in running], TICK)
+                job.start(train, resume_command, clips)
+            connection.wait([job.process.sentinel for job in running], POLL_SECONDS)
             ended = [job for job in running if not job.process.is_alive()]
             display.show(running)
             for job in ended:
                 running.remove(job)
                 job.end()
-                over.add(job)
-                display.say(f"{job.name}: done")
+                done_jobs.add(job)
+                display.print_above(f"{job.name}: done")
     except KeyboardInterrupt:
         stop(running)
         raise Interrupted(f"stopped during {', '.join(job.name for job in running)}; go on with: "
-                          f"{again}") from None
+                          f"{resume_command}") from None
     finally:
         display.clear()
         stop(running)
 
 
 def stop(jobs):
-    """Ask the processes of these jobs to save and end, and wait. If interrupted, kill them."""
+    """Ask the processes of these jobs to save and end, and wait. A second signal kills them."""
     processes = [job.process for job in jobs if job.process and job.process.is_alive()]
     try:
         for process in processes:
@@ -196,38 +196,38 @@ def stop(jobs):
 
 
 class Display:
-    """One line for all jobs that run, with the time left; evaluations are printed above it."""
+    """The progress line of all running jobs, with the time left. Evaluations appear above it."""
 
     def __init__(self, jobs, at_once):
         self.jobs, self.at_once, self.began = jobs, at_once, time.monotonic()
-        self.plan = None  # seconds, when the logs of an earlier start have been read
+        self.plan = None  # estimated seconds of the whole run, less what old logs show as done
         self.on_screen = sys.stderr.isatty()
         self.shown = -float("inf")
 
     def show(self, running):
-        """Read the logs of the jobs that run; draw the line, every 15 s where it goes to a file."""
+        """Read the logs of running jobs and draw the line; every 15 s if it goes to a file."""
         for job in running:
-            for text in job.look():
-                self.say(text)
+            for text in job.read_log():
+                self.print_above(text)
         left, now = seconds_left(self.jobs, self.at_once), time.monotonic()
         self.plan = self.plan or left
         if now - self.shown < (0 if self.on_screen else 15):
             return
         self.shown, done = now, self.plan - left
         text = "; ".join(f"{job.name} {job.latest}".strip() for job in running)
-        if done > 0:  # the machine is slower or faster than the plan
+        if done > 0:  # scale by the speed so far, relative to the plan
             minutes = left * (now - self.began) / done / 60
             text += f"; about {minutes:.0f} min left" if minutes > 1 else "; less than a minute"
         self.clear()
         print(text[:shutil.get_terminal_size().columns - 1] if self.on_screen else text,
               end="" if self.on_screen else "\n", file=sys.stderr, flush=True)
 
-    def say(self, text):
-        """Print above the line."""
+    def print_above(self, text):
+        """Print a text above the line."""
         self.clear()
         print(text, flush=True)
 
     def clear(self):
-        """Take the line away."""
+        """Erase the line."""
         if self.on_screen:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
