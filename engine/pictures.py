@@ -1,23 +1,23 @@
-"""Pictures of what a run learned, drawn from arrays. No model is known here.
+"""Pictures of what a run learned, drawn from arrays. No model is used here.
 
-    curve                 loss over steps, training and held out, with the trivial baseline
+    curve                 loss over steps: training, held-out clips, trivial baseline
     reconstruction        a masked clip: input, visible part, reconstruction
-    similarity            cosines of sentences and clips; the truth is the diagonal
+    similarity            cosine of each sentence and each clip; pairs are on the diagonal
     retrieval             a sentence, and the clips that a model retrieves for it
-    captions              frames of a clip, the model's caption and a true one
+    captions              frames of a clip, the model's caption and a reference caption
     attention_maps        where something (a word, a layer) attends in a clip
     cross_attention_maps  where tokens of one model attend in another
-    confusion             true classes against answers
-    predictions           frames of each clip, and bars for its likeliest classes
+    confusion             true and predicted classes
+    predictions           frames of each clip, and bars for its most likely classes
     gates                 gates and shares of the fusion over training
-    segments              segments of long videos: true and predicted
+    segments              true and predicted segments of long videos
     table                 numbers of several runs
     sheet                 many pictures with their names
 
-A stage says what to draw at the end of a run; how to draw it stands here. Every function takes
-numbers and writes one PNG on white, legible on light and dark pages. Clips are uint8 (T, H, W, 3)
-numpy arrays unless a docstring says otherwise. matplotlib takes a second to import, so it is
-imported late.
+A stage decides what to draw at the end of a run; this file draws it. A function takes arrays and
+writes a PNG with a white background; some also write GIFs. Clips are uint8 (T, H, W, 3) numpy
+arrays unless a docstring says otherwise. matplotlib takes a second to import, so functions import
+it when they need it.
 """
 
 import json
@@ -27,7 +27,7 @@ import torch
 
 
 def pyplot():
-    """matplotlib.pyplot without a screen; imported late, because that takes a second."""
+    """matplotlib.pyplot without a screen, imported at the first use."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -35,7 +35,7 @@ def pyplot():
 
 
 def new_figure(rows, columns, width, height):
-    """A white figure without axes, and its (rows, columns) array of panels."""
+    """(figure, panels): a white figure and its (rows, columns) array of axes without ticks."""
     plt = pyplot()
     figure, panels = plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
                                   facecolor="white", layout="constrained")
@@ -54,7 +54,7 @@ def finish(figure, path):
 
 
 def sheet(pictures, path, titles, columns):
-    """Pictures, each uint8 (h, w, 3) of its own size, in a grid under their titles."""
+    """Pictures, uint8 (h, w, 3) of any sizes, in a grid, each below its title."""
     rows = -(-len(pictures) // columns)
     width = 8 if columns == 1 else 1.6 * columns
     figure, panels = new_figure(rows, columns, width, 1.25 * rows + 0.1)
@@ -65,12 +65,12 @@ def sheet(pictures, path, titles, columns):
 
 
 def plain(text):
-    """Text that a font can show: captions of an untrained model may hold control characters."""
+    """The text with a dot for each control character; an untrained model may write some."""
     return "".join(letter if letter.isprintable() else "." for letter in text)
 
 
 def strip(video, count=4):
-    """`count` frames of a clip (T, H, W, 3), evenly spread, side by side with thin white gaps."""
+    """`count` evenly spaced frames of a clip (T, H, W, 3), side by side with white gaps."""
     T = len(video)
     count = min(count, T)
     edges = np.arange(count + 1) * T // count
@@ -82,7 +82,7 @@ def strip(video, count=4):
 def lit(frames, attention, least):
     """Frames uint8 (t, H, W, 3), bright where attention (t, h, w) is high.
 
-    least  brightness, a share, where there is none. The highest attention has full brightness
+    least  brightness where attention is 0, from 0 to 1; the highest attention has brightness 1
     """
     light = torch.nn.functional.interpolate(attention[:, None] / attention.max(), frames.shape[1:3],
                                             mode="bilinear")
@@ -90,7 +90,7 @@ def lit(frames, attention, least):
 
 
 def similarity(cosines, captions, path):
-    """Cosines of all sentences (rows) and all clips (columns); the truth is the diagonal."""
+    """The cosine of each sentence (row) and each clip (column); pairs are on the diagonal."""
     figure, ((panel,),) = new_figure(1, 1, 8.6, 5)
     picture = panel.imshow(cosines.numpy(), cmap="viridis")
     panel.set_yticks(range(len(captions)), [text[:60] for text in captions], fontsize=7)
@@ -98,7 +98,7 @@ def similarity(cosines, captions, path):
     best = cosines.argmax(dim=1)
     colours = ["white" if b == i else "red" for i, b in enumerate(best)]
     panel.scatter(best, range(len(best)), s=14, c=colours)
-    panel.set_title("cosine of sentence and clip; dot: the best clip of each sentence, "
+    panel.set_title("cosine of sentence and clip; dot: nearest clip of each sentence, "
                     "red where it is wrong", fontsize=8)
     panel.set_xlabel("held-out clip, in the order of the sentences", fontsize=8)
     figure.colorbar(picture, shrink=0.8)
@@ -106,24 +106,24 @@ def similarity(cosines, captions, path):
 
 
 def retrieval(cosines, videos, captions, path, rows=5, top=3):
-    """Each of the first sentences, and the clips that rank highest for it."""
+    """The first `rows` sentences, and for each the `top` clips with the highest cosine."""
     rows, top = min(rows, len(captions)), min(top, len(captions))
     figure, panels = new_figure(rows, top, 3.3 * top, 1.25 * rows + 0.3)
     for i in range(rows):
         ranked = cosines[i].argsort(descending=True)[:top].tolist()
         for panel, clip in zip(panels[i], ranked):
             panel.imshow(strip(videos[clip]))
-            right = captions[clip] == captions[i]
-            panel.set_xlabel(f"cosine {cosines[i, clip]:.2f}" + (", its own clip" if right else ""),
-                             fontsize=8, color="green" if right else "black")
+            correct = captions[clip] == captions[i]
+            panel.set_xlabel(f"cosine {cosines[i, clip]:.2f}" + (", correct" if correct else ""),
+                             fontsize=8, color="green" if correct else "black")
         panels[i][0].set_title(f'"{captions[i]}"', loc="left", fontsize=9)
     finish(figure, path)
 
 
 def captions(videos, references, written, path, rows=6):
-    """Frames of each clip, the model's caption and a true one; and each clip as a GIF.
+    """Frames of each clip, the model's caption and a reference; and each clip as a GIF.
 
-    path     of the PNG; the GIFs of captions.png are captions_0.gif and so on
+    path     of the PNG; the GIFs of captions.png are captions_0.gif, captions_1.gif ...
     returns  all paths
     """
     rows, paths = min(rows, len(references)), [path]
@@ -139,9 +139,9 @@ def captions(videos, references, written, path, rows=6):
 
 
 def attention_maps(video, maps, labels, title, path, most=8):
-    """A row for each label (a word, a layer): the clip, bright where it attends.
+    """A row for each label (a word, a layer): the clip, bright where the label attends.
 
-    maps  (L, t, h, w) torch; the columns are its time steps. Each row has its own scale
+    maps  (labels, t, h, w) torch; a column for each time step; each row has its own scale
     """
     labels, steps = labels[:most], maps.shape[1]
     frames = video[[t * len(video) // steps for t in range(steps)]]
@@ -154,13 +154,13 @@ def attention_maps(video, maps, labels, title, path, most=8):
 
 
 def strongest(maps, grid, other, count=4):
-    """The `count` tokens of one model whose attention to another model is least even.
+    """The `count` tokens of one model with the highest attention to a token of another model.
 
     maps     (N, t', h'*w' or 1 + h'*w') torch: attention of each of N = t*h*w tokens
     grid     (t, h, w) of these tokens
     other    (t', h', w') of the tokens that they attend to
-    returns  [(time step, row, column) of each token], grid, and their attention to patches alone
-             (count, t', h', w'): a sum is at most 1, because class tokens take the rest
+    returns  [(time step, row, column) of each token], grid, and their attention to patches
+             (count, t', h', w'); its sum is at most 1, because class tokens get the rest
     """
     t, h, w = grid
     maps = maps[:, :, -other[1] * other[2]:].unflatten(2, other[1:])
@@ -171,8 +171,8 @@ def strongest(maps, grid, other, count=4):
 def cross_attention_maps(video, tokens, grid, maps, path):
     """Where tokens of one model attend in another: a row for each token.
 
-    Left the frame of the token, with its tubelet framed in white. Right the clip, bright where the
-    token attends.
+    On the left is the frame of the token, with a white frame around its tubelet. On the right is
+    the clip, bright where the token attends.
 
     video   (T, H, W, 3) uint8
     tokens  [(time step, row, column)] on grid (t, h, w)
@@ -198,23 +198,23 @@ def cross_attention_maps(video, tokens, grid, maps, path):
 
 
 def reconstruction(clips, path, title="", borrowed=False):
-    """A masked clip and its reconstruction: frames as a strip (.png), moving beside it (.gif).
+    """A masked clip and its reconstruction: strips of frames (PNG), and clips side by side (GIF).
 
     clips     result of tasks.reconstruction: {"input", "visible", "reconstruction", "trivial"},
-              each (B, 3, T, H, W) float in [0, 1], torch. The first clip is drawn, a row for each
-    borrowed  True where the last two have the mean (and contrast) of hidden tubelets from the input
+              each (B, 3, T, H, W) float in [0, 1], torch. Only the first clip of B is drawn
+    borrowed  True where the last two use the mean (and contrast) of hidden tubelets of the input
     returns   both paths
     """
     plt = pyplot()
     clips = {name: batch[0].cpu() for name, batch in clips.items()}
-    seen = (clips["visible"] == clips["input"]).all(dim=0)                   # (T, H, W)
-    error = {name: ((clip - clips["input"]) ** 2)[:, ~seen].mean() ** 0.5
+    visible = (clips["visible"] == clips["input"]).all(dim=0)                # (T, H, W)
+    error = {name: ((clip - clips["input"]) ** 2)[:, ~visible].mean() ** 0.5
              for name, clip in clips.items()}
-    loan = {"reconstruction": "mean and contrast\nborrowed from input",
-            "trivial": "borrowed means"} if borrowed else {
-            "reconstruction": "nothing borrowed", "trivial": "mean visible colour"}
-    labels = {"input": "input", "visible": f"what the encoder saw\n({seen.float().mean():.0%})"}
-    labels |= {name: f"{what}\n({loan[name]})\nerror {255 * error[name]:.1f} grey levels"
+    source = {"reconstruction": "mean and contrast\nborrowed from input",
+              "trivial": "borrowed means"} if borrowed else {
+              "reconstruction": "nothing borrowed", "trivial": "mean visible colour"}
+    labels = {"input": "input", "visible": f"what the encoder saw\n({visible.float().mean():.0%})"}
+    labels |= {name: f"{what}\n({source[name]})\nerror {255 * error[name]:.1f} grey levels"
                for name, what in (("reconstruction", "reconstruction"),
                                   ("trivial", "without a model"))}
     T, H, W = clips["input"].shape[1:]
@@ -240,9 +240,9 @@ def reconstruction(clips, path, title="", borrowed=False):
 
 
 def moving_picture(clip, path, words=""):
-    """Write a clip, float (3, T, H, W) in [0, 1], as GIF; small ones enlarged.
+    """Write a clip, float (3, T, H, W) in [0, 1], as a GIF. Small clips are enlarged.
 
-    words  what it shows, kept in the file as its comment; engine/report.py prints it below the clip
+    words  what it shows, stored as the comment of the file; engine/report.py prints it below
     """
     from PIL import Image
 
@@ -255,9 +255,9 @@ def moving_picture(clip, path, words=""):
 
 
 def confusion(tables, names, path):
-    """tables {title: counts (Y, Y)}, side by side: rows are the truth, columns the answers.
+    """Confusion matrices side by side. Rows are true classes, columns are predictions.
 
-    Colours are shares of each row.
+    tables  {title: counts (Y, Y)}; the colour is the share of the row
     """
     figure, (panels,) = new_figure(1, len(tables), 5.4 * len(tables) + 1, 5.4)
     for panel, (title, counts) in zip(panels, tables.items()):
@@ -269,27 +269,27 @@ def confusion(tables, names, path):
             for i, j in counts.nonzero().tolist():
                 panel.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6,
                            color="white" if shares[i, j] > 0.5 else "black")
-        panel.set(xlabel="said", ylabel="true")
-        right = 100 * counts.diagonal().sum() / counts.sum().clamp(min=1)
-        panel.set_title(f"{title}: {right:.1f} % right", fontsize=9)
+        panel.set(xlabel="predicted", ylabel="true")
+        accuracy = 100 * counts.diagonal().sum() / counts.sum().clamp(min=1)
+        panel.set_title(f"{title}: {accuracy:.1f} % correct", fontsize=9)
     finish(figure, path)
 
 
 def predictions(videos, answers, path):
-    """A row for each clip: four of its frames, and for each question bars of its likeliest classes.
+    """A row for each clip: four frames, and bars of the most likely classes for each question.
 
-    answers  (title, {question: [(class, probability), ...]}) of each clip
+    answers  for each clip (title, {question: [(class, probability), ...]})
     """
     questions = len(answers[0][1])
     plt = pyplot()
     figure, axes = plt.subplots(len(videos), 1 + questions, squeeze=False, facecolor="white",
                                 figsize=(5 + 3 * questions, 1.35 * len(videos) + 0.2),
                                 layout="constrained", width_ratios=[5] + [3] * questions)
-    for (picture, *panels), video, (title, said) in zip(axes, videos, answers):
+    for (picture, *panels), video, (title, classes) in zip(axes, videos, answers):
         picture.imshow(strip(video))
         picture.axis("off")
         picture.set_title(plain(title), fontsize=7, loc="left")
-        for panel, (question, best) in zip(panels, said.items()):
+        for panel, (question, best) in zip(panels, classes.items()):
             names, shares = zip(*reversed(best))
             panel.barh(range(len(best)), shares, color="tab:blue", alpha=0.5)
             for place, name in enumerate(names):
@@ -302,7 +302,7 @@ def predictions(videos, answers, path):
 
 
 def gates(lines, path):
-    """Gates and shares over training: keys of the lines of log.jsonl with "gate" or "share"."""
+    """Gates and shares over training, from the keys "gate..." and "share..." of log.jsonl."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), facecolor="white", layout="constrained")
     labels = ("tanh of each gate", "share of each score")
@@ -317,19 +317,19 @@ def gates(lines, path):
 
 
 def segments(videos, names, path):
-    """For each video its frames over the time axis, and bars for true and predicted segments.
+    """For each video, frames over the time axis, and bars for true and predicted segments.
 
     videos   list of (title, frames side by side (h, w, 3) uint8 or None, duration s, true segments
              (start s, end s, label) or None, predicted segments (n, 4): start s, end s, score,
              label)
-    names    of the labels; each has a colour. The higher the bar, the higher the score
+    names    of the labels; each has a colour. The height of a bar is its score
     """
     plt = pyplot()
     figure, axes = plt.subplots(len(videos), 1, figsize=(11, 2.1 * len(videos)), squeeze=False,
                                 facecolor="white", layout="constrained")
     for axis, (title, frames, duration, true, predicted) in zip(axes[:, 0], videos):
         rows = {} if true is None else {"true": [(*row[:2], 1.0, row[2]) for row in true]}
-        rows["found"] = sorted(np.asarray(predicted).tolist(), key=lambda row: -row[2])
+        rows["predicted"] = sorted(np.asarray(predicted).tolist(), key=lambda row: -row[2])
         for height, bars in enumerate(rows.values()):
             draw_bars(axis, -height, bars, names, duration)
         top = 0.5
@@ -345,7 +345,7 @@ def segments(videos, names, path):
 
 
 def draw_bars(axis, y, bars, names, duration):
-    """A row of bars (start, end, score, label), with the name where there is room for it."""
+    """A row of bars (start, end, score, label), with the name of the label if there is space."""
     colours = pyplot().get_cmap("tab20")
     for i, (start, end, score, label) in enumerate(bars):
         axis.barh(y, end - start, left=start, height=0.15 + 0.65 * score, edgecolor="white",
@@ -358,7 +358,7 @@ def draw_bars(axis, y, bars, names, duration):
 
 
 def table(rows, columns, path, title):
-    """rows {name: {column: number}}, one line each, as a picture."""
+    """A table as a picture: rows {name: {column: number}}, one line for each."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(1.2 * len(columns) + 2.6, 0.3 * len(rows) + 0.8),
                                 facecolor="white", layout="constrained")
@@ -374,7 +374,7 @@ def table(rows, columns, path, title):
 
 
 def curve(out, name):
-    """Write loss.png: the training and held-out loss of log.jsonl; returns [its path]."""
+    """Draw loss.png: the training and held-out loss of log.jsonl -> [its path]."""
     plt = pyplot()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figure, axis = plt.subplots(figsize=(6, 3.4), facecolor="white")

@@ -48,7 +48,7 @@ class Job:
         self.name, self.out = Path(stage.out).name, Path(stage.out)
         named = {getattr(stage, field.name) for field in dataclasses.fields(stage)}
         self.needs = [job for job in earlier if job.stage.out in named]
-        self.process, self.latest, self.read_lines = None, "", set()
+        self.process, self.latest, self.old_lines = None, "", set()
 
     def start(self, train, resume_command, clips):
         """Start the process. resume_command and clips: as in `run`."""
@@ -58,7 +58,7 @@ class Job:
         except (OSError, ValueError) as error:  # ValueError: a character that is not allowed
             raise UserError(f"--out {self.out}: "
                             f"{getattr(error, 'strerror', None) or error}") from None
-        self.read_lines = set(self.lines())
+        self.old_lines = set(self.lines())
         self.receiver, sender = PROCESSES.Pipe(duplex=False)
         self.process = PROCESSES.Process(target=run_job, args=(
             train, self.stage, resume_command, clips, sender, os.getpid(),
@@ -83,9 +83,9 @@ class Job:
                 if "lr" in row:
                     self.left = self.seconds * (1 - step / self.stage.steps)
                     self.latest = f"{step}/{self.stage.steps} loss {row['loss']:.3f}"
-                elif line not in self.read_lines:
+                elif line not in self.old_lines:
                     texts.append(f"{self.name}: step {step}: {format_metrics(row)}")
-        self.read_lines.update(self.lines())
+        self.old_lines.update(self.lines())
         return texts
 
     def end(self):
