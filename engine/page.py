@@ -1,6 +1,6 @@
-"""Pieces of a page of HTML: text, tables, lists, charts, and the style of engine/report.py.
+"""Parts of an HTML page for engine/report.py: text, tables, lists, charts and the style sheet.
 
-Every function returns HTML. What comes from files and flags is escaped here, by `text`.
+The functions for parts return HTML. `text` escapes all text that comes from files and flags.
 """
 
 import html
@@ -10,23 +10,23 @@ from engine.pictures import plain
 
 
 def is_number(value):
-    """True for an int or float that is finite, and not beyond all reason."""
+    """True for an int or float with an absolute value below 1e300, so not inf and not NaN."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 def part(values, key):
-    """The dict at a key of a dict; {} where there is none."""
-    found = values.get(key)
-    return found if isinstance(found, dict) else {}
+    """The dict at a key of a dict; {} where there is none, or another type."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def text(value):
-    """Any value as text of a page: escaped, without control characters."""
+    """Any value as HTML text: escaped, with a dot for each control character."""
     return html.escape(plain(str(value)))
 
 
 def short(value):
-    """A number in few characters: 1234 -> "1,234", 0.05713 -> "0.0571"."""
+    """A number as short text: 1234 -> "1,234", 0.05713 -> "0.0571"."""
     if not is_number(value):
         return str(value)
     if isinstance(value, int):
@@ -35,21 +35,22 @@ def short(value):
 
 
 def millions(count):
-    """866112 -> "0.87 M" """
+    """A count in millions: 866112 -> "0.87 M"."""
     return f"{count / 1e6:.2f} M" if count < 1e8 else f"{count / 1e6:,.0f} M"
 
 
 def note(words):
-    """A line in small print."""
+    """A paragraph in small print."""
     return f"<p class=note>{text(words)}</p>"
 
 
 def grid(label, head, rows, best=()):
-    """A table that scrolls in itself where the window is narrow.
+    """A table that scrolls horizontally where the window is narrow.
 
-    label  what it is, for readers that listen
-    rows   (name, cells), already HTML
-    best   set of (column, row) whose cells are printed bold
+    label  name of the table for screen readers
+    head   names of the columns
+    rows   [(name, cells)], already HTML
+    best   set of (column, row) whose cells are bold
     """
     lines = [f"<tr><th scope=row>{name}</th>" + "".join(
         f"<td>{f'<strong>{cell}</strong>' if (j, i) in best else cell}</td>"
@@ -62,12 +63,12 @@ def grid(label, head, rows, best=()):
 def pairs(values):
     """A dict as a list of names and values."""
     return "<dl>" + "".join(
-        f"<div><dt>{text(name)}</dt><dd>{text(said(value))}</dd></div>"
+        f"<div><dt>{text(name)}</dt><dd>{text(setting_text(value))}</dd></div>"
         for name, value in values.items()) + "</dl>"
 
 
-def said(value):
-    """The value of a setting in words."""
+def setting_text(value):
+    """The value of a setting as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}" for name, count in value.items())
     if isinstance(value, bool):
@@ -76,12 +77,12 @@ def said(value):
 
 
 def details(title, body):
-    """A part that opens on a click."""
+    """A section that opens on a click."""
     return f"<details><summary>{text(title)}</summary>{body}</details>"
 
 
 def ticks(low, high, count=5):
-    """Round numbers between low and high, at most `count` and one."""
+    """Round numbers between low and high, at most count + 1, for the ticks of an axis."""
     span = max(high - low, 1e-12)
     power = 10 ** math.floor(math.log10(span / count))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20)
@@ -91,19 +92,19 @@ def ticks(low, high, count=5):
 
 
 def thin(points, most=240):
-    """Neighbouring points averaged, until there are at most so many."""
+    """Means of groups of neighbouring points, so that there are at most `most` points."""
     size = max(1, -(-len(points) // most))
     groups = [points[i:i + size] for i in range(0, len(points), size)]
     return [tuple(sum(values) / len(values) for values in zip(*group)) for group in groups]
 
 
-LEFT, RIGHT, TOP, BOTTOM = 44, 398, 10, 204  # of the lines of a chart, on a plane of 420 x 232
+LEFT, RIGHT, TOP, BOTTOM = 44, 398, 10, 204  # area of the lines in a chart of 420 x 232
 
 
 def chart(title, series):
-    """Lines over steps as SVG; "" where there are no points.
+    """A chart of lines over steps as SVG; "" where there are no points.
 
-    series  [(name, class in STYLE, [(step, value)])]
+    series  [(name, CSS class in STYLE, [(step, value)])]
     """
     series = [(name, style, thin(points)) for name, style, points in series if points]
     if not series:
@@ -113,19 +114,19 @@ def chart(title, series):
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1
     low, high = low - margin, high + margin
 
-    def across(x):
+    def to_x(x):
         return LEFT + (RIGHT - LEFT) * (x - first) / (end - first)
 
-    def up(y):
+    def to_y(y):
         return BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low)
 
-    drawn = [f'<path class=rule d="M{LEFT} {up(y):.1f}H{RIGHT}"/><text x="{LEFT - 7}" '
-             f'y="{up(y) + 4:.1f}" text-anchor=end>{round(y, 9):g}</text>'
+    drawn = [f'<path class=rule d="M{LEFT} {to_y(y):.1f}H{RIGHT}"/><text x="{LEFT - 7}" '
+             f'y="{to_y(y) + 4:.1f}" text-anchor=end>{round(y, 9):g}</text>'
              for y in ticks(low, high)]
-    drawn += [f'<text x="{across(x):.1f}" y="{BOTTOM + 20}" text-anchor=middle>{x:,.0f}</text>'
+    drawn += [f'<text x="{to_x(x):.1f}" y="{BOTTOM + 20}" text-anchor=middle>{x:,.0f}</text>'
               for x in ticks(first, end, 4)]
     for _, style, points in series:
-        spots = [(f"{across(x):.1f}", f"{up(y):.1f}") for x, y in points]
+        spots = [(f"{to_x(x):.1f}", f"{to_y(y):.1f}") for x, y in points]
         drawn.append(f'<path class="line {style}" d="M{"L".join(map(" ".join, spots))}"/>')
         if len(spots) < 12:
             drawn += [f'<circle class="dot {style}" cx="{x}" cy="{y}" r="3"/>' for x, y in spots]
@@ -137,8 +138,8 @@ def chart(title, series):
             f'{text(f"{title}, over {end:,.0f} steps: {ends}")}">{"".join(drawn)}</svg></figure>')
 
 
-# The colours are those of the system's parts: blue the masked encoder, green the multimodal one,
-# orange what is between them, violet classifiers.
+# Colours of the system: blue = masked encoder, green = multimodal encoder, orange = cross-model
+# attention, violet = classifiers.
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf7; --card: #ffffff; --ink: #23272e;
   --soft: #666d78; --rule: #e3e1da; --blue: #2b6cb0; --green: #2f7d54; --violet: #6b4fa0;

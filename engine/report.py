@@ -1,19 +1,18 @@
-"""report.html: what a run did and learned, on one page that needs nothing beside it.
+"""report.html: one self-contained page about a run, with its numbers, charts and pictures.
 
     metrics.json, log.jsonl, config.json, table.json --+
     *.png, *.gif --------------------------------------+--> write(folder) --> report.html
 
 The idea, in steps:
-1. `Record` reads what one run left. A file that is missing or odd is an empty one: a page with less
-   on it, never a run that fails.
-2. `engine.system` draws the four stages of InternVideo with this run's numbers in the boxes;
-   `engine.page` has tables and lines; `Album` puts pictures into the page, as text, while there is
-   room.
-3. `sections` puts them in the order of the runs; `write` puts a page around them.
+1. `Record` reads the files of one run. A missing or damaged file counts as empty, so the page has
+   less on it, but the run does not fail.
+2. `engine.system` draws the four stages of InternVideo with numbers of the runs in the boxes.
+   `engine.page` makes tables and charts. `Album` embeds pictures up to a size limit.
+3. `sections` makes one section for each stage, and `write` makes the page.
 
-No script, no font and no picture comes from elsewhere: the page opens without a network and can be
-sent by mail. It follows the reader's light or dark mode. All text of files and names is escaped.
-No model is known here; the four stages of the paper are, by their names.
+The page loads no script, font or picture, so it works without a network and can be sent by mail. It
+follows the light or dark mode of the browser. All text from files and names is escaped. The code
+depends on no model, only on the names of the four stages.
 """
 
 import base64
@@ -25,45 +24,45 @@ from engine.page import (STYLE, chart, details, grid, is_number, millions, note,
                          text)
 from engine.system import system
 
-MOST_BYTES = 3_400_000  # of pictures on a page; as text they take a third more: 5 MB with the rest
+MOST_BYTES = 3_400_000  # of pictures on a page; base64 adds a third; the whole page has 5 MB
 
-STAGES = {  # name: (number, title, what happens in it)
+STAGES = {  # name: (number, title, description)
     "mae": ("1", "Masked video modelling",
             "Most of each clip is hidden. The encoder sees the rest, and a small decoder predicts "
-            "the pixels that are hidden. No label and no sentence is used."),
+            "the hidden pixels. No label and no sentence is used."),
     "clip": ("2", "Video and language",
-             "Two encoders turn videos and sentences into vectors of one space, where those that "
-             "belong together come near each other. A decoder learns to write the sentence."),
+             "Two encoders map videos and sentences into one vector space. There, a video and its "
+             "sentence come close to each other. A decoder learns to write the sentence."),
     "classify": ("3", "Supervised post-pretraining",
                  "A pretrained encoder learns classes from labels. The same network from scratch "
-                 "shows what the pretraining is worth."),
+                 "shows the effect of pretraining."),
     "fuse": ("4", "Cross-model interaction",
-             "Both encoders are frozen. Tokens of one attend to tokens of the other, behind gates "
-             "that start closed, and the scores of both are summed with learned shares."),
+             "Both encoders are frozen. Tokens of one encoder attend to tokens of the other. Gates "
+             "start closed. The scores of both encoders are summed with learned shares."),
 }
 
-PICTURES = {  # kind_of the file: (heading, what to see there)
-    "reconstruction": ("Reconstructions", "held-out clips, most of each hidden, and what the model "
-                       "makes of it"),
-    "captions": ("Captions", "held-out clips, what the model writes about each, and a true "
-                 "sentence"),
-    "answers": ("Answers", "held-out clips, what the model answers, and the question with its "
-                "right answer"),
-    "retrieval": ("Retrieval", "each sentence, and the clips that are nearest to it; green: the "
-                  "clip that the sentence belongs to"),
-    "similarity": ("Similarity", "the cosine of each sentence (row) and each clip (column); those "
-                   "that belong together are on the diagonal"),
-    "attention": ("Where the caption decoder looks", "a row for each word that it writes: the clip "
-                  "is bright where the word attends"),
-    "confusion": ("Confusion", "rows are true classes, columns are answers; right answers are on "
-                  "the diagonal"),
-    "looks": ("Where the bridge looks", "left a token of the masked encoder, framed; right the "
+PICTURES = {  # result of kind_of: (heading, description)
+    "reconstruction": ("Reconstructions", "held-out clips, most of each hidden, and the model's "
+                       "reconstruction"),
+    "captions": ("Captions", "held-out clips, the model's caption for each, and a reference "
+                 "caption"),
+    "answers": ("Answers", "held-out clips, the model's answers, and each question with its "
+                "correct answer"),
+    "retrieval": ("Retrieval", "each sentence, and the clips that are nearest to it; green: "
+                  "correct"),
+    "similarity": ("Similarity", "the cosine of each sentence (row) and each clip (column); pairs "
+                   "are on the diagonal"),
+    "attention": ("Attention of the caption decoder", "a row for each word that it writes; the "
+                  "clip is bright where the word attends"),
+    "confusion": ("Confusion", "rows are true classes, columns are predictions; correct ones are "
+                  "on the diagonal"),
+    "looks": ("Cross-model attention", "left: a token of the masked encoder, framed; right: the "
               "clip, bright where this token attends in the multimodal encoder"),
-    "segments": ("Segments", "true segments of long videos, and those that the model finds"),
+    "segments": ("Segments", "true segments of long videos, and the predicted ones"),
 }
 
 # --------------------------------------------------------------------------------------------------
-# What a run left
+# The files of a run
 
 
 def content_of(path):
@@ -75,16 +74,16 @@ def content_of(path):
 
 
 def dict_in(content):
-    """The dict that JSON holds; {} where it holds none."""
+    """JSON text -> the dict in it; {} where it has none."""
     try:
-        found = json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 class Record:
-    """What one run left in its folder: metrics, settings, config, lines of the log."""
+    """The files of one run: metrics, settings, config, lines of the log."""
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name or "run"
@@ -96,7 +95,7 @@ class Record:
         self.lines = [row for row in rows if is_number(row.get("step"))]
 
     def number(self, *keys):
-        """The first of these numbers of metrics.json that exists, or None."""
+        """The first of these keys of metrics.json that has a number -> that number, or None."""
         return next((self.metrics[key] for key in keys if is_number(self.metrics.get(key))), None)
 
     def points(self, key):
@@ -104,68 +103,70 @@ class Record:
         return [(line["step"], line[key]) for line in self.lines if is_number(line.get(key))]
 
     def last(self, word):
-        """{key: its last value} of the keys of the log that start with a word."""
+        """{key: last value} for the keys of the log that start with `word`."""
         return {key: value for line in self.lines for key, value in line.items()
                 if key.startswith(word) and is_number(value)}
 
-    def right(self):
-        """Share of held-out clips answered right, in percent, or None."""
+    def accuracy(self):
+        """The accuracy on held-out clips in percent, or None."""
         return self.number("val_all_facts", "val_top1", "val_mAP")
 
 
 # --------------------------------------------------------------------------------------------------
-# Pieces of a page
+# Pictures
 
 
 class Album:
-    """Pictures of a page, as text in it, while there is room."""
+    """The pictures of a page. They are embedded until their size reaches MOST_BYTES."""
 
     def __init__(self):
         self.room = MOST_BYTES
 
     def picture(self, path, words):
-        """A PNG or GIF -> (the image, lines that say what it shows: a GIF's comment, else words).
+        """A PNG or GIF -> (HTML of the image, lines of its description, width / height).
 
-        Instead of the image a line, where there is none, or no room for it.
+        The description is the comment of a GIF, otherwise `words`. A note replaces the image where
+        the file is not readable or too large.
         """
-        from PIL import Image  # late, as in engine/pictures.py
+        from PIL import Image  # imported when needed, as in engine/pictures.py
         try:
             with Image.open(path, formats=("PNG", "GIF")) as picture:
                 (width, height), kind = picture.size, picture.format.lower()
                 comment = picture.info.get("comment")
             content = path.read_bytes()
         except (OSError, ValueError, SyntaxError):
-            return note(f"{path.name} is no picture that can be read"), [], 1
+            return note(f"{path.name} is not a readable picture"), [], 1
         if isinstance(comment, bytes) and comment:
             words = comment.decode("utf-8", "replace")
         if len(content) > self.room:
-            return note(f"{path.name}, {len(content) / 1e6:.1f} MB, has no room on this page; it "
-                        "lies beside it"), words.splitlines(), 1
+            return note(f"{path.name}, {len(content) / 1e6:.1f} MB, is too large for this page; it "
+                        "is in the same folder"), words.splitlines(), 1
         self.room -= len(content)
         data = base64.b64encode(content).decode()
         return (f'<img alt="{text(" ".join(words.splitlines()))}" width={width} height={height} '
                 f'src="data:image/{kind};base64,{data}">', words.splitlines(), width / height)
 
     def of_kind(self, kind, paths):
-        """Pictures of one kind under their heading. paths: [(name of the run or "", path)]"""
+        """All pictures of one kind, with a heading. paths: [(name of the run or "", path)]"""
         heading, words = PICTURES.get(kind, (kind.replace("_", " "), ""))
         moving = paths[0][1].suffix == ".gif"
-        found = [(name, *self.picture(path, f"{heading}: {words or path.name}"))
+        drawn = [(name, *self.picture(path, f"{heading}: {words or path.name}"))
                  for name, path in paths]
-        # What all clips say is said once.
-        same = [line for line in found[0][2] if line.startswith("left to right")
-                and all(line in lines for _, _, lines, _ in found)]
+        # A line that all clips share is printed once, above them.
+        same = [line for line in drawn[0][2] if line.startswith("left to right")
+                and all(line in lines for _, _, lines, _ in drawn)]
         shown = []
-        for name, image, lines, _ in found:
+        for name, image, lines, _ in drawn:
             below = [name] * bool(name) + [line for line in lines if moving and line not in same]
             shown.append(
                 "<figure>" + (image if moving else f"<div class=scroll tabindex=0>{image}</div>")
                 + "<figcaption>" * bool(below) + "".join(f"<p>{text(line)}</p>" for line in below)
                 + "</figcaption>" * bool(below) + "</figure>")
-        style = ("strips" if found[0][3] > 2 else "clips") if moving else \
-            "stills several" if found[1:] else "stills"
-        said = "; ".join([words, *same] if words else same)
-        return (f"<h3>{text(heading)}</h3>" + note(f"{said[:1].upper()}{said[1:]}.") * bool(said)
+        style = ("strips" if drawn[0][3] > 2 else "clips") if moving else \
+            "stills several" if drawn[1:] else "stills"
+        caption = "; ".join([words, *same] if words else same)
+        return (f"<h3>{text(heading)}</h3>"
+                + note(f"{caption[:1].upper()}{caption[1:]}.") * bool(caption)
                 + f'<div class="{style}">{"".join(shown)}</div>')
 
     def show(self, runs):
@@ -173,7 +174,7 @@ class Album:
         found = {}
         for run in runs:
             moving = sorted(run.folder.glob("*.gif"))
-            # Clips that move are better than the same as strips; lines are drawn from the log.
+            # A GIF replaces the PNG of the same kind. Charts and tables are made from other files.
             others = {kind_of(path) for path in moving} | {"loss", "gates", "table"}
             for path in moving + [path for path in sorted(run.folder.glob("*.png"))
                                   if kind_of(path) not in others]:
@@ -193,7 +194,7 @@ def kind_of(path):
 
 
 def table_of(table):
-    """table.json of the default run; "" where there is none."""
+    """The table of the default run from table.json; "" where there is none."""
     rows = {name: row for name, row in part(table, "rows").items() if isinstance(row, dict)}
     if not rows:
         return ""
@@ -204,9 +205,9 @@ def table_of(table):
     body = [(text(name), [text(f"{value:.1f}" if isinstance(value, float) else short(value))
                           for value in (row.get(column, "–") for column in columns)])
             for name, row in rows.items()]
-    return ("<section id=table><h2>What each encoder knows, and both together</h2>"
+    return ("<section id=table><h2>Accuracy of each encoder, and of both together</h2>"
             + note(table.get("protocol", "")) + grid("accuracies", columns, body, best)
-            + note("All facts: motion, shape and colour right in one clip. Unseen: pairs of shape "
+            + note("All facts: motion, shape and colour are all correct. Unseen: pairs of shape "
                    "and colour that no training clip has. From scratch: the masked encoder's "
                    "network, trained on labels only. Late fusion: the mean of both encoders' "
                    "probabilities. The best of each column is bold.") + "</section>")
@@ -220,7 +221,7 @@ ACCURACIES = {"val_all_facts": "all facts", "unseen_all_facts": "all facts, unse
 
 
 def charts(runs):
-    """Losses and accuracies over steps, and gates and shares where the log has them."""
+    """Charts over steps: losses, accuracies, and gates and shares if the log has them."""
     drawn = []
     for run in runs:
         lines = [("training", "train", run.points("loss")), ("held out", "held",
@@ -244,7 +245,7 @@ FACTS = ("stage", "step", "protocol", "parameters", "trained", "seconds", "proce
 
 
 def numbers(run):
-    """All that was measured, a row for each name and a column for each held-out set."""
+    """All numbers of metrics.json: a row for each name, a column for each held-out set."""
     columns = {"initial_val_": "held out, at the start", "val_": "held out",
                "initial_unseen_": "unseen, at the start", "unseen_": "unseen", "test_": "test"}
     rows, once = {}, {}
@@ -265,10 +266,10 @@ def numbers(run):
 
 
 def particulars(run):
-    """Numbers, protocol, settings and bad files of a run, behind a click."""
+    """Numbers, protocol, settings and unreadable files of a run, shown on a click."""
     bad = part(run.metrics, "bad_files")
     bodies = {"Numbers": attempt(numbers, run),
-              "What was measured": pairs(part(run.metrics, "protocol")),
+              "Protocol": pairs(part(run.metrics, "protocol")),
               "Settings": pairs({name.replace("_", "-"): value  # as the flags are typed
                                  for name, value in run.settings.items()}),
               f"{len(bad):,} files that could not be read" + ", the first 100" * (len(bad) > 100):
@@ -279,7 +280,7 @@ def particulars(run):
 
 
 def times(runs):
-    """Steps, parameters, speed, memory and seconds of each run."""
+    """A table of steps, parameters, speed, memory and seconds of each run."""
     seconds = [run.number("seconds") or 0 for run in runs]
     rows = []
     for run, spent in zip(runs, seconds):
@@ -295,13 +296,13 @@ def times(runs):
     return ("<section id=times><h2>Time and memory</h2>"
             + grid("time and memory", ["steps", "parameters", "trained", "clips/s",
                                        "waits for clips", "memory, MiB", "seconds"], rows)
-            + note("Speed is the median of the log, memory its peak."
-                   + " A run after others counts their memory too." * (len(runs) > 1))
+            + note("Speed is the median of the log; memory is the peak."
+                   + " It includes earlier runs of the same process." * (len(runs) > 1))
             + "</section>")
 
 
 def attempt(build, *args):
-    """What build(*args) returns; where files are odd, a line that says so."""
+    """build(*args); or a note with the error, where files have unexpected contents."""
     try:
         return build(*args)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError,
@@ -310,7 +311,7 @@ def attempt(build, *args):
 
 
 def sections(runs):
-    """One part of the page for each stage, in the order in which the runs were made."""
+    """Yield (id, title, HTML) of one section for each stage, in the order of the runs."""
     album, by_stage = Album(), {}
     for run in runs:
         by_stage.setdefault(run.stage, []).append(run)
@@ -325,7 +326,7 @@ def sections(runs):
 
 
 def page(runs, table, title):
-    """The whole page."""
+    """The whole page as HTML."""
     stages = list(sections(runs))
     some = next((run.settings for run in runs if run.settings), {})
     spent = sum(run.number("seconds") or 0 for run in runs)
@@ -350,9 +351,11 @@ def page(runs, table, title):
 
 
 def write(folder, names=()):
-    """Write report.html into the folder of a run; with names, of the runs in these folders in it.
+    """Write report.html into the folder of a run -> its path, or None.
 
-    Prints and returns its path; or says why it could not be written, which is no error: None.
+    names  subfolders of `folder`: one page about the runs in all of them
+
+    Prints the path. If the file cannot be written, prints the reason instead and returns None.
     """
     folder = Path(folder)
     runs = [Record(folder / name) for name in names] or [Record(folder)]
@@ -364,5 +367,5 @@ def write(folder, names=()):
     except OSError as error:
         print(f"{path} was not written: {error.strerror or error}")
         return None
-    print(f"one page of it all: {path}")
+    print(f"report: {path}")
     return path

@@ -1,4 +1,4 @@
-"""The picture of the system, with the numbers of runs in its boxes, as SVG.
+"""The diagram of the system as SVG, with the numbers of runs in its boxes.
 
     video -+-> masked encoder -----+--> what is hidden (1)
            |                       +--> classifier (3) -----+
@@ -6,16 +6,16 @@
            +-> multimodal encoder -+--> classifier (3) -----+
     sentence -> text encoder ------+--> pairs and captions (2)
 
-It is drawn twice, for wide and for narrow windows; STYLE in engine/page.py shows one of them.
-`runs` are report.Record; `role` says which part of the system each of them trained.
+It is drawn twice, for wide and for narrow windows. STYLE in engine/page.py shows one of the two.
+`runs` are objects of report.Record. `role` returns the part of the system that a run trained.
 """
 
 from engine.page import is_number, millions, part, short, text
 
-SYSTEM = ("mae", "clip", "classify", "fuse")  # the stages whose runs it tells of
+SYSTEM = ("mae", "clip", "classify", "fuse")  # stages whose runs are in the diagram
 
-# box: (title, file, colour, stage, place on a wide plane 1230 x 480, on a tall one 400 x 786);
-# a place is x, y, width, height
+# box: (title, file, CSS class, stage, rectangle in the wide diagram, rectangle in the tall one).
+# A rectangle is x, y, width, height. The wide diagram is 1230 x 480, the tall one 400 x 786.
 BOXES = {
     "video": ("video", "data.py", "s-data", "", (0, 127, 140, 96), (20, 0, 170, 82)),
     "words": ("sentence", "data.py", "s-data", "", (0, 385, 140, 76), (270, 0, 130, 66)),
@@ -37,7 +37,7 @@ BOXES = {
               (110, 702, 180, 84)),
 }
 
-# (label, from, to, path on the wide plane, place of the label there, the same on the tall one)
+# (label, from, to, wide: SVG path, position of the label, tall: SVG path, position of the label)
 ARROWS = (
     ("pixels", "video", "masked", "M140 160C190 160 190 90 239 90", (193, 172),
      "M90 82C90 105 67 105 67 126", (127, 102)),
@@ -62,12 +62,12 @@ ARROWS = (
 
 
 def role(run):
-    """Which part of the system a run trained: its stage, or for a classifier its encoder."""
+    """The part of the system that a run trained: its stage; of a classifier, its encoder."""
     return str(run.settings.get("encoder")) if run.stage == "classify" else run.stage
 
 
 def tokens(config):
-    """(t, patches of a frame, width) of an encoder's tokens, from its config; () if not known."""
+    """(t, patches per frame, width) of an encoder's tokens, from its config; () if unknown."""
     size = part(config, "size")
     if not size or not is_number(config.get("frames")):
         return ()
@@ -78,93 +78,93 @@ def tokens(config):
 
 
 def product(*numbers):
-    """28, 96 -> "28 × 96"; "" where one is missing."""
+    """28, 96 -> "28 × 96"; "" if one of them is None."""
     return " × ".join(f"{n:,}" for n in numbers) if numbers and None not in numbers else ""
 
 
 def of_size(size):
-    """Depth and width of an encoder in words, two lines."""
+    """[depth, width] of an encoder as text."""
     return [f"{size['depth']} blocks", f"width {size['width']}"] if "depth" in size else []
 
 
 def percent(value, words):
-    """In words; "" for None."""
+    """12.3, "right" -> "12.3 % right"; "" for None."""
     return "" if value is None else f"{value:.1f} % {words}"
 
 
 def counted(value, words):
-    """A number of parameters in words; "" for None."""
+    """866112, "trained" -> "0.87 M trained"; "" for None."""
     return "" if value is None else f"{millions(value)} {words}"
 
 
 def encoders_of(parts):
-    """Configs of the masked and the multimodal encoder: of the first run that has one."""
-    one = {name: run.config for name, run in parts.items()}
-    fused = one.get("fuse", {})
-    return (one.get("mae") or one.get("masked") or part(fused, "masked"),
-            part(one.get("clip", {}), "clip") or one.get("multimodal")
+    """Configs of the masked and the multimodal encoder, from the first run that has one."""
+    configs = {name: run.config for name, run in parts.items()}
+    fused = configs.get("fuse", {})
+    return (configs.get("mae") or configs.get("masked") or part(fused, "masked"),
+            part(configs.get("clip", {}), "clip") or configs.get("multimodal")
             or next(iter(fused.get("multimodal", [])), {}))
 
 
 def labels_of(parts):
-    """{arrow: (shape in letters, the same in numbers)}"""
+    """{arrow: (shape in letters, shape in numbers)}"""
     masked, multimodal = encoders_of(parts)
-    t, places, width = tokens(masked) or (None,) * 3
-    seen, ratio = None, parts["mae"].settings.get("mask_ratio") if "mae" in parts else None
+    t, patches, width = tokens(masked) or (None,) * 3
+    visible, ratio = None, parts["mae"].settings.get("mask_ratio") if "mae" in parts else None
     if t and is_number(ratio):
-        seen = t * (places - int(ratio * places))
-    frames, shown, wide = tokens(multimodal) or (None,) * 3
-    some = next((run.settings for run in parts.values()), {})
+        visible = t * (patches - int(ratio * patches))
+    t2, patches2, width2 = tokens(multimodal) or (None,) * 3  # of the multimodal encoder
+    settings = next((run.settings for run in parts.values()), {})
     clip = part(parts["clip"].config, "clip") if "clip" in parts else {}
     counts = {run.config.get("classes") or part(run.config, "masked").get("classes")
               for name, run in parts.items() if name in ("masked", "multimodal", "fuse")}
     classes = max((count for count in counts if is_number(count)), default=None)
-    side = some.get("input_size") or None
+    side = settings.get("input_size") or None
     vector = product(clip.get("embedding"))
-    return {"pixels": ("(3, T, H, W)", product(3, some.get("num_frames") or None, side, side)),
+    return {"pixels": ("(3, T, H, W)", product(3, settings.get("num_frames") or None, side, side)),
             "words": ("(L)", f"L ≤ {clip['context']}" if "context" in clip else ""),
-            "seen": ("(Nv, D)", product(seen, width)),
-            "masked tokens": ("(N, D)", product(t and t * places, width)),
-            "multimodal tokens": ("(t, 1+S, D)", product(frames, shown and 1 + shown, wide)),
+            "seen": ("(Nv, D)", product(visible, width)),
+            "masked tokens": ("(N, D)", product(t and t * patches, width)),
+            "multimodal tokens": ("(t, 1+S, D)", product(t2, patches2 and 1 + patches2, width2)),
             "video vector": ("(E)", vector), "text vector": ("(E)", vector),
             "frozen": ("frozen", ""), "scores": ("2 × (Y)", product(classes and 2, classes))}
 
 
 def facts_of(parts, table):
-    """{box: lines}, only of boxes of which a run tells."""
+    """{box: [line of text, ...]}, only for boxes for which a run has numbers."""
     masked, multimodal = (part(config, "size") for config in encoders_of(parts))
-    found = {"masked": [", ".join(of_size(masked))], "multimodal": [", ".join(of_size(multimodal))]}
-    some = next(iter(parts.values())).settings
-    if some.get("num_frames"):
-        found["video"] = [f"{some['num_frames']} frames,",
-                          f"{some['input_size']} × {some['input_size']} pixels"]
+    facts = {"masked": [", ".join(of_size(masked))], "multimodal": [", ".join(of_size(multimodal))]}
+    settings = next(iter(parts.values())).settings
+    if settings.get("num_frames"):
+        facts["video"] = [f"{settings['num_frames']} frames,",
+                          f"{settings['input_size']} × {settings['input_size']} pixels"]
     if run := parts.get("mae"):
         loss, trivial = run.number("val_loss"), run.number("val_trivial_loss")
-        found["masked"].append(counted(run.number("parameters"), "in stage 1"))
-        found["decoder"] = [f"loss {short(loss)}" if loss is not None else "",
+        facts["masked"].append(counted(run.number("parameters"), "in stage 1"))
+        facts["decoder"] = [f"loss {short(loss)}" if loss is not None else "",
                             f"of the mean: {short(trivial)}" if trivial else ""]
     if run := parts.get("clip"):
-        found["multimodal"].append(counted(run.number("parameters"), "in stage 2"))
-        found |= {"words": ["a caption"]} | facts_of_words(run)
+        facts["multimodal"].append(counted(run.number("parameters"), "in stage 2"))
+        facts |= {"words": ["a caption"]} | facts_of_words(run)
     for name in ("masked", "multimodal", "fuse"):
         row = "cross-model attention" if name == "fuse" else f"{name} encoder"
-        right = part(part(table, "rows"), row).get("all facts")
+        accuracy = part(part(table, "rows"), row).get("all facts")
         if name in parts:
-            right = right if is_number(right) else parts[name].right()
-            found["score" if name == "fuse" else f"{name} head"] = [percent(right, "right")]
+            accuracy = accuracy if is_number(accuracy) else parts[name].accuracy()
+            facts["score" if name == "fuse" else f"{name} head"] = [percent(accuracy, "right")]
     if run := parts.get("fuse"):
         gates, shares = run.last("gate_"), [100 * share for share in run.last("share_").values()]
         widest = 100 * max(map(abs, gates.values()), default=0)
-        found["bridge"] = [f"{len(gates)} gates, up to {widest:.0f} % open" if gates else "",
+        facts["bridge"] = [f"{len(gates)} gates, up to {widest:.0f} % open" if gates else "",
                            counted(run.number("trained"), "trained")]
-        found["score"] += ["shares " + " : ".join(f"{share:.0f}" for share in shares)] \
+        facts["score"] += ["shares " + " : ".join(f"{share:.0f}" for share in shares)] \
             if shares else []
-    found = {box: [line for line in lines if line] for box, lines in found.items()}
-    return {box: lines for box, lines in found.items() if lines}
+    facts = {box: [line for line in lines if line] for box, lines in facts.items()}
+    return {box: lines for box, lines in facts.items() if lines}
 
 
 def facts_of_words(run):
-    """The boxes that only stage 2 has."""
+    """The part of `facts_of` for the boxes that only stage 2 trains."""
     clip, bleu = part(run.config, "clip"), run.number("BLEU-4")
     return {"text": [*of_size(part(clip, "text_size"))[:1],
                      f"{clip['vocabulary']:,} tokens" if "vocabulary" in clip else ""],
@@ -174,7 +174,7 @@ def facts_of_words(run):
 
 
 def plane(kind, facts, labels):
-    """The system as SVG; kind "wide" or "tall"."""
+    """The diagram as SVG; kind: "wide" or "tall"."""
     tall = kind == "tall"
     drawn = [f'<defs><marker id=head-{kind} viewBox="0 0 8 8" refX=6 refY=4 markerWidth=8 '
              'markerHeight=8 orient=auto><path class=head d="M0 0.5L7 4L0 7.5z"/></marker></defs>']
@@ -199,14 +199,14 @@ def plane(kind, facts, labels):
             drawn += [f'<text class="label{" number" * i}{off}" x="{place[0]}" '
                       f'y="{place[1] + (27 if label == "words" and not tall else 15) * i}">'
                       f"{text(line)}</text>" for i, line in enumerate(labels[label]) if line]
-    told = "; ".join(f"{BOXES[box][0]}: {', '.join(lines)}" for box, lines in facts.items()
-                     if lines)
+    description = "; ".join(f"{BOXES[box][0]}: {', '.join(lines)}"
+                            for box, lines in facts.items() if lines)
     return (f'<svg class={kind} viewBox="{"-9 -9 418 804" if tall else "-1 -5 1232 488"}" role=img '
-            f'aria-label="{text(f"The system. {told}")}">{"".join(drawn)}</svg>')
+            f'aria-label="{text(f"The system. {description}")}">{"".join(drawn)}</svg>')
 
 
 def system(runs, table):
-    """The picture of the whole; "" where no run is of one of its four stages."""
+    """The section with the diagram; "" where no run is of one of the four stages."""
     parts = {}
     for run in runs:
         if run.stage in SYSTEM:
@@ -217,6 +217,7 @@ def system(runs, table):
     return ("<section id=system><h2>The system</h2><figure class=system>"
             + plane("wide", facts, labels) + plane("tall", facts, labels)
             + "<figcaption><p>Numbers in circles are the four stages. Shapes on arrows are those "
-            "of one clip: T frames of H × W pixels, N tokens of width D, of which Nv are seen; t "
-            "steps of S patches and a class token; L words, E numbers of the common space, Y "
-            "classes. What this page does not tell of is pale.</p></figcaption></figure></section>")
+            "of one clip: T frames of H × W pixels; N tokens of width D, of which Nv are visible; "
+            "t steps of S patches and a class token; L words; E numbers of the joint space; Y "
+            "classes. Parts without a run on this page are pale.</p></figcaption></figure>"
+            "</section>")
