@@ -369,7 +369,7 @@ class PostPretraining(ClassifierStage, name="classify"):
                           "(InternVideo's ViT-H at 384 px)", choices=("sinusoid", "resized"))
 
     def usual_clips(self):
-        """(frames, pixels) for a network from scratch. On files, published sizes have their own."""
+        """(frames, pixels) for a network from scratch; with --data, those of a published size."""
         size = uniformerv2.SIZES.get(self.model)
         if self.data and self.model != "small":
             return (8, size.image_size) if size else (16, 224)
@@ -422,7 +422,7 @@ class PostPretraining(ClassifierStage, name="classify"):
                                        **options)
 
     def check_encoder(self, encoder):
-        """Copy into the flags what --weights fix. UserError where a flag contradicts them."""
+        """Set the flags that --weights determine. UserError where a flag contradicts them."""
         sizes = mae.SIZES if encoder.family == "masked" else uniformerv2.SIZES
         positions = encoder.config.get("positions", "learned")
         self.refuse_other(positions="resized" if positions == "stored" else positions)
@@ -442,7 +442,7 @@ class PostPretraining(ClassifierStage, name="classify"):
         return self.run(model, normalise(batch["video"], model.mean, model.std))
 
     def run(self, model, video):
-        """video (B, C, T, H, W), normalised -> logits (B, Y) float32"""
+        """Normalised video (B, C, T, H, W) -> logits (B, Y) float32."""
         with self.autocast():
             return model(video).float()
 
@@ -463,21 +463,21 @@ class PostPretraining(ClassifierStage, name="classify"):
 class CrossModel(TwoEncodersStage, name="fuse"):
     """Stage 4: cross-model attention between two frozen encoders, and a learned sum of scores.
 
-    InternVideo, Sec. 3.2, Cross-Model Interaction. Trained are only cross-model attention, gates,
-    shares, query tokens, and both heads with their norms."""
+    InternVideo, Sec. 3.2, Cross-Model Interaction. Only these parts are trained: cross-model
+    attention, gates, shares, query tokens, and both heads with their norms."""
 
     steps: int = flag(200, paper="5 epochs")
     batch_size: int = flag(32, paper="64")
-    lr: float = flag(3e-3, paper="5e-5, or 5e-6: it prints 5 x 10^5")
+    lr: float = flag(3e-3, paper="prints 5 x 10^5; probably 5e-5 or 5e-6")
     scalar_scale: float = flag(30.0, "factor on the learning rate of gates and shares: AdamW moves "
                                "all numbers alike, and these must move further",
-                               paper="none named", low=0)
+                               paper="not given", low=0)
     warmup: float = flag(0.2, paper="1 of 5 epochs")
     weight_decay: float = flag(0.001, paper="0.001")
     ema: float = flag(0.0, paper="0.9999")
     drop: float = flag(0.0, "dropout before both heads", paper="0.9", low=0, high=1)
     before: str = flag("", "blocks of the masked encoder that get cross-model attention before "
-                       "them, such as 7,15,23,31; default: four, evenly spaced", paper="names none")
+                       "them, such as 7,15,23,31; default: four, evenly spaced", paper="not given")
     layers: str = flag("", "layer of the multimodal encoder that each of these attends to, such "
                        "as 5,11,17,23; default: at the same relative depth")
     gates: bool = flag(True, "tanh gates that start at 0", paper="yes")
@@ -506,14 +506,14 @@ class CrossModel(TwoEncodersStage, name="fuse"):
         model.recompute(self.recompute)
         return model.requires_grad_(True) if self.thaw else model
 
-    def new_model(self, encoders):
-        """Both encoders with untrained cross-model attention between them."""
+    def new_model(self, pretrained):
+        """The pretrained encoders with untrained cross-model attention between them."""
         if self.way == "multimodal" and (self.before or self.layers):
             raise UserError("--way multimodal: has no cross-model attention before blocks; leave "
                             "out --before and --layers")
         layers = numbers(self.layers, "layers")
         return fusion.InternVideo(
-            encoders[0], encoders[1:], layers=layers and [layers] * (len(encoders) - 1),
+            pretrained[0], pretrained[1:], layers=layers and [layers] * (len(pretrained) - 1),
             before=[] if self.way == "multimodal" else numbers(self.before, "before"),
             last=self.way != "masked", gates=self.gates, bridges=self.bridges, drop=self.drop)
 

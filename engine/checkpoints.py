@@ -126,14 +126,14 @@ def save_checkpoint(out, facts, tensors, shard=False):
         weights.write_torch(out / "last.pt.whole", facts | tensors)
         new = out / "last.pt.whole"
 
-    def place(n):
+    def path_of(n):
         return out / (f"last.{n}.pt" if n else "last.pt")
 
-    free = next(n for n in itertools.count() if n == MAX_CHECKPOINTS or not place(n).exists())
-    remove(place(free))  # needed for n == MAX_CHECKPOINTS: os.replace cannot replace a folder
+    free = next(n for n in itertools.count() if n == MAX_CHECKPOINTS or not path_of(n).exists())
+    remove(path_of(free))  # needed for n == MAX_CHECKPOINTS: os.replace cannot replace a folder
     for n in range(free, 0, -1):
-        os.replace(place(n - 1), place(n))
-    os.replace(new, place(0))
+        os.replace(path_of(n - 1), path_of(n))
+    os.replace(new, path_of(0))
     weights.settle(out)
     for old in checkpoints(out)[MAX_CHECKPOINTS:]:
         remove(old)

@@ -37,16 +37,17 @@ def spelled(name):
     return "--" + name.replace("_", "-")
 
 
-def parser_of(kind):
+def parser_of(stage_class):
     """The parser of a class of stages, flags in groups. It returns only flags that were typed."""
-    parser = Parser(prog=f"train.py {kind.name}", usage=f"train.py {kind.name} [--FLAG VALUE ...]",
-                    description=inspect.getdoc(kind), argument_default=argparse.SUPPRESS,
+    parser = Parser(prog=f"train.py {stage_class.name}",
+                    usage=f"train.py {stage_class.name} [--FLAG VALUE ...]",
+                    description=inspect.getdoc(stage_class), argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, add_help=False)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     groups["run"].add_argument("-h", "--help", action="help", help="print this and exit")
     conditions = {"": "", "files": "; only with --data", "generated": "; only without --data"}
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(stage_class):
         info = details(field)
         paper = f"; paper: {info['paper']}" if info["paper"] else ""
         shown = '""' if field.default == "" else field.default
@@ -61,15 +62,15 @@ def parser_of(kind):
     return parser
 
 
-def parse(kind, argv):
+def parse(stage_class, argv):
     """A class of stages and ["--flag", "value", ...] -> the stage. Its `typed` has the typed flags.
 
     --some-flag and --some_flag are the same. UserError where a value is not allowed.
     """
     argv = ["--" + arg[2:].split("=")[0].replace("_", "-") + arg[len(arg.split("=")[0]):]
             if arg.startswith("--") else arg for arg in argv]
-    typed = vars(parser_of(kind).parse_args(argv))
-    stage = kind(**typed)
+    typed = vars(parser_of(stage_class).parse_args(argv))
+    stage = stage_class(**typed)
     stage.typed = frozenset(typed)
     unused = "generated" if stage.data else "files"
     for field in dataclasses.fields(stage):

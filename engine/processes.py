@@ -230,8 +230,9 @@ def parallel(model, loss, shard=False, parts=()):
     if not shard:
         return torch.nn.parallel.DistributedDataParallel(step)
     from torch.distributed.fsdp import fully_shard
-    kind = next(model.parameters()).device.type
-    options = dict(mesh=dist.init_device_mesh(kind, (world(),)), ignored_params=scalars(model))
+    device_type = next(model.parameters()).device.type
+    options = dict(mesh=dist.init_device_mesh(device_type, (world(),)),
+                   ignored_params=scalars(model))
     for module in reversed(list(model.modules())):
         if isinstance(module, parts):
             fully_shard(module, **options)

@@ -34,7 +34,10 @@ MAX_UNREADABLE = 0.5  # a run stops above this share of unreadable clips, if the
 
 
 class Log:
-    """log.jsonl: one JSON object per line. A resume deletes the lines after its checkpoint."""
+    """log.jsonl: one JSON object per line. A resume deletes the lines after its checkpoint.
+
+    step  step of the checkpoint; 0 = start a new log
+    """
 
     def __init__(self, path, step):
         self.path, kept = path, []
@@ -111,8 +114,8 @@ class Run:
         check_model(stage, model)
         self.threads_reason = ""
         if stage.device == "cpu":
-            self.threads_reason = machine.choose_threads(sum(p.numel() for p in model.parameters()),
-                                                      stage.pixels())
+            self.threads_reason = machine.choose_threads(
+                sum(p.numel() for p in model.parameters()), stage.pixels())
         if stage.compile == "on":
             machine.compile_blocks(model, compiled)
         self.open_folder()
