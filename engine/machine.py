@@ -84,11 +84,12 @@ def choose_products(choice="auto"):
 
     choice  "auto"; or "on" or "off" to repeat the choice of a resumed run, for the same last bits
 
-    Without oneDNN, PyTorch uses MKL if it was built with it. MKL is slower on processors that are not from Intel,
-    by a tenth (Zen 4) to a half (Zen 5; LOG.md). PyTorch's switch for oneDNN also permits bfloat16
-    units. oneDNN uses them only on processors with AMX and computes in float32 elsewhere. So one
-    product is computed as a test, and its error must be below 1e-5. Time is not measured, because
-    the choice changes the last bits: it must be the same in every run and in all its processes.
+    Without oneDNN, PyTorch uses MKL if it was built with it. MKL is slower on processors that are
+    not from Intel, by a tenth (Zen 4) to a half (Zen 5; LOG.md). PyTorch's switch for oneDNN also
+    permits bfloat16 units. oneDNN uses them only on processors with AMX and computes in float32
+    elsewhere. So one product is computed as a test, and its error must be below 1e-5. Time is not
+    measured, because the choice changes the last bits: it must be the same in every run and in all
+    its processes.
     """
     setting = torch.backends.mkldnn.matmul
     setting.fp32_precision = "none"
