@@ -144,7 +144,7 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
     """
     shards = isinstance(dataset, VideoShards)
     if repeats > 1 and (shards or not hasattr(dataset, "__len__")):
-        raise DataError(f"repeats={repeats}: needs a finite data set")
+        raise DataError(f"repeats={repeats}: an endless data set cannot repeat clips")
     if shards:
         stream = ShardStream(dataset, seed, start, rank)
         loaded = load(stream, None, workers, collate, batch_size=batch_size)

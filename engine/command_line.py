@@ -83,9 +83,8 @@ def parse(stage_class, argv):
                                 f"most {high}")
         if value != field.default and info["only"] == unused:  # the flag would have no effect
             raise UserError(f"{spelled(field.name)}: is for " + (
-                "moving shapes; leave it or --data out" if stage.data else
-                "video files; a clip of moving shapes is all there is; give --data or leave it "
-                "out"))
+                "moving shapes; leave out this flag or --data" if stage.data else
+                "video files, not for moving shapes; give --data or leave out this flag"))
     return stage
 
 

@@ -248,24 +248,24 @@ def numbers(run):
     """All numbers of metrics.json: a row for each name, a column for each held-out set."""
     columns = {"initial_val_": "held out, at the start", "val_": "held out",
                "initial_unseen_": "unseen, at the start", "unseen_": "unseen", "test_": "test"}
-    rows, once = {}, {}
+    rows, single_values = {}, {}
     for key, value in run.metrics.items():
         if key in FACTS or not isinstance(value, (int, float, str)):
             continue
-        start = next((start for start in columns if key.startswith(start)), None)
-        if start:
-            rows.setdefault(key.removeprefix(start), {})[start] = short(value)
+        prefix = next((prefix for prefix in columns if key.startswith(prefix)), None)
+        if prefix:
+            rows.setdefault(key.removeprefix(prefix), {})[prefix] = short(value)
         else:
-            once[key.replace("_", " ")] = short(value)
-    columns = {start: name for start, name in columns.items()
-               if any(start in row for row in rows.values())}
+            single_values[key.replace("_", " ")] = short(value)
+    columns = {prefix: name for prefix, name in columns.items()
+               if any(prefix in row for row in rows.values())}
     table = grid("all numbers", columns.values(),
-                 [(text(name.replace("_", " ")), [text(row.get(start, "")) for start in columns])
+                 [(text(name.replace("_", " ")), [text(row.get(prefix, "")) for prefix in columns])
                   for name, row in rows.items()]) if rows else ""
-    return table + (pairs(once) if once else "")
+    return table + (pairs(single_values) if single_values else "")
 
 
-def particulars(run):
+def run_details(run):
     """Numbers, protocol, settings and unreadable files of a run, shown on a click."""
     bad = part(run.metrics, "bad_files")
     bodies = {"Numbers": attempt(numbers, run),
@@ -321,7 +321,7 @@ def sections(runs):
             f'<section id=stage-{place} class="s-{stage if stage in STAGES else "data"}"><h2>'
             + f"<span class=number>{number}</span> " * bool(number) + f"{text(title)}</h2>"
             + f"<p>{words}</p>" * bool(words) + attempt(charts, group)
-            + attempt(album.show, group) + "".join(attempt(particulars, run) for run in group)
+            + attempt(album.show, group) + "".join(attempt(run_details, run) for run in group)
             + "</section>")
 
 

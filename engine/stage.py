@@ -6,7 +6,7 @@ train.py imports every file there, and the class registers itself:
 
     @dataclass
     class Distill(ClipStage, name="distill"):            # python train.py distill --teacher RUN
-        # the first line of its docstring stands in `python train.py --help`
+        # `python train.py --help` prints the first line of its docstring
         steps: int = flag(500, paper="800 epochs")       # help and range are those of Stage.steps
         teacher: str = flag("", "the frozen teacher: a run's folder or an official file")
 
@@ -18,8 +18,8 @@ First read `Stage` and `ClipStage` below, and the first stage in train.py. There
 classes: MaskedStage (tasks/reconstruction.py) hides a part of each clip, and ClassifierStage
 (tasks/labelled.py) predicts labels. The loop trains, evaluates, saves and resumes any of them.
 
-- The loop trains and saves the model that `build` returns. A frozen network that is not to be
-  saved, such as a teacher, is no part of it: keep it on `self`, and move it to the device in
+- The loop trains and saves the model that `build` returns. Do not make a teacher or another frozen
+  network part of it, unless it is to be saved. Keep it on `self`, and move it to the device in
   `loss`.
 - --resume compares all flags except checkpoints.FREE_TO_CHANGE. --weights may change, because a
   checkpoint holds all weights of the model. A teacher needs a flag of its own, and its files must
@@ -187,7 +187,7 @@ class Stage:
         return next(iter(data.batches(train_set, 1, self.seed, 1)))
 
     def pixels(self):
-        """Pixels of a micro-batch, B * T * H * W; sizes that are no flags count as 1."""
+        """Pixels of a micro-batch, B * T * H * W. A size without a flag counts as 1."""
         height, width = height_width(getattr(self, "input_size", 1))
         return self.batch_size * getattr(self, "num_frames", 1) * height * width
 
@@ -361,11 +361,11 @@ class ClipStage(Stage):
         made. expected: result of weights.hub_clips.
         """
         for name, value in expected.items():
-            theirs, given = spelled(value) if name == "input_size" else value, getattr(self, name)
-            if given != theirs and "positions" not in self.typed:
+            wanted, given = spelled(value) if name == "input_size" else value, getattr(self, name)
+            if given != wanted and "positions" not in self.typed:
                 name = name.replace("_", "-")
                 raise UserError(
-                    f"--{name} {given}: {self.weights} is for {theirs}; pass --{name} {theirs}, or "
+                    f"--{name} {given}: {self.weights} is for {wanted}; pass --{name} {wanted}, or "
                     "type --positions, too: it says how the position codes of other clips are made")
 
     def evaluated(self, dataset):

@@ -375,7 +375,7 @@ def test_a_flag_that_would_change_nothing_is_a_mistake(tmp_path, capsys):
     for flags in (("--rand-augment", "4"), ("--transform", "videomae"),
                   ("--merge-views", "logits")):
         assert run(*flags, out=tmp_path) == 2
-        expected = f"{flags[0]}: is for video files; a clip of moving shapes is all there is"
+        expected = f"{flags[0]}: is for video files, not for moving shapes"
         assert expected in capsys.readouterr().err
     assert run("--data", "x", "--test", "4", out=tmp_path) == 2
     assert "--test: is for moving shapes" in capsys.readouterr().err
