@@ -283,7 +283,7 @@ def print_changes(path, saved, stage):
                         "process)"))
 
 
-def keep_old_run(out):
+def archive_old_run(out):
     """Move the files of an earlier run in `out` into out/previous-N, so none is overwritten."""
     names = ("log.jsonl", "metrics.json", "model.safetensors", "config.json", "tokenizer.json",
              "questions.json", "predictions.csv", "report.html")

@@ -93,10 +93,10 @@ def check_environment():
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         if not os.environ.get(name, "0").isdecimal():
             raise UserError(f"{name}={os.environ.pop(name)}: torchrun sets a number here; unset it")
-    if processes.several() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+    if processes.is_distributed() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise UserError(f"WORLD_SIZE={os.environ.pop('WORLD_SIZE')}: several processes are started "
                         "with torchrun; unset it for one process")
-    if processes.several() and int(os.environ["RANK"]) > 0:
+    if processes.is_distributed() and int(os.environ["RANK"]) > 0:
         sys.stdout = open(os.devnull, "w")
 
 
@@ -124,8 +124,8 @@ def exit_code(command):
         lines, code = ["interrupted; nothing is lost: the same command continues"], 130
     for line in lines:
         line = printable(str(line))  # file names may contain line breaks
-        if processes.first_to_say(line):
-            several = processes.several()  # then start a new line, after another process's bar
+        if processes.first_to_print(line):
+            several = processes.is_distributed()  # then a new line, after another process's bar
             who = f"\ntrain.py: process {os.environ['RANK']}" if several else "train.py"
             print(f"{who}: {line}", file=sys.stderr)
     return code

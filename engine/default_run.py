@@ -75,7 +75,8 @@ def default_run(commands, train, argv):
 
 def stages_at_once(jobs):
     """Number of jobs that run at the same time."""
-    if processes.several() or any(machine.choose_device(job.stage.device) != "cpu" for job in jobs):
+    if processes.is_distributed() or any(
+            machine.choose_device(job.stage.device) != "cpu" for job in jobs):
         return 1
     return min(len(jobs), machine.processors())
 
@@ -92,7 +93,7 @@ def clips_kept(folder):
     with contextlib.suppress(OSError, ValueError):  # the first stage reports errors of --out
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if not processes.several() and shutil.disk_usage(folder.parent).free >= ROOM:
+        if not processes.is_distributed() and shutil.disk_usage(folder.parent).free >= ROOM:
             folder.mkdir()
             moving_shapes.keep(folder)
             clips = str(folder)

@@ -56,7 +56,7 @@ def rank():
     return dist.get_rank() if world() > 1 else 0
 
 
-def several():
+def is_distributed():
     """True where torchrun started several processes, also before they are connected (`start`)."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
@@ -66,7 +66,7 @@ def start(device):
 
     device  "cpu", "cuda" or "cuda:N"; each of several processes on a machine takes its own GPU
     """
-    if not several():
+    if not is_distributed():
         return device
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda"):
@@ -89,9 +89,9 @@ def end():
         dist.destroy_process_group()
 
 
-def first_to_say(text):
+def first_to_print(text):
     """True for the first process that calls this with the text, so that an error prints once."""
-    if not several():
+    if not is_distributed():
         return True
     try:  # torchrun has a key-value store for its processes
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),

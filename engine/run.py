@@ -134,7 +134,7 @@ class Run:
             raise UserError(f"--out {self.out}: "
                             f"{getattr(error, 'strerror', None) or error}") from None
         if not self.stage.resume and processes.rank() == 0:
-            checkpoints.keep_old_run(self.out)
+            checkpoints.archive_old_run(self.out)
         self.stage.began = True
         processes.wait()
 
