@@ -83,9 +83,9 @@ class Mask:
         return max([1] + [len(x) for x in (self.is_token, self.frames) if x is not None])
 
     def rule(self, batch, Nq, Nk, device):
-        """The mask as a function may_attend(b, head, query, key) -> bool, as FlexAttention needs it.
+        """The mask as a function may_attend(b, head, query, key) -> bool, for FlexAttention.
 
-        The arguments of may_attend are integer tensors: indices of clip, head, query and key.
+        Its arguments are the indices of clip, head, query and key: integers or integer tensors.
         """
         # A tensor, because torch.compile would compile a new kernel for each Python number.
         offset = torch.tensor(Nk - Nq, device=device)
@@ -146,7 +146,7 @@ def sdpa(q, k, v, mask=None, scale=None):
     """`reference_attention`, computed by torch's scaled_dot_product_attention.
 
     Where it can, torch uses a fused kernel that never stores all scores (FlashAttention, arXiv
-    2205.14135, Sec. 3.1). Torch has its own causal mask. All other masks are passed as a tensor.
+    2205.14135, Sec. 3.1). Torch has its own causal mask for Nq = Nk. Other masks become a tensor.
     """
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))  # one head of keys may serve all
     fields = () if mask is None else mask.kind
@@ -201,7 +201,7 @@ def _check_form(form):
 
 
 def attention(q, k, v, mask=None, *, scale=None, form=None):
-    """Attention in the chosen form -> (B, heads, Nq, K). All networks call this function.
+    """Attention in the chosen form -> (B, heads, Nq, K). Networks call this function.
 
     q      (B, heads, Nq, K) float
     k, v   (B, heads, Nk, K) float, or (B, 1, Nk, K): all heads of q share one head of k and v

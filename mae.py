@@ -1,32 +1,34 @@
-"""Masked video modelling: hide 90 % of a video in tubes and reconstruct it.
+"""Masked video modelling (VideoMAE): hide 90 % of a video and train a network to reconstruct it.
 
-Labels are expensive; raw video is not. A network that reconstructs the hidden part of a clip must
-model what moves where. Neighbouring frames are nearly equal, so a patch hidden in one frame could
-be copied from the frame before. Hiding the same places in all frames (a tube) prevents that. BERT
-hides 15 % of the words (arXiv 1810.04805, Sec. 3.1), MAE 75 % of an image (arXiv 2111.06377,
-Fig. 5). Video is the most redundant of the three: 90 % works best (VideoMAE, arXiv 2203.12602,
-Sec. 3.2). This is the first stage of InternVideo (arXiv 2212.03191, Sec. 3.2).
+This is stage 1 of InternVideo (arXiv 2212.03191, Sec. 3.2). The method is VideoMAE (arXiv
+2203.12602). It needs no labels. To reconstruct the hidden part of a clip, a network must model
+objects and their motion. Neighbouring frames are nearly equal, so a patch hidden in one frame could
+be copied from the next. A tube mask prevents that: it hides the same patches in all frames. For
+images a mask ratio of 75 % is best (MAE, arXiv 2111.06377, Fig. 5). Videos are more redundant, and
+90 % is best (VideoMAE, Sec. 3.2).
 
     video (B, 3, T, H, W) --take_tubelets--> visible (B, Nv, P)
       visible --embed, + position--> (B, Nv, D) --Encoder--> (B, Nv, D) --linear--> (B, Nv, Dd)
       [visible | mask tokens + position] (B, N, Dd) --Decoder--> last Nm --head--> (B, Nm, P)
       loss = mean (prediction - target)^2,  target = normalised pixels of the hidden tubelets
 
-1. A tubelet is 2 frames x 16 x 16 pixels: 16 x 224 x 224 makes N = 8 x 14 x 14 = 1568 tokens.
-2. `tube_mask` hides int(0.9 * 196) = 176 places in every frame. 20 remain: Nv = 160 in the clip.
-3. `Encoder` runs joint space-time attention on the visible tokens only. A block is 12.7 times
-   cheaper on 160 tokens than on 1568. The encoder never sees mask tokens, in pretraining or later,
-   so fine-tuning starts from the same kind of input.
-4. `Decoder` adds one learned mask token at every hidden place; the position code tells them apart.
-   It sees all N tokens and is thrown away after pretraining, so it is small: see SIZES.
-5. `reconstruction_target` removes mean and contrast of every tubelet and channel, so the loss
-   measures structure. Predicting zeros, the trivial baseline, costs (n-1)/n for n pixels of a
-   tubelet and channel, because the deviation divides by n-1: 0.998 at 2 x 16 x 16.
+    Nv Nm   visible and hidden tokens, Nv + Nm = N   160, 1408      Dd   decoder width      384
+    P       numbers in a tubelet, 2 * 16 * 16 * 3    1536           Y    number of classes  400
+
+1. A tubelet is 2 frames x 16 x 16 pixels. 16 x 224 x 224 pixels make N = 8 * 14 * 14 = 1568 tokens.
+2. `tube_mask` hides int(0.9 * 196) = 176 of 196 patches per frame. 8 * 20 = 160 tokens are visible.
+3. `Encoder` runs joint space-time attention on the visible tokens only. A block needs 12.7 times
+   less computation for 160 tokens than for 1568. The encoder never sees mask tokens, in pretraining
+   or later, so fine-tuning starts from the same kind of input.
+4. `Decoder` gets the encoded visible tokens. For each hidden position it gets a learned mask token
+   plus a position encoding. It is discarded after pretraining, so it is small: see SIZES.
+5. `reconstruction_target` normalises each tubelet and channel to mean 0 and variance 1. The trivial
+   prediction, 0, has a loss of (n-1)/n for n pixels, because the variance is the unbiased one.
 6. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear layer.
 
-Where we differ from the official code (VideoMAE modeling_pretrain.py), with equal numbers: hidden
-tubelets are never embedded, visible ones get no target, the last decoder block computes hidden
-positions only, and tokens are gathered with fixed counts. Masks draw other random places.
+Where we differ from the official code (VideoMAE modeling_pretrain.py), with equal results: only
+visible tubelets are embedded, only hidden ones get a target, and the last decoder block computes
+hidden positions only. Masks come from another random generator.
 
 >>> model = VideoMAE("tiny", image_size=64)
 >>> hidden = tube_mask(2, model.grid, 0.9, torch.Generator().manual_seed(0))
@@ -44,14 +46,14 @@ from torch import nn
 
 from attention import Block, Context, Dropout, State, run_blocks, sinusoid_table
 
-# Red, green, blue; pixels in [0, 1]. Every VideoMAE model was trained on clips normalised so.
+# Of red, green and blue, for pixels in [0, 1]. All VideoMAE models are trained with these values.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Size:
-    """The widths and depths of one model."""
+    """Widths and depths of encoder and decoder; `patch` is the side of a tubelet in pixels."""
     width: int
     depth: int
     heads: int
@@ -63,8 +65,9 @@ class Size:
     decoder_mlp_width: int
 
 
-# VideoMAE, Appendix, Tab. "Architectures"; giant and gigantic from VideoMAE V2 (arXiv 2303.16727).
-# The huge decoder is 640 wide in VideoMAE, 512 in InternVideo: `from_official` reads it off.
+# VideoMAE, Appendix, Tab. "Architectures"; giant and gigantic: VideoMAE V2 (arXiv 2303.16727).
+# The decoder of "huge" is 640 wide in VideoMAE, 512 in InternVideo: `from_official` reads the width
+# from the weights.
 SIZES = {
     #                D  depth heads  MLP patch  decoder: D depth heads MLP
     "tiny":     Size(96,   3,  4,  384,  8,             96,  4,  4,  384),  # ours, for laptops
@@ -80,24 +83,24 @@ POSITIONS = ("sinusoid", "resized", "axes", "cosines", "stored")
 
 @dataclass(frozen=True)
 class Options:
-    """What both networks of this file are built from. A run saves all of it in its config.json."""
-    size: Size | str             # or a name in SIZES
-    frames: int = 16             # T of the clips; another T, H or W is accepted, too
+    """Options of both networks in this file. A run saves all of them in its config.json."""
+    size: Size | str             # Size, or a name in SIZES
+    frames: int = 16             # T of the clips; clips with another T, H or W are accepted, too
     image_size: tuple = 224      # H and W in pixels; one number = both
     tubelet: int = 2             # frames per tubelet
     channels: int = 3
-    positions: str = "sinusoid"  # position codes, one of POSITIONS: see `position_codes`
+    positions: str = "sinusoid"  # position encoding, one of POSITIONS: see `position_codes`
     bias: str = "qv"             # see attention.Attention
     cosine: bool = False         # see attention.Attention
     layer_scale: float = None    # see attention.Block
-    eps: float = 1e-6            # of all LayerNorms but one
-    head_eps: float = 1e-6       # of the LayerNorm before the decoder's or classifier's head
+    eps: float = 1e-6            # of all LayerNorms except the next
+    head_eps: float = 1e-6       # of the LayerNorm before the head of the decoder or classifier
 
     def __post_init__(self):
         size, sides = self.size, self.image_size
         size = SIZES[size] if isinstance(size, str) else size
         size = Size(**size) if isinstance(size, dict) else size  # from config.json
-        object.__setattr__(self, "size", size)                   # the dataclass is frozen
+        object.__setattr__(self, "size", size)                   # because the class is frozen
         sides = [sides] * 2 if isinstance(sides, int) else list(sides)
         object.__setattr__(self, "image_size", sides)
         if self.positions not in POSITIONS:
@@ -105,141 +108,158 @@ class Options:
 
     @property
     def block(self):
-        """The arguments of every attention.Block."""
+        """Options that every attention.Block gets."""
         return dict(bias=self.bias, cosine=self.cosine, eps=self.eps, layer_scale=self.layer_scale)
 
 
 # ------------------------------------------------------------------------------------------------
-# Tubelets, masks and position codes
+# Tubelets, masks and position encodings
 
 
 def take_tubelets(video, index, patch, tubelet):
     """Cut tubelets out of a video (B, C, T, H, W) -> (B, n, C, tubelet*patch*patch).
 
-    index  (B, n) int64, which of the N = t*h*w tubelets, n = tau*h*w + y*w + x; None = all
+    index           (B, n) int64, numbers tau*h*w + y*w + x of the tubelets to take; None = all N
+    patch, tubelet  pixels per side and frames of a tubelet
     """
     B, C, T, H, W = video.shape
     t, h, w = T // tubelet, H // patch, W // patch
-    cut = video.view(B, C, t, tubelet, h, patch, w, patch).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    # (B, t, h, w, C, tubelet, patch, patch)
+    tubelets = video.view(B, C, t, tubelet, h, patch, w, patch).permute(0, 2, 4, 6, 1, 3, 5, 7)
     if index is None:
-        return cut.reshape(B, t * h * w, C, -1)
-    row = torch.arange(B, device=index.device)[:, None]
-    return cut[row, index // (h * w), index // w % h, index % w].flatten(3)
+        return tubelets.reshape(B, t * h * w, C, -1)
+    b = torch.arange(B, device=index.device)[:, None]                        # (B, 1)
+    return tubelets[b, index // (h * w), index // w % h, index % w].flatten(3)
 
 
 def imagenet_statistics(like):
-    """ImageNet mean and standard deviation on the device of `like`, (3, 1) float32 each."""
+    """ImageNet mean and standard deviation, each (3, 1) float32, on the device of tensor `like`."""
     return (torch.tensor(x, device=like.device)[:, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def imagenet_normalise(tubelets):
-    """uint8 tubelets (B, n, 3, pixels) -> float32, normalised; float ones are returned as they are.
-    Frames stay uint8 until the visible 10 % are selected: that saves memory traffic."""
+    """Normalise uint8 tubelets (B, n, 3, pixels) -> float32. Float tubelets are returned unchanged.
+
+    Frames stay uint8 until the visible 10 % are selected. Converting only those saves memory
+    traffic.
+    """
     if tubelets.dtype != torch.uint8:
         return tubelets
     mean, std = imagenet_statistics(tubelets)
     return tubelets.float().div_(255).sub_(mean).div_(std)
 
 
-def hide(batch, places, count, generator):
-    """(batch, places) bool with exactly `count` True in each row, places drawn uniformly."""
-    rank = torch.rand(batch, places, generator=generator).argsort(dim=1)
-    return torch.zeros(batch, places, dtype=torch.bool).scatter_(1, rank[:, :count], True)
+def draw_mask(batch, length, count, generator):
+    """Random mask (batch, length) bool with exactly `count` True in each row."""
+    order = torch.rand(batch, length, generator=generator).argsort(dim=1)    # random permutations
+    return torch.zeros(batch, length, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 
 def tube_mask(batch, grid, ratio, generator=None):
-    """Hide the same places in every frame (VideoMAE, Sec. 3.3): int(ratio * h * w) of them.
+    """Hide the same int(ratio * h * w) patches in every frame (VideoMAE, Sec. 3.3).
 
     grid (t, h, w), ratio in [0, 1) -> (batch, t*h*w) bool on the CPU, True = hidden
     """
     t, h, w = grid
-    return hide(batch, h * w, int(ratio * h * w), generator).repeat(1, t)
+    return draw_mask(batch, h * w, int(ratio * h * w), generator).repeat(1, t)
 
 
 def random_mask(batch, grid, ratio, generator=None):
-    """As `tube_mask`: as many hidden tokens, each anywhere in space and time."""
+    """As `tube_mask`, but the hidden tokens are drawn from all positions in space and time."""
     t, h, w = grid
-    return hide(batch, t * h * w, t * int(ratio * h * w), generator)
+    return draw_mask(batch, t * h * w, t * int(ratio * h * w), generator)
 
 
 def frame_mask(batch, grid, ratio, generator=None):
-    """As `tube_mask`: whole frames, int(ratio * t) time steps."""
+    """As `tube_mask`, but hide all tokens of int(ratio * t) random time steps."""
     t, h, w = grid
-    return hide(batch, t, int(ratio * t), generator).repeat_interleave(h * w, dim=1)
+    return draw_mask(batch, t, int(ratio * t), generator).repeat_interleave(h * w, dim=1)
 
 
 MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 
 
 def split_by_mask(mask, name="hidden"):
-    """mask (B, N) bool -> token numbers, rising: (B, N - n) of False, (B, n) of True. ValueError
-    unless every row holds the same number n of True: fixed counts keep the shapes static."""
-    N, counts, in_graph = mask.shape[1], mask.sum(dim=1), torch.compiler.is_compiling()
+    """Split the token numbers by mask (B, N) bool -> (B, N - n) where False, (B, n) where True.
+
+    The numbers are int64 and ascending. Every row must have the same number n of True, so that all
+    shapes are fixed; otherwise ValueError, with `name` as the name of the mask.
+    """
+    N, counts, compiling = mask.shape[1], mask.sum(dim=1), torch.compiler.is_compiling()
     count = counts[0].item()
-    if in_graph:  # it cannot compare rows, and has to know that 0 < count < N
+    if compiling:  # a compiled graph cannot compare the rows, but it needs 0 < count < N
         torch._check(count > 0), torch._check(count < N)
     elif (counts != count).any():
         raise ValueError(f"every row of `{name}` must mark the same number of tokens, "
                          f"got {sorted(set(counts.tolist()))}")
-    keys = mask * N + torch.arange(N, device=mask.device)
-    # No two are equal, so any sort will do: ONNX lacks the stable one, which is faster elsewhere.
-    order = keys.argsort(dim=1) if in_graph else keys.argsort(dim=1, stable=True)
+    # Sorting these keys puts all False tokens first. The keys differ, so the sort need not be
+    # stable. A stable sort is faster, but ONNX has none.
+    keys = mask * N + torch.arange(N, device=mask.device)                    # (B, N)
+    order = keys.argsort(dim=1) if compiling else keys.argsort(dim=1, stable=True)
     return order[:, :N - count], order[:, N - count:]
 
 
 def gather(tokens, index):
-    """tokens (B, N, D) at index (B, n) -> (B, n, D); a table (1, N, D) serves every row."""
-    tokens = tokens.expand(index.shape[0], -1, -1)
+    """Take the tokens with numbers `index` (B, n) from tokens (B or 1, N, D) -> (B, n, D)."""
+    tokens = tokens.expand(index.shape[0], -1, -1)                           # (B, N, D)
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def resize_positions(table, old, new):
-    """Stretch a position table over another token grid: bicubic in space, then linear in time.
+def resize_positions(table, old_grid, new_grid):
+    """Resize a position table to another token grid: bicubic in space, then linear in time.
 
-    table (1, t*h*w, D), old and new (t, h, w) -> (1, N, D). InternVideo's weights for 384 px and 32
-    frames were trained so (its appendix: computing the sinusoids anew is worse).
+    table (1, t*h*w, D), grids (t, h, w) -> (1, N, D) for the new grid. InternVideo trained its
+    models for 384 px and 32 frames with such tables. Sinusoids computed for the new grid are worse
+    (InternVideo, appendix).
     """
-    (t, h, w), (new_t, new_h, new_w) = old, new
+    (t, h, w), (new_t, new_h, new_w) = old_grid, new_grid
     if (h, w) != (new_h, new_w):
-        frames = table.unflatten(1, old)[0].permute(0, 3, 1, 2)              # (t, D, h, w)
-        frames = F.interpolate(frames, size=(new_h, new_w), mode="bicubic", align_corners=False)
-        table = frames.permute(0, 2, 3, 1).flatten(0, 2)[None]
+        maps = table.unflatten(1, old_grid)[0].permute(0, 3, 1, 2)           # (t, D, h, w)
+        maps = F.interpolate(maps, size=(new_h, new_w), mode="bicubic", align_corners=False)
+        table = maps.permute(0, 2, 3, 1).flatten(0, 2)[None]                 # (1, t*new_h*new_w, D)
     if t != new_t:
-        places = table[0].unflatten(0, (t, new_h * new_w)).permute(1, 2, 0)  # (h*w, D, t)
-        places = F.interpolate(places, size=new_t, mode="linear", align_corners=False)
-        table = places.permute(2, 0, 1).flatten(0, 1)[None]
+        series = table[0].unflatten(0, (t, new_h * new_w)).permute(1, 2, 0)  # (new_h*new_w, D, t)
+        series = F.interpolate(series, size=new_t, mode="linear", align_corners=False)
+        table = series.permute(2, 0, 1).flatten(0, 1)[None]                  # (1, N, D)
     return table
 
 
-def cosine_table(places, width):
-    """Position codes (places, width) float32: the columns of the discrete cosine transform but the
-    constant one, over and over. Any two of the places are equally far apart."""
-    number = 1 + torch.arange(width) % max(1, places - 1)
-    place = torch.arange(places, dtype=torch.float64)[:, None] + 0.5
-    return (2**0.5 * torch.cos(math.pi * number * place / places)).float()
+def cosine_table(length, width):
+    """Position encodings (length, width) float32 from the discrete cosine transform (DCT).
+
+    Columns are the DCT's basis functions without the constant one, repeated to fill the width. If
+    width is a multiple of length - 1, all pairs of positions have the same distance.
+    """
+    frequency = 1 + torch.arange(width) % max(1, length - 1)                 # (width,)
+    position = torch.arange(length, dtype=torch.float64)[:, None] + 0.5      # (length, 1)
+    return (2**0.5 * torch.cos(math.pi * frequency * position / length)).float()
 
 
 def position_codes(positions, grid, patch, tubelet, width):
-    """Position codes of a token grid (t, h, w): (1, N, width) float32.
+    """Position encodings of a token grid (t, h, w) -> (1, N, width) float32.
 
-    "sinusoid"  official: of the flattened token index, computed for this grid
-    "resized"   computed for 16 frames of 224 px and stretched to this grid
-    "axes"      a third of the channels each for time, row and column: "next row" is the same shift
-                everywhere. Small models learn it sooner (LOG.md)
-    "cosines"   as "axes", but cosines that fit the grid in place of wavelengths up to 60,000: on a
-                grid of four, most columns of "axes" hardly change from place to place (LOG.md)
-    "stored"    a table in the weights, at first "sinusoid". It never learns: nor does the official
+    positions selects how they are computed:
+
+    "sinusoid"  as the official code: sinusoids of the token number n, computed for this grid
+    "resized"   sinusoids for 16 frames of 224 px, resized to this grid (`resize_positions`)
+    "axes"      one third of the channels each for time, row and column. The dot product of two
+                positions depends only on the three distances. Small models learn it sooner (LOG.md)
+    "cosines"   as "axes", with `cosine_table`. Sinusoids have wavelengths up to 60,000, so on a
+                grid of 4 most of their columns are almost constant (LOG.md)
+    "stored"    a table in the weights. It starts as "sinusoid" and is not trained, as in the
+                official code
     """
     t, h, w = grid
     if positions in ("axes", "cosines"):
         third, table = width // 6 * 2, sinusoid_table if positions == "axes" else cosine_table
         time, row, column = (table(length, channels) for length, channels in
                              ((t, third), (h, third), (w, width - 2 * third)))
-        codes = (time[:, None, None], row[None, :, None], column[None, None])
-        return torch.cat([code.expand(t, h, w, -1) for code in codes], 3).view(1, t * h * w, width)
+        parts = (time[:, None, None], row[None, :, None], column[None, None])
+        return torch.cat([part.expand(t, h, w, -1) for part in parts], 3).view(1, t * h * w, width)
     if positions == "resized":
-        trained = (16 // tubelet, 224 // patch, 224 // patch)
-        return resize_positions(sinusoid_table(math.prod(trained), width)[None], trained, grid)
+        trained_grid = (16 // tubelet, 224 // patch, 224 // patch)
+        return resize_positions(sinusoid_table(math.prod(trained_grid), width)[None], trained_grid,
+                                grid)
     return sinusoid_table(t * h * w, width)[None]
 
 
@@ -247,9 +267,9 @@ def position_codes(positions, grid, patch, tubelet, width):
 # Networks
 
 
-def initialise(part, scheme):
-    """Draw the matrices of all Linear layers in `part` with scheme(weight); zero their biases."""
-    for module in part.modules():
+def initialise(network, scheme):
+    """Initialise all Linear layers of a network: weights by scheme(weight), biases with zeros."""
+    for module in network.modules():
         if isinstance(module, nn.Linear):
             scheme(module.weight)
             if module.bias is not None:
@@ -257,15 +277,15 @@ def initialise(part, scheme):
 
 
 class Encoder(nn.Module):
-    """A plain video transformer: tubelet embedding, position codes, blocks, norm.
+    """Video transformer: tubelet embedding plus position encoding, blocks, norm.
 
-    scheme     draws the blocks' matrices, see `initialise`. Embedding and `encoder_to_decoder` keep
-               torch's default: the official initialiser never reaches them
-    drop_path  share of samples that skip the last block; rises from 0 over the blocks
-    norm       LayerNorm after the blocks; False where the classifier norms the mean instead
+    scheme     function that initialises the weights of the blocks, see `initialise`. The embedding
+               keeps torch's initialisation, as in the official code
+    drop_path  DropPath rate of the last block. The rates rise linearly from 0 in the first block
+    norm       True = LayerNorm after the blocks. The classifier has none: it norms the mean instead
     """
 
-    block_class = Block  # a variant has its own
+    block_class = Block  # subclasses may replace it: variants/divided_attention.py
 
     def __init__(self, options, *, scheme=nn.init.xavier_uniform_, drop_path=0.0, norm=True):
         super().__init__()
@@ -279,25 +299,28 @@ class Encoder(nn.Module):
                              **options.block) for rate in rates)
         self.norm = nn.LayerNorm(size.width, eps=options.eps) if norm else nn.Identity()
         self.register_buffer("stored", self.codes_of(self.grid),
-                             persistent=self.positions == "stored")  # else not in the weights
+                             persistent=self.positions == "stored")  # True = in the weights
         self.recompute = False
         initialise(self.blocks, scheme)
 
     def grid_of(self, T, H, W):
-        """Token grid (t, h, w) of a clip of T frames of H x W pixels; ValueError if it has none."""
+        """Token grid (t, h, w) of a clip with T frames of H x W pixels. ValueError if tubelets do
+        not fit."""
         if T % self.tubelet or H % self.patch or W % self.patch:
             raise ValueError(f"a clip of {T} frames of {H} x {W} pixels does not divide into "
                              f"tubelets of {self.tubelet} x {self.patch} x {self.patch}")
         return T // self.tubelet, H // self.patch, W // self.patch
 
     def codes_of(self, grid):
-        """Position codes computed for a grid, (1, N, D)."""
+        """Position encodings computed for a grid, (1, N, D)."""
         return position_codes(self.positions, grid, self.patch, self.tubelet,
                               self.embed.out_features)
 
     def start(self, video, visible=None):
-        """video (B, C, T, H, W) -> the state before block 0: embedded tubelets plus position codes.
-        visible (B, Nv) int64: the tokens to embed; None = all."""
+        """Embed tubelets and add position encodings: video (B, C, T, H, W) -> State before block 0.
+
+        visible  (B, Nv) int64, numbers of the tokens to embed; None = all N
+        """
         grid, codes = self.grid_of(*video.shape[2:]), self.stored            # (1, N, D)
         if grid != self.grid and self.positions == "stored":
             codes = resize_positions(codes, self.grid, grid)
@@ -308,17 +331,17 @@ class Encoder(nn.Module):
         return State(tokens + (codes if visible is None else gather(codes, visible)))
 
     def run(self, state, start, stop):
-        """The state after blocks start..stop-1."""
+        """Run blocks start to stop - 1: the State before them -> the State after them."""
         blocks = list(self.blocks)[start:stop]
         return replace(state, tokens=run_blocks(blocks, state.tokens, recompute=self.recompute))
 
     def forward(self, video, visible=None):
-        """Arguments as `start` -> tokens of the last block after the norm, (B, Nv, D)."""
+        """Arguments as in `start` -> normed tokens of the last block, (B, Nv, D)."""
         return self.norm(self.run(self.start(video, visible), 0, len(self.blocks)).tokens)
 
 
 class Decoder(nn.Module):
-    """Blocks over all positions, then norm and head for the last n of them."""
+    """Blocks over all tokens, then norm and head for the last n of them."""
 
     def __init__(self, options):
         super().__init__()
@@ -333,42 +356,50 @@ class Decoder(nn.Module):
         initialise(self, nn.init.xavier_uniform_)
 
     def forward(self, tokens, n):
-        """tokens (B, Nv + n, Dd) -> predictions for the last n, (B, n, P)."""
+        """tokens (B, Nv + n, Dd) -> predicted tubelets for the last n tokens, (B, n, P)."""
         tokens = run_blocks(self.blocks, tokens, Context(last=n), recompute=self.recompute)
-        return self.head(self.norm(tokens))
+        return self.head(self.norm(tokens))                                  # (B, n, P)
 
 
 class Network(nn.Module):
-    """What the two networks below share: options, an encoder, and new networks from old ones."""
+    """Base class of the two networks below: options, encoder, saving and loading.
+
+    options          Options
+    more_config      {name: value}, what config.json holds besides model_name and options
+    encoder_options  further arguments of Encoder
+    """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-    classifier = "VideoClassifier"  # its model_name; a variant has its own, and its own encoder
-    encoder_class = Encoder
+    classifier = "VideoClassifier"  # model_name of the classifier with this encoder
+    encoder_class = Encoder         # variants replace these two
 
-    def __init__(self, options, saved, **encoder):
+    def __init__(self, options, more_config, **encoder_options):
         super().__init__()
         self.options = options
-        self.config = {"model": self.model_name} | asdict(options) | saved
-        self.encoder = self.encoder_class(options, **encoder)
+        self.config = {"model": self.model_name} | asdict(options) | more_config
+        self.encoder = self.encoder_class(options, **encoder_options)
 
     def recompute(self, on=True):
-        """Save memory, spend time: see attention.run_blocks."""
-        for part in self.children():
-            part.recompute = on
+        """Switch activation checkpointing on or off: see attention.run_blocks."""
+        for module in self.children():
+            module.recompute = on
 
     def with_head(self, classes, *, rows=None, **options):
-        """A classifier for Y classes with this encoder: the way into fine-tuning, and to other
-        classes. rows, options (drop, drop_path, frames, image_size, ...): see weights.heads."""
+        """A new classifier for Y classes with this encoder, for fine-tuning.
+
+        rows, options  (drop, drop_path, frames, image_size, ...): see weights.heads.masked
+        """
         from weights import heads
         return heads.masked(self, classes, rows, options)
 
     @classmethod
     def from_config(cls, config):
-        """Build from the configuration that a run saved (config.json)."""
+        """Build the network from the config.json of a run."""
         return cls(**{key: value for key, value in config.items() if key != "model"})
 
     def to_official(self):
-        """{official name: tensor}; ValueError for position codes unknown to the official code."""
+        """The weights as {official name: tensor}. ValueError for a position encoding that the
+        official code does not have."""
         from weights import videomae
         return videomae.to_official(self)
 
@@ -376,17 +407,19 @@ class Network(nn.Module):
 class VideoMAE(Network):
     """Masked autoencoder (VideoMAE, Sec. 3.3). ViT-B has 94 M parameters, 86 M in the encoder.
 
-    drop_path   see Encoder. size, options: see Options
-    normalised  True = it predicts normalised pixels; only drawing needs to know
+    size, options  see Options
+    drop_path      see Encoder
+    normalised     True = the targets are normalised pixels. Only pictures of predictions use it
     """
 
-    model_name = "VideoMAE"  # in config.json
-    undecayed = "mask_token",  # see engine/optimisers.py
+    model_name = "VideoMAE"    # in config.json
+    undecayed = "mask_token",  # gets no weight decay: engine/optimisers.py
 
     def __init__(self, size="base", *, drop_path=0.0, normalised=True, **options):
         options = Options(size, **options)
         super().__init__(options, {"normalised": normalised}, drop_path=drop_path)
         size, self.grid = options.size, self.encoder.grid
+        # This layer keeps torch's initialisation, as in the official code.
         self.encoder_to_decoder = nn.Linear(size.width, size.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_width))
         self.decoder = Decoder(options)
@@ -394,46 +427,48 @@ class VideoMAE(Network):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def codes_of(self, grid):
-        """Position codes of the decoder for a grid, (1, N, Dd): never resized or stored."""
+        """Position encodings of the decoder, (1, N, Dd): computed for this grid, never resized."""
         size, positions = self.options.size, self.options.positions
         computed = positions if positions in ("axes", "cosines") else "sinusoid"
         return position_codes(computed, grid, size.patch, self.options.tubelet, size.decoder_width)
 
-    def forward(self, video, hidden, targets=None):
-        """Predict the hidden tubelets -> (B, Nm, P), as `reconstruction_target` returns them.
+    def forward(self, video, hidden, decoded=None):
+        """Predict the hidden tubelets -> (B, Nm, P), in the layout of `reconstruction_target`.
 
-        video    (B, C, T, H, W) float, ImageNet-normalised, or uint8 as read from a file
-        hidden   (B, N) bool, True = not shown to the encoder; the same count in every row
-        targets  (B, n) int64, tokens to predict; default: the hidden ones, rising
+        video    (B, C, T, H, W) float, ImageNet-normalised, or uint8, 0 to 255
+        hidden   (B, N) bool, True = hidden from the encoder; the same number in every row
+        decoded  (B, n) int64, numbers of the tokens to predict; default: the Nm hidden ones
         """
         visible, masked = (index.to(video.device) for index in split_by_mask(hidden))
-        targets = masked if targets is None else targets
+        decoded = masked if decoded is None else decoded
         tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, Dd)
         grid = self.encoder.grid_of(*video.shape[2:])
         codes = self.codes if grid == self.grid else self.codes_of(grid).to(self.codes)
-        # First the visible tokens, then the hidden ones, as in the official code.
+        # Visible tokens first, then mask tokens, as in the official code.
         tokens = torch.cat([tokens + gather(codes, visible),
-                            self.mask_token + gather(codes, targets)], dim=1)
-        return self.decoder(tokens, targets.shape[1])
+                            self.mask_token + gather(codes, decoded)], dim=1)  # (B, Nv + n, Dd)
+        return self.decoder(tokens, decoded.shape[1])
 
     @classmethod
     def from_official(cls, source, *, heads=None, decoder_heads=None, **options):
-        """Load pretraining weights of VideoMAE, InternVideo, VideoMAE V2 or Hugging Face, or a run
-        of ours, in eval mode. Arguments and errors: see weights.videomae.load_pretrained."""
+        """Load a pretrained VideoMAE, in eval mode. The source is a file of VideoMAE, InternVideo,
+        VideoMAE V2 or Hugging Face, or a run. Details: weights.videomae.load_pretrained."""
         from weights import videomae
         return videomae.load_pretrained(cls, source, heads=heads, decoder_heads=decoder_heads,
                                         **options)
 
 
 class VideoClassifier(Network):
-    """The encoder on all tokens, their mean, a norm and a linear layer (VideoMAE, Sec. 4).
+    """Classifier: encoder on all tokens, mean over tokens, norm, linear layer (VideoMAE, Sec. 4).
 
-    The mean, because there is no class token: pretraining trains no single token to represent the
-    clip. The encoder's own norm, made for single tokens, is left out.
+    Pretraining has no class token, so the mean of all tokens represents the clip. `fc_norm` norms
+    this mean and replaces the norm of the encoder.
 
-    classes     Y; 0 = no head, forward returns the features
-    drop        dropout before the head, a probability. drop_path: see Encoder
-    head_scale  factor on the head's first weights
+    size, options  see Options
+    classes        Y; 0 = no head: forward returns the feature
+    drop           dropout probability before the head
+    drop_path      see Encoder
+    head_scale     factor on the initial weights of the head
 
     UniFormerV2 has the same interface: width, depth, heads, mean, std, family, grid_of, start, run,
     finish, tokens, feature, with_head, layer_of, learned_parts.
@@ -457,27 +492,27 @@ class VideoClassifier(Network):
             self.head.weight.data.mul_(head_scale)
 
     def grid_of(self, T, H, W):
-        """Token grid (t, h, w) of a clip of T frames of H x W pixels; ValueError if it has none."""
+        """See Encoder.grid_of."""
         return self.encoder.grid_of(T, H, W)
 
     def start(self, video):
-        """video (B, C, T, H, W) float or uint8 -> the State before block 0."""
+        """video (B, C, T, H, W) float or uint8 -> State before block 0."""
         return self.encoder.start(video)
 
     def run(self, state, start, stop):
-        """The state after blocks start..stop-1."""
+        """See Encoder.run."""
         return self.encoder.run(state, start, stop)
 
     def finish(self, state):
-        """The state after the last block -> what the head sees, (B, D)."""
+        """State after the last block -> feature (B, D), the input of the head."""
         return self.fc_norm(state.tokens.mean(dim=1))
 
     def tokens(self, video):
-        """video (B, C, T, H, W) -> all tokens of the last block, (B, N, D)."""
+        """video (B, C, T, H, W) -> tokens of the last block, (B, N, D), without a norm."""
         return self.run(self.start(video), 0, self.depth).tokens
 
     def feature(self, video):
-        """video (B, C, T, H, W) -> what the head sees, (B, D)."""
+        """video (B, C, T, H, W) -> feature (B, D), the input of the head."""
         return self.finish(self.run(self.start(video), 0, self.depth))
 
     def forward(self, video):
@@ -485,30 +520,32 @@ class VideoClassifier(Network):
         return self.head(self.drop(self.feature(video)))
 
     def learned_parts(self):
-        """The modules that train while the encoder is frozen (fusion.py)."""
+        """The modules that stage 4 trains while the encoder is frozen: fusion.py."""
         return [self.fc_norm, self.head]
 
     def layer_of(self, name):
-        """Depth of a parameter: 0 = embedding, i + 1 = block i, `depth` + 1 = all that follows."""
+        """Layer of a parameter, for layer-wise learning rates: 0 = embedding, i + 1 = block i,
+        depth + 1 = norm and head."""
         if name.startswith("encoder.blocks."):
             return int(name.split(".")[2]) + 1
         return 0 if name.startswith("encoder.embed.") else self.depth + 1
 
     @classmethod
     def from_official(cls, source, *, heads=None, **options):
-        """Load fine-tuned weights, as VideoMAE.from_official: weights.videomae.load_classifier."""
+        """Load fine-tuned weights, in eval mode. Details: weights.videomae.load_classifier."""
         from weights import videomae
         return videomae.load_classifier(cls, source, heads=heads, **options)
 
 
 def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=2):
-    """What the model must predict (VideoMAE, Sec. 3.3; MAE, arXiv 2111.06377, Sec. 3).
+    """Pixels of the hidden tubelets: what the model learns to predict (VideoMAE, Sec. 3.3).
 
-    video, hidden  as VideoMAE.forward; ValueError where they do not fit each other
-    normalise      True: of every tubelet and channel, subtract the mean and divide by the standard
-                   deviation (unbiased; 1e-6 added after the root). False: pixels in [0, 1]
-    patch          side of a tubelet in pixels; default: what fits N, the length of `hidden`
-    returns        (B, Nm, P), tokens rising, P in the order frame, row, column, colour
+    video, hidden  as in VideoMAE.forward; ValueError if N does not fit the size of the video
+    normalise      True = normalise each tubelet and channel to mean 0 and variance 1 (MAE, arXiv
+                   2111.06377, Sec. 3); False = pixels in [0, 1]
+    patch          side of a tubelet in pixels; default: computed from N
+    tubelet        frames in a tubelet
+    returns        (B, Nm, P) float, tokens in ascending order, P = frame, row, column, colour
     """
     T, H, W = video.shape[2:]
     if patch is None:
@@ -516,8 +553,8 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
     if (T // tubelet) * (H // patch) * (W // patch) != hidden.shape[1]:
         raise ValueError(f"a mask of {hidden.shape[1]} tokens does not fit a clip of {T} frames of "
                          f"{H} x {W} pixels in tubelets of {tubelet} x {patch} x {patch}")
-    _, targets = split_by_mask(hidden)
-    tubelets = pixels_of(video, targets.to(video.device), patch, tubelet)
+    _, index = split_by_mask(hidden)                                         # (B, Nm)
+    tubelets = pixels_of(video, index.to(video.device), patch, tubelet)      # (B, Nm, 3, pixels)
     if normalise:
         mean, std = tubelet_statistics(tubelets)
         tubelets = (tubelets - mean) / std
@@ -525,36 +562,41 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
 
 
 def pixels_of(video, index, patch, tubelet):
-    """Tubelets `index` (B, n) of a video as colours in [0, 1]: (B, n, 3, pixels)."""
-    # uint8 is normalised and scaled back, so that the last bit is that of the official code.
+    """Tubelets with numbers `index` (B, n), as colours in [0, 1] -> (B, n, 3, pixels) float."""
+    # uint8 pixels are normalised and then converted back. The official code does so, and only the
+    # same operations give the same rounding.
     tubelets = imagenet_normalise(take_tubelets(video, index, patch, tubelet))
     mean, std = (x.to(tubelets.dtype) for x in imagenet_statistics(video))
     return tubelets * std + mean
 
 
 def tubelet_statistics(tubelets):
-    """Mean, and standard deviation plus 1e-6, of each tubelet and channel: (B, n, 3, 1) each."""
-    mean = tubelets.mean(dim=-1, keepdim=True)
-    # On a CPU this takes a tenth of the time of torch.var_mean.
-    length = (tubelets - mean).norm(dim=-1, keepdim=True)
-    return mean, length / (tubelets.shape[-1] - 1) ** 0.5 + 1e-6
+    """Mean, and unbiased standard deviation plus 1e-6, of each tubelet and channel.
+
+    tubelets (B, n, 3, pixels) -> (B, n, 3, 1) each
+    """
+    mean = tubelets.mean(dim=-1, keepdim=True)                               # (B, n, 3, 1)
+    # On a CPU, norm takes a tenth of the time of torch.var_mean.
+    norm = (tubelets - mean).norm(dim=-1, keepdim=True)                      # (B, n, 3, 1)
+    return mean, norm / (tubelets.shape[-1] - 1) ** 0.5 + 1e-6
 
 
 def trivial_guess(video, hidden, normalise=True, *, patch=None, tubelet=2):
-    """What can be said without a model, as `reconstruction_target` returns it; arguments as there.
+    """The prediction of a trivial baseline. Arguments and result as in `reconstruction_target`.
 
-    Normalised: the mean of each tubelet, which is 0. Plain: the clip's mean visible colour.
+    normalise  True = zeros, the mean of every target; False = the mean visible colour of the clip
     """
     if normalise:
         return torch.zeros_like(reconstruction_target(video, hidden, patch=patch, tubelet=tubelet))
     target = reconstruction_target(video, hidden, False, patch=patch, tubelet=tubelet)
-    seen = reconstruction_target(video, ~hidden, False, patch=patch, tubelet=tubelet)
-    colour = seen.unflatten(-1, (-1, 3)).mean(dim=(1, 2))                    # (B, 3)
+    visible = reconstruction_target(video, ~hidden, False, patch=patch, tubelet=tubelet)
+    colour = visible.unflatten(-1, (-1, 3)).mean(dim=(1, 2))                 # (B, 3)
     return colour[:, None].repeat(1, target.shape[1], target.shape[2] // 3)
 
 
 def reconstruction_loss(prediction, target):
-    """Mean squared error of (B, Nm, P), in float32 or float64; predicting 0 costs about 1."""
+    """Mean squared error of prediction and target, both (B, Nm, P). Half precision is converted to
+    float32."""
     if prediction.dtype != torch.float64:
         prediction, target = prediction.float(), target.float()
     return F.mse_loss(prediction, target)
@@ -562,7 +604,7 @@ def reconstruction_loss(prediction, target):
 
 @torch.no_grad()
 def main():
-    """`python mae.py`: one masked step on a generated clip, shape by shape."""
+    """`python mae.py`: print the shapes of a forward pass on a generated clip."""
     from video import moving_shapes
 
     model = VideoMAE("tiny", frames=8, image_size=40, positions="cosines").eval()
@@ -571,10 +613,10 @@ def main():
     tokens = model.encoder(video, split_by_mask(hidden)[0])
     prediction, target = model(video, hidden), reconstruction_target(video, hidden)
     for name, value in (("video (B, C, T, H, W)", video), ("hidden (B, N)", hidden),
-                        ("visible tokens, encoded (B, Nv, D)", tokens),
+                        ("encoded visible tokens (B, Nv, D)", tokens),
                         ("target (B, Nm, P)", target), ("prediction (B, Nm, P)", prediction)):
         print(f"{name:40s} {tuple(value.shape)}")
-    print(f"untrained loss {reconstruction_loss(prediction, target):.3f}")
+    print(f"loss before training {reconstruction_loss(prediction, target):.3f}")
 
 
 if __name__ == "__main__":
