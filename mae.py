@@ -545,7 +545,8 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
                    2111.06377, Sec. 3); False = pixels in [0, 1]
     patch          side of a tubelet in pixels; default: computed from N
     tubelet        frames in a tubelet
-    returns        (B, Nm, P) float, tokens in ascending order, P = frame, row, column, colour
+    returns        (B, Nm, P) float, tokens in ascending order; P is in the order frame, row, column,
+                   colour (fastest)
     """
     T, H, W = video.shape[2:]
     if patch is None:
@@ -558,7 +559,7 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
     if normalise:
         mean, std = tubelet_statistics(tubelets)
         tubelets = (tubelets - mean) / std
-    return tubelets.transpose(2, 3).flatten(2)
+    return tubelets.transpose(2, 3).flatten(2)                               # (B, Nm, P)
 
 
 def pixels_of(video, index, patch, tubelet):
