@@ -252,14 +252,18 @@ class DropPath(nn.Module):
         """x (B, ...) -> the same shape; unchanged in eval mode."""
         if not self.training or self.rate == 0:
             return x
-        # All processes draw the same numbers for the joined batch. Each uses its own rows.
+        # Every process draws the numbers for the batch of all processes and uses its own rows.
         rows, own_rows = joined(x.shape[0])
+        # (B, 1, ..., 1)
         keep = x.new_empty((rows,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)[own_rows]
         return x * keep / (1 - self.rate)
 
 
 class Dropout(nn.Dropout):
-    """Dropout that draws numbers for the joined batch of all processes: engine/processes.py."""
+    """nn.Dropout, but several processes drop what one process with the whole batch would drop.
+
+    See `joined` in engine/processes.py.
+    """
 
     def forward(self, x):
         """x (B, ...) -> the same shape; unchanged in eval mode."""
@@ -378,12 +382,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """The pre-norm transformer block: x = x + attn(norm1(x)), then x = x + mlp(norm2(x)).
 
-    mlp_width    hidden width of the MLP, default 4*D
-    bias         see Attention, also for cosine
-    eps          of both LayerNorms: 1e-6 in VideoMAE, 1e-5 in CLIP
-    drop         dropout probability after the MLP
-    drop_path    see DropPath
-    layer_scale  initial value of a learned factor per channel on each branch; None = no factor
+    mlp_width     hidden width of the MLP, default 4*D
+    bias, cosine  see Attention
+    eps           of both LayerNorms: 1e-6 in VideoMAE, 1e-5 in CLIP
+    drop          dropout probability after the MLP
+    drop_path     rate of DropPath, for both branches
+    layer_scale   initial value of a learned factor per channel on each branch; None = no factor
 
     One block of ViT-B has 7.1 M parameters, 2.4 M of them in the attention.
     """
@@ -420,8 +424,8 @@ def run_blocks(blocks, x, context=None, recompute=False):
 
     context    Context for every block; only the last block gets `last`
     recompute  True = activation checkpointing (arXiv 1604.06174): activations inside a block are
-               not kept but computed again in the backward pass. It needs about a third more time
-               and far less memory
+               stored but computed again in the backward pass: about a third more time, much less
+               memory
     """
     context = context or Context()
     without_last = replace(context, last=None)

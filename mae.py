@@ -545,8 +545,7 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
                    2111.06377, Sec. 3); False = pixels in [0, 1]
     patch          side of a tubelet in pixels; default: computed from N
     tubelet        frames in a tubelet
-    returns        (B, Nm, P) float, tokens in ascending order; P is in the order frame, row, column,
-                   colour (fastest)
+    returns        (B, Nm, P); tokens ascending; P in the order frame, row, column, colour
     """
     T, H, W = video.shape[2:]
     if patch is None:
