@@ -1,12 +1,12 @@
-"""Other ways to choose the tokens of a caption than greedy decoding: beams and nucleus sampling.
+"""Beam search and nucleus sampling: two alternatives to greedy decoding of captions.
 
-`caption_decoder.generate(..., search=Beams(end))` keeps the best sentences instead of the best next
-token. `search=Nucleus()` draws tokens at random. In every step the loop of `generate` calls
+`caption_decoder.generate(..., search=Beams(end))` keeps several candidate sentences per clip.
+`search=Nucleus()` draws each token at random. In every step `generate` calls
 
     search(logits (n, V), words (n, tokens so far), ended (n,) bool, cache, text_cache)
-        -> next tokens (m,), and the same four for the m sentences that these tokens continue
+        -> next tokens (m,), then words, ended and both caches of the m sentences they continue
 
-Sentences of one clip are neighbours, the best first.
+The sentences of one clip stand next to each other, the best first.
 """
 
 import math
@@ -17,11 +17,12 @@ import torch
 class Beams:
     """Beam search: keep the `beams` best sentences so far. With one beam it is greedy decoding.
 
-    end              id of the token that closes a sentence
-    length_penalty   sentences are ranked by log-probability / tokens**length_penalty, the end
-                     included; 0 favours short captions. A finished one stays while it ranks
+    end              id of the token that ends a sentence
+    length_penalty   sentences are ranked by log-probability / tokens**length_penalty. The end token
+                     counts. 0 favours short captions
 
-    An object serves one call of `generate`: it keeps the log-probabilities, in nats.
+    A finished sentence stays among the beams while its rank is high enough. An object serves one
+    call of `generate`, because it keeps the log-probabilities (in nats) between steps.
     """
 
     def __init__(self, end, beams=4, length_penalty=1.0):
@@ -33,25 +34,26 @@ class Beams:
         """See the module docstring."""
         if self.score is None:  # the first step: one sentence per clip
             self.clips, self.score = len(logits), torch.zeros(len(logits), device=logits.device)
-        value, token = logits.topk(min(self.beams, logits.shape[1]))         # (n, k) are enough
-        gain = value - logits.logsumexp(dim=-1, keepdim=True)
-        stay = torch.full_like(gain, -math.inf)
-        stay[:, 0] = 0                                   # a finished sentence continues as itself
-        gain = torch.where(ended[:, None], stay, gain)
+        # The best k tokens of each sentence are enough for the best k sentences.
+        value, token = logits.topk(min(self.beams, logits.shape[1]))         # (n, k)
+        log_prob = value - logits.logsumexp(dim=-1, keepdim=True)
+        finished = torch.full_like(log_prob, -math.inf)
+        finished[:, 0] = 0                               # one continuation, which costs nothing
+        log_prob = torch.where(ended[:, None], finished, log_prob)
         token = token.masked_fill(ended[:, None], self.end)
-        total = self.score[:, None] + gain
+        total = self.score[:, None] + log_prob
         length = (words != self.end).sum(dim=1) + 1
         rank = (total / length[:, None]**self.length_penalty).view(self.clips, -1)
         best = rank.topk(min(self.beams, rank.shape[1])).indices             # (clips, beams)
         first = rank.shape[1] * torch.arange(self.clips, device=rank.device)
         best = (best + first[:, None]).flatten()
         self.score = total.flatten()[best]
-        rows = best // gain.shape[1]
+        rows = best // log_prob.shape[1]
         return token.flatten()[best], *reorder((words, ended, *caches), rows)
 
 
 def reorder(cache, rows):
-    """Rows `rows` of every tensor in nested lists and tuples; anything else stays as it is."""
+    """Select these rows of every tensor in nested lists and tuples; keep anything else."""
     if isinstance(cache, torch.Tensor):
         return cache.index_select(0, rows)
     if isinstance(cache, (list, tuple)):
@@ -60,11 +62,11 @@ def reorder(cache, rows):
 
 
 class Nucleus:
-    """Draw from the fewest tokens that hold a share top_p of the probability (arXiv 1904.09751,
-    Sec. 3.1).
+    """Nucleus sampling (arXiv 1904.09751, Sec. 3.1): draw the next token from the smallest set of
+    tokens whose probabilities add up to top_p.
 
     top_p         in (0, 1]
-    temperature   below 1 it sharpens the probabilities first
+    temperature   divides the logits first; below 1 it makes likely tokens likelier
     generator     torch.Generator of the draws; the same state gives the same captions
     """
 
@@ -74,11 +76,11 @@ class Nucleus:
         self.top_p, self.temperature, self.generator = top_p, temperature, generator
 
     def __call__(self, logits, *state):
-        """See the module docstring. Each sentence continues."""
-        chance, token = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-        before = chance.cumsum(dim=-1) - chance          # exactly 0 for the most probable token
-        mass = chance.masked_fill(before >= self.top_p, 0).cumsum(dim=-1)
+        """See the module docstring. Every sentence continues with one token."""
+        prob, token = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        before = prob.cumsum(dim=-1) - prob          # exactly 0 for the most probable token
+        cumulative = prob.masked_fill(before >= self.top_p, 0).cumsum(dim=-1)
         device = "cpu" if self.generator is None else self.generator.device
-        draw = torch.rand(len(logits), 1, generator=self.generator, device=device).to(mass)
-        chosen = (mass < draw * mass[:, -1:]).sum(dim=-1, keepdim=True)
+        draw = torch.rand(len(logits), 1, generator=self.generator, device=device).to(prob)
+        chosen = (cumulative < draw * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
         return token.gather(1, chosen)[:, 0], *state

@@ -1,27 +1,30 @@
-"""How good is a written caption? Three numbers that count the words it shares with references.
-
-Why these: captioning papers report them. None of them understands a sentence. BLEU asks how much of
-the caption is in the references, ROUGE-L how much of a reference comes in the same order, and
-CIDEr-D weighs words by how much they tell: a word that every caption has counts nothing. For a
-caption that says "left" where it should say "right", all three see one wrong word of eight. On the
-generated world, `moving_shapes.parse_caption` therefore checks the facts, too.
+"""Score generated captions against references: BLEU-4, ROUGE-L and CIDEr-D.
 
     captions  ["a dog runs"], references  [["a dog is running", "the dog runs"]]
       -> {"BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}
 
-Each function takes B captions (str) and, for each, a list of one or more references (str). `score`
-gives all three times 100, as papers print them. BLEU and ROUGE-L then reach 100. CIDEr-D has a
-factor of 10 by definition and may reach 1000; good captions get about 100 on COCO.
+1. BLEU measures which share of the caption's n-grams occurs in the references.
+2. ROUGE-L measures the longest sequence of words that caption and reference share.
+3. CIDEr-D compares n-gram counts and gives rare n-grams a higher weight. An n-gram that occurs in
+   the references of every clip has weight 0.
 
-Where we differ: papers split words with a Java program (PTBTokenizer). `words` takes runs of
-letters and digits in lower case, which is the same except for "it's" and the like. On equal words
-the numbers are those of the COCO code (LOG.md).
+All three only count shared words. A caption of eight words that says "left" instead of "right" has
+one wrong word and scores high. On the generated world, `evaluate_facts` therefore also checks the
+facts that a caption states.
+
+Each metric takes B captions (str) and, for each caption, a list of one or more references (str).
+`score` multiplies all three by 100, as papers do. BLEU and ROUGE-L then reach 100. CIDEr-D contains
+another factor of 10 and can reach 1000; good captions get about 100 on COCO.
+
+Where we differ: papers split sentences with a Java program (PTBTokenizer). `words` takes runs of
+letters and digits in lower case. Results differ only for words such as "it's". On the same words
+the numbers equal those of the COCO code (LOG.md).
 
 Sources: BLEU, Papineni et al. 2002, Sec. 2.1 to 2.3. ROUGE-L, Lin 2004, Sec. 3.1 and 3.2, with the
 beta of "Microsoft COCO Captions", arXiv 1504.00325, Sec. 3. CIDEr-D, arXiv 1411.5726, Sec. 3 and 6.
 
->>> found = score(["a dog runs home"], [["a dog runs home", "it runs"]])
->>> {name: round(value, 1) for name, value in found.items()}  # one clip: no word tells anything
+>>> scores = score(["a dog runs home"], [["a dog runs home", "it runs"]])
+>>> {name: round(value, 1) for name, value in scores.items()}  # one clip: every weight is 0
 {'BLEU-4': 100.0, 'ROUGE-L': 100.0, 'CIDEr-D': 0.0}
 """
 
@@ -43,35 +46,38 @@ def words(text):
 
 
 def ngrams(tokens, n):
-    """All runs of n words, counted."""
+    """Count the n-grams: {(word, ..., word): number of times}."""
     return Counter(tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1))
 
 
 def bleu(captions, references, n=4):
-    """Geometric mean, over runs of 1 to n words, of the share of the captions' runs that a
-    reference has, each as often as some reference has it. Times exp(1 - r/c) where the captions (c
-    words in all) are shorter than the references nearest to them in length (r words). Counted over
-    all captions, not averaged -> float in [0, 1]."""
+    """BLEU over all captions together -> float in [0, 1].
+
+    The geometric mean of the precisions of 1-grams to n-grams. An n-gram of a caption counts at
+    most as often as it occurs in one of its references. If the captions (c words in total) are
+    shorter than the references nearest in length (r words), the score is multiplied by
+    exp(1 - r/c).
+    """
     hits, total, caption_words, reference_words = [0] * n, [0] * n, 0, 0
     for caption, others in zip(captions, references, strict=True):
         caption, others = words(caption), [words(other) for other in others]
         caption_words += len(caption)
         reference_words += min((abs(len(other) - len(caption)), len(other)) for other in others)[1]
         for k in range(n):
-            most = Counter()
+            allowed = Counter()
             for other in others:
-                most |= ngrams(other, k + 1)
-            runs = ngrams(caption, k + 1)
-            hits[k] += sum((runs & most).values())
-            total[k] += sum(runs.values())
+                allowed |= ngrams(other, k + 1)
+            grams = ngrams(caption, k + 1)
+            hits[k] += sum((grams & allowed).values())
+            total[k] += sum(grams.values())
     if not all(hits):
         return 0.0
-    precision = sum(math.log(hit / of) for hit, of in zip(hits, total)) / n
-    return math.exp(precision + min(0.0, 1 - reference_words / caption_words))
+    log_precision = sum(math.log(hit / count) for hit, count in zip(hits, total)) / n
+    return math.exp(log_precision + min(0.0, 1 - reference_words / caption_words))
 
 
 def common(a, b):
-    """Length of the longest sequence of words that both have in this order, gaps allowed."""
+    """Length of the longest common subsequence of two lists of words (gaps are allowed)."""
     row = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
@@ -81,9 +87,12 @@ def common(a, b):
 
 
 def rouge_l(captions, references, beta=1.2):
-    """Mean over clips of (1 + beta^2) P R / (R + beta^2 P). P and R are the shares of the caption
-    and of a reference that the longest common sequence makes up, each of the reference where it is
-    largest -> float in [0, 1]."""
+    """Mean over clips of (1 + beta^2) P R / (R + beta^2 P) -> float in [0, 1].
+
+    P is the length of the longest common subsequence divided by the length of the caption, R the
+    same divided by the length of the reference. P and R each take the reference that gives the
+    largest value.
+    """
     total = 0.0
     for caption, others in zip(captions, references, strict=True):
         caption, others = words(caption), [words(other) for other in others]
@@ -95,47 +104,49 @@ def rouge_l(captions, references, beta=1.2):
 
 
 def cider_d(captions, references, n=4, sigma=6.0):
-    """Ten times the mean cosine between a caption's and a reference's counts of runs of 1 to n
-    words. Each count is weighted by ln(clips / clips whose references have that run). Mean over
-    clips and references -> float in [0, 10].
+    """Ten times the mean cosine between the n-gram counts of captions and references, for 1-grams
+    to n-grams, over all clips and references -> float in [0, 10].
 
-    The D: no run counts more often in the caption than in the reference, and a length that differs
-    by d words costs a factor exp(-d^2 / (2 sigma^2)). Repeating a rare word gains nothing.
+    The weight of each n-gram is ln(clips / clips whose references contain it).
+
+    The D stands for two changes, so that repeating a rare word does not help. An n-gram counts at
+    most as often as in the reference. A length difference of d words multiplies the score by
+    exp(-d^2 / (2 sigma^2)).
     """
     counts = [[[ngrams(words(other), k + 1) for k in range(n)] for other in others]
               for others in references]
     clips_with = [Counter() for _ in range(n)]
     for others in counts:
         for k in range(n):
-            clips_with[k].update({run for other in others for run in other[k]})
+            clips_with[k].update({gram for other in others for gram in other[k]})
 
-    def weighted(runs, k):
-        return {run: count * math.log(len(counts) / max(1, clips_with[k][run]))
-                for run, count in runs.items()}
+    def weighted(grams, k):
+        return {gram: count * math.log(len(counts) / max(1, clips_with[k][gram]))
+                for gram, count in grams.items()}
 
     def norm(vector):
         return math.sqrt(sum(value**2 for value in vector.values()))
 
     total = 0.0
     for caption, others in zip(captions, counts, strict=True):
-        runs = [ngrams(words(caption), k + 1) for k in range(n)]
-        ours = [weighted(runs[k], k) for k in range(n)]
+        grams = [ngrams(words(caption), k + 1) for k in range(n)]
+        ours = [weighted(grams[k], k) for k in range(n)]
         value = 0.0
         for other in others:
-            difference = sum(runs[0].values()) - sum(other[0].values())
+            difference = sum(grams[0].values()) - sum(other[0].values())
             for k in range(n):
                 theirs = weighted(other[k], k)
                 length = norm(ours[k]) * norm(theirs)
                 if length:
                     value += math.exp(-difference**2 / (2 * sigma**2)) / length * sum(
-                        min(weight, theirs[run]) * theirs[run]
-                        for run, weight in ours[k].items() if run in theirs)
+                        min(weight, theirs[gram]) * theirs[gram]
+                        for gram, weight in ours[k].items() if gram in theirs)
         total += 10 * value / (n * len(others))
     return total / len(captions)
 
 
 def score(captions, references):
-    """All three, times 100: {"BLEU-4": float, "ROUGE-L": float, "CIDEr-D": float}."""
+    """All three metrics times 100: {"BLEU-4": float, "ROUGE-L": float, "CIDEr-D": float}."""
     return {"BLEU-4": 100 * bleu(captions, references),
             "ROUGE-L": 100 * rouge_l(captions, references),
             "CIDEr-D": 100 * cider_d(captions, references)}
@@ -147,11 +158,11 @@ def score(captions, references):
 
 @torch.no_grad()
 def write(model, batches, bpe, *, maximum, autocast=contextlib.nullcontext):
-    """Captions of held-out clips: [(batch, list of captions), ...].
+    """Generate captions of held-out clips: yields (batch, list of captions).
 
     model    caption_decoder.VideoText, in eval mode
     batches  dicts with "video" uint8 (B, T, H, W, 3) and "number"
-    maximum  most tokens of a caption
+    maximum  largest number of tokens per caption
     """
     for batch in batches:
         video = transforms.normalise(batch["video"], model.clip.mean, model.clip.std)
@@ -160,10 +171,10 @@ def write(model, batches, bpe, *, maximum, autocast=contextlib.nullcontext):
 
 
 def evaluate_facts(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullcontext):
-    """Share of clips whose caption states each fact rightly -> {name: percent}.
+    """Share of clips whose caption states each fact correctly -> {name: percent}.
 
-    dataset  tells with `facts_in` what a sentence states, and with `classes` what there is to
-             state; {} where it cannot tell
+    dataset  its `facts_in` returns the facts that a sentence states, its `classes` all possible
+             facts. A data set without them gives {}
     """
     classes = dataset.classes
     if not classes or not dataset.states_facts:
@@ -175,17 +186,18 @@ def evaluate_facts(model, batches, bpe, dataset, *, maximum, autocast=contextlib
         rows.append((batch["number"], [
             [facts.get(question) == names[labels[question][i]]
              for question, names in classes.items()] for i, facts in enumerate(stated)]))
-    right = np.array([row for _, part in processes.collect(rows) for row in part])
+    correct = np.array([row for _, part in processes.collect(rows) for row in part])
     return {f"captions_{question}": 100 * float(share) for question, share in
-            zip(classes, right.mean(axis=0))} | {
-        "captions_all_three": 100 * float(right.all(axis=1).mean())}
+            zip(classes, correct.mean(axis=0))} | {
+        "captions_all_three": 100 * float(correct.all(axis=1).mean())}
 
 
 def evaluate(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullcontext):
     """BLEU-4, ROUGE-L and CIDEr-D of captions against all true sentences of each clip.
 
-    dataset  gives with `references` the true sentences of a batch's clips. They are written as the
-             tokenizer writes captions: "counter-clockwise" and "counter - clockwise" are one
+    dataset  its `references` returns the true sentences of a batch's clips. They are encoded and
+             decoded once, because captions come from the tokenizer and it changes the spelling:
+             "counter-clockwise" becomes "counter - clockwise"
     """
     rows = []
     for batch, captions in write(model, batches, bpe, maximum=maximum, autocast=autocast):
@@ -203,11 +215,14 @@ def evaluate(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullc
 
 @torch.no_grad()
 def attention_maps(model, video, ids):
-    """Where a VideoText attends in each frame as it writes: (B, L-1, t, h, w), without the share of
-    class tokens.
+    """Attention maps of a VideoText for each token that it writes -> (B, L-1, t, h, w).
 
-    video  (B, C, T, H, W), normalised; not for kind "joint", whose tokens are not of single frames
-    ids    (B, L) int64
+    The weights on class tokens are left out.
+
+    video  (B, C, T, H, W), normalised
+    ids    (B, L) int64, the caption
+
+    A model of kind "joint" has no such maps: its tokens do not belong to single frames.
     """
     _, tokens = model.clip.encode_video_tokens(video)                        # (B, t, 1+S, D)
     text = model.clip.encode_text_tokens(ids)[1][:, :-1]
@@ -216,9 +231,10 @@ def attention_maps(model, video, ids):
 
 
 def draw_attention(model, clip, video, sentence, bpe, path):
-    """Where a VideoText attends as it writes each word of a sentence: a picture.
+    """Draw where a VideoText attends while it writes each word of a sentence.
 
-    clip  uint8 (T, H, W, 3) numpy; video (1, C, T, H, W), the same as `attention_maps` takes it
+    clip   uint8 (T, H, W, 3) numpy
+    video  (1, C, T, H, W), the same clip, normalised
     """
     ids, _ = bpe.encode([sentence], model.clip.config["context"], trim=True)
     words = [bpe.decode([token]) or "(end)" for token in ids[0, 1:].tolist()]
@@ -229,13 +245,16 @@ def draw_attention(model, clip, video, sentence, bpe, path):
 
 @torch.no_grad()
 def decoder_maps(decoder, visual, text):
-    """Where a CaptionDecoder attends at each text token: visual (B, M, D), text (B, L, W) ->
-    (B, L, M), rows sum to 1.
+    """Attention of a CaptionDecoder from each text token to each visual token.
 
-    It is the last block's attention to the Q pooled vectors, times the pooler's attention to the M
-    tokens, both averaged over heads. Earlier layers mixed the tokens, so a map proves no cause.
+    visual (B, M, D), text (B, L, W) -> (B, L, M), rows sum to 1.
+
+    The product of two attention matrices, each averaged over heads: from the text to the Q pooled
+    vectors in the last block, and from these to the M tokens in the pooler. Earlier layers have
+    already mixed information between tokens. A map therefore does not prove which token caused
+    a word.
     """
-    def share(attn, queries, keys):
+    def mean_attention(attn, queries, keys):
         """queries (B, n, W), keys (B, 1, N, K) -> (B, n, N)"""
         q = attn.q(queries).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, n, K)
         return (q @ keys.transpose(2, 3) * q.shape[-1]**-0.5).softmax(dim=-1).mean(dim=1)
@@ -248,25 +267,25 @@ def decoder_maps(decoder, visual, text):
         before, _ = self_block(x)
         x = cross_block(before, *cross_block.attn.keys(pooled))
     last = decoder.cross_blocks[-1]
-    words = share(last.attn, last.norm(before), last.attn.keys(pooled)[0])   # (B, L, Q)
-    return words @ share(pooler.attn, queries, keys)
+    to_pooled = mean_attention(last.attn, last.norm(before), last.attn.keys(pooled)[0])  # (B, L, Q)
+    return to_pooled @ mean_attention(pooler.attn, queries, keys)
 
 
 def main():
-    """`python -m tasks.captioning`: what each number makes of a few captions."""
+    """`python -m tasks.captioning`: print the three metrics for some example captions."""
     references = [["a red square moves to the left", "the red square goes left"],
                   ["a blue ring grows", "the ring gets larger"],
                   ["two green stars meet", "a pair of green stars comes together"]]
     for name, captions in (
-            ("word for word", [sentences[0] for sentences in references]),
+            ("identical", [sentences[0] for sentences in references]),
             ("one wrong fact", ["a red square moves to the right", "a blue ring shrinks",
                                 "two green circles meet"]),
-            ("right, in other words", ["leftwards goes the red square",
-                                       "the blue ring becomes bigger",
-                                       "green stars approach each other"]),
-            ("the same for all", ["a red square moves to the left"] * 3)):
-        found = score(captions, references)
-        print(f"{name:24s}" + "   ".join(f"{key} {value:6.1f}" for key, value in found.items()))
+            ("correct, other words", ["leftwards goes the red square",
+                                      "the blue ring becomes bigger",
+                                      "green stars approach each other"]),
+            ("one caption for all", ["a red square moves to the left"] * 3)):
+        scores = score(captions, references)
+        print(f"{name:24s}" + "   ".join(f"{key} {value:6.1f}" for key, value in scores.items()))
 
 
 if __name__ == "__main__":
