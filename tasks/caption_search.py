@@ -79,8 +79,8 @@ class Nucleus:
         """See the module docstring. Every sentence continues with one token."""
         prob, token = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
         before = prob.cumsum(dim=-1) - prob          # exactly 0 for the most probable token
-        cumulative = prob.masked_fill(before >= self.top_p, 0).cumsum(dim=-1)
+        cum_prob = prob.masked_fill(before >= self.top_p, 0).cumsum(dim=-1)
         device = "cpu" if self.generator is None else self.generator.device
-        draw = torch.rand(len(logits), 1, generator=self.generator, device=device).to(prob)
-        chosen = (cumulative < draw * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+        draw = torch.rand(len(logits), 1, generator=self.generator, device=device).to(cum_prob)
+        chosen = (cum_prob < draw * cum_prob[:, -1:]).sum(dim=-1, keepdim=True)
         return token.gather(1, chosen)[:, 0], *state

@@ -183,7 +183,7 @@ def of_list(place, *labels):
 @pytest.mark.parametrize("labels, steps, complaint, said", [
     ((0, 3), 0, "", ""),  # numbers are rows
     ((0, 7), 0, "does not know 7", ""),
-    (tuple("abcde"), 0, "", "its 5 rows are taken for the data's classes in their order"),
+    (tuple("abcde"), 0, "", "its 5 rows are matched with the data's classes in order"),
     (("a", "b"), 0, "has 5 classes without names", ""),
     (("a", "b"), 1, "", "the head for 2 classes is new"),
 ])
