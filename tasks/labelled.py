@@ -1,6 +1,6 @@
-"""What the stages with labels share: `classify` and `fuse` in train.py add a recipe and a model.
+"""Base of the stages with labels. `classify` and `fuse` in train.py add a recipe and a model.
 
-    data sets --> classes --> the rows of the head that they are (class_names.py)
+    data sets --> classes --> rows of the classifier head (class_names.py)
     logits --> losses, accuracies (recognition.py) --> metrics.json, predictions.csv, confusion.png
 """
 
@@ -29,15 +29,20 @@ from weights import encoders
 
 
 def mix(video, target, mixup, cutmix):
-    """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899), with these alphas, 0 = none.
+    """Apply Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899) to a batch.
 
-    One share and one box for a whole batch, alike in all frames, as VideoMAE fine-tunes. Draws from
-    torch's global generator, which the loop has seeded. video (B, C, T, H, W), target (B, Y).
+    video          (B, C, T, H, W)
+    target         (B, Y)
+    mixup, cutmix  alpha of each; 0 = never. At least one must be above 0
+    returns        the mixed video and target
+
+    The whole batch has one mixing share and one box, the same in all frames, as in VideoMAE's
+    fine-tuning. Random numbers come from torch's global generator, which the training loop seeds.
     """
     forms = [form(alpha=alpha, num_classes=target.shape[1])
              for form, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
     form = forms[int(torch.randint(len(forms), ()))]
-    # Each clip is mixed with the one before it in the joined batch, which may be another process's.
+    # Each clip is mixed with the one before it in the batch of all processes.
     video, target = (torch.cat([processes.row_before(x), x]) for x in (video, target))
     mixed, target = form(tv_tensors.Video(video.transpose(1, 2)), target)
     return mixed.as_subclass(torch.Tensor).transpose(1, 2)[1:], target[1:]
@@ -45,31 +50,31 @@ def mix(video, target, mixup, cutmix):
 
 @dataclass
 class LabelledStage(ClipStage):
-    """Questions, their answers, accuracies. `classify` and `fuse` add a model and its loss."""
+    """Class labels, accuracies and predictions. `classify` and `fuse` add a model and its loss."""
 
     num_frames: int = flag(8, paper="16, UniFormerV2 8")
     sampling_rate: int = flag(4, "with --sampling dense: a clip takes every n-th frame", low=1,
                               group="clips", paper="4")
     sampling: str = flag("segment", paper="videomae-dense, uniformerv2")
     transform: str = flag("plain", paper="videomae, uniformerv2")
-    flip: bool = flag(False, "mirror half of the training clips: not where labels know left from "
-                      "right", only="files", group="clips")
-    area: float = flag(0.0, "smallest share of a frame that a random crop keeps; 0 = as "
-                       "--transform has it", only="files", paper="0.08", low=0, high=1,
+    flip: bool = flag(False, "mirror half of the training clips; not for labels that depend on "
+                      "left and right", only="files", group="clips")
+    area: float = flag(0.0, "smallest share of a frame that a random crop keeps; 0 = that of "
+                       "--transform", only="files", paper="0.08", low=0, high=1,
                        group="clips")
     rand_augment: int = flag(0, "RandAugment operations per clip; 0 = none", only="files", low=0,
                              paper="4", group="clips")
-    magnitude: int = flag(7, "strength of RandAugment, of 30", only="files", paper="7", low=0,
+    magnitude: int = flag(7, "strength of RandAugment, 0 to 30", only="files", paper="7", low=0,
                           high=30, group="clips")
-    erasing: float = flag(0.0, "probability that a box of the clip turns grey", only="files",
+    erasing: float = flag(0.0, "probability that a box of the clip becomes grey", only="files",
                           paper="0.25, with noise", low=0, high=1, group="clips")
-    repeats: int = flag(1, "clips of each video in a batch, each cut out anew", only="files", low=1,
-                        paper="2", group="clips")
-    test_clips: int = flag(1, "clips along time in the last evaluation", only="files", low=1,
-                           paper="4 to 7; 2 on Something-Something", group="clips")
-    test_crops: int = flag(1, "crops along the longer side of each of these clips", only="files",
+    repeats: int = flag(1, "clips of each video in a batch, each with its own frames and crop",
+                        only="files", low=1, paper="2", group="clips")
+    test_clips: int = flag(1, "views per video along time in the last evaluation", only="files",
+                           low=1, paper="4 to 7; 2 on Something-Something", group="clips")
+    test_crops: int = flag(1, "crops of each of these views, along the longer side", only="files",
                            low=1, paper="3", group="clips")
-    merge_views: str = flag("softmax", "what is averaged over these views", only="files",
+    merge_views: str = flag("softmax", "what is averaged over the views", only="files",
                             paper="softmax; logits on Something-Something",
                             choices=("softmax", "logits"), group="clips")
     test: int = TEST_CLIPS
@@ -78,7 +83,7 @@ class LabelledStage(ClipStage):
     balance = "none"  # a flag of `classify`
 
     def datasets(self):
-        """Open the data sets; UserError where they do not name two classes or more."""
+        """Open the data sets. UserError if they have fewer than two classes."""
         if self.batch_size % self.repeats:
             raise UserError(f"--batch-size {self.batch_size}: must be a multiple of --repeats "
                             f"{self.repeats}")
@@ -89,14 +94,14 @@ class LabelledStage(ClipStage):
         if self.classes:
             self.choose_classes(train_set, held_out)
         if size(self.classes) < 2:
-            raise UserError(f"--data {self.data}: {size(self.classes)} classes; needs a "
-                            "folder of class folders, or a list of `path label` lines, with two or "
-                            "more (shards serve mae and clip)")
+            raise UserError(f"--data {self.data}: {size(self.classes)} classes; give a folder of "
+                            "class folders, or a list of `path label` lines, with at least two "
+                            "classes (shards are for mae and clip)")
         return train_set, held_out
 
     def choose_classes(self, train_set, held_out):
-        """Number the classes of all sets as the heads of the weights need them; `rows` says which
-        row of each head they are. See tasks.class_names."""
+        """Number the classes of all data sets in the order that the heads of the weights need, and
+        set `rows`, the row of each class in each head. See tasks.class_names."""
         self.classes, self.rows = class_names.match(self.heads(), self.classes, not self.steps)
         for part in (train_set, *held_out.values()):
             for question, names in self.classes.items():
@@ -104,18 +109,18 @@ class LabelledStage(ClipStage):
                     part.only(question, names)
 
     def heads(self):
-        """The trained heads of the weights, as a list of class_names.Head."""
+        """The trained heads in the weights: a list of class_names.Head."""
         return []
 
     def untrained(self):
-        """What --steps 0 would measure though nothing has trained it; "" = nothing."""
+        """The untrained part that --steps 0 would evaluate, in words; "" = none."""
         if not self.rows:
             return "a network from scratch"
         known = all(rows is not None and None not in rows for rows in self.rows)
         return "" if known else f"a new head for {size(self.classes)} classes"
 
     def target(self, batch):
-        """(B, Y): a one at the right answer to each question."""
+        """(B, Y), with a one at the correct answer to each question."""
         if "target" in batch:
             return batch["target"]
         for question in self.classes:
@@ -130,12 +135,13 @@ class LabelledStage(ClipStage):
         return super().batches(train_set, first, repeats=self.repeats)
 
     def evaluate(self, model, batches, held_out_set):
-        """Loss and accuracies in percent; see `evaluate`."""
+        """Loss and accuracies in percent; see recognition.evaluate."""
         return evaluate(functools.partial(self.logits, model), self.target, batches, self.classes,
                         self.several, self.device)
 
     def finish(self, model, held_out, results):
-        """Accuracies over several views of each held-out video, in files."""
+        """Accuracies with several views of each held-out video, if --test-clips or --test-crops
+        ask for them."""
         self.predicted = results["val"]
         if self.test_clips * self.test_crops == 1:
             return {}
@@ -149,14 +155,14 @@ class LabelledStage(ClipStage):
         _, logits, targets = zip(*processes.collect(rows, self.device))
         answers = answers_in(torch.cat(targets), self.classes, self.several)
         views = [split(part, self.classes) for part in logits]       # {question: (1 + views, ...)}
-        one = {question: torch.stack([part[question][0] for part in views])
-               for question in self.classes}
+        single = {question: torch.stack([part[question][0] for part in views])
+                  for question in self.classes}
         merged = {question: torch.stack([merge_views(part[question][1:], self.form(question))
                                          for part in views]) for question in self.classes}
         self.predicted = self.predicted | {"answers": answers, "probabilities": merged if
                                            self.merge_views == "softmax" else
                                            probabilities(merged, self.several)}
-        by_name = {"1 clip": one, f"{self.test_clips} x {self.test_crops} views": merged}
+        by_name = {"1 clip": single, f"{self.test_clips} x {self.test_crops} views": merged}
         return {f"val_{name} ({kind})": value for kind, scores in by_name.items() for name, value
                 in accuracies(scores, answers).items()}
 
@@ -166,12 +172,12 @@ class LabelledStage(ClipStage):
         return "sigmoid" if sigmoid else self.merge_views
 
     def tables(self, results):
-        """What became of the clips of each class of every question, in the held-out clips."""
-        return {f"{name}_classes": found["tables"] for name, found in results.items()
-                if "tables" in found and name != "before"}
+        """Results per class and question on each held-out set, for metrics.json."""
+        return {f"{name}_classes": values["tables"] for name, values in results.items()
+                if "tables" in values and name != "before"}
 
     def protocol(self, held_out):
-        """How the accuracies are measured."""
+        """How the accuracies are measured, for metrics.json."""
         several = f"; at the end also {self.test_clips} x {self.test_crops}, mean of " \
                   f"{self.merge_views}" if self.test_clips * self.test_crops > 1 else ""
         return self.clips_protocol(held_out) | {
@@ -180,7 +186,7 @@ class LabelledStage(ClipStage):
             "views": "1" + several}
 
     def measures(self):
-        """What of the clips is measured, in words."""
+        """The metrics of these questions, in words."""
         alone = len(self.classes) == 1
         words = []
         if set(self.classes) - self.several:
@@ -199,7 +205,7 @@ class LabelledStage(ClipStage):
         predictions.write(Path(folder) / "predictions.csv", rows, self.classes)
 
     def pictures(self, model, batch, folder, results):
-        """confusion.png: what the last evaluation took for what, of the first question."""
+        """confusion.png: the confusion matrix of the first question in the last evaluation."""
         first, names = next(iter(self.classes.items()))
         if first in self.several:
             return []
@@ -208,41 +214,43 @@ class LabelledStage(ClipStage):
         return [folder / "confusion.png"]
 
     def confusions(self, results):
-        """{title: (Y, Y) counts} out of the results of the evaluations."""
+        """{title: (Y, Y) counts} from the results of the evaluations."""
         return {"held-out clips": results["val"]["confusion"]}
 
 
 @dataclass
 class ClassifierStage(LabelledStage):
-    """What `classify` has besides fine-tuning: probes of a frozen encoder, and open sets."""
+    """Base of `classify`: probes of a frozen encoder and open-set recognition, besides
+    fine-tuning."""
 
     num_frames: int = flag(0, "frames per clip; 0 = those of --weights; from scratch 8, on files "
                            "with a published --model its own", low=0)
     input_size: frame_size = flag(0, "height and width in pixels, or HxW, as 112x160; 0 = those of "
                                   "--weights; from scratch 40 on moving shapes and 112 on files, "
                                   "with a published --model its own", low=0, high=LARGEST)
-    mode: str = flag("finetune", "finetune = train everything; probe = a linear layer, attentive = "
-                     "a query that attends to the tokens, and a linear layer, on frozen features",
+    mode: str = flag("finetune", "finetune = train everything; on frozen features: probe = a "
+                     "linear layer, attentive = a query that attends to the tokens, and a linear "
+                     "layer",
                      choices=("finetune", "probe", "attentive"))
-    head_rows: str = flag("", "a JSON list: which row of the head of --weights each class is, as "
-                          "VideoMAE V2's label_710to400.json; default: by the names of the "
-                          "classes; where --weights tell none, the same where there are as many, "
-                          "the first 400 of 710, else a new head")
-    balance: str = flag("none", "where classes have unlike numbers of clips: loss = those of rare "
-                        "classes count more, sampler = they come more often, so that all classes "
-                        "count alike", choices=("none", "loss", "sampler"), only="files")
+    head_rows: str = flag("", "a JSON list with the row of each class in the head of --weights, "
+                          "such as VideoMAE V2's label_710to400.json; default: by class names; if "
+                          "--weights have no names: the same rows if the numbers of classes are "
+                          "equal, the first 400 of 710, else a new head")
+    balance: str = flag("none", "make all classes count equally: loss = clips of rare classes have "
+                        "a larger weight, sampler = they are drawn more often",
+                        choices=("none", "loss", "sampler"), only="files")
     probe_clips: int = flag(2000, "with a probe: training clips whose features are computed; 0 = "
                             "all files of --data", low=0)
     standardise: bool = flag(False, "with --mode probe: give every feature mean 0 and variance 1 "
                              "over the training clips", paper="MAE: yes, by BatchNorm")
-    unknown: str = flag("", "open-set recognition: classes (or motions) to leave out of training, "
-                        "names with commas, or how many of the last; evaluation measures how well "
-                        "they are told from the known", paper="UCF101 against HMDB51")
+    unknown: str = flag("", "open-set recognition: classes (or motions) to leave out of training; "
+                        "names separated by commas, or n for the last n; evaluation measures how "
+                        "well they differ from the others", paper="UCF101 against HMDB51")
 
     def datasets(self):
-        """As all stages with labels; with --unknown some classes are set aside."""
+        """As LabelledStage, with the defaults of --num-frames and --input-size, and --balance."""
         for name in ("mixup", "cutmix"):
-            if 0 < getattr(self, name) < 1e-3:  # a beta distribution that float32 cannot hold
+            if 0 < getattr(self, name) < 1e-3:  # float32 cannot sample such a beta distribution
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 0.001, or 0 for "
                                 "none")
         if self.standardise and (self.mode != "probe" or self.ema or self.shard):
@@ -262,8 +270,8 @@ class ClassifierStage(LabelledStage):
         return train_set, held_out
 
     def choose_classes(self, train_set, held_out):
-        """As all stages with labels; with --unknown some classes are set aside, with --head-rows
-        the user says which row of the head each class is."""
+        """As LabelledStage. --unknown first sets some classes aside. --head-rows gives the row of
+        each class instead of names."""
         if self.unknown:
             self.set_aside(train_set, held_out)
         if self.head_rows:
@@ -277,11 +285,11 @@ class ClassifierStage(LabelledStage):
         return encoders.made_for(self.weights)
 
     def usual_clips(self):
-        """(frames, pixels) of a network from scratch."""
+        """Default (frames, pixels) of a network from scratch."""
         return 8, 112 if self.data else 40
 
     def heads(self):
-        """The head of --weights; none where an attentive probe is yet to be trained."""
+        """The head of --weights. An attentive probe that starts from an encoder has none."""
         if not self.weights:
             return []
         probe = weights.read(self.weights)[1].get("model") == "AttentiveProbe"
@@ -289,7 +297,8 @@ class ClassifierStage(LabelledStage):
         return [class_names.head_of("weights", self.weights, count)]
 
     def set_aside(self, train_set, held_out):
-        """Leave the classes of --unknown out; held_out["val"].unknown has their held-out clips."""
+        """Remove the classes of --unknown from all data sets. held_out["val"].unknown is a data
+        set of their held-out clips."""
         if self.test_clips * self.test_crops > 1:
             raise UserError("--unknown: is evaluated on one view of listed files; leave out "
                             "--test-clips, --test-crops, shards")
@@ -300,8 +309,8 @@ class ClassifierStage(LabelledStage):
             tuple(dict.fromkeys(self.unknown.split(",")))
         known = tuple(name for name in names if name not in unknown)
         if set(unknown) - set(names) or not unknown or len(known) < 2:
-            raise UserError(f"--unknown {self.unknown}: give some of {', '.join(names)}, or how "
-                            "many of the last; two or more must remain")
+            raise UserError(f"--unknown {self.unknown}: give some of {', '.join(names)}, or a "
+                            "number n for the last n; at least two must remain")
         others = copy.copy(held_out["val"]).only(question, unknown)
         for part in (train_set, *held_out.values()):
             part.only(question, known)
@@ -320,7 +329,7 @@ class ClassifierStage(LabelledStage):
         return rows
 
     def probe_in_weights(self, classes):
-        """The AttentiveProbe that --weights hold, or None. UserError where it does not fit."""
+        """The AttentiveProbe in --weights, or None. UserError if --mode is another one."""
         if not self.weights or weights.read(self.weights)[1].get("model") != "AttentiveProbe":
             return None
         if self.mode != "attentive":
@@ -329,18 +338,18 @@ class ClassifierStage(LabelledStage):
         return AttentiveProbe.from_run(self.weights).with_head(classes, rows=self.rows[0])
 
     def loss_of(self, logits, target, training):
-        """Cross entropy with the weights of --balance loss; where the network is in training mode,
-        with --smoothing. Evaluation has a loss of its own, see recognition.evaluate."""
+        """Cross-entropy with the class weights of --balance loss, in training also with
+        --smoothing. Evaluation uses the plain cross-entropy, see recognition.evaluate."""
         weight = self.class_weight
         return cross_entropy(logits, target, self.classes, self.smoothing if training else 0.0,
                              self.several, weight if weight is None else weight.to(logits.device))
 
     def training_mode(self, model):
-        """A probe's encoder stays in eval mode: no dropout, no batch statistics."""
+        """Keep the encoder of a probe in eval mode: no dropout, no batch statistics."""
         model.train(self.mode == "finetune")
 
     def prepare(self, model, train_set, held_out):
-        """For a probe: the features of the training clips, computed once."""
+        """The training set; for a probe the features of its clips, computed once."""
         if self.mode == "finetune" or not self.steps:
             return train_set
         return stored_features(self, model, train_set)
@@ -352,9 +361,9 @@ class ClassifierStage(LabelledStage):
         return feature_batches(self, train_set, first)
 
     def evaluate(self, model, batches, dataset):
-        """As all stages with labels. With --unknown also the AUROC, in percent, of telling known
-        from unknown classes by the largest probability (arXiv 1610.02136, Sec. 3). InternVideo
-        (Sec. 4.3, open-set action recognition) learns evidence instead (DEAR, arXiv 2107.10161)."""
+        """As LabelledStage. With --unknown also the AUROC, in percent, of separating known from
+        unknown classes by the largest probability (arXiv 1610.02136, Sec. 3). InternVideo (Sec.
+        4.3, open-set action recognition) uses evidential learning (DEAR, arXiv 2107.10161)."""
         results = super().evaluate(model, batches, dataset)
         others = getattr(dataset, "unknown", None)
         if others is None:
@@ -370,7 +379,7 @@ class ClassifierStage(LabelledStage):
             "unknown_clips": len(confidence)}
 
     def protocol(self, held_out):
-        """How the accuracies are measured."""
+        """As LabelledStage, and how the AUROC is measured."""
         open_set = {"open set": f"trained without {self.unknown}; the AUROC compares the largest "
                                 "probability of known and unknown clips; chance is 50"}
         return super().protocol(held_out) | (open_set if self.unknown else {})
