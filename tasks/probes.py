@@ -1,9 +1,10 @@
-"""Probes: a small classifier on the features of a frozen encoder, which are computed once.
+"""Probes: small classifiers on the features of a frozen encoder.
 
-    clip -> frozen encoder -> features --+--> linear layer, on the mean           (linear probe)
+    clip -> frozen encoder -> features --+--> linear layer on the mean token      (linear probe)
                                          +--> one query attends to all tokens     (attentive probe)
 
-The linear probe is the head of either encoder. Both train on stored features, drawn at random.
+The linear probe is the encoder's own head. The features are computed once; training then draws
+batches of stored features at random.
 """
 
 import torch
@@ -20,13 +21,14 @@ from weights import encoders, heads
 
 
 class AttentiveProbe(torch.nn.Module):
-    """One query attends to a frozen encoder's tokens; a linear layer names the class.
+    """One learned query attends to a frozen encoder's tokens; a linear layer predicts the class.
 
-    The attentive probe of V-JEPA (arXiv 2404.08471, Sec. 3.2), for encoders whose mean token was
-    never trained to represent the clip.
+    The attentive probe of V-JEPA (arXiv 2404.08471, Sec. 3.2). It suits encoders whose mean token
+    was not trained to represent the clip.
 
-    encoder  either encoder; its own head is not used
+    encoder  a masked or a multimodal encoder; its own head is not used
     classes  Y
+    heads    attention heads
     """
 
     def __init__(self, encoder, classes, heads):
@@ -54,7 +56,8 @@ class AttentiveProbe(torch.nn.Module):
 
     @torch.no_grad()
     def with_head(self, classes, *, rows=None):
-        """The same for Y classes. rows: which row of this head each class is, None = a new one."""
+        """A copy with a head for Y classes. rows: the row of each class in this head, None = a new
+        row."""
         new = type(self)(self.encoder, classes, self.heads)
         new.query.copy_(self.query)
         for part in ("norm", "attn"):
@@ -96,7 +99,7 @@ class AttentiveProbe(torch.nn.Module):
 
     def attend(self, tokens):
         """tokens (B, N, D) -> what the query reads from them, (B, D)"""
-        query = self.query.expand(tokens.shape[0], -1, -1)  # len() is a constant in an export
+        query = self.query.expand(tokens.shape[0], -1, -1)  # len() would fix B in an export
         return self.attn(query, keys_from=self.norm(tokens))[:, 0]
 
     def classify(self, tokens):
@@ -109,12 +112,12 @@ class AttentiveProbe(torch.nn.Module):
 
 
 def probe_of(model):
-    """The trained part of a model in probe mode, as a function of frozen features -> logits."""
+    """The trainable part of a probed model, as a function from features to logits."""
     return model.classify if isinstance(model, AttentiveProbe) else model.head
 
 
 def freeze_all_but_the_probe(model):
-    """Only the probe trains. Returns the model."""
+    """Let only the probe train. Returns the model."""
     model.requires_grad_(False)
     for part in model.learned_parts() if isinstance(model, AttentiveProbe) else [model.head]:
         part.requires_grad_(True)
@@ -122,42 +125,46 @@ def freeze_all_but_the_probe(model):
 
 
 def features_of(model, video, autocast):
-    """Input of the probe: video (B, T, H, W, 3) uint8 -> (B, D), of an attentive one (B, N, D)."""
+    """Input of the probe: video (B, T, H, W, 3) uint8 -> (B, D); for an attentive probe (B, N, D).
+    """
     video = transforms.normalise(video, model.mean, model.std)
     with autocast(), torch.no_grad():
-        read = model.encoder.tokens if isinstance(model, AttentiveProbe) else model.feature
-        return read(video).float()
+        encode = model.encoder.tokens if isinstance(model, AttentiveProbe) else model.feature
+        return encode(video).float()
 
 
 def stored_features(stage, model, train_set):
-    """(features bfloat16, targets) of the training clips, each seen once; see Stage.kept."""
+    """(features bfloat16, targets) of the training clips, computed once; see Stage.kept."""
     settings = recipe_of(stage) | {"weights": stage.weights, "precision": stage.precision}
 
     def compute():
-        found = compute_features(stage, model, train_set)
+        stored = compute_features(stage, model, train_set)
         if stage.standardise:
-            found = standardised(found, model.learned_parts()[0])
-        return found | {"features": found["features"].to(torch.bfloat16)}
+            stored = standardised(stored, model.learned_parts()[0])
+        return stored | {"features": stored["features"].to(torch.bfloat16)}
 
-    found = stage.kept(settings, compute)
+    stored = stage.kept(settings, compute)
     if stage.standardise:
-        model.learned_parts()[0].load_state_dict(found["norm"])
-    return found["features"], found["targets"]
+        model.learned_parts()[0].load_state_dict(stored["norm"])
+    return stored["features"], stored["targets"]
 
 
-def standardised(found, norm):
-    """Features with mean 0 and variance 1 over the training clips, one by one: the BatchNorm
-    without factors of MAE's linear probe (arXiv 2111.06377, Appendix A.1, "Linear probing"), with
-    the statistics of all clips in place of batches.
+def standardised(stored, norm):
+    """Give every feature mean 0 and variance 1 over the training clips.
 
-    found  {"features", "targets"}; norm: the encoder's last LayerNorm, which made the features
-    returns the same, and "norm": numbers for `norm` with which the encoder makes such features
+    MAE's linear probe does this with a BatchNorm without learned factors (arXiv 2111.06377,
+    Appendix A.1, "Linear probing"). Here the statistics are those of all clips, not of batches.
+
+    stored   {"features", "targets"}
+    norm     the encoder's last LayerNorm, whose outputs the features are
+    returns  the same dict with standardised features, and "norm": weight and bias with which `norm`
+             itself returns standardised features
     """
-    features, bias = found["features"], norm.bias.detach().cpu()
+    features, bias = stored["features"], norm.bias.detach().cpu()
     mean, deviation = features.mean(dim=0), (features.var(dim=0, correction=0) + 1e-6).sqrt()
-    return found | {"features": (features - mean) / deviation,
-                    "norm": {"weight": norm.weight.detach().cpu() / deviation,
-                             "bias": (bias - mean) / deviation}}
+    return stored | {"features": (features - mean) / deviation,
+                     "norm": {"weight": norm.weight.detach().cpu() / deviation,
+                              "bias": (bias - mean) / deviation}}
 
 
 def compute_features(stage, model, train_set):
@@ -176,7 +183,7 @@ def compute_features(stage, model, train_set):
 
 
 def feature_batches(stage, stored, first):
-    """Batches of stored features and their targets, drawn at random; a function of (seed, step)."""
+    """Yield random batches of stored features and their targets, a function of (seed, step)."""
     features, targets = stored
     answers = recognition.answers_in(targets, stage.classes, stage.several)
     balanced = stage.balance == "sampler"
