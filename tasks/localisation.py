@@ -1,18 +1,17 @@
-"""Temporal action localisation: what happens when, in videos of any length.
+"""Temporal action localisation: find the start, the end and the class of actions in long videos.
 
-Recognition gets a clip that someone cut so that one action fills it. Real videos run for minutes,
-and most of their time shows no action. InternVideo evaluates its features on finding where each
-action begins and ends (Sec. 4.3; its detectors are ActionFormer, and TCANet on HACS). The encoder
-is frozen. A small head reads one feature after another.
+Recognition assumes a clip that one action fills. Real videos last minutes, and most of the time
+shows no action. InternVideo evaluates its features on this task (Sec. 4.3, with the detectors
+ActionFormer and TCANet). The encoder is frozen. A small head reads its sequence of features.
 
     frames -> windows -> frozen encoder -> features (T', F) -> head -+-> scores (T', Y)
-                                           one per `stride`          +-> distances (T', 2)
+                                           one per step              +-> distances (T', 2)
     segments (start s, end s, score, label) <- soft-NMS <- decode <--+
 
-1. `windows` and `slide` move the encoder over the frames, as tools/extract.py does. Row i has seen
-   frames i * stride to i * stride + window - 1.
-2. `Head` is anchor-free (AFSD, arXiv 2103.13137; ActionFormer, arXiv 2202.07925). Each step gives a
-   score for each class, and the distances to the start and the end of its segment.
+1. `windows` and `slide` move the encoder over the frames, as tools/extract.py does. The feature of
+   step i is computed from frames i * stride to i * stride + window - 1.
+2. `Head` is anchor-free (AFSD, arXiv 2103.13137; ActionFormer, arXiv 2202.07925). For each step it
+   predicts a score per class, and the distances to the start and the end of the segment.
 3. `assign` makes the targets: only steps in the middle of a segment predict it (centre sampling).
    `head_loss` is the focal loss of the scores (arXiv 1708.02002) and the distance-IoU loss of the
    segments (arXiv 1911.08287).
@@ -20,13 +19,13 @@ is frozen. A small head reads one feature after another.
    segments that overlap a better one of the same class.
 5. `mean_average_precision` is the official metric of ActivityNet and THUMOS14. `MeanSegments` is a
    trivial baseline that sees no video.
-6. `stream` runs the head while features arrive, in a fixed amount of memory. A step depends on
+6. `stream` runs the head while features arrive, with bounded memory. A prediction depends on
    `margin` steps to either side, so the result equals that for the whole video at once.
 
-Where we differ: ActionFormer uses windowed attention on six time scales, each with its own range of
-lengths. Our head uses dilated convolutions on one scale, enough for lengths that differ by a factor
-of ten. Its targets are steps within 1.5 of a segment's centre; ours are a share of its length. On
-ActivityNet it averages scores with those of a video classifier; we do not.
+Where we differ: ActionFormer uses windowed attention on six time scales, each for its own range of
+segment lengths. Our head uses dilated convolutions on one scale. In ActionFormer steps within 1.5
+of a segment's centre predict it; here it is a share of the segment's length. On ActivityNet,
+ActionFormer averages its scores with those of a video classifier; we do not.
 
 InternVideo's mAP: 71.58 on THUMOS14, 39.00 on ActivityNet 1.3, 17.57 on FineAction.
 
@@ -77,13 +76,14 @@ class TimeBlock(nn.Module):
         self.proj, self.drop = nn.Linear(width, width), Dropout(drop)
 
     def forward(self, x, inside):
-        """x (B, T', D); inside (B, T', 1), 0 at padding, so that it equals the end of a video."""
+        """x (B, T', D); inside (B, T', 1), 0 at padding. Padding then acts like the zeros that the
+        convolution sees beyond the end of a video."""
         y = self.conv((self.norm(x) * inside).transpose(1, 2)).transpose(1, 2)
         return x + self.drop(self.proj(F.gelu(y)))
 
 
 class Head(nn.Module):
-    """Class scores of each step, and the distances to the start and the end of its segment.
+    """Predicts for each step the class scores, and the distances to start and end of the segment.
 
     features  F, width of the encoder's features
     classes   Y
@@ -91,8 +91,8 @@ class Head(nn.Module):
     depth     blocks; the dilation doubles from one to the next
     drop      dropout in each block
 
-    The head normalises features with `centre` and `spread` (F,), the mean and the standard
-    deviation that `measure` takes from the training set.
+    The head first normalises the features. `centre` and `spread` (F,) are their mean and standard
+    deviation in the training set, see `measure`.
     """
 
     def __init__(self, features, classes, width=128, depth=4, drop=0.1):
@@ -104,17 +104,17 @@ class Head(nn.Module):
         self.blocks = nn.ModuleList(TimeBlock(width, 2**i, drop) for i in range(depth))
         self.norm = nn.LayerNorm(width)
         self.score, self.distance = (nn.Conv1d(width, n, 3, padding=1) for n in (classes, 2))
-        # At first every score is 0.01: else the loss of the many steps without an action would
-        # dominate (focal loss, Sec. 4.1, Initialization).
+        # Every score starts at 0.01. With larger scores the many steps without an action would
+        # dominate the first loss (focal loss, Sec. 4.1, Initialization).
         nn.init.constant_(self.score.bias, -math.log((1 - 0.01) / 0.01))
 
     @property
     def margin(self):
         """Steps to either side that a prediction depends on."""
-        return 2 ** len(self.blocks)  # 1 + 2 + 4 + ... of the blocks, 1 of the last convolutions
+        return 2 ** len(self.blocks)  # blocks: 1 + 2 + 4 + ...; last convolutions: 1
 
     def measure(self, features):
-        """Set centre and spread to those of features (steps, F)."""
+        """Set `centre` and `spread` to mean and standard deviation of features (steps, F)."""
         self.centre.copy_(features.mean(dim=0))
         self.spread.copy_(features.std(dim=0).clamp(min=1e-6))
 
@@ -148,10 +148,11 @@ def assign(count, segments, middle=0.6):
     """
     labels, distances = torch.full((count,), -1), torch.zeros(count, 2)
     steps = torch.arange(count, dtype=torch.float32)
-    for start, end, label in sorted(segments, key=lambda s: s[0] - s[1]):  # the shortest last
+    # The shortest segment comes last and overwrites the others.
+    for start, end, label in sorted(segments, key=lambda s: s[0] - s[1]):
         centre, reach = (start + end) / 2, max(middle * (end - start) / 2, 0.5)
         chosen = (steps - centre).abs() <= reach
-        # The nearest step of a segment shorter than a step may lie outside it.
+        # If a segment is shorter than a step, the nearest step may lie outside it.
         chosen &= (steps >= min(start, centre - 0.5)) & (steps <= max(end, centre + 0.5))
         labels[chosen] = int(label)
         distances[chosen] = torch.stack([steps - start, end - steps], dim=1)[chosen].clamp(min=0)
@@ -176,7 +177,7 @@ def distance_iou_loss(distances, target):
 
         1 - IoU + (distance of the centres / length of the hull)**2
 
-    Where two segments do not overlap, IoU alone has no gradient.
+    The second term gives a gradient also where the segments do not overlap and IoU is 0.
 
     distances, target  (n, 2), distances from the same step to start and end, >= 0
     returns            (n,)
@@ -210,14 +211,15 @@ def head_loss(logits, distances, labels, target_distances, inside, count=None):
 
 
 def clock(times):
-    """(steps, seconds): two arrays of knots. np.interp translates one into the other.
+    """Knots (steps, seconds) with which np.interp converts steps to seconds, or back.
 
-    times  (T',) seconds of the steps; outside of them, the median step length continues
+    times  (T',) seconds of the steps. Before the first and after the last step, time continues with
+           the median length of a step
     """
-    pace, far = float(np.median(np.diff(times))) if len(times) > 1 else 1.0, 1e6
+    length, far = float(np.median(np.diff(times))) if len(times) > 1 else 1.0, 1e6
     steps = np.arange(len(times), dtype=float)
     return (np.concatenate([[-far], steps, [steps[-1] + far]]),
-            np.concatenate([[times[0] - far * pace], times, [times[-1] + far * pace]]))
+            np.concatenate([[times[0] - far * length], times, [times[-1] + far * length]]))
 
 
 def decode(scores, distances, first=0, least=0.01, most=500):
@@ -226,8 +228,8 @@ def decode(scores, distances, first=0, least=0.01, most=500):
     scores     (T', Y) probabilities
     distances  (T', 2) in steps
     first      number of the first of these steps
-    least      candidates with lower scores are dropped
-    most       the best are kept, at most so many, in descending order
+    least      lowest score of a candidate that is kept
+    most       largest number of candidates; the best are kept, in descending order
     """
     scores, distances = scores.double().cpu().numpy(), distances.double().cpu().numpy()
     step, label = np.nonzero(scores > least)
@@ -237,7 +239,8 @@ def decode(scores, distances, first=0, least=0.01, most=500):
 
 
 def in_seconds(candidates, times, duration):
-    """Candidates (n, 4) in steps -> in seconds, cut to the video; empty ones are dropped."""
+    """Convert candidates (n, 4) from steps to seconds and clip them to the video's duration. Empty
+    ones are dropped."""
     segments = candidates.copy()
     segments[:, :2] = np.interp(candidates[:, :2], *clock(times)).clip(0, duration)
     return segments[segments[:, 1] > segments[:, 0]]
@@ -258,8 +261,8 @@ def iou(a, b):
 def soft_nms(candidates, sigma=0.5, least=0.001, most=200):
     """Gaussian soft-NMS (arXiv 1704.04503, Sec. 3, Soft-NMS).
 
-    Again and again: take the best candidate, and multiply the score of every other one of its class
-    by exp(-IoU**2 / sigma).
+    Repeat: take the best candidate, and multiply the scores of the others of its class by
+    exp(-IoU**2 / sigma).
 
     candidates  (n, 4): start, end, score, label
     sigma       larger values suppress less
@@ -267,8 +270,8 @@ def soft_nms(candidates, sigma=0.5, least=0.001, most=200):
     most        number of segments that are kept; None = all
     returns     (n, 4), the best first
 
-    Candidates in different groups of overlapping ones do not affect each other. Each group is
-    treated by itself, so the cost grows with the length of the video, not with its square.
+    Candidates that do not overlap cannot affect each other. Each group of overlapping candidates is
+    therefore handled separately. The cost grows linearly with the length of the video.
 
     >>> soft_nms(np.array([[0, 4, 0.9, 1], [0, 4, 0.8, 1], [7, 9, 0.5, 1]])).round(3)[:, 2]
     array([0.9  , 0.5  , 0.108])
@@ -277,8 +280,8 @@ def soft_nms(candidates, sigma=0.5, least=0.001, most=200):
     for label in np.unique(candidates[:, 3]):
         group = candidates[candidates[:, 3] == label]
         group = group[np.argsort(group[:, 0], kind="stable")]
-        reached = np.maximum.accumulate(group[:, 1])
-        for rest in np.split(group.copy(), np.flatnonzero(group[1:, 0] >= reached[:-1]) + 1):
+        last_end = np.maximum.accumulate(group[:, 1])
+        for rest in np.split(group.copy(), np.flatnonzero(group[1:, 0] >= last_end[:-1]) + 1):
             while len(rest):
                 best = rest[:, 2].argmax()
                 if rest[best, 2] <= least:
@@ -291,9 +294,10 @@ def soft_nms(candidates, sigma=0.5, least=0.001, most=200):
 
 
 def clearest(segments, least=0.2):
-    """The segments for a picture: score at least `least`, IoU below 0.5 with every better one.
+    """Select the segments to draw: score at least `least`, IoU below 0.5 with every better one of
+    any class.
 
-    segments  (n, 4), the best first; classes are not told apart
+    segments  (n, 4), the best first
     """
     kept = segments[:0]
     for row in segments[segments[:, 2] >= least]:
@@ -313,9 +317,9 @@ def mean_average_precision(truth, predictions, thresholds=THRESHOLDS):
     predictions  for each video an array (n, 4): start, end, score, label
 
     For each class, the predictions of all videos are visited in order of descending score. A
-    prediction is correct if it overlaps a true segment of its video by tIoU or more and no better
-    prediction has matched that segment. Of several it matches the one with the largest overlap.
-    mAP is the mean of `average_precision` over the classes that occur.
+    prediction is correct if its IoU with a true segment of its video is at least tIoU, and no
+    better prediction has matched that segment. Among several such segments it matches the one with
+    the largest IoU. mAP is the mean of `average_precision` over the classes that occur.
     """
     values = {threshold: [] for threshold in thresholds}
     for label in sorted({segment[2] for segments in truth for segment in segments}):
@@ -342,9 +346,9 @@ def mean_average_precision(truth, predictions, thresholds=THRESHOLDS):
 
 
 def average_precision(correct, count):
-    """Area under precision over recall, interpolated.
+    """Area under the interpolated precision-recall curve.
 
-    The precision at a recall is the best at that or any higher recall.
+    The interpolated precision at a recall is the highest precision at that or any higher recall.
 
     correct  (n,) 0 or 1, in order of descending score
     count    number of true segments
@@ -356,7 +360,7 @@ def average_precision(correct, count):
 
 
 class MeanSegments:
-    """The trivial baseline: it predicts the mean segments of the training videos, for any video.
+    """The trivial baseline: it predicts the mean segments of the training videos for every video.
 
     truth, durations  of the training videos: lists of (start, end, label), and seconds
 
@@ -377,7 +381,7 @@ class MeanSegments:
             for label, number in labels.most_common()]).reshape(-1, 4)
 
     def __call__(self, duration):
-        """Segments (n, 4) of a video of so many seconds."""
+        """Segments (n, 4) for a video of this duration in seconds."""
         return self.segments * np.array([duration, duration, 1, 1])
 
 
@@ -388,9 +392,9 @@ class MeanSegments:
 def windows(frames, window, stride):
     """Yield windows of frames, (window, H, W, 3), one per `stride` frames.
 
-    frames  an iterable of uint8 (H, W, 3); at most `window` of them are kept
+    frames  an iterable of uint8 (H, W, 3); at most `window` of them are in memory
 
-    A video shorter than a window repeats its last frame.
+    A video shorter than a window is filled up with its last frame.
     """
     kept, number = collections.deque(maxlen=window), 0
     for frame in frames:
@@ -419,10 +423,10 @@ def in_batches(items, size):
 
 
 def window_feature(encoder, video):
-    """What tools/extract.py and `slide` take from an encoder: video (B, C, T, H, W) -> (B, F).
+    """The feature of a window, for `slide` and tools/extract.py: video (B, C, T, H, W) -> (B, F).
 
-    The mean token of the masked encoder after its norm, the feature of the multimodal one before
-    its norm.
+    The masked encoder gives its mean token after the norm. The multimodal encoder gives its feature
+    before the norm.
     """
     if encoder.family == "multimodal":
         return encoder.encode(video)[0].float()
@@ -431,9 +435,9 @@ def window_feature(encoder, video):
 
 @torch.no_grad()
 def slide(encoder, frames, stride, batch_size=16):
-    """Yield features (b, F) of frames as they come, see `windows`.
+    """Yield features (b, F) while frames arrive, one for each window; see `windows`.
 
-    encoder  in eval mode; it runs on its device
+    encoder  in eval mode
     """
     device = next(encoder.parameters()).device
     for clips in in_batches(windows(frames, encoder.config["frames"], stride), batch_size):
@@ -446,12 +450,12 @@ def stream(head, features, chunk=256):
     """Run the head over features that arrive in pieces.
 
     features  an iterable of (b, F)
-    yields    (first, scores (n, Y), distances (n, 2)): probabilities, and distances in steps, of
-              steps first to first + n - 1; equal to those for the whole video at once
+    yields    (first, scores (n, Y), distances (n, 2)) of steps first to first + n - 1, as
+              probabilities and in steps. They equal those for the whole video at once
 
-    At most chunk + 2 head.margin rows, and a piece, are kept.
+    In memory are at most chunk + 2 * head.margin features, and the newest piece.
     """
-    # kept[0] is step `begin`; steps before `done` have been yielded
+    # kept[0] is the feature of step `begin`. Predictions before step `done` have been yielded.
     margin, kept, begin, done = head.margin, None, 0, 0
     for piece in itertools.chain(features, [None]):
         if piece is not None:
@@ -471,9 +475,9 @@ def stream(head, features, chunk=256):
 class Localiser(nn.Module):
     """A frozen encoder and a head: the model of a run of `localise`.
 
-    encoder  mae.VideoClassifier or uniformerv2.UniFormerV2; None where features came from files
+    encoder  mae.VideoClassifier or uniformerv2.UniFormerV2; None if the features came from files
     head     a `Head`
-    names    of the classes, in label order
+    names    class names, in label order
     stride   frames from one window to the next
     """
 
@@ -486,16 +490,16 @@ class Localiser(nn.Module):
                        "head": head.config, "names": self.names, "stride": stride}
 
     def train(self, mode=True):
-        """The encoder stays in eval mode."""
+        """Set the mode of the head. The encoder stays in eval mode."""
         super().train(mode)
         if self.encoder is not None:
             self.encoder.eval()
         return self
 
     def find(self, video, batch_size=16, tick=lambda: None):
-        """Segments of a video.decoding.Video of any length.
+        """Find the segments of a video.decoding.Video of any length.
 
-        tick     called for every frame
+        tick     called after every frame, for a progress bar
         returns  (n, 4): start s, end s, score, label; the best first
         """
         def frames():
@@ -506,9 +510,9 @@ class Localiser(nn.Module):
         return self.find_in(frames(), video.info.timestamps, video.info.duration, batch_size)
 
     def find_in(self, frames, timestamps, duration, batch_size=16):
-        """As `find`, for frames uint8 (H, W, 3) as they arrive.
+        """As `find`, for an iterable of frames uint8 (H, W, 3).
 
-        timestamps (T,) and duration in seconds
+        timestamps (T,) and duration are in seconds.
         """
         features = slide(self.encoder, frames, self.stride, batch_size)
         candidates = [decode(scores, distances, first)
@@ -534,11 +538,12 @@ class Localiser(nn.Module):
 
 
 class Videos(torch.utils.data.Dataset):
-    """Long videos. An item's "video" is its number: the stage looks up the features.
+    """Long videos. "video" of an item is its index, with which the stage looks up the features.
 
-    items      dicts with "features" (T', F), "times", "segments", "duration", "path"; or a `world`
-               of generated videos, whose features are not computed yet
-    classes    {"label": class names}
+    items    for each video a dict with "features" (T', F), "times", "segments", "duration" and
+             "path"; or a generated world, until `prepare` computes the features
+    names    class names
+    source   where the videos come from, for messages
     """
 
     def __init__(self, items, names, source):
@@ -553,7 +558,7 @@ class Videos(torch.utils.data.Dataset):
 
 
 def mean_ap(items, segments_of, prefix=""):
-    """mAP in percent of what `segments_of` predicts for each item, at each IoU and on average."""
+    """mAP in percent at each temporal IoU and on average. segments_of(item) -> its predictions."""
     values = mean_average_precision([item["segments"] for item in items],
                                     [segments_of(item) for item in items])
     values = {f"{prefix}mAP@{threshold:g}": 100 * value for threshold, value in values.items()}
@@ -562,7 +567,7 @@ def mean_ap(items, segments_of, prefix=""):
 
 @torch.no_grad()
 def predict(head, item):
-    """The segments of one video, (n, 4), out of its features."""
+    """Predict the segments (n, 4) of one video from its features."""
     scores, distances = head(item["features"][None].to(next(head.parameters()).device))
     candidates = decode(scores[0].sigmoid(), distances[0])
     return soft_nms(in_seconds(candidates, item["times"], item["duration"]))
@@ -573,46 +578,48 @@ class Localisation(Stage, name="localise"):
     """Temporal action localisation: a small head on a frozen encoder's features.
 
     InternVideo, Sec. 4.3, temporal action localisation. The head follows AFSD and ActionFormer; the
-    latter is the paper of the flags. The videos are long generated ones, whose features are
-    computed once, or real ones, whose features tools/extract.py has computed. Then, for one video:
-    python tools/predict.py VIDEO --weights RUN"""
+    paper's values of flags are ActionFormer's. The videos are long generated ones, whose features
+    are computed once, or real ones, whose features lie in files (tools/extract.py). Then, for one
+    video: python tools/predict.py VIDEO --weights RUN"""
 
     data: str = flag("", "folder of features, with --annotations: .npz by tools/extract.py, or "
-                     ".npy by others; default: long generated videos")
-    val_data: str = flag("", "the same for evaluation; default: also in --data")
+                     ".npy from elsewhere; default: long generated videos")
+    val_data: str = flag("", "folder of features for evaluation; default: that of --data")
     weights: str = flag("", "the encoder: a run of mae, clip or classify, or an official file; or "
-                        "a run of this stage. With --data it is not needed, but the run can then "
+                        "a run of this stage. Optional with --data; with it the run can also "
                         "predict on videos")
-    annotations: str = flag("", "what happens when in the videos of --data, see docs/formats.md: "
-                            "of ActivityNet, HACS, FineAction, THUMOS14, or alike", group="clips")
-    train_subset: str = flag("training", "subset of --annotations to train on; where it is left "
-                             "out, Validation on THUMOS14", group="clips")
-    val_subset: str = flag("validation", "subset to evaluate on, all of it; where it is left out, "
-                           "Test on THUMOS14", group="clips")
+    annotations: str = flag("", "JSON with the true segments of --data, in the format of "
+                            "ActivityNet, HACS, FineAction or THUMOS14, see docs/formats.md",
+                            group="clips")
+    train_subset: str = flag("training", "subset of --annotations to train on; default on "
+                             "THUMOS14: Validation", group="clips")
+    val_subset: str = flag("validation", "subset of --annotations to evaluate on; default on "
+                           "THUMOS14: Test", group="clips")
     videos: int = flag(300, "generated videos to train on", low=1, group="clips")
     eval_clips: int = flag(100, "generated videos per evaluation")
-    stride: int = flag(4, "frames from one window to the next; .npz by tools/extract.py know it",
-                       low=1, group="clips", paper="VideoMAE V2: 4 on THUMOS14, 16 on FineAction")
-    window: int = flag(0, "frames that a feature of .npy files has seen; 0 = --stride", low=0,
+    stride: int = flag(4, "frames from one window to the next; .npz files of tools/extract.py "
+                       "contain it", low=1, group="clips",
+                       paper="VideoMAE V2: 4 on THUMOS14, 16 on FineAction")
+    window: int = flag(0, "frames per feature of .npy files; 0 = --stride", low=0,
                        only="files", group="clips")
-    rate: float = flag(0.0, "frames a second of the videos of .npy files; 0 = as --annotations "
-                       "says", low=0, only="files", group="clips")
+    rate: float = flag(0.0, "frames per second of the videos of .npy files; 0 = that of "
+                       "--annotations", low=0, only="files", group="clips")
     steps: int = flag(400)
     batch_size: int = flag(16, "videos per step")
     lr: float = flag(2e-3, paper="1e-4")
     optimizer: str = flag("adamw")
     weight_decay: float = flag(0.05, paper="0.05")
     width: int = flag(128, "of the head", paper="512", low=1)
-    depth: int = flag(4, "blocks of the head; each doubles how far it sees", low=1, high=10)
+    depth: int = flag(4, "blocks of the head; each doubles the dilation", low=1, high=10)
     drop: float = flag(0.1, "dropout in the head", low=0, high=1)
     middle: float = flag(0.6, "share of a segment, around its centre, whose steps predict it",
                          low=0, high=1)
-    length: int = flag(1024, "most steps of a video in training; of a longer one a random part",
-                       paper="2304", low=8)
+    length: int = flag(1024, "maximum steps of a video in training; longer videos give a random "
+                       "part", paper="2304", low=8)
 
     @functools.cached_property
     def parts(self):
-        """(the encoder or None, a finished Localiser or None), out of --weights."""
+        """(the encoder or None, a trained Localiser or None) from --weights."""
         if bool(self.weights) and weights.read(self.weights)[1].get("model") == "Localiser":
             model = Localiser.from_run(self.weights)
             self.refuse_other(**{key: model.head.config[key]
@@ -621,7 +628,7 @@ class Localisation(Stage, name="localise"):
         return encoders.load_encoder(self.weights) if self.weights else None, None
 
     def datasets(self):
-        """Long videos: generated ones, or features of files with their annotation."""
+        """Long videos: generated ones, or features from files with annotations."""
         train_set, val = self.open_files() if self.data else self.open_worlds()
         return train_set, {"val": val}
 
@@ -638,10 +645,10 @@ class Localisation(Stage, name="localise"):
                 for split, world in worlds.items()]
 
     def open_files(self):
-        """Features of files. UserError where they do not fit together, or to --weights."""
+        """Features from files. UserError if they do not fit each other or --weights."""
         if not self.annotations:
-            raise UserError("--annotations: --data is a folder of features; name the JSON that "
-                            "says what happens when")
+            raise UserError("--annotations: --data is a folder of features; give the JSON file "
+                            "with their true segments")
         encoder, model = self.parts
         annotation, names = read_segments(self.annotations), model and model.names
         print(f"--annotations {self.annotations}: {printable(annotation.summary())}")
@@ -666,7 +673,7 @@ class Localisation(Stage, name="localise"):
         return sets
 
     def check_features(self, sets):
-        """UserError where features were made in different ways, or do not fit a flag."""
+        """UserError if features were extracted in different ways, or do not fit a flag."""
         encoder, model = self.parts
         first = sets[0].items[0]
         for item in itertools.chain(*(part.items for part in sets)):
@@ -694,7 +701,7 @@ class Localisation(Stage, name="localise"):
                             f"{first['features'].shape[1]}")
 
     def build(self, train_set):
-        """The finished model, or a new head; its encoder is frozen."""
+        """The trained model of --weights, or a new head. The encoder is frozen."""
         encoder, model = self.parts
         names = list(train_set.classes["label"])
         if model is None:
@@ -707,11 +714,12 @@ class Localisation(Stage, name="localise"):
         return model
 
     def untrained(self):
-        """A new head, where --weights hold but an encoder."""
+        """A new head, if --weights is not a run of this stage."""
         return "" if self.parts[1] else "a new head"
 
     def prepare(self, model, train_set, held_out):
-        """Features of generated videos, and the targets of all videos, in steps."""
+        """Compute the features of generated videos, and the true segments of all videos in steps.
+        """
         sets = (train_set, held_out["val"])
         if not self.data:
             for part, items in zip(sets, self.features(model, sets)):
@@ -726,13 +734,13 @@ class Localisation(Stage, name="localise"):
         return train_set
 
     def add_targets(self, item):
-        """Give an item with features its segments in "steps", and the features as a tensor."""
+        """Add "steps" to an item, its segments in steps, and make its features a tensor."""
         item["features"] = torch.as_tensor(item["features"])
         item["steps"] = [(*np.interp(segment[:2], *clock(item["times"])[::-1]), segment[2])
                          for segment in item["segments"]]
 
     def example(self, model, train_set):
-        """The first video; of a generated one the features are computed."""
+        """A batch of the first training video, with features."""
         item = train_set.items[0]
         if not self.data:
             item = self.item(model.encoder, item, 0)
@@ -740,13 +748,13 @@ class Localisation(Stage, name="localise"):
         return self.gather([item])
 
     def features(self, model, sets):
-        """[items of each set] with features of an eval-mode encoder; see Stage.kept."""
+        """[items of each set] with the features of the encoder, stored on disk; see Stage.kept."""
         settings = {name: getattr(self, name) for name in
                     ("weights", "videos", "eval_clips", "stride", "seed", "precision")}
         return self.kept(settings, lambda: self.compute_features(model, sets))["sets"]
 
     def compute_features(self, model, sets):
-        """{"sets": [items of each set]} of generated videos, shared among the processes."""
+        """{"sets": [items of each set]} of generated videos. The processes share the work."""
         encoder, stored, started = model.encoder.eval(), [], time.monotonic()
         counts = [len(part) for part in sets]
         with tqdm(total=sum(counts), desc="features", unit="video",
@@ -771,7 +779,8 @@ class Localisation(Stage, name="localise"):
         return video | {"features": features, "times": times.tolist()}
 
     def gather(self, items, rng=None):
-        """Videos as a padded batch with its targets; with rng a random part of each long one."""
+        """Make a padded batch of videos and targets. With `rng` a long video gives a random part of
+        --length steps."""
         parts = []
         for item in items:
             count = len(item["features"])
@@ -787,12 +796,12 @@ class Localisation(Stage, name="localise"):
                 .to(self.device) for name, column, empty in columns}
 
     def batches(self, train_set, first):
-        """Padded batches of videos, drawn at random; a function of (seed, step)."""
+        """Yield padded batches of random videos, a function of (seed, step)."""
         for step in range(first * self.accum, self.steps * self.accum):
             rng = generator(self.seed, "videos", step)
             rows, mine = processes.joined(self.batch_size)
             chosen = torch.randint(len(train_set), (rows,), generator=rng).tolist()
-            # Of all processes: padded alike, counted together.
+            # Every process makes the whole batch: padding and count are then the same everywhere.
             batch = self.gather([train_set.items[i] for i in chosen], rng)
             count = ((batch["targets"] >= 0) & batch["inside"]).sum().clamp(min=1)
             yield {name: value[mine] for name, value in batch.items()} | {
@@ -820,7 +829,7 @@ class Localisation(Stage, name="localise"):
             items, lambda item: segments[item["number"]])
 
     def finish(self, model, held_out, results):
-        """The same of the baseline, and both as a table."""
+        """Print a table of mAP with the baseline, and return the values of the baseline."""
         items = held_out["val"].items[:self.eval_clips]
         rows = {"localise": mean_ap(items, functools.partial(predict, model.head)),
                 "mean segments": mean_ap(items, lambda item: self.baseline(item["duration"]),
@@ -832,7 +841,7 @@ class Localisation(Stage, name="localise"):
         return rows["mean segments"]
 
     def protocol(self, held_out):
-        """How mAP is measured."""
+        """How mAP is measured, for metrics.json."""
         what = "videos of --data" if self.data else \
             "long videos of moving shapes, 14 motions, 8 frames a second"
         return {"videos": f"{self.eval_clips} held-out {what}",
