@@ -1,28 +1,29 @@
-"""Answer questions about videos: choose one of a fixed list of answers.
+"""Video question answering: choose one of a fixed list of answers.
 
-A question needs both halves of the video-text model at once. The caption decoder reads the
-question in place of a caption; at the question's end, its output is what the video says about it.
-Most answers of the benchmarks are one word, so a classifier over the most frequent answers is
-enough (InternVideo, arXiv 2212.03191, Sec. 4.4, video question answering).
+The caption decoder reads the question instead of a caption, so its output at the end of the
+question depends on question and video. Most answers of the benchmarks are one word. A classifier
+over the most frequent answers is therefore enough (InternVideo, arXiv 2212.03191, Sec. 4.4, video
+question answering).
 
     video -> visual encoder --+------------------------ norm -- video feature (B, D) ----+
                               | tokens                                                   |
-                              +--> caption decoder -- at the question's end (B, W) -- concat
+                              +--> caption decoder -- at the end token (B, W) ------- concat
                               | tokens                                                   |
-    question -> text encoder -+------------------------ at its end (B, W) ---------------+
+    question -> text encoder -+---------------------- at the end token (B, W) -----------+
                                                   head (B, D + 2*W) -> scores (B, answers)
 
 The idea, in steps:
-1. `answer_table` lists the most frequent answers of the training questions. Other answers cannot be
-   given; in evaluation they always count as wrong.
-2. `VideoQA` is the video-text model with `AnswerHead` on top. It does not use what only contrast
-   and captioning need: both projections, the scale, the layers from the decoder to words.
-3. `QuestionOnly` is a baseline that never sees a video. It gives the answer that this question
-   mostly has. On real benchmarks that is often right ("Making the V in VQA Matter", arXiv
-   1612.00837), so accuracy is reported beside it.
+1. `answer_table` lists the most frequent answers of the training questions. The model can give only
+   these. A question with another answer always counts as wrong.
+2. `VideoQA` is the video-text model with `AnswerHead` on top. It does not use the parts that only
+   the contrastive loss and captioning need.
+3. `QuestionOnly` is a baseline that never sees a video. It gives the most frequent training answer
+   to the same question. On real benchmarks this is often correct ("Making the V in VQA Matter",
+   arXiv 1612.00837), so both accuracies are reported.
 
-Where we differ: the paper describes a head of three layers, its code has two, as here (11.8 M
-parameters on a ViT-B for 1,500 answers). The code fails where a question fills all 77 tokens.
+Where we differ: the paper describes a head of three layers. The official code has two, as here
+(11.8 M parameters on a ViT-B for 1,500 answers). The official code fails if a question fills all
+77 tokens.
 
     python train.py answer --weights RUN              # generated questions; --data FILE for yours
     python tools/predict.py VIDEO --question "which way does the red square go?" --weights RUN
@@ -55,22 +56,23 @@ from video import transforms
 
 
 def normalise_answer(answer):
-    """An answer as it is compared: lower case, single spaces, no punctuation at its ends -> str."""
+    """Spelling in which answers are compared: lower case, single spaces, no punctuation at the
+    ends."""
     return re.sub(r"\s+", " ", answer.lower()).strip(" .,;:!?\"'")
 
 
 def answer_table(answers, most=1500):
-    """The `most` frequent answers, normalised; equally frequent ones in alphabetical order."""
+    """The `most` most frequent answers, normalised. Ties are sorted alphabetically."""
     count = Counter(map(normalise_answer, answers))
     return sorted(count, key=lambda answer: (-count[answer], answer))[:most]
 
 
 class QuestionOnly:
-    """The baseline that sees no video: the most frequent answer to a question in training.
+    """The baseline that sees no video: it gives the most frequent training answer to a question.
 
-    questions, answers  of training, str each
+    questions, answers  str, of the training set
 
-    self(question) -> that answer; for a question that training does not have, the most frequent
+    self(question) -> that answer; for a question that is not in the training set, the most frequent
     answer of all.
     """
 
@@ -86,9 +88,9 @@ class QuestionOnly:
 
 
 class AnswerHead(nn.Sequential):
-    """Scores of answers: dropout, Linear to twice the width, LayerNorm, GELU, dropout, Linear.
+    """Dropout, Linear to twice the width, LayerNorm, GELU, dropout, Linear.
 
-    (B, D + 2*W) -> (B, answers)
+    (B, D + 2*W) -> scores (B, answers)
     """
 
     def __init__(self, visual_width, text_width, answers, drop=0.5):
@@ -98,15 +100,16 @@ class AnswerHead(nn.Sequential):
 
 
 class VideoQA(nn.Module):
-    """A video-text model that answers.
+    """A video-text model that answers questions.
 
     clip     clip_video.VideoCLIP
     decoder  caption_decoder.CaptionDecoder of the same widths
-    answers  list of str: the answers that can be given
-    drop     probability of dropout in the head
+    answers  list of str: the possible answers
+    drop     dropout probability in the head
 
-    What only contrast and captions need (both projections, the scale, the layers from the decoder
-    to words) stays in the model, frozen, so that its weights can be saved and loaded whole.
+    The parts that only the contrastive loss and captioning need are frozen: both projections, the
+    scale, the decoder's layers that predict words. They stay in the model, so that runs contain all
+    weights of both components.
     """
 
     def __init__(self, clip, decoder, answers, drop=0.5):
@@ -120,7 +123,7 @@ class VideoQA(nn.Module):
 
     @property
     def config(self):
-        """What it was made with, for config.json."""
+        """The arguments of the constructor, for config.json."""
         return {"model": "VideoQA", "clip": self.clip.config,
                 "caption_decoder": self.caption_decoder.config, "answers": self.answers}
 
@@ -129,7 +132,7 @@ class VideoQA(nn.Module):
 
         video    (B, C, T, H, W) float, normalised with clip.mean and clip.std
         ids      (B, L) int64, token numbers of the questions
-        returns  (B, answers)
+        returns  scores (B, answers)
         """
         feature, tokens = self.clip.visual.encode(video)                 # (B, D), (B, t, 1+S, D)
         words, at_end = self.clip.text.tokens(ids), self.clip.text.at_end               # (B, L, W)
@@ -139,7 +142,8 @@ class VideoQA(nn.Module):
 
     @classmethod
     def from_run(cls, folder, drop=0.0):
-        """Load a run of `answer`, in eval mode; drop: to train on. Raises WeightsError."""
+        """Load a run of `answer`, in eval mode. drop: dropout for further training. Raises
+        WeightsError."""
         def make(config):
             return cls(clip_video.VideoCLIP.from_config(config["clip"]),
                        caption_decoder.CaptionDecoder.from_config(config["caption_decoder"]),
@@ -154,11 +158,11 @@ class VideoQA(nn.Module):
 
 @torch.no_grad()
 def evaluate(scores_of, batches, answers):
-    """What the model answers: [(question, right answer, answer of the model), ...], in order.
+    """Answer held-out questions: [(question, correct answer, answer of the model), ...], in order.
 
     scores_of  function of a batch -> (B, answers)
     batches    dicts with the lists "question" and "answer", and "number"
-    answers    the answers that a model can give, in the order of its scores
+    answers    the possible answers, in the order of the scores
     """
     rows = []
     for batch in batches:
@@ -171,10 +175,10 @@ def evaluate(scores_of, batches, answers):
 
 @dataclass
 class Answering(SentenceStage, name="answer"):
-    """Questions about videos: a head on the caption decoder and both encoders, all of them trained.
+    """Video question answering: a head on the caption decoder and both encoders. All parts train.
 
-    InternVideo, Sec. 4.4, video question answering. On generated questions about moving shapes, or
-    on a file of `video, question, answer`. Then, for one video:
+    InternVideo, Sec. 4.4, video question answering. The questions are about moving shapes, or come
+    from a file of `video, question, answer`. Then, for one video:
     python tools/predict.py VIDEO --question QUESTION --weights RUN"""
 
     weights: str = flag("", "the video-text model: a run of clip, InternVideo-MM weights, or a run "
@@ -185,13 +189,14 @@ class Answering(SentenceStage, name="answer"):
     head_scale: float = flag(3.0, "factor on the learning rate of the head", paper="10", low=0)
     weight_decay: float = flag(0.01, paper="0.01")
     warmup: float = flag(0.1, paper="0.1")
-    answers: int = flag(1500, "the most frequent answers of training; only these can be given",
+    answers: int = flag(1500, "number of possible answers, the most frequent ones of training",
                         paper="1,000 to 1,540", low=2)
     drop: float = flag(0.1, "dropout in the head", paper="0.5", low=0, high=1)
     data: str = flag("", "a file with questions: JSON, JSONL or CSV with video, question and "
                      "answer; default: questions about moving shapes")
-    num_frames: int = flag(0, "frames per clip; 0 = as --weights", low=0, paper="8")
-    input_size: frame_size = flag(0, "height and width in pixels, or HxW; 0 = as --weights", low=0)
+    num_frames: int = flag(0, "frames per clip; 0 = those of --weights", low=0, paper="8")
+    input_size: frame_size = flag(0, "height and width in pixels, or HxW; 0 = that of --weights",
+                                  low=0)
     sampling: str = flag("segment", paper="internvideo")
     transform: str = flag("plain", paper="internvideo")
     eval_clips: int = flag(1000, "held-out questions per evaluation")
@@ -201,7 +206,7 @@ class Answering(SentenceStage, name="answer"):
 
     @functools.cached_property
     def parts(self):
-        """(video-text encoders, caption decoder, a finished VideoQA or None), out of --weights."""
+        """(video-text encoders, caption decoder, a trained VideoQA or None) from --weights."""
         if not self.weights:
             raise UserError("--weights: answering starts from a video-text model; give a run of "
                             "clip, or InternVideo-MM weights")
@@ -213,7 +218,7 @@ class Answering(SentenceStage, name="answer"):
         return clip, caption_decoder.CaptionDecoder.from_official(self.weights), None
 
     def datasets(self):
-        """Clips with a question each, of the size that the model takes."""
+        """Clips with one question each, of the model's input size."""
         config = self.parts[0].config
         self.num_frames = self.num_frames or config["frames"]
         size = spelled(config["image_size"])
@@ -222,11 +227,11 @@ class Answering(SentenceStage, name="answer"):
                             "leave it out")
         self.input_size = size
         train_set, held_out = self.open_sets(flip=False)
-        held_out["val"].training_questions()  # refuses a list without
+        held_out["val"].training_questions()  # an error if the list has no questions
         return train_set, held_out
 
     def build(self, train_set):
-        """The finished model, or a new head on the video-text model."""
+        """The trained model of --weights, or a new head on its video-text model."""
         clip, decoder, model = self.parts
         self.read_tokenizer(clip.config)
         pairs = train_set.training_questions()
@@ -238,59 +243,61 @@ class Answering(SentenceStage, name="answer"):
         return model
 
     def untrained(self):
-        """A new head, where --weights hold a video-text model."""
+        """A new head, if --weights is a video-text model."""
         return "" if self.parts[2] else "a new head"
 
     def scale_of(self, model, name):
-        """The head learns faster."""
+        """Factor on the learning rate of a parameter: --head-scale for the head."""
         return self.head_scale if name.startswith("head.") else 1.0
 
     def scores(self, model, batch):
-        """The score of each answer, (B, answers) float32."""
+        """Scores of all answers, (B, answers) float32."""
         video = transforms.normalise(batch["video"], model.clip.mean, model.clip.std)
         ids, _ = self.bpe.encode(batch["question"], model.clip.config["context"], trim=True)
         with self.autocast():
             return model(video, ids.to(video.device)).float()
 
     def loss(self, model, batch, rng):
-        """Cross entropy over the answers; a question whose answer cannot be given has no target."""
+        """Cross-entropy over the answers. A question whose answer is not in the table is ignored.
+        """
         scores = self.scores(model, batch)
-        place = {answer: i for i, answer in enumerate(model.answers)}
+        number = {answer: i for i, answer in enumerate(model.answers)}
         answers = map(normalise_answer, batch["answer"])
-        right = torch.tensor([place.get(answer, -1) for answer in answers], device=scores.device)
-        count = (right >= 0).sum()
+        target = torch.tensor([number.get(answer, -1) for answer in answers], device=scores.device)
+        count = (target >= 0).sum()
         count = processes.mean(count) if model.training else count
-        loss = torch.nn.functional.cross_entropy(scores, right, ignore_index=-1, reduction="sum")
+        loss = torch.nn.functional.cross_entropy(scores, target, ignore_index=-1, reduction="sum")
         loss = loss / count.clamp(min=1)
         return loss, {"loss": loss.detach()}
 
     def evaluate(self, model, batches, held_out_set):
-        """Accuracy in percent; "rows" has all answers."""
+        """Accuracy in percent, and "rows" as `evaluate` returns them."""
         rows = evaluate(functools.partial(self.scores, model), batches, model.answers)
-        right = [given == answer for _, answer, given in rows]
-        return {"accuracy": 100 * sum(right) / len(right), "rows": rows}
+        correct = [given == answer for _, answer, given in rows]
+        return {"accuracy": 100 * sum(correct) / len(correct), "rows": rows}
 
     def finish(self, model, held_out, results):
-        """A table by kind of question, with two baselines: the question alone, one answer."""
+        """Print a table of accuracies by kind of question. Its two baselines are `QuestionOnly`,
+        and the most frequent answer to everything."""
         kinds, numbers = {}, {}
         for question, answer, given in results["val"]["rows"]:
             words = question.lower().split()
-            right = (given == answer, self.baseline(question) == answer,
-                     self.baseline.most == answer)
+            correct = (given == answer, self.baseline(question) == answer,
+                       self.baseline.most == answer)
             for kind in ("all questions", words[0] if self.data else " ".join(words[:2])):
-                kinds.setdefault(kind, []).append(right)
+                kinds.setdefault(kind, []).append(correct)
         print(f"{'accuracy in percent':24s}{'questions':>10s}{'answered':>10s}"
               f"{'question only':>15s}{'commonest answer':>18s}")
-        for kind, right in sorted(kinds.items(), key=lambda item: -len(item[1])):
-            answered, alone, commonest = (100 * np.mean(right, axis=0)).tolist()
-            print(f"{kind:24s}{len(right):10d}{answered:10.1f}{alone:15.1f}{commonest:18.1f}")
+        for kind, correct in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            answered, alone, commonest = (100 * np.mean(correct, axis=0)).tolist()
+            print(f"{kind:24s}{len(correct):10d}{answered:10.1f}{alone:15.1f}{commonest:18.1f}")
             numbers[kind.replace(" ", "_")] = answered
             if kind == "all questions":
                 numbers |= {"question_only": alone, "commonest_answer": commonest}
         return numbers
 
     def protocol(self, held_out):
-        """How the accuracy is measured."""
+        """How the accuracy is measured, for metrics.json."""
         return self.clips_protocol(held_out) | {
             "answers": f"open-ended: one of the {self.table_size} most frequent answers of "
                        "training, compared in lower case without punctuation; others count as "
@@ -298,7 +305,7 @@ class Answering(SentenceStage, name="answer"):
 
     @torch.no_grad()
     def pictures(self, model, batch, folder, results):
-        """answers.png: clips with question, right answer, and answer of the model."""
+        """answers.png: clips with the question, the correct answer and the model's answer."""
         answers = [model.answers[i] for i in self.scores(model, batch).argmax(dim=1).tolist()]
         pairs = [" ".join(pair) for pair in zip(batch["question"], batch["answer"])]
         return pictures.captions(batch["video"].cpu().numpy(), pairs, answers,
