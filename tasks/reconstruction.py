@@ -1,8 +1,8 @@
-"""The base of stages that hide a part of each clip, and pictures of what a model makes of it.
+"""Base of the stages that hide a part of each clip, and pictures of the reconstruction.
 
     video (B, 3, T, H, W), hidden (B, N) -> {"input", "visible", "reconstruction", "trivial"}
 
-engine.pictures.reconstruction draws these clips.
+`reconstruction_pictures` makes these four clips, engine.pictures.reconstruction draws them.
 """
 
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ class MaskedStage(ClipStage):
     """A stage that hides a part of each clip and uses no labels."""
 
     mask_ratio: float = flag(0.75, "share of each frame that is hidden", low=0, high=1)
-    mask_type: str = flag("tube", "tube = same places in every frame", choices=tuple(mae.MASKS))
+    mask_type: str = flag("tube", "tube = the same places in every frame", choices=tuple(mae.MASKS))
     sampling_rate: int = flag(4, "a clip takes every n-th frame of a video", low=1, group="clips")
     sampling: str = flag("dense")
 
     def datasets(self):
-        """Clips alone; labels and sentences are not used."""
+        """Clips without labels and sentences."""
         train_set, held_out = self.open_sets(stride=self.sampling_rate)
         return train_set, {"val": held_out["val"]}
 
     def check_mask(self, grid):
-        """UserError unless the mask hides something of a grid (t, h, w) and leaves something."""
+        """UserError if the mask hides nothing or everything of a token grid (t, h, w)."""
         t, h, w = grid
         places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
         if not 0 < int(self.mask_ratio * places) < places:
@@ -40,19 +40,25 @@ class MaskedStage(ClipStage):
                             f"{places} {unit} and leave at least one")
 
     def draw_mask(self, clips, grid, rng, training):
-        """(clips, t*h*w) bool, True = hidden; in training, each of several processes gets its rows
-        of one draw."""
+        """Draw a mask: (clips, t*h*w) bool, True = hidden.
+
+        In training all processes draw the same masks, for all clips, and each takes its own rows.
+        """
         rows, mine = processes.joined(clips) if training else (clips, slice(None))
         return mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
 
 
 @torch.no_grad()
 def reconstruction_pictures(model, video, hidden):
-    """The four clips, each (B, 3, T, H, W) float in [0, 1]; arguments as mae.VideoMAE.forward.
+    """The four clips to draw: {name: (B, 3, T, H, W) float in [0, 1]}.
 
-    "trivial" is what can be said without a model (mae.trivial_guess): the clip's mean visible
-    colour. A model of normalised pixels knows structure, not brightness: its "reconstruction"
-    borrows mean and contrast of each hidden tubelet from the input, and its "trivial" the mean.
+    model          mae.VideoMAE
+    video, hidden  as in mae.VideoMAE.forward
+    returns        "input"; "visible", the input with grey hidden tubelets; "reconstruction"; and
+                   "trivial", the prediction without a model (mae.trivial_guess)
+
+    A model of normalised pixels predicts structure, not brightness. Its "reconstruction" takes mean
+    and contrast of each hidden tubelet from the input. Its "trivial" takes the mean.
     """
     patch, tubelet = model.encoder.patch, model.encoder.tubelet
     targets = mae.split_by_mask(hidden)[1].to(video.device)
@@ -85,7 +91,10 @@ def put_tubelets(video, index, tubelets, patch, tubelet):
 
 
 def draw(stage, model, batch, folder):
-    """Up to four clips of a batch, hidden as `stage` hides them: reconstruction_0.png, .gif, ..."""
+    """Draw up to four clips of a batch with the masks of `stage`: reconstruction_0.png, .gif, ...
+
+    Returns the paths.
+    """
     paths = []
     for i in range(min(4, len(batch["video"]))):
         video = normalise(batch["video"][i:i + 1], mae.IMAGENET_MEAN, mae.IMAGENET_STD)

@@ -1,13 +1,13 @@
-"""Find videos by text and text by videos: metrics, multiple choice and zero-shot classes.
+"""Text-video retrieval in both directions, and multiple choice: metrics and a stage.
 
     texts (n, E), videos (m, E) -> similarity (n, m) -> ranks -> {"t2v_R@1": percent, ...}
 
-1. `retrieval_metrics`: how often the right one is among the first 1, 5, 10. Ties count against the
-   model: official code lets ties win, so that a model which gives everything the same score gets
-   100 %.
-2. `choose`: which of a few sentences fits a video (InternVideo, Sec. 4.4, multiple choice).
-3. `evaluate` and `multiple_choice`: both of a model on held-out batches.
-4. `Retrieval`: the stage that fine-tunes for it.
+1. `retrieval_metrics` measures how often the correct item is among the first 1, 5 or 10. Ties count
+   against the model. In the official code they count in its favour, so a model that gives all pairs
+   the same score reaches 100 %.
+2. `choose` selects the sentence that fits a video (InternVideo, Sec. 4.4, multiple choice).
+3. `evaluate` and `multiple_choice` measure both for a model on held-out batches.
+4. `Retrieval` is the stage that fine-tunes a model for retrieval.
 
 >>> metrics = retrieval_metrics(torch.eye(3))
 >>> metrics["t2v_R@1"], metrics["v2t_MdR"]
@@ -31,7 +31,7 @@ from tasks.sentences import SentenceStage
 from video import transforms
 from weights import encoders
 
-# The sentences into which InternVideo puts the names of actions.
+# InternVideo's prompts for zero-shot classification; {} stands for the name of the action.
 PROMPTS = (
     "a photo of action {}", "a picture of action {}", "Human action of {}", "{}, an action",
     "{} this is an action", "{}, a video of action", "Playing action of {}", "{}",
@@ -42,21 +42,20 @@ PROMPTS = (
 
 
 def retrieval_metrics(similarity, owner=None, grouped=False):
-    """How well videos are found by text (t2v) and text by videos (v2t).
+    """Ranks of videos for each text (t2v) and of texts for each video (v2t), as metrics.
 
-    similarity  (texts, videos): exp(logit_scale) * cosines. The factor changes dual softmax alone
+    similarity  (texts, videos): exp(logit_scale) * cosines. The factor changes only dual softmax
     owner       (texts,) int, the video that each text describes; default: text i, video i
-    grouped     v2t where videos have several captions. False: the rank of the best own caption
-                among the captions of all other videos. True: among videos, each with its best
-                caption (the protocol of InternVideo on MSVD); it gives better ranks beyond the
-                first
+    grouped     how v2t treats videos with several captions. False: rank the best own caption among
+                the captions of all other videos. True: rank it among the best captions of the other
+                videos (the protocol of InternVideo on MSVD). True gives lower ranks, the same R@1
     returns     {"t2v_R@1", "t2v_R@5", "t2v_R@10": percent; "t2v_MdR", "t2v_MnR": median and mean
                 rank, from 1; the same for v2t; the same again with "dsl_" in front}. A rank is 1 +
                 the number of others that are at least as similar
 
     dsl_: dual softmax (CAMoE, arXiv 2109.04290, Dual Softmax Loss). Each similarity is multiplied
-    by its softmax over all queries of the test, S * softmax(S). It uses the whole test set, which
-    no user has, so it is never shown without the raw numbers.
+    by its softmax over all queries of the test, S * softmax(S). It needs the whole test set, which
+    a user does not have. It is therefore never reported without the raw numbers.
     """
     S = torch.as_tensor(similarity).detach().double().cpu()
     if S.ndim != 2 or not S.numel() or not S.isfinite().all():
@@ -67,33 +66,36 @@ def retrieval_metrics(similarity, owner=None, grouped=False):
         raise ValueError(f"owner {tuple(owner.shape)} must name a video for each of {texts} texts, "
                          f"and each of {videos} videos at least once")
     over_texts = S * S.softmax(dim=0)
-    # With several texts per video the published protocol takes the softmax over texts both ways.
+    # With several texts per video the published protocol uses the softmax over texts for v2t, too.
     over_videos = over_texts if texts > videos else S * S.softmax(dim=1)
     metrics = {}
     for name, to_video, to_text in (("", S, S), ("dsl_", over_texts, over_videos)):
         t2v = (to_video >= to_video.gather(1, owner[:, None])).sum(dim=1)
-        for way, rank in (("t2v", t2v), ("v2t", text_ranks(to_text, owner, grouped))):
+        for task, rank in (("t2v", t2v), ("v2t", text_ranks(to_text, owner, grouped))):
             for k in (1, 5, 10):
-                metrics[f"{name}{way}_R@{k}"] = 100 * (rank <= k).double().mean().item()
-            metrics[f"{name}{way}_MdR"] = rank.double().quantile(0.5).item()
-            metrics[f"{name}{way}_MnR"] = rank.double().mean().item()
+                metrics[f"{name}{task}_R@{k}"] = 100 * (rank <= k).double().mean().item()
+            metrics[f"{name}{task}_MdR"] = rank.double().quantile(0.5).item()
+            metrics[f"{name}{task}_MnR"] = rank.double().mean().item()
     return metrics
 
 
 def text_ranks(similarity, owner, grouped):
-    """For each video the rank of its best own text: (texts, videos), (texts,) -> (videos,)."""
+    """The rank of the best own text of each video: (texts, videos), (texts,) -> (videos,)."""
     videos = similarity.shape[1]
     own = owner[:, None] == torch.arange(videos)                             # (texts, videos) bool
     best = similarity.masked_fill(~own, -math.inf).amax(dim=0)
     others = similarity.masked_fill(own, -math.inf)
-    if grouped:  # of each other video, its best text
+    if grouped:  # keep only the best text of each other video
         empty = torch.full((videos, videos), -math.inf, dtype=similarity.dtype)
         others = empty.scatter_reduce(0, owner[:, None].expand(-1, videos), others, "amax")
     return 1 + (others >= best).sum(dim=0)
 
 
 def gallery_protocol(dataset, places):
-    """What ranks among these items of a data set mean: {word: value} for a stage's `protocol`."""
+    """Describe a gallery for a stage's `protocol`: {name: text}.
+
+    places  indices of the videos of the data set that form the gallery
+    """
     videos, captions = len(places), dataset.captions_of(places)
     return {"gallery": f"{videos} videos, {captions} captions; chance of R@1 is "
                        f"{100 / videos:.1f} %",
@@ -103,12 +105,12 @@ def gallery_protocol(dataset, places):
 
 @torch.no_grad()
 def choose(model, video, options):
-    """Multiple choice: the sentence with the largest cosine.
+    """Multiple choice: choose the sentence with the largest cosine.
 
     model    clip_video.VideoCLIP
-    video    (B, C, T, H, W), as `VideoCLIP.encode_video`
+    video    (B, C, T, H, W), as for `VideoCLIP.encode_video`
     options  for each video the token numbers of its sentences, (n, L) int64
-    returns  (B,) int64, the index of the chosen one; of equal ones the first
+    returns  (B,) int64, the index of the chosen sentence; the first of equal ones
     """
     video_embeddings = F.normalize(model.encode_video(video).float(), dim=-1)
     return torch.stack([
@@ -117,22 +119,22 @@ def choose(model, video, options):
 
 
 def caption_numbers(captions, device="cpu"):
-    """A number for each caption, int64 (B,): the same for the same sentence, in every process.
+    """A number for each caption, int64 (B,). Equal sentences get equal numbers in every process.
 
-    For `clip_video.contrastive_loss`: clips with the same sentence are not each other's negatives.
+    `clip_video.contrastive_loss` does not use clips with equal numbers as negatives of each other.
     """
     hashes = [hashlib.blake2b(text.encode(), digest_size=7).digest() for text in captions]
     return torch.tensor([int.from_bytes(part, "big") for part in hashes], device=device)
 
 
 def pair_loss(video, text, scale, batch, *, gather):
-    """`clip_video.contrastive_loss` of embeddings (B, E) of a batch; beyond BLOCKED_ABOVE pairs
-    block by block.
+    """`clip_video.contrastive_loss` of a batch; block by block for more than BLOCKED_ABOVE pairs.
 
-    Pairs with the same caption are no negatives of each other, nor are captions of the same clip.
+    Two pairs with the same caption or the same clip are not negatives of each other.
 
-    batch   with "caption", B sentences, and where clips may come twice "clip", their B numbers
-    gather  True: over all processes
+    video, text  embeddings (B, E)
+    batch        with "caption", B sentences, and, if a clip may occur twice, "clip", B numbers
+    gather       True: compare the pairs of all processes
     """
     pairs = len(video) * (processes.world() if gather else 1)
     targets = caption_numbers(batch["caption"], video.device)                # (B,)
@@ -150,14 +152,14 @@ def pair_loss(video, text, scale, batch, *, gather):
 @torch.no_grad()
 def evaluate(model, batches, bpe, *, gallery=None, context=None, autocast=contextlib.nullcontext,
              device="cpu"):
-    """Ranks of videos and captions among each other.
+    """Retrieval metrics of a model on held-out batches.
 
     model    clip_video.VideoCLIP, in eval mode
     batches  dicts with "video" uint8 (B, T, H, W, 3), "captions" (all of each video) and "number"
     bpe      weights.tokenizer.Tokenizer
-    gallery  of the videos the first so many; None = all
-    context  most tokens of a caption; None = as many as the model reads
-    returns  what `retrieval_metrics` returns, with v2t among videos by their best caption
+    gallery  use only this many videos, the first ones; None = all
+    context  maximum tokens of a caption; None = the model's maximum
+    returns  as `retrieval_metrics` with grouped=True
     """
     rows = []
     for batch in batches:
@@ -181,10 +183,12 @@ def evaluate(model, batches, bpe, *, gallery=None, context=None, autocast=contex
 @torch.no_grad()
 def multiple_choice(model, batches, bpe, choices, *, context=None,
                     autocast=contextlib.nullcontext):
-    """{"multiple_choice": percent} of videos whose right sentence is the most similar one.
+    """{"multiple_choice": percent of clips whose correct sentence is the most similar one}.
 
-    choices  function of a batch -> [(sentences, place of the right one), ...], one for each clip,
-             or [] where there is no choice: see video.clip_set. Other arguments as `evaluate`
+    choices  function of a batch -> [(sentences, index of the correct one), ...], one for each clip.
+             [] if the data offer no choices; the result is then {}. See video.clip_set
+
+    Other arguments as for `evaluate`.
     """
     rows = []
     for batch in batches:
@@ -196,20 +200,22 @@ def multiple_choice(model, batches, bpe, choices, *, context=None,
                .to(video.device) for sentences, _ in options]
         with autocast():
             chosen = choose(model, video, ids).tolist()
-        rows.append((batch["number"], [c == right for c, (_, right) in zip(chosen, options)]))
+        rows.append((batch["number"], [c == correct for c, (_, correct) in zip(chosen, options)]))
     hits = [hit for _, part in processes.collect(rows) for hit in part]
     return {"multiple_choice": 100 * sum(hits) / len(hits)}
 
 
 # ------------------------------------------------------------------------------------------------
-# The card
+# The stage
 
 
 @dataclass
 class Retrieval(SentenceStage, name="retrieve"):
-    """Fine-tuned retrieval: contrast alone, from the weights of stage 2 (InternVideo, Sec. 4.4).
+    """Fine-tuned retrieval: the contrastive loss alone, from stage 2's weights (InternVideo, Sec.
+    4.4).
 
-    Generated clips show two acts, which stage 2 never shows; the sentences say which came first."""
+    Generated clips show two acts in a row, unlike those of stage 2. The sentences name their order.
+    """
 
     weights: str = flag("", "start from these weights: a run of clip, or an official file")
     steps: int = flag(600, paper="5 epochs; 30 on ActivityNet")
@@ -217,7 +223,7 @@ class Retrieval(SentenceStage, name="retrieve"):
     warmup: float = flag(0.1, paper="0.1")
     weight_decay: float = flag(0.2, paper="0.2")
     beta2: float = flag(0.98, paper="0.98")
-    context: int = flag(32, "most tokens of a caption, start and end included", paper="77", low=3)
+    context: int = flag(32, "maximum tokens of a caption, with start and end", paper="77", low=3)
     num_frames: int = flag(16, paper="12; LSMDC, MSVD, VATEX 8, DiDeMo 32, ActivityNet 64")
     sampling: str = flag("segment", paper="internvideo")
     transform: str = flag("plain", paper="internvideo")
@@ -229,18 +235,18 @@ class Retrieval(SentenceStage, name="retrieve"):
     world = "ActShapes"  # the class of video.moving_shapes that generates its clips
 
     def datasets(self):
-        """Clips with sentences; of held-out clips each video once, with all its captions."""
+        """Clips with sentences. Held-out videos come once each, with all their captions."""
         if not self.weights:
             raise UserError("--weights: fine-tuning starts from a model; give a run of clip, or an "
                             "official file")
         self.eval_every = self.eval_every or max(1, self.steps)
         train_set, held_out = self.open_sets(flip=False)
-        train_set.training_captions()  # refuses a list without
+        train_set.training_captions()  # an error if the list has no captions
         held_out["val"].by_video()
         return train_set, held_out
 
     def build(self, train_set):
-        """Both encoders, without a caption decoder."""
+        """Video and text encoder, without a caption decoder."""
         model = encoders.load_clip(self.weights, frames=self.num_frames,
                                    image_size=self.sides,
                                    usual_size=height_width(type(self).input_size))
@@ -249,7 +255,7 @@ class Retrieval(SentenceStage, name="retrieve"):
         return model
 
     def loss(self, model, batch, rng):
-        """Contrast of each video with the sentences of the batch, and the other way round."""
+        """The symmetric contrastive loss of videos and sentences."""
         video = transforms.normalise(batch["video"], model.mean, model.std)
         ids, _ = self.bpe.encode(batch["caption"], self.context, trim=True)
         with self.autocast():
@@ -258,18 +264,18 @@ class Retrieval(SentenceStage, name="retrieve"):
         return loss, {"loss": loss.detach(), "contrastive": loss.detach()}
 
     def evaluate(self, model, batches, dataset):
-        """Loss, and ranks in both directions, raw and dual softmax."""
+        """The loss, and the metrics of both directions, raw and with dual softmax."""
         return super().evaluate(model, batches, dataset) | evaluate(
             model, batches, self.bpe, context=self.context, autocast=self.autocast,
             device=self.device)
 
     def finish(self, model, held_out, results):
-        """All ranks, also printed as a table; multiple choice, where the data has one."""
+        """Print a table of all metrics and return them, with multiple choice if the data has it."""
         columns, numbers = ("R@1", "R@5", "R@10", "MdR", "MnR"), {}
         print(f"{'':28s}" + "".join(f"{column:>8s}" for column in columns))
-        for way, name in (("t2v", "text to video"), ("v2t", "video to text")):
+        for task, name in (("t2v", "text to video"), ("v2t", "video to text")):
             for kind, words in (("", ""), ("dsl_", ", dual softmax")):
-                row = {f"{kind}{way}_{column}": results["val"][f"{kind}{way}_{column}"]
+                row = {f"{kind}{task}_{column}": results["val"][f"{kind}{task}_{column}"]
                        for column in columns}
                 print(f"{name + words:28s}" + "".join(f"{value:8.1f}" for value in row.values()))
                 numbers |= row
@@ -278,7 +284,7 @@ class Retrieval(SentenceStage, name="retrieve"):
                                          context=self.context, autocast=self.autocast)
 
     def protocol(self, held_out):
-        """How the ranks are measured."""
+        """How the ranks are measured, for metrics.json."""
         val = held_out["val"]
         return self.clips_protocol(held_out) | gallery_protocol(val, self.evaluated(val)) | (
             {"limit": val.limit} if val.limit else {})

@@ -1,4 +1,4 @@
-"""What the stages with sentences share: `clip`, `retrieve` and `answer`."""
+"""Base of the stages whose model reads text: `clip`, `retrieve` and `answer`."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,17 @@ from weights.tokenizer import tokenizer_of
 
 @dataclass
 class SentenceStage(ClipStage):
-    """A stage whose model reads text. The tokenizer is `self.bpe`, and lies beside the weights."""
+    """A stage with a tokenizer, `self.bpe`. A run saves it beside its weights."""
 
     tokenizer: str = flag("", "tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
                           "one beside --weights")
 
     def read_tokenizer(self, config, context=0):
-        """`self.bpe` for --weights, whose VideoCLIP has this configuration. UserError where that
-        reads fewer tokens than `context`."""
+        """Set `self.bpe`, the tokenizer of --weights.
+
+        config   configuration of the VideoCLIP in --weights
+        context  maximum tokens of a text; UserError if the model reads fewer
+        """
         if context > config["context"]:
             raise UserError(f"--context {context}: the weights read at most {config['context']} "
                             "tokens")

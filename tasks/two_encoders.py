@@ -1,4 +1,4 @@
-"""What stage 4 has besides its recipe: two or three encoders to start from, and drawing."""
+"""Base of stage 4: loads two or three encoders, and draws the results."""
 
 import functools
 import json
@@ -23,21 +23,21 @@ class TwoEncodersStage(LabelledStage):
     multimodal: str = flag("", "the multimodal encoder: a run of classify, or an official file",
                            paper="UniFormerV2-L")
     second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
-    num_frames: int = flag(0, "frames per clip; 0 = the most that an encoder takes", low=0,
+    num_frames: int = flag(0, "frames per clip; 0 = the largest number of an encoder", low=0,
                            paper="16")
     input_size: frame_size = flag(0, "height and width in pixels, or HxW, as 112x160; 0 = the "
-                                  "largest that an encoder takes", low=0)
+                                  "largest size of an encoder", low=0)
 
     @functools.cached_property
     def parts(self):
-        """The masked encoder and one or two multimodal ones, with the heads that they have."""
+        """[masked encoder, one or two multimodal encoders], with their own heads."""
         if self.weights:
             model = fusion.InternVideo.from_run(self.weights)
             return [model.masked, *model.multimodal]
         return self.load_encoders()
 
     def heads(self):
-        """Those of the fused model, which are alike, or of each encoder."""
+        """One head for a fused model, whose heads have the same rows; else that of each encoder."""
         if self.weights:
             count = self.parts[0].config["classes"]
             return [class_names.head_of("weights", self.weights, count)]
@@ -45,27 +45,29 @@ class TwoEncodersStage(LabelledStage):
                 for name in ("masked", "multimodal", "second") if (source := getattr(self, name))]
 
     def untrained(self):
-        """As all stages with labels; without gates the start is not the encoders' average."""
+        """As LabelledStage. New cross-model attention without gates is also untrained. Behind
+        closed gates it changes nothing, and the output is the average of the encoders."""
         fresh = not self.weights and self.bridges and not self.gates
         return super().untrained() or "cross-model attention without gates" * fresh
 
     def load_encoders(self):
-        """As `parts`, from --masked, --multimodal and --second."""
+        """The encoders of --masked, --multimodal and --second."""
         return encoders.load_several(masked=self.masked, multimodal=self.multimodal,
                                      second=self.second)
 
     def datasets(self):
-        """Clips as large and as long as the encoders need."""
+        """Clips with at least as many frames as the encoders need."""
         frames = max(encoder.config["frames"] for encoder in self.parts)
         if self.num_frames and self.num_frames < frames:
-            raise UserError(f"--num-frames {self.num_frames}: the encoders look at up to {frames} "
-                            "frames")
+            raise UserError(f"--num-frames {self.num_frames}: the encoders need {frames} frames; "
+                            f"give at least {frames}, or leave it out")
         self.num_frames = self.num_frames or frames
         self.input_size = self.input_size or spelled(fusion.largest(self.parts))
         return super().datasets()
 
     def finish(self, model, held_out, results):
-        """As all stages with labels; also, for a picture, the encoders' average before training."""
+        """As LabelledStage. For confusion.png it also evaluates the average of the encoders before
+        training."""
         parts = [] if self.weights or not self.figures else self.load_encoders()
         classes = recognition.size(self.classes)
         if parts and all(encoder.config["classes"] == classes for encoder in parts):
@@ -75,13 +77,13 @@ class TwoEncodersStage(LabelledStage):
         return super().finish(model, held_out, results)
 
     def confusions(self, results):
-        """Of the encoders' average, and after training."""
+        """Confusion matrices of the encoders' average and of the trained model."""
         before = {"equal average, before": results["before"]["confusion"]} \
             if "before" in results else {}
         return before | {"after": results["val"]["confusion"]}
 
     def pictures(self, model, batch, folder, results):
-        """confusion.png, gates.png, and where the masked encoder attends."""
+        """confusion.png, gates.png, and looks.png: cross-model attention of the masked encoder."""
         paths = super().pictures(model, batch, folder, results) + [folder / "gates.png"]
         lines = (folder / "log.jsonl").read_text().splitlines()
         pictures.gates([json.loads(line) for line in lines], paths[-1])
@@ -92,9 +94,10 @@ class TwoEncodersStage(LabelledStage):
 
 
 def draw_attention(model, clip, path):
-    """Where tokens of the masked encoder attend in the first multimodal one: a picture.
+    """Draw where tokens of the masked encoder attend in the first multimodal encoder.
 
-    model  fusion.InternVideo with bridges; clip uint8 (1, T, H, W, 3)
+    model  fusion.InternVideo with cross-model attention
+    clip   uint8 (1, T, H, W, 3)
     """
     grids = [encoder.grid_of(encoder.config["frames"], *encoder.config["image_size"])
              for encoder in (model.masked, model.multimodal[0])]
