@@ -221,7 +221,7 @@ def test_names_lie_beside_official_weights_as_ours_or_as_transformers_write_them
 
 def test_an_export_says_where_the_names_are(classifiers, tmp_path):
     said = publish(classifiers["multimodal"], tmp_path / "x.pth")
-    assert f"the class names lie in {classifiers['multimodal']}/questions.json" in said
+    assert f"copy {classifiers['multimodal']}/questions.json beside the file" in said
 
 
 def test_a_new_head_for_answers_is_not_evaluated(finished, tmp_path, capsys):  # noqa: F811

@@ -288,7 +288,7 @@ def test_what_official_names_do_not_say_is_said(tmp_path, capsys):
                                     mean=(0.1, 0.2, 0.3))
     assert main([str(save(tmp_path / "run", model)), "--official", str(tmp_path / "new.pth")]) == 0
     message = capsys.readouterr().out
-    assert ("tell whoever loads it: 2 heads of 32 in place of 64; pixels in [0, 1] are normalised "
+    assert ("must know them: 2 heads of width 32 instead of 64; pixels in [0, 1] are normalised "
             "with mean [0.1, 0.2, 0.3]") in message
 
 

@@ -1,21 +1,21 @@
-"""Weights of neural networks: read and written strictly, from safe files.
+"""Read and write the weights of networks, strictly and without running code from files.
 
-files.py      read, fill a model, write; it knows no model
-places.py     where files of weights lie, whole, in parts or in folders
-hub.py        what Hugging Face writes beside its weights
-pickles.py    take tensors out of a pickle without running it
-runs.py       from a run of ours to its model
-official.py   one reader of official files, and how a key map is written down
+files.py      read a file, fill a model, write a file; knows no model
+places.py     finds files of weights: whole, in parts, in folders
+hub.py        reads the configurations of Hugging Face folders
+pickles.py    takes tensors out of a pickle without running it
+runs.py       loads the model of a run
+official.py   reads official files, and defines the form of key maps
 videomae.py, uniformerv2.py, clip.py, caption_decoder.py   the key map of each family
-image_vit.py  an image model as the beginning of a video encoder
-families.py   which models there are, and which family a file belongs to
-encoders.py   `load_encoder`: either encoder out of whatever holds it
-heads.py      an encoder with a head for other classes
-tokenizer.py  text to token numbers and back
-merging.py    the average of a model and of the CLIP that it grew from
+image_vit.py  turns an image model into the start of a video encoder
+families.py   lists the models, and recognises the family of a file
+encoders.py   `load_encoder`: an encoder from any file that contains one
+heads.py      gives an encoder a head for other classes
+tokenizer.py  converts text to token numbers and back
+merging.py    averages a model with the CLIP that it grew from
 __main__.py   `python -m weights FILE`
 
-The modules of the families import the networks, so nothing here imports them.
+The modules of the families import the networks. This file therefore does not import them.
 """
 
 from weights.families import FAMILIES, MODELS, class_of, describe  # noqa: F401

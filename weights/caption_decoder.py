@@ -1,7 +1,8 @@
-"""Official files of InternVideo-MM's caption decoder.
+"""Load and export official files of InternVideo-MM's caption decoder.
 
-It comes alone or under "caption_decoder." in a whole checkpoint, of which the rest is left alone.
-Sizes come from the shapes, also the number of heads: keys and values have one head.
+A file contains the decoder alone, or a whole checkpoint with the decoder under "caption_decoder.".
+All sizes come from the shapes. Even the number of heads does, because keys and values have a
+single head, whose width is therefore visible.
 """
 
 import torch
@@ -11,7 +12,7 @@ from weights.files import WeightsError, export
 from weights.official import OfficialFile, key_map
 from weights.runs import rebuild
 
-# Our name -> the official name, in network order; all others are SAME.
+# Our name -> the official name, in network order. Names that match SAME are equal in both.
 OFFICIAL = (
     (r"^queries$", "visual_queries"),
     (r"^pooler\.(attn\.)?", "visual_attn_pooler."),
@@ -36,10 +37,10 @@ PREFIX = "caption_decoder."
 def load(cls, source, *, heads):
     """A CaptionDecoder in eval mode.
 
-    source   path or {name: tensor}, see weights.read: the decoder alone, a whole checkpoint of
-             which the rest is left alone, or a run of ours
-    heads    query heads; default: what the shapes say (published: W/64)
-    raises   WeightsError: no decoder inside, or one that does not fit to the last tensor
+    source   path or {name: tensor}, see weights.read: the decoder alone, a whole checkpoint, or a
+             run of ours
+    heads    query heads; default: as the shapes say (published models: W/64)
+    raises   WeightsError: the file has no decoder, or a tensor does not fit
     """
     file = CaptionDecoderFile(source)
     if file.config.get("model") == "CaptionDecoder":
@@ -56,7 +57,7 @@ def to_official(model):
 
 
 class CaptionDecoderFile(OfficialFile):
-    """An official file, of which only the decoder is read, or a run of ours."""
+    """The decoder's tensors in an official file, or a run of ours."""
 
     def __init__(self, source):
         super().__init__(source, "caption_decoder")
@@ -67,11 +68,11 @@ class CaptionDecoderFile(OfficialFile):
                             if key.startswith(prefix)}
 
     def depth(self, blocks):
-        """Layers: each holds one of our self_blocks and one of our cross_blocks."""
+        """Number of layers. Each layer has one of our self_blocks and one of our cross_blocks."""
         return super().depth("multimodal_layers.")
 
     def measures(self, heads):
-        """Constructor arguments, read off the shapes."""
+        """The constructor arguments, from the shapes."""
         visual = any(".visual_" in "." + key for key in self.tensors)
         if not self.depth("self_blocks.") or not visual:
             raise WeightsError(f"{self.name}: holds no caption decoder (no caption_decoder.*, nor "
@@ -92,9 +93,10 @@ class CaptionDecoderFile(OfficialFile):
 
 @torch.no_grad()
 def check_rotary(decoder, file):
-    """Files repeat a table that the code computes; another table would be another model.
+    """WeightsError if a file has other rotary frequencies than this code.
 
-    A file in half precision holds it rounded: hence the tolerance, and the exact table put back.
+    Official files store this table, although the code computes it. Half precision rounds it. The
+    comparison therefore has a tolerance, and the exact table replaces the stored one.
     """
     for i, block in enumerate(decoder.self_blocks):
         table = rotary_frequencies(2 * len(block.frequencies)).to(block.frequencies)

@@ -1,8 +1,8 @@
-"""Official files of OpenAI's CLIP, transformers' CLIP, InternVideo-MM and ViCLIP.
+"""Load and export official files of OpenAI's CLIP, transformers' CLIP, InternVideo-MM and ViCLIP.
 
-OpenAI's names are the ones that the others vary. The names in a file tell its layout, and the
-layout tells the kind of VideoCLIP: plain CLIP is "frames", InternVideo-MM "video", ViCLIP "joint".
-Sizes come from the shapes; numbers of heads do not show in them.
+OpenAI's names are the starting point; the other layouts change them. The names in a file determine
+its layout, and the layout determines the kind of VideoCLIP: plain CLIP is "frames", InternVideo-MM
+"video", ViCLIP "joint". Sizes come from the shapes. The number of heads cannot be read from them.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from weights.files import WeightsError, export
 from weights.hub import hub_config, hub_pixels
 from weights.official import OfficialFile, as_kernel, as_matrix, key_map, under
 from weights.runs import rebuild
-from weights.uniformerv2 import OFFICIAL as TOWER, check_layers, conversions
+from weights.uniformerv2 import OFFICIAL as VISUAL, check_layers, conversions
 
 # Our name -> OpenAI's name.
 OFFICIAL = (
     (r"^visual\.times$", "visual.temporal_positional_embedding"),
-    *under("visual.", TOWER),
+    *under("visual.", VISUAL),
     (r"^visual_norm\.", "visual.ln_post."),
     (r"^visual_proj\.weight$", "visual.proj"),
     (r"^scale$", "logit_scale"),
@@ -32,7 +32,7 @@ OFFICIAL = (
     (r"^text\.proj\.weight$", "text_projection"),
 )
 
-# OpenAI's name -> that of another layout. Those in braces are stacked into one matrix.
+# OpenAI's name -> the name in another layout. Tensors in braces are stacked into one.
 LAYOUTS = {
     "CLIP": (),
     "InternVideo-MM": (
@@ -49,7 +49,7 @@ LAYOUTS = {
         (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
         (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
         (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-        (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # their spelling
+        (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # spelled so in transformers
         (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
         (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
         (r"^visual\.proj$", "visual_projection.weight"),
@@ -65,7 +65,7 @@ LAYOUTS = {
         (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     ),
 }
-# A tensor with one of these names tells the layout; the first that fits is taken.
+# Prefixes of names that identify a layout; the first layout that fits is taken.
 SIGNS = (
     ("ViCLIP", ("vision_encoder.", "text_encoder.")),
     ("Hugging Face CLIP", ("vision_model.", "text_model.")),
@@ -75,9 +75,9 @@ SIGNS = (
 )
 KIND = {"InternVideo-MM": "video", "ViCLIP": "joint",
         "CLIP": "frames", "Hugging Face CLIP": "frames"}
-# Left aside wherever they occur: sizes that OpenAI stores as tensors, counters of old transformers
-# files, the embedding of hidden words, for a loss that is not here, and the captioning half of
-# InternVideo, which caption_decoder.py loads.
+# Tensors that are not loaded: sizes that OpenAI stores as tensors, index tables of old transformers
+# files, the embedding of masked words (for a loss that is not implemented here), and the caption
+# decoder, which caption_decoder.py loads.
 UNUSED = (r"^(input_resolution|context_length|vocab_size)$",
           r"^(text|vision)_model\.embeddings\.position_ids$",
           r"^(clip\.)?text_mask_embedding$", r"^caption_decoder\.")
@@ -86,18 +86,18 @@ UNUSED = (r"^(input_resolution|context_length|vocab_size)$",
 def load(cls, source, *, heads=None, global_heads=None, global_layers=None, text_heads=None,
          frames=None, grow=False):
     """A VideoCLIP in eval mode from InternVideo-MM, ViCLIP, OpenAI's or transformers' CLIP weights,
-    or from a run of ours. Its `unused` names what was left in the file on purpose.
+    or from a run of ours. Its `unused` lists the tensors of the file that no part of it needs.
 
-    source        path or {name: tensor}; see weights.read. A Hugging Face folder also tells heads
-                  and activation; one without QuickGELU is refused. A file alone tells neither
-    heads, global_heads, text_heads   shapes cannot tell them; default: heads of 64
-    global_layers after which layers InternVideo's global blocks read; default: the last ones
-    frames        T; default 8, or as many as ViCLIP's table has. That table is cut or stretched to
-                  another T
-    grow          turn plain CLIP, or a frame-wise run of ours, into the start of the video model:
-                  its fresh global blocks add zero. The embedding is then CLIP's of 0.5 * the mean
+    source        path or {name: tensor}; see weights.read. A Hugging Face folder also gives heads
+                  and activation; an activation other than QuickGELU is refused
+    heads, global_heads, text_heads   not visible in shapes; default: width / 64
+    global_layers the layers after which InternVideo's global blocks stand; default: the last ones
+    frames        T; default 8, for ViCLIP the length of its table of time positions. The table is
+                  cut or interpolated for another T
+    grow          extend plain CLIP, or a frame-wise run of ours, to a video model. Its new global
+                  blocks add zero at first. The embedding is then CLIP's embedding of 0.5 * the mean
                   class token
-    raises        WeightsError: not such a file, or one that does not fit to the last tensor
+    raises        WeightsError: another kind of file, or a tensor does not fit
     """
     file = CLIPFile(source)
     if file.config and file.config.get("model") != "VideoCLIP":
@@ -110,7 +110,7 @@ def load(cls, source, *, heads=None, global_heads=None, global_layers=None, text
         config = file.config | ({"frames": frames} if frames and kind != "joint" else {})
         model = rebuild(cls.from_config, file.tensors, config, file.name)
     else:
-        heads, text_heads = file.told_heads(source, heads, text_heads)
+        heads, text_heads = file.hub_heads(source, heads, text_heads)
         config = file.measures(heads, text_heads)
         config["frames"] = frames or config["frames"]
         if kind == "video":
@@ -127,15 +127,15 @@ def load(cls, source, *, heads=None, global_heads=None, global_layers=None, text
 
 
 def to_official(model):
-    """{official name: tensor} of a VideoCLIP, in the layout of its kind. ValueError where an option
-    or size has no place in that layout."""
+    """{official name: tensor} of a VideoCLIP, in the layout of its kind. ValueError if that layout
+    cannot express an option or size."""
     config = model.config
     if config["local_units"] or config["temporal_downsample"]:
         raise ValueError("InternVideo's video-text models have no local units and no temporal "
                          "downsampling; train with --local-units 0 --no-temporal-downsample")
     if config["end"] not in (None, config["vocabulary"] - 1):
-        raise ValueError(f"token {config['end']} ends a text; officially it is the last of the "
-                         "vocabulary")
+        raise ValueError(f"token {config['end']} ends a text; in the official code it is the last "
+                         "token of the vocabulary")
     check_layers(config["global_layers"], config["size"]["depth"])
     layout = {"video": "InternVideo-MM", "frames": "CLIP", "joint": "ViCLIP"}[config["kind"]]
     return export(model, rules(model, layout))
@@ -147,25 +147,26 @@ def rules(model, layout, prefix=""):
     if config["kind"] == "joint":
         tubelet, patch = config.get("tubelet", 1), config["size"]["patch"]
         times = config["frames"] // tubelet
-        found = {"visual.embed.weight": (as_matrix, as_kernel(-1, tubelet, patch, patch)),
+        pairs = {"visual.embed.weight": (as_matrix, as_kernel(-1, tubelet, patch, patch)),
                  "visual.times": (lambda table: resize_times(table, times),
                                   lambda table: table[None])}
     else:
-        found = {"visual." + name: pair for name, pair in conversions(model.visual).items()}
-    if layout != "Hugging Face CLIP":  # the others store their projections input first
-        found |= dict.fromkeys(("visual_proj.weight", "text.proj.weight"), (transposed, transposed))
-    return key_map(model, (OFFICIAL, LAYOUTS[layout], ((r"^", prefix),)), found)
+        pairs = {"visual." + name: pair for name, pair in conversions(model.visual).items()}
+    if layout != "Hugging Face CLIP":  # the others store projections as (in, out)
+        pairs |= dict.fromkeys(("visual_proj.weight", "text.proj.weight"), (transposed, transposed))
+    return key_map(model, (OFFICIAL, LAYOUTS[layout], ((r"^", prefix),)), pairs)
 
 
 def transposed(matrix):
-    """A matrix turned round; anything else as it is."""
+    """Transpose a matrix; return any other tensor unchanged, for `fill` to report its shape."""
     return matrix.T if matrix.ndim == 2 else matrix
 
 
 def resize_times(table, times):
-    """ViCLIP's position codes of time (1, t, D) for another number of steps: (times, D).
+    """ViCLIP's position codes of time (1, t, D) for another number of time steps: (times, D).
 
-    Fewer: the first ones, as the official helper does. More: stretched, as it meant to."""
+    For fewer steps the first codes are taken, as in the official helper. For more they are
+    interpolated, which that helper intends but does not do."""
     if table.ndim != 3 or table.shape[1] >= times:
         return table[0, :times] if table.ndim == 3 else table
     table = F.interpolate(table.transpose(1, 2), size=times, mode="linear", align_corners=False)
@@ -173,14 +174,14 @@ def resize_times(table, times):
 
 
 def layout_of(names):
-    """(layout, prefix) of a file with these names; layout None where it has none of them."""
+    """(layout, prefix) of a file with these names; the layout is None if none fits."""
     prefix = "clip." if any(key.startswith("clip.") for key in names) else ""
     return next((layout for layout, signs in SIGNS if any(
         key.startswith(tuple(prefix + sign for sign in signs)) for key in names)), None), prefix
 
 
 class CLIPFile(OfficialFile):
-    """An official file, or a run. `layout` is None for runs; `unused` names what is left aside."""
+    """An official file or a run. `layout` is None for runs; `unused` lists tensors not loaded."""
 
     def __init__(self, source):
         super().__init__(source, "clip")
@@ -197,17 +198,18 @@ class CLIPFile(OfficialFile):
         for key in self.unused:
             del self.tensors[key]
 
-    def told_heads(self, source, heads, text_heads):
-        """Numbers of heads, as given or as transformers wrote them beside its own files."""
+    def hub_heads(self, source, heads, text_heads):
+        """(heads, text heads) as given, or from the config.json of a Hugging Face folder.
+        WeightsError if that folder asks for another activation or pixel normalisation."""
         if self.layout != "Hugging Face CLIP":
             return heads, text_heads
-        found, pixels = hub_config(source), hub_pixels(source)
+        config, pixels = hub_config(source), hub_pixels(source)
         usual = (clip_video.CLIP_MEAN, clip_video.CLIP_STD)
-        if pixels and any(abs(a - b) > 1e-6 for told, own in zip(pixels, usual)
-                          for a, b in itertools.zip_longest(told, own, fillvalue=9)):
+        if pixels and any(abs(a - b) > 1e-6 for theirs, ours in zip(pixels, usual)
+                          for a, b in itertools.zip_longest(theirs, ours, fillvalue=9)):
             raise WeightsError(f"{self.name}: normalises pixels with mean {pixels[0]} and "
                                f"deviation {pixels[1]}; only CLIP's own can be read here")
-        visual, text = (found.get(part) or {} for part in ("vision_config", "text_config"))
+        visual, text = (config.get(part) or {} for part in ("vision_config", "text_config"))
         for part in (visual, text):
             self.activation(part, "quick_gelu")
         return (heads or visual.get("num_attention_heads"),
@@ -220,12 +222,12 @@ class CLIPFile(OfficialFile):
         return dict(global_heads=heads, global_layers=layers)
 
     def measures(self, heads, text_heads):
-        """The arguments of VideoCLIP, read off the shapes."""
+        """The arguments of VideoCLIP, from the shapes."""
         visual, text = "visual.blocks.#.", "text.blocks.#."
         width, text_width = self.width(visual), self.width(text)
         kernel = self.shape("visual.embed.weight", 4, 5)
-        row = 0 if self.layout == "Hugging Face CLIP" else 1
-        spaces = [self.shape(name, 2)[row] for name in ("visual_proj.weight", "text.proj.weight")]
+        axis = 0 if self.layout == "Hugging Face CLIP" else 1
+        spaces = [self.shape(name, 2)[axis] for name in ("visual_proj.weight", "text.proj.weight")]
         if spaces[0] != spaces[1]:
             names = [self.spell(name) for name in ("visual_proj.weight", "text.proj.weight")]
             raise WeightsError(f"{self.name}: wrong shape: {names[0]} and {names[1]} lead to "
