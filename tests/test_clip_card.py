@@ -256,7 +256,7 @@ def test_another_input_size_interpolates_the_places_and_the_usual_one_by_acciden
                                                                                            capsys):
     assert run("--weights", str(finished), "--input-size", "24", out=tmp_path / "large",
                steps=1) == 0
-    assert "--input-size 24: the weights' table of places, made for 16 x 16 pixels, is " \
+    assert "--input-size 24: the position table of the weights, for 16 x 16 pixels, is " \
            "interpolated" in capsys.readouterr().out
     assert run("--weights", str(finished), "--input-size", "40", out=tmp_path / "usual",
                steps=1) == 2

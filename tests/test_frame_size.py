@@ -100,7 +100,7 @@ def test_weights_serve_another_rectangle(runs, tmp_path, capsys):
         assert run(f"classify --no-figures --input-size 24x32 --weights {runs / weights}",
                    tmp_path / name) == 0
         assert image_size(tmp_path / name) == [24, 32]
-    assert "made for 16 x 24 pixels, is interpolated" in capsys.readouterr().out
+    assert "for 16 x 24 pixels, is interpolated" in capsys.readouterr().out
     model = encoders.load_encoder(tmp_path / "multimodal")
     assert model.grid == (3, 4) and model.positions.shape[0] == 1 + 12
 

@@ -1,7 +1,7 @@
-"""Which models there are, and which family a file of official weights belongs to.
+"""The models of this project, and the families of official files that they load.
 
-The tables hold names. The modules behind them are imported when they are needed, so that reading a
-file of weights imports no network.
+The tables contain names only. Modules are imported when they are needed, so reading a file of
+weights imports no network.
 """
 
 import importlib
@@ -9,8 +9,8 @@ import re
 
 from weights.files import WeightsError, listed, say
 
-# "model" of a configuration -> its module, and the key under which the family's own code
-# looks for the tensors in a .pth file (None: it looks for none).
+# "model" in a configuration -> its module, and the key of a .pth file under which the official code
+# expects the tensors (None: it expects them without a key).
 MODELS = {
     "VideoMAE": ("mae", "model"),
     "VideoClassifier": ("mae", "module"),
@@ -23,8 +23,8 @@ MODELS = {
     "DividedVideoClassifier": ("variants.divided_attention", None),
 }
 
-# (family, regular expressions of which each must fit some name, models that load it): the first row
-# that fits is the family.
+# (family, regular expressions, models that load it). A row fits if each expression matches some
+# name; the first row that fits is the family.
 FAMILIES = (
     ("VideoMAE, pretraining, of Hugging Face",
      (r"^videomae\.", r"^decoder\.decoder_layers\."), ("VideoMAE",)),
@@ -62,7 +62,7 @@ FAMILIES = (
 
 
 def describe(tensors):
-    """(family, names of the models that load it) of {official name: tensor}, or (None, ())."""
+    """(family, names of the models that load it) for {official name: tensor}, or (None, ())."""
     row = recognised(tensors)
     if row is None and len(inner := inside(tensors)) == 1:
         row = recognised(below(tensors, inner[0]))
@@ -72,47 +72,53 @@ def describe(tensors):
 def recognised(tensors):
     """The row of FAMILIES that fits these names, or None."""
     return next((row for row in FAMILIES if all(
-        any(re.search(sign, key) for key in tensors) for sign in row[1])), None)
+        any(re.search(pattern, key) for key in tensors) for pattern in row[1])), None)
 
 
 def below(tensors, prefix):
-    """The tensors under a prefix, without it."""
+    """The tensors whose names begin with a prefix, without that prefix."""
     return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def inside(tensors):
-    """Prefixes of at most three parts under which there is a network of a family, as Lightning
-    writes what a module calls `net` or `model.encoder`. None of them lies inside another."""
+    """Prefixes of names, of at most three parts, under which there is a network of a family.
+
+    Lightning, for example, writes names with the prefix `net.` or `model.encoder.`. No prefix in
+    the result begins with another one.
+    """
     prefixes = dict.fromkeys(".".join(key.split(".")[:n]) + "." for n in (1, 2, 3)
                              for key in tensors if key.count(".") >= n)
-    found = []
+    kept = []
     for prefix in prefixes:
-        if not prefix.startswith(tuple(found)) and recognised(below(tensors, prefix)):
-            found.append(prefix)
-    return found
+        if not prefix.startswith(tuple(kept)) and recognised(below(tensors, prefix)):
+            kept.append(prefix)
+    return kept
 
 
 def bare(tensors, name):
-    """The tensors of the one network in a file, without the prefix that somebody's own module has
-    put before its names, which is said; as they are where they need none.
+    """The tensors of the network in a file, without the prefix that another module added to them.
 
-    raises  WeightsError: several networks, as a student and its teacher
+    Tensors that are left out are named in a printed line. A file in which no network is recognised
+    is returned unchanged.
+
+    raises  WeightsError: the file contains several networks, such as a student and its teacher
     """
     if recognised(tensors):
         return tensors
-    found = inside(tensors)
-    if not found:
+    prefixes = inside(tensors)
+    if not prefixes:
         return tensors
-    if len(found) > 1:
-        ways = ", ".join(f"{name}::{prefix[:-1]}" for prefix in found)
-        raise WeightsError(f"{name}: holds {len(found)} networks; choose one: {ways}")
-    others = dict.fromkeys(key.split(".")[0] for key in tensors if not key.startswith(found[0]))
+    if len(prefixes) > 1:
+        choices = ", ".join(f"{name}::{prefix[:-1]}" for prefix in prefixes)
+        raise WeightsError(f"{name}: holds {len(prefixes)} networks; choose one: {choices}")
+    others = dict.fromkeys(key.split(".")[0] for key in tensors if not key.startswith(prefixes[0]))
     if others:
-        say(f"{name}: the network under {found[0]!r} is read; left aside: {listed(others)}")
-    return below(tensors, found[0])
+        say(f"{name}: the network under {prefixes[0]!r} is read; not read: {listed(others)}")
+    return below(tensors, prefixes[0])
 
 
 def class_of(model):
     """The class of a model by its name in MODELS."""
-    package = __name__.removesuffix("weights.families")  # "", or that of a copy: tools/borrow.py
+    # "" here; "mypackage." in a copy made by tools/borrow.py
+    package = __name__.removesuffix("weights.families")
     return getattr(importlib.import_module(package + MODELS[model][0]), model)
