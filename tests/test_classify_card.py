@@ -344,7 +344,7 @@ def test_the_rows_of_a_head_are_named_in_a_file_and_checked(encoders, tmp_path, 
     (tmp_path / "rows.json").write_text("[1, 0]")
     flags = ("--weights", encoders["masked"][0], "--head-rows", str(tmp_path / "rows.json"))
     assert run(*flags, out=tmp_path / "run") == 2
-    assert "--head-rows: 2 rows for 30 classes out of a head with" in capsys.readouterr().err
+    assert "--head-rows: 2 rows for 30 classes do not fit the head with" in capsys.readouterr().err
     (tmp_path / "rows.json").write_text("{}")
     assert run(*flags, out=tmp_path / "run") == 2
     assert "must hold a list of numbers" in capsys.readouterr().err

@@ -98,8 +98,8 @@ def test_official_files_of_both_encoders_fuse_on_real_videos(tmp_path):
 
 @pytest.mark.parametrize("flags, complaint", [
     (lambda a, b: ["--masked", a], "--multimodal: fuse needs both"),
-    (lambda a, b: ["--masked", b, "--multimodal", b], "is a UniFormerV2; that is for --multimodal"),
-    (lambda a, b: ["--masked", a, "--multimodal", a], "is a VideoMAE; that is for --masked"),
+    (lambda a, b: ["--masked", b, "--multimodal", b], "is a UniFormerV2; give it to --multimodal"),
+    (lambda a, b: ["--masked", a, "--multimodal", a], "is a VideoMAE; give it to --masked"),
     (lambda a, b: ["--masked", a, "--multimodal", b, "--before", "7"], "blocks 0 to 2"),
     (lambda a, b: ["--masked", a, "--multimodal", b, "--before", "x"], "give numbers with commas"),
     (lambda a, b: ["--masked", a, "--multimodal", b, "--num-frames", "2"], "up to 4 frames"),

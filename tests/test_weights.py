@@ -365,7 +365,7 @@ def test_what_lacks_of_a_model_in_parts_is_named(tmp_path, kind):
     gone = next(iter(held))
     del held[gone]
     save_file(held, part) if kind == "safetensors" else torch.save(held, part)
-    with pytest.raises(WeightsError, match=f"{part.name}: lacks what {index.name} says: {gone}"):
+    with pytest.raises(WeightsError, match=f"{part.name}: lacks tensors that {index.name} names: {gone}"):
         weights.read(tmp_path)
     part.unlink()
     with pytest.raises(WeightsError, match=f"of its 3 parts 1 is missing: {part.name}; download"):
@@ -439,12 +439,12 @@ def test_of_weights_and_their_average_the_weights_are_taken_and_a_suffix_takes_t
         assert torch.equal(weights.read(path)[0]["0.bias"], own["0.bias"])
     out = capsys.readouterr().out
     assert out.count("\n") == 1
-    assert f"{plain!r} is taken; for the other write {path}::{average}" in out
+    assert f"{plain!r} is used; for the average write {path}::{average}" in out
     assert torch.equal(weights.read(f"{path}::{average}")[0]["0.bias"], other["0.bias"])
     assert torch.equal(weights.read(f"{path}::{plain}")[0]["0.bias"], own["0.bias"])
     assert capsys.readouterr().out == ""
     assert weights.fingerprint(path) != weights.fingerprint(f"{path}::{average}")
-    with pytest.raises(WeightsError, match="has no part 'emma'; what it has begins with 0, 1"):
+    with pytest.raises(WeightsError, match="has no part 'emma'; its names begin with 0, 1"):
         weights.read(f"{path}::emma")
 
 

@@ -1,22 +1,21 @@
 """Read and write weights strictly: a file fills a model completely, or it is refused.
 
-Weights that silently do not load are the most expensive bug around pretrained video models. The
-official loaders pass strict=False and print what they dropped; the network is then half random and
-still runs. Here a file that does not fit is refused with the names of all tensors that are missing,
-unknown or of another shape.
+Weights that silently fail to load are an expensive bug. The official loaders pass strict=False and
+print what they dropped. The network then runs, although half of it is random. Here a file that does
+not fit is an error. Its message names all tensors that are missing, unknown or of another shape.
 
     file or dict --read--> {official name: tensor} --translate--> {our name: tensor} --fill--> model
 
 1. `read` opens safetensors and torch files and never runs code from them. It removes the usual
-   dictionaries around the tensors (ENVELOPES) and widens half precision. `places.py` knows where
-   files lie; `pickles.py` takes tensors out of files that hold more.
+   dictionaries around the tensors (ENVELOPES) and converts half precision to float32. `places.py`
+   finds files; `pickles.py` takes tensors out of files that contain other objects.
 2. A `Rule` names one of our tensors and the official tensors that it is made of. Each family of
-   official files has a key map, a list of rules: `official.py`.
-3. `fill` applies the rules. `export` applies them backwards, for other people's code.
+   official files has a key map, a list of rules, see `official.py`.
+3. `fill` applies the rules. `export` applies them in reverse, for the official code.
 4. `save` writes our own runs: model.safetensors with the configuration and a checksum in its
    header, and the same configuration as config.json.
-5. A damaged file is refused: by that checksum, or by those of a torch file (`load`). A file is
-   written in full or not at all (`write_aside`).
+5. Checksums detect damaged files: ours in safetensors, those of the zip archive in torch files
+   (`load`). A file is written completely or not at all (`write_aside`).
 
 >>> import tempfile, pathlib
 >>> model = torch.nn.Linear(2, 3)
@@ -48,13 +47,14 @@ from weights import places
 from weights.pickles import is_program, take_out
 from weights.places import WeightsError
 
-# The keys of the dictionaries around the tensors; those of averages over the steps of a training.
-# mmengine's "ema_state_dict" is none: it swaps the two, so its "state_dict" is the average.
+# Keys under which files keep the dictionary of tensors, and that of their average over training.
+# mmengine's "ema_state_dict" is not among them: mmengine swaps the two, so its "state_dict" is the
+# average.
 ENVELOPES = ("model", "module", "state_dict", "model_state", "model_state_dict", "net")
 AVERAGES = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "model.", "_orig_mod.")  # DataParallel, Hugging Face remote code, compile
 
-# What torch, safetensors, zipfile and pickle raise at a damaged file.
+# What torch, safetensors, zipfile and pickle may raise for a damaged file.
 DAMAGE = (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError,
           OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError,
           AssertionError, struct.error, zlib.error)
@@ -67,11 +67,11 @@ DAMAGE = (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.Un
 def read(source):
     """Tensors and configuration of a file, a folder or a dict of tensors.
 
-    source   path of a .safetensors or torch file, or of a folder; with ::NAME behind it for a part
-             (see places.py, unwrap); or {name: tensor}
-    returns  ({name: tensor}, {configuration}); the latter is empty for files that are not ours.
-             float16 and bfloat16 tensors come back as float32, which is exact.
-    raises   WeightsError: no such file, not a file of weights, or one that needs to run code
+    source   path of a .safetensors or torch file, or of a folder; with ::NAME at the end for a part
+             (see places.py and `unwrap`); or {name: tensor}
+    returns  ({name: tensor}, configuration), a dict that is empty for files that are not ours.
+             float16 and bfloat16 tensors are returned as float32, which is exact
+    raises   WeightsError: no such file, not a file of weights, or one that would run code
     """
     if isinstance(source, dict):
         return unwrap(source, name_of(source)), {}
@@ -80,16 +80,16 @@ def read(source):
         tensors, config = open_file(path)
         return unwrap(tensors, str(source), wanted), config
     tensors = {}
-    for place, names in places.parts(path).items():
-        held = open_file(place)[0]
-        if lacking := [name for name in names if name not in held]:
-            raise WeightsError(f"{place}: lacks what {path.name} says: {listed(lacking)}")
-        tensors |= {name: held[name] for name in names}
+    for file, names in places.parts(path).items():
+        content = open_file(file)[0]
+        if missing := [name for name in names if name not in content]:
+            raise WeightsError(f"{file}: lacks tensors that {path.name} names: {listed(missing)}")
+        tensors |= {name: content[name] for name in names}
     return unwrap(tensors, str(source), wanted), {}
 
 
 def open_file(path):
-    """(what one file holds, its configuration or {}). WeightsError."""
+    """(content of one file, its configuration or {}). Raises WeightsError."""
     config = {}
     try:
         places.check_kind(path)
@@ -116,26 +116,26 @@ def open_file(path):
 
 
 def read_safetensors(path):
-    """({name: tensor}, {configuration}). ValueError where the checksum is wrong."""
+    """({name: tensor}, configuration). ValueError if the checksum is wrong."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        notes = file.metadata() or {}
-    text = notes.get("config", "")
-    if "checksum" in notes and notes["checksum"] != checksum(tensors, text):
+        metadata = file.metadata() or {}
+    text = metadata.get("config", "")
+    if "checksum" in metadata and metadata["checksum"] != checksum(tensors, text):
         raise ValueError("damaged: its checksum is wrong")
-    config = json.loads(notes.get("config", "{}"))
+    config = json.loads(metadata.get("config", "{}"))
     if not isinstance(config, dict):
         raise ValueError("its configuration is no JSON object")
     return tensors, config
 
 
 def load(path):
-    """What a torch file holds, on the CPU; nothing of it is executed.
+    """The content of a torch file, on the CPU. No code in it is executed.
 
-    The file is an archive with a CRC-32 of every tensor. torch writes these and never compares
-    them; here a flipped bit is an error.
+    The file is an archive with a CRC-32 of every tensor. torch writes these checksums but does not
+    verify them; this function does.
 
-    raises  whatever a damaged file makes torch or zipfile raise; ValueError for a wrong checksum
+    raises  DAMAGE; ValueError for a wrong checksum
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -157,10 +157,10 @@ def checksum(tensors, text):
 
 
 def unwrap(tensors, name, part=""):
-    """{name: tensor} without envelopes and without a prefix that every name shares.
+    """{name: tensor} without envelopes and without a prefix that all names share.
 
-    part  "" or what was asked for: the key of an envelope, or a prefix of the tensors' names. Of a
-          file that holds weights and their average, the weights are taken else, which is said
+    part  "" or NAME of FILE::NAME: the key of an envelope, or a prefix of the tensors' names. If it
+          is "" and a file has weights and their average, the weights are used and a line says so
     """
     for _ in range(len(ENVELOPES)):
         inner = [key for key in (part, *ENVELOPES, *AVERAGES) if isinstance(tensors, dict)
@@ -168,8 +168,8 @@ def unwrap(tensors, name, part=""):
         if not inner:
             break
         if inner[0] != part and inner[0] in ENVELOPES and inner[-1] in AVERAGES:
-            say(f"{name}: holds {inner[0]!r} and an average over its training, {inner[-1]!r}; "
-                f"{inner[0]!r} is taken; for the other write {name}::{inner[-1]}")
+            say(f"{name}: holds {inner[0]!r} and an average over training, {inner[-1]!r}; "
+                f"{inner[0]!r} is used; for the average write {name}::{inner[-1]}")
         check_whole(tensors, inner[0], name)
         tensors, part = tensors[inner[0]], "" if inner[0] == part else part
     if not isinstance(tensors, dict) or not tensors:
@@ -192,18 +192,18 @@ def unwrap(tensors, name, part=""):
 
 
 def within(tensors, part, name):
-    """The tensors whose names begin with `part` and a dot, without it. WeightsError: none."""
+    """The tensors whose names begin with `part` and a dot, without these. WeightsError if none."""
     prefix = part + "."
-    found = {key[len(prefix):]: value for key, value in tensors.items()
-             if str(key).startswith(prefix)}
-    if not found:
+    selected = {key[len(prefix):]: value for key, value in tensors.items()
+                if str(key).startswith(prefix)}
+    if not selected:
         tops = dict.fromkeys(str(key).partition(".")[0] for key in tensors)
-        raise WeightsError(f"{name}: has no part {part!r}; what it has begins with {listed(tops)}")
-    return found
+        raise WeightsError(f"{name}: has no part {part!r}; its names begin with {listed(tops)}")
+    return selected
 
 
 def check_whole(content, key, name):
-    """WeightsError for states that DeepSpeed's ZeRO-3 has left without their numbers."""
+    """WeightsError for a file of DeepSpeed's ZeRO-3, whose tensors are empty."""
     module = content[key]
     empty = [value for value in module.values()
              if isinstance(value, torch.Tensor) and not value.numel()]
@@ -213,14 +213,15 @@ def check_whole(content, key, name):
 
 @functools.cache
 def say(line):
-    """Print a line once, however often a file is read."""
+    """Print a line only once, also if a file is read several times."""
     print(line)
 
 
 def part(tensors, config, name):
-    """Of what `read` gave, the component `name`, where a run saved several under such prefixes.
+    """Select one component of `tensors, config = read(...)` if a run saved several.
 
-    Returns its tensors without the prefix and its configuration; anything else as it is.
+    Returns the tensors without the prefix `name` and the configuration of that component. A run or
+    file without such a component is returned unchanged.
     """
     if not isinstance(config.get(name), dict):
         return tensors, config
@@ -230,7 +231,7 @@ def part(tensors, config, name):
 
 
 def name_of(source):
-    """What messages call a source of weights."""
+    """The name of a source of weights in messages."""
     return "the dict of weights" if isinstance(source, dict) else str(source)
 
 
@@ -256,10 +257,10 @@ def fingerprint(source):
 
 @dataclass(frozen=True)
 class Rule:
-    """Our tensor `ours` is the official tensor `official`; several are stacked along dim 0.
+    """Our tensor `ours` comes from the official tensor `official`. Several are stacked along dim 0.
 
-    convert  official -> ours, for layouts that differ; None = as it is
-    back     ours -> official, likewise
+    convert  function official -> ours, for layouts that differ; None = unchanged
+    back     function ours -> official, likewise
     """
 
     ours: str
@@ -273,70 +274,73 @@ class Rule:
 
 
 def translate(tensors, rules):
-    """Official tensors under our names.
+    """Rename and convert official tensors.
 
-    returns ({our name: tensor}, {our name: official name(s) for messages}, [missing official],
-             [official names that no rule mentions])
+    returns  ({our name: tensor}, {our name: official name(s) for messages},
+              [missing official names], [official names that no rule uses])
     """
-    ours, spoken, missing, used = {}, {}, [], set()
+    ours, official, missing, used = {}, {}, [], set()
     for rule in rules:
         used.update(rule.sources)
         absent = [key for key in rule.sources if key not in tensors]
         missing += absent
-        spoken[rule.ours] = " + ".join(rule.sources)
+        official[rule.ours] = " + ".join(rule.sources)
         if not absent:
             pieces = [tensors[key] for key in rule.sources]
             tensor = torch.cat(pieces) if len({p.shape[1:] for p in pieces}) == 1 and \
                 len(pieces) > 1 else pieces[0]
             ours[rule.ours] = rule.convert(tensor) if rule.convert else tensor
-    return ours, spoken, missing, [key for key in tensors if key not in used]
+    return ours, official, missing, [key for key in tensors if key not in used]
 
 
 def fill(model, tensors, rules=None, *, name="weights"):
-    """Copy tensors into the model; every parameter and saved buffer is filled or nothing is.
+    """Copy tensors into a model. Every parameter and saved buffer must be filled.
 
-    rules   a key map; None = the names are ours already
-    raises  WeightsError listing exactly the missing, unknown and misshapen tensors, by the names
-            that the file uses
+    rules   a key map; None = the names are already ours
+    raises  WeightsError with the names, as in the file, of all tensors that are missing, unknown,
+            or of another shape or dtype. The model is then unchanged
     """
     own = model.state_dict()
     rules = rules if rules is not None else [Rule(key, key) for key in own]
-    ours, spoken, missing, unknown = translate(tensors, rules)
-    shapes = [f"{spoken[key]} is {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
+    ours, official, missing, unknown = translate(tensors, rules)
+    shapes = [f"{official[key]} is {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
               for key, tensor in ours.items() if key in own and tensor.shape != own[key].shape]
-    kinds = [f"{spoken[key]} is {tensor.dtype} instead of {own[key].dtype}"
+    kinds = [f"{official[key]} is {tensor.dtype} instead of {own[key].dtype}"
              for key, tensor in ours.items() if key in own and other_kind(tensor, own[key])]
-    unfilled = [key for key in own if key not in spoken]
-    if unfilled:  # our own error, not the file's
+    unfilled = [key for key in own if key not in official]
+    if unfilled:  # an error in the key map, not in the file
         raise AssertionError(f"no rule fills {unfilled}")
-    complaints = [f"{what}: {listed(keys)}" for what, keys in
-                  (("missing", missing), ("unknown", unknown), ("wrong shape", shapes),
-                   ("wrong kind", kinds)) if keys]
-    if complaints:
-        raise WeightsError(f"{name} does not fit {type(model).__name__}: " + "; ".join(complaints))
+    faults = [f"{what}: {listed(keys)}" for what, keys in
+              (("missing", missing), ("unknown", unknown), ("wrong shape", shapes),
+               ("wrong kind", kinds)) if keys]
+    if faults:
+        raise WeightsError(f"{name} does not fit {type(model).__name__}: " + "; ".join(faults))
     model.load_state_dict(ours, strict=True)
     return model
 
 
 def other_kind(tensor, own):
-    """True where copying would round or drop numbers in silence. Whole numbers may be floats: a
-    counter that was cast together with the weights."""
+    """True if one is floating point and the other is not, so that copying could change numbers.
+
+    A float tensor of whole numbers is accepted: a counter that was cast together with the weights.
+    """
     return tensor.is_floating_point() != own.is_floating_point() and not (
         tensor.is_floating_point() and torch.equal(tensor, tensor.round()))
 
 
 def export(model, rules):
-    """The way back: {official name: tensor} of a model, by a key map that covers it."""
-    own, found = model.state_dict(), {}
-    assert {rule.ours for rule in rules} == set(own), "the key map leaves something out"
+    """The reverse of `fill`: {official name: tensor} of a model. The key map must cover all of it.
+    """
+    own, tensors = model.state_dict(), {}
+    assert {rule.ours for rule in rules} == set(own), "the key map is not complete"
     for rule in rules:
         tensor = own[rule.ours].detach().cpu()
         assert (rule.convert is None) == (rule.back is None), f"no way back for {rule.ours}"
         tensor = rule.back(tensor) if rule.back else tensor
         pieces = tensor.chunk(len(rule.sources)) if len(rule.sources) > 1 else [tensor]
-        found |= {name: piece.contiguous().clone()
-                  for name, piece in zip(rule.sources, pieces, strict=True)}
-    return found
+        tensors |= {name: piece.contiguous().clone()
+                    for name, piece in zip(rule.sources, pieces, strict=True)}
+    return tensors
 
 
 # ------------------------------------------------------------------------------------------------
@@ -344,10 +348,12 @@ def export(model, rules):
 
 
 def write_aside(path, write):
-    """Call write(temporary path), then put the result in place of `path` in one step.
+    """Call write(temporary path), then replace `path` with the result in one atomic step.
 
-    A reader, also after a power cut, finds the old file or the new one and never half of either.
-    Where writing fails, as on a full disk, the half is removed and the old file stays: OSError.
+    A reader finds the complete old file or the complete new one, even after a power failure. If
+    writing fails, for example on a full disk, the temporary file is removed and the old file stays.
+
+    raises  OSError if the system reported the failure; other errors as `write` raised them
     """
     path = Path(path)
     aside = path.with_name(path.name + ".part")
@@ -359,7 +365,7 @@ def write_aside(path, write):
     except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        # torch and safetensors have exceptions of their own for what the system reported.
+        # torch and safetensors report errors of the system with their own exceptions.
         reported = re.search(r"os error (\d+)", str(error))
         number = int(reported[1]) if reported else getattr(error.__context__, "errno", None)
         if number and not isinstance(error, OSError):
@@ -369,7 +375,7 @@ def write_aside(path, write):
 
 
 def write_torch(path, content):
-    """torch.save, aside and renamed; `load` reads it. Tensors, numbers, strings, lists, dicts."""
+    """torch.save through `write_aside`. `load` reads tensors, numbers, strings, lists and dicts."""
     def write(aside):
         with open(aside, "wb") as file:
             torch.save(content, file)
@@ -377,7 +383,7 @@ def write_torch(path, content):
 
 
 def settle(folder):
-    """Flush the names in a folder to the disk, so that they survive a power cut."""
+    """Flush the file names of a folder to the disk, so that they survive a power failure."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -389,13 +395,14 @@ def save(folder, model, config):
     """Write model.safetensors and config.json.
 
     model   a module, or its tensors
-    config  plain JSON values, with "model" = the class
+    config  plain JSON values, with "model" = the name of the class
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = model if isinstance(model, dict) else model.state_dict()
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     text = json.dumps(config, indent=1)
-    notes = {"config": text, "checksum": checksum(tensors, text)}
-    write_aside(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata=notes))
+    metadata = {"config": text, "checksum": checksum(tensors, text)}
+    write_aside(folder / "model.safetensors",
+                lambda path: save_file(tensors, path, metadata=metadata))
     write_aside(folder / "config.json", lambda path: Path(path).write_text(text + "\n"))
