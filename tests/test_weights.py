@@ -365,7 +365,8 @@ def test_what_lacks_of_a_model_in_parts_is_named(tmp_path, kind):
     gone = next(iter(held))
     del held[gone]
     save_file(held, part) if kind == "safetensors" else torch.save(held, part)
-    with pytest.raises(WeightsError, match=f"{part.name}: lacks tensors that {index.name} names: {gone}"):
+    message = f"{part.name}: lacks tensors that {index.name} names: {gone}"
+    with pytest.raises(WeightsError, match=message):
         weights.read(tmp_path)
     part.unlink()
     with pytest.raises(WeightsError, match=f"of its 3 parts 1 is missing: {part.name}; download"):

@@ -1,6 +1,6 @@
-"""Give an encoder a head for other classes, and keep the rest of its weights.
+"""Give an encoder a head for other classes and keep its other weights.
 
-mae and uniformerv2 call these functions in their method `with_head`.
+The methods `with_head` of mae.py and uniformerv2.py call these functions.
 """
 
 import torch
@@ -10,13 +10,15 @@ from weights.families import class_of
 
 
 def rows_of(old, classes, rows):
-    """Which rows of a head for `old` classes a head for Y classes starts with; None = a new head.
+    """The rows of an old head that the new head starts with, as a list; None = a new head.
 
-    rows  Y numbers, None for a class that starts anew. Default: the whole head for as many
-          classes, whatever they are called (tasks.class_names matches names). 400 classes
-          after the 710 of Kinetics-710: its first 400 rows, which are Kinetics-400 in InternVideo's
-          and UniFormerV2's order (not in VideoMAE V2's, and no shape tells them apart).
-          Any other number: a new head.
+    old      number of rows of the old head
+    classes  Y
+    rows     the row of each class, None for a new one. Default: all rows if the numbers of classes
+             are equal, whatever their names (tasks.class_names matches names). For 400 classes
+             after the 710 of Kinetics-710 the first 400 rows. These are Kinetics-400 in the order
+             of InternVideo and UniFormerV2, but not of VideoMAE V2, whose files look the same.
+             Otherwise a new head
     """
     if rows is None and classes and (classes == old or (old, classes) == (710, 400)):
         return list(range(classes))
@@ -25,23 +27,23 @@ def rows_of(old, classes, rows):
 
 @torch.no_grad()
 def copy_rows(new, old, rows):
-    """Copy these rows of the linear layer `old` into `new`, one after another; None: leave it."""
-    kept = [(place, row) for place, row in enumerate(rows) if row is not None]
+    """Copy row rows[i] of the linear layer `old` to row i of `new`; None leaves row i unchanged."""
+    kept = [(target, row) for target, row in enumerate(rows) if row is not None]
     if kept:
-        places, rows = map(list, zip(*kept))
-        new.weight[places], new.bias[places] = old.weight[rows], old.bias[rows]
+        targets, rows = map(list, zip(*kept))
+        new.weight[targets], new.bias[targets] = old.weight[rows], old.bias[rows]
 
 
 @torch.no_grad()
 def masked(model, classes, rows, options):
     """A VideoClassifier for Y classes with the encoder of a VideoMAE or VideoClassifier.
 
-    options  of the new model, where they differ: drop, drop_path, frames, image_size, ...
+    options  options of the new model that differ: drop, drop_path, frames, image_size, ...
 
-    The encoder's own norm in a VideoMAE is left behind; fc_norm and head are then new.
+    From a VideoMAE, fc_norm and head are new, and the last norm of its encoder is dropped.
     """
     pretrained = "classes" not in model.config
-    if pretrained:  # its head_eps is that of the decoder
+    if pretrained:  # its head_eps belongs to the decoder
         options = {"head_eps": mae.Options.head_eps} | options
     new = class_of(model.classifier)(classes=classes, **vars(model.options) | options)
     own, tensors = new.encoder.state_dict(), model.encoder.state_dict()
@@ -61,8 +63,9 @@ def masked(model, classes, rows, options):
 def multimodal(model, classes, norm, rows, options):
     """A UniFormerV2 for Y classes with the weights of another.
 
-    norm     a LayerNorm to start the head's norm with; default: this model's, where it has one
-    options  of the new model, where they differ: head_dropout, drop_path, mean, std, ...
+    norm     a LayerNorm whose weights the head's norm starts with; default: this model's own, if it
+             has one
+    options  options of the new model that differ: head_dropout, drop_path, mean, std, ...
     """
     new = type(model)(**vars(model.options) | options | {"classes": classes})
     # A model without a head has no norm either.

@@ -1,8 +1,8 @@
-"""What Hugging Face's libraries write beside weights: config.json and preprocessor_config.json.
+"""Read the configurations of Hugging Face folders: config.json and preprocessor_config.json.
 
-They tell what no shape of a tensor does: how many heads, for clips of which length and size, and
-how pixels are normalised. Only files that lie under the names of the libraries have these beside
-them; of a file of another name nothing is told.
+They contain what shapes of tensors cannot show: the number of heads, the length and size of clips,
+and the normalisation of pixels. They are read only for a folder, or for a file with one of the
+names that the libraries write. A file with another name may belong to another model.
 """
 
 import json
@@ -18,7 +18,8 @@ PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def beside(source, *names):
-    """(path, JSON object) of the first of these files beside the weights, or (None, {})."""
+    """(path, JSON object) of the first of these files that lies beside the weights, or (None, {}).
+    """
     path = places.split(source)[0] if not isinstance(source, dict) else None
     if path is None or not os.path.isdir(path) and path.name not in places.MODEL_FILES:
         return None, {}
@@ -27,31 +28,31 @@ def beside(source, *names):
     if path is None:
         return None, {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise WeightsError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise strange(path)
-    return path, found
+    if not isinstance(content, dict):
+        raise malformed(path)
+    return path, content
 
 
-def strange(path):
-    """The error for what no library writes."""
+def malformed(path):
+    """The error for a file that is not a configuration."""
     return WeightsError(f"{path}: not a configuration as transformers writes it")
 
 
 def hub_config(source):
-    """The configuration, config.json; {} where there is none.
+    """The content of config.json; {} if there is none.
 
-    raises  WeightsError: no JSON object, or a number that is none; also in its parts vision_config
-            and text_config
+    raises  WeightsError: not a JSON object, or a field of the wrong type. The parts vision_config
+            and text_config are checked, too
     """
-    path, found = beside(source, "config.json")
-    parts = [found] + [found[key] for key in ("vision_config", "text_config")
-                       if found.get(key) is not None]
+    path, config = beside(source, "config.json")
+    parts = [config] + [config[key] for key in ("vision_config", "text_config")
+                        if config.get(key) is not None]
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("hidden_act", ""), str):
-            raise strange(path)
+            raise malformed(path)
         for key in NUMBERS:
             value = part.get(key)
             if value is not None and not whole(value):
@@ -63,7 +64,7 @@ def hub_config(source):
         eps = part.get("layer_norm_eps", 0)
         if type(eps) not in (int, float) or not 0 <= eps < 1:
             raise WeightsError(f"{path}: layer_norm_eps must be in [0, 1), got {str(eps)[:60]!r}")
-    return found
+    return config
 
 
 def whole(value):
@@ -78,45 +79,46 @@ def sides(value):
 
 
 def hub_clips(source):
-    """What the folder says of the clips that its model is for: {"num_frames": T, "input_size":
-    [H, W]}, as far as it does. WeightsError where its two files differ."""
+    """The clips of the folder's model: {"num_frames": T, "input_size": [H, W]}, without what the
+    folder does not contain. WeightsError if its two files disagree."""
     config = hub_config(source)
-    if "model" in config or "vision_config" in config:  # a run of ours; CLIP, whose shapes tell
+    if "model" in config or "vision_config" in config:  # a run of ours; CLIP: shapes show its size
         return {}
-    found = {"num_frames": config.get("num_frames"), "input_size": sides(config.get("image_size"))}
-    path, preparation = beside(source, *PREPROCESSORS)
-    key = "crop_size" if preparation.get("do_center_crop", "crop_size" in preparation) else "size"
-    size = preparation.get(key)
+    clips = {"num_frames": config.get("num_frames"), "input_size": sides(config.get("image_size"))}
+    path, preprocessor = beside(source, *PREPROCESSORS)
+    key = "crop_size" if preprocessor.get(
+        "do_center_crop", "crop_size" in preprocessor) else "size"
+    size = preprocessor.get(key)
     if isinstance(size, dict):
         size = [size.get("height", size.get("shortest_edge")),
                 size.get("width", size.get("shortest_edge"))]
     size = sides(size)
-    if size and found["input_size"] not in (None, size):
+    if size and clips["input_size"] not in (None, size):
         raise WeightsError(f"{path}: prepares frames of {size[0]} x {size[1]} pixels, and the "
                            "config.json beside it says {} x {}; correct the wrong one"
-                           .format(*found["input_size"]))
-    found["input_size"] = found["input_size"] or size
-    return {key: value for key, value in found.items() if value}
+                           .format(*clips["input_size"]))
+    clips["input_size"] = clips["input_size"] or size
+    return {key: value for key, value in clips.items() if value}
 
 
 def hub_pixels(source):
-    """(mean, std) that normalise pixels in [0, 1], as lists of one number per channel, or None
-    where the folder says nothing. WeightsError where it says something else than that."""
-    path, told = beside(source, *PREPROCESSORS)
+    """(mean, std) that normalise pixels in [0, 1], as lists with one number per channel. None if
+    the folder does not contain them. WeightsError if it describes another kind of normalisation."""
+    path, settings = beside(source, *PREPROCESSORS)
     keys = ("image_mean", "image_std")
-    if path is None:  # timm has all in one file
-        path, told = beside(source, "config.json")
-        told, keys = told.get("pretrained_cfg") or {}, ("mean", "std")
-    if not isinstance(told, dict):
-        raise strange(path)
-    factor = told.get("rescale_factor", 1 / 255)
-    if not told.get("do_rescale", True) or told.get("offset") or not (
+    if path is None:  # timm keeps everything in one file
+        path, settings = beside(source, "config.json")
+        settings, keys = settings.get("pretrained_cfg") or {}, ("mean", "std")
+    if not isinstance(settings, dict):
+        raise malformed(path)
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not settings.get("do_rescale", True) or settings.get("offset") or not (
             isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-3)):
-        raise WeightsError(f"{path}: its model reads pixels that are not in [0, 1] before they are "
-                           "normalised; only those can be read here")
-    if not told.get("do_normalize", True):
+        raise WeightsError(f"{path}: its model normalises pixels that are not in [0, 1]; only "
+                           "models for pixels in [0, 1] can be read here")
+    if not settings.get("do_normalize", True):
         return [0.0] * 3, [1.0] * 3
-    mean, std = (told.get(key) for key in keys)
+    mean, std = (settings.get(key) for key in keys)
     if mean is None and std is None:
         return None
     for value in (mean, std):
@@ -125,6 +127,6 @@ def hub_pixels(source):
             raise WeightsError(f"{path}: {keys[0]} and {keys[1]} must be lists of numbers, got "
                                f"{str(value)[:60]!r}")
     if len(mean) != len(std) or min(std) <= 0:
-        raise WeightsError(f"{path}: {keys[0]} and {keys[1]} must be as long as each other, and "
-                           "deviations above 0")
+        raise WeightsError(f"{path}: {keys[0]} and {keys[1]} must have the same length, and "
+                           "deviations must be above 0")
     return mean, std
