@@ -415,7 +415,7 @@ def test_an_image_vit_starts_a_video_encoder_with_its_own_numbers(tmp_path, caps
     torch.testing.assert_close(model(video), image_vit_feature(state, image, 3, 2, eps))
     said = capsys.readouterr().out
     for words in ("inflated over the 2 frames", "repeated over time", "cls_token",
-                  "No accuracy on videos is to be expected", "nothing says how its pixels are"):
+                  "Do not expect accuracy on videos", "nothing says how its pixels are"):
         assert words in said
     assert ("classifier.bias" in said or "head.bias" in said) == ("without a head" not in kind)
     # A longer clip of another size: the same positions at every time, stretched.

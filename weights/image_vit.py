@@ -1,13 +1,14 @@
-"""An image ViT, of timm or transformers, as the beginning of a video encoder.
+"""Turn an image ViT of timm or transformers into the start of a video encoder.
 
-    patch embedding   inflated over the frames of a tubelet, as CLIP's is in UniFormerV2: its
-                      numbers in the middle frame, zeros around
-    positions         the same in every time step; stretched for frames of another size
-    biases            of queries and values; one of the keys moves all scores of a query alike
-    last norm         before the head, on the mean of all tokens
-    class token, its position, pooler and head   left behind
+    patch embedding   inflated over the frames of a tubelet: the image weights in the middle frame,
+                      zeros in the others
+    positions         repeated in every time step; interpolated for frames of another size
+    biases            those of queries and values are kept. A bias of keys adds the same number to
+                      all scores of a query, so it is dropped
+    last norm         moved before the head, on the mean of all tokens
+    class token, its position, pooler and head   dropped
 
-The names are in the tables of weights/videomae.py, which then reads what is left.
+The key maps are tables in weights/videomae.py, which then loads the converted tensors.
 """
 
 import math
@@ -18,37 +19,38 @@ import torch
 import mae
 from weights.files import WeightsError, listed, say
 
-TUBELET = 2  # frames, as in all of VideoMAE
-LEFT = r"(vit\.embeddings\.)?(cls|mask)_token|(vit\.pooler|head|classifier)\..*"
+TUBELET = 2  # frames, as in all VideoMAE models
+DROPPED = r"(vit\.embeddings\.)?(cls|mask)_token|(vit\.pooler|head|classifier)\..*"
 
 
 def is_image(tensors):
-    """True for the names of an image ViT with a class token."""
+    """True if the tensors have the names of an image ViT with a class token."""
     return any(re.fullmatch(r"(vit\.)?(embeddings\.)?cls_token", key) for key in tensors)
 
 
 def inflate(file, frames, image_size):
-    """Turn the tensors of an image ViT into those of a video encoder; says what becomes of them.
+    """Convert the tensors of an image ViT to those of a video encoder. Prints what it did.
 
-    file         weights.videomae.VideoMAEFile; its tensors change, `unused` names what is left
+    file         weights.videomae.VideoMAEFile. Its `tensors` are replaced; its `unused` lists the
+                 dropped tensors
     frames       T; None = 16
-    image_size   H = W or (H, W) in pixels; None = as the image model's
-    returns      (T, (H, W)) of the position table
-    raises       WeightsError: a tensor that this needs is missing or misshapen
+    image_size   H = W or (H, W) in pixels; None = that of the image model
+    returns      (T, (H, W)) of the new position table
+    raises       WeightsError: a necessary tensor is missing or has a wrong shape
     """
     embed, stored = file.spell("encoder.embed.weight"), file.spell("encoder.stored")
     patch = file.shape("encoder.embed.weight", 4)[-1]
-    places = file.shape("encoder.stored", 3)[1] - 1
-    side = math.isqrt(max(places, 0))
-    if side < 1 or side * side != places:
-        raise WeightsError(f"{file.name}: wrong shape: {stored} has {places} places besides the "
-                           "class token, which is not a square")
+    positions = file.shape("encoder.stored", 3)[1] - 1
+    side = math.isqrt(max(positions, 0))
+    if side < 1 or side * side != positions:
+        raise WeightsError(f"{file.name}: wrong shape: {stored} has {positions} positions besides "
+                           "the class token, which is not a square number")
     frames, image_size = frames or 16, image_size or side * patch
     height, width = [image_size] * 2 if isinstance(image_size, int) else image_size
-    tensors = {key: x for key, x in file.tensors.items() if not re.fullmatch(LEFT, key)}
+    tensors = {key: x for key, x in file.tensors.items() if not re.fullmatch(DROPPED, key)}
     file.unused = [key for key in file.tensors if key not in tensors]
     kernel = tensors[embed][:, :, None]                                      # (D, C, 1, p, p)
-    tensors[embed] = torch.cat([torch.zeros_like(kernel), kernel], dim=2)    # zero, then as it was
+    tensors[embed] = torch.cat([torch.zeros_like(kernel), kernel], dim=2)    # (D, C, 2, p, p)
     table = mae.resize_positions(tensors[stored][:, 1:], (1, side, side),
                                  (1, height // patch, width // patch))
     tensors[stored] = table.repeat(1, max(frames // TUBELET, 1), 1)
@@ -59,7 +61,7 @@ def inflate(file, frames, image_size):
             tensors |= {stem + "q_bias": q_bias, stem + "v_bias": v_bias}
     file.tensors = tensors
     say(f"{file.name}: an image ViT. Its patch embedding is inflated over the {TUBELET} frames of "
-        "a tubelet and its positions are repeated over time; left behind: "
-        f"{listed(file.unused)}, and the biases of keys, which change no output. No accuracy on "
-        "videos is to be expected before training")
+        "a tubelet and its positions are repeated over time; not used: "
+        f"{listed(file.unused)}, and the biases of keys, which change no output. Do not expect "
+        "accuracy on videos before training")
     return frames, (height, width)

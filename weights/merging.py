@@ -1,15 +1,17 @@
-"""Average the weights of a video model with those of the CLIP that it grew from (WiSE-FT, arXiv
-2109.01903, Sec. 3): fine-tuning keeps part of what CLIP knew.
+"""Average the weights of a video model with those of the CLIP that it grew from.
 
-Where we differ: InternVideo's published list names blocks 0 to 11 only, perhaps by mistake, so half
-of the visual blocks of L/14 are left out. Here every block takes part.
+WiSE-FT, arXiv 2109.01903, Sec. 3. The average keeps more of CLIP's zero-shot accuracy than the
+fine-tuned weights alone.
+
+Where we differ: InternVideo's published list of tensors names blocks 0 to 11 only, perhaps by
+mistake. It leaves out half of the visual blocks of L/14. Here all blocks are averaged.
 """
 
 import re
 
 import torch
 
-# What CLIP contributed to the video model, by our names.
+# The tensors that come from CLIP, by our names.
 FROM_CLIP = re.compile(
     r"text\.(positions|embed\.weight|proj\.weight)|text\.norm\..*"
     r"|visual_norm\..*|visual_proj\.weight"
@@ -19,16 +21,16 @@ FROM_CLIP = re.compile(
 
 @torch.no_grad()
 def merge(model, start, share=0.5):
-    """W = share * start + (1 - share) * model, for the tensors that CLIP has.
+    """share * start + (1 - share) * model, for the tensors that come from CLIP.
 
     model, start   clip_video.VideoCLIPs of the same size; `model` is changed in place and returned
-    share          in [0, 1]; the published zero-shot scripts take 0.5
-    raises         ValueError where a tensor is missing from `start` or has another shape
+    share          in [0, 1]; the published zero-shot scripts use 0.5
+    raises         ValueError: a tensor is missing from `start` or has another shape
     """
     known = start.state_dict()
     for name, tensor in model.state_dict().items():
         if FROM_CLIP.fullmatch(name):
             if name not in known or known[name].shape != tensor.shape:
-                raise ValueError(f"the two models differ in {name}: they are not of one size")
+                raise ValueError(f"the two models differ in {name}: they must have the same size")
             tensor.lerp_(known[name].to(tensor), share)
     return model
