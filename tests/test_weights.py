@@ -514,7 +514,7 @@ def test_what_lacks_under_a_prefix_is_named(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 345\n",
-     "a git-lfs pointer, not the file itself: fetch that with git lfs pull"),
+     "a git-lfs pointer, not the file itself: fetch the file with git lfs pull"),
     (b"\n<!DOCTYPE html>\n<html><head>", "a web page in place of a file of weights"),
     (b"<HTML><body>Sign in", "a web page"),
     (b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0">', "a web page"),

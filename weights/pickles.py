@@ -1,13 +1,13 @@
-"""Take the tensors out of a pickle without running it.
+"""Take the tensors out of a pickle without running code from it.
 
-A torch file is a zip archive: one pickle that says which tensors there are, and a file of numbers
-for each of them. A pickle may name any function, and unpickling calls it. `TensorsOnly` knows
-tensors and plain containers; in place of everything else it puts a `StandIn`, which does nothing.
+A torch file is a zip archive with one pickle, which describes the tensors, and one file of numbers
+for each tensor. A pickle may name any function, and unpickling calls it. `TensorsOnly` builds only
+tensors and plain containers. It replaces every other object by a `StandIn`, which does nothing.
 
-    take_out(path) -> dicts and tensors, {names of what was left out}
+    take_out(path) -> dicts and tensors, {names of the objects that were left out}
 
-TorchScript archives, in which OpenAI published CLIP, are programs. Their modules become stand-ins
-that keep their attributes, and `named` finds every tensor by the path of attributes to it.
+TorchScript archives, in which OpenAI published CLIP, contain programs. Their modules become
+stand-ins that keep their attributes. `named` then finds every tensor by its path of attributes.
 """
 
 import pickle
@@ -24,7 +24,7 @@ STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16,
 
 
 class StandIn:
-    """In place of what a pickle would build with code. It keeps the state that it is given."""
+    """Replaces an object that a pickle would build by running code. It only stores its state."""
 
     state = None
 
@@ -50,8 +50,8 @@ class StandIn:
 class TensorsOnly(pickle.Unpickler):
     """Reads the pickle inside a zip file that torch.save or TorchScript wrote.
 
-    It builds tensors and plain containers. Whatever else the file names is never imported or
-    called: it becomes a `StandIn`, and its name is noted in `strange`.
+    It builds only tensors and plain containers. Every other object becomes a `StandIn`: its code is
+    not imported or called. The names of these objects are collected in `skipped`.
     """
 
     def __init__(self, archive):
@@ -60,7 +60,7 @@ class TensorsOnly(pickle.Unpickler):
         if root is None:
             raise ValueError("no data.pkl in the archive")
         super().__init__(archive.open(root + "data.pkl"), encoding="utf-8")
-        self.archive, self.root, self.storages, self.strange = archive, root, {}, set()
+        self.archive, self.root, self.storages, self.skipped = archive, root, {}, set()
 
     def find_class(self, module, name):
         if (module, name) == ("collections", "OrderedDict"):
@@ -73,7 +73,7 @@ class TensorsOnly(pickle.Unpickler):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if not module.startswith("__torch__"):  # TorchScript's own modules are containers
-            self.strange.add(f"{module}.{name}")
+            self.skipped.add(f"{module}.{name}")
         return type(name, (StandIn,), {})
 
     def persistent_load(self, key):
@@ -86,22 +86,22 @@ class TensorsOnly(pickle.Unpickler):
 
 
 def take_out(path):
-    """What a zip file of torch holds: (dicts and tensors, {names of what was left out})."""
+    """The content of a torch file: (dicts and tensors, {names of the objects left out})."""
     with zipfile.ZipFile(path) as archive:
         reader = TensorsOnly(archive)
-        found = reader.load()
-    return (named(found) if isinstance(found, StandIn) else found), reader.strange
+        content = reader.load()
+    return (named(content) if isinstance(content, StandIn) else content), reader.skipped
 
 
 def named(module, prefix=""):
-    """{name: tensor} of a TorchScript module, by the path of attributes that leads to each."""
-    found = {}
+    """{name: tensor} of a TorchScript module; a name is the path of attributes to the tensor."""
+    tensors = {}
     for key, value in (module.state if isinstance(module.state, dict) else {}).items():
         if isinstance(value, torch.Tensor):
-            found[prefix + key] = value
+            tensors[prefix + key] = value
         elif isinstance(value, StandIn):
-            found |= named(value, f"{prefix}{key}.")
-    return found
+            tensors |= named(value, f"{prefix}{key}.")
+    return tensors
 
 
 def is_program(path):
