@@ -1,10 +1,10 @@
-"""Runs of this project: from a saved configuration and tensors to the model, in eval mode."""
+"""Load runs of this project: from a saved configuration and tensors to a model in eval mode."""
 
 import torch
 
 from weights.files import WeightsError, fill, name_of, read
 
-# Options that older versions had, and the value that they must have had for the run to load here.
+# Options of older versions, and the only value with which a run can still be loaded.
 REMOVED = {
     "VideoMAE": {"space_time": "joint"},
     "VideoClassifier": {"space_time": "joint", "pool": "mean"},
@@ -13,19 +13,19 @@ REMOVED = {
 
 
 def load_run(make, source, model, command):
-    """A run of this project, complete and in eval mode.
+    """Load the model of a run, in eval mode.
 
-    make     function of its configuration (config.json) that builds the model, as X.from_config
+    make     function of the configuration (config.json) that builds the model, as X.from_config
     source   path of the run's folder or of its model.safetensors
-    model    what its configuration must have as "model"
+    model    the value that "model" must have in the configuration
     command  stage of train.py that writes such runs, for the message
-    raises   WeightsError: another file, a configuration of no model, or tensors that do not fit
+    raises   WeightsError: another kind of file, a wrong configuration, or tensors that do not fit
     """
     tensors, config = read(source)
     kind = config.get("model")
     if kind != model:
-        held = f"it holds a {kind}" if config else "it has no configuration"
-        raise WeightsError(f"{name_of(source)}: not a run of `train.py {command}`: {held}, "
+        content = f"it holds a {kind}" if config else "it has no configuration"
+        raise WeightsError(f"{name_of(source)}: not a run of `train.py {command}`: {content}, "
                            f"not {'an' if model[0] in 'AEIOU' else 'a'} {model}")
     return rebuild(make, tensors, config, name_of(source))
 
@@ -36,7 +36,10 @@ def rebuild(make, tensors, config, name):
 
 
 def build(make, config, name):
-    """make(config), a model; WeightsError where the configuration in the file `name` has none."""
+    """make(config), a model. WeightsError if the configuration is wrong.
+
+    name  of the file, for the message
+    """
     try:
         return make(without_removed(config, name))
     except WeightsError:
@@ -44,15 +47,15 @@ def build(make, config, name):
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
             RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise  # no fault of the file's
+            raise  # the file is not the cause
         raise WeightsError(f"{name}: its configuration describes no model that can be built "
                            f"({type(error).__name__}: {str(error)[:120]})") from error
 
 
 def without_removed(config, name):
-    """The configuration, also of the models inside it, without options that no longer exist.
+    """The configuration, also of the models inside it, without removed options.
 
-    raises  WeightsError: an option has another value than the only one that is still supported
+    raises  WeightsError: a removed option has a value that is no longer supported
     """
     if isinstance(config, list):
         return [without_removed(part, name) for part in config]

@@ -1,17 +1,17 @@
-"""Text to token numbers and back: byte-pair encoding, as CLIP's.
+"""Byte-pair encoding as in CLIP: text to token numbers and back.
 
-    "a red star" --clean--> "a red star" --cut into words, words into pieces--> ids (B, L)
-    ids: start, pieces, end, padding; is_token (B, L) is True for all but padding
+    "A red star" --clean--> "a red star" --split into words, words into pieces--> ids (B, L)
+    ids: start, pieces, end, padding; is_token (B, L) is False for padding
 
 The idea, in steps:
 1. `train_tokenizer` starts from 512 symbols: the bytes, and the bytes at the end of a word. It then
-   merges the most frequent pair of symbols, again and again (arXiv 1508.07909, Sec. 3.2). Any text
-   can be written, so there is no unknown token.
-2. `clip_tokenizer` builds the same from CLIP's published list of 48,894 merges.
-3. `tokenizer_of` finds the tokenizer that belongs to weights and checks that it fits them.
+   repeatedly merges the most frequent pair of symbols (arXiv 1508.07909, Sec. 3.2). Every text can
+   be encoded, so there is no unknown token.
+2. `clip_tokenizer` builds a tokenizer from CLIP's published list of 48,894 merges.
+3. `tokenizer_of` finds the tokenizer of weights and checks that it fits them.
 
-Where we differ: ids go up to L = 77 in CLIP; here L is an argument. A caption that does not fit is
-cut, and its last token becomes the end, whose feature represents the sentence.
+Where we differ: L is 77 in CLIP; here it is an argument. A caption that is too long is cut, and its
+last token is replaced by the end token, whose feature represents the sentence.
 
 >>> tokenizer = train_tokenizer(["a red ring orbits", "a blue star spins"] * 2, vocabulary=600)
 >>> ids, is_token = tokenizer.encode(["a red star"], 16)
@@ -36,19 +36,19 @@ from weights.files import write_aside
 from weights.places import split
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
-# The same three and what other files call them; of each, the first that a file knows is taken.
+# These three special tokens and their names in other files; the first known name is used.
 SPECIAL = ((START, "<start_of_text>", "[CLS]", "<s>", "<bos>"),
            (END, "<end_of_text>", "[SEP]", "</s>", "<eos>"),
            (PAD, "[PAD]", "<pad>"))
-# CLIP's words: English contractions, runs of letters, single digits, runs of anything else.
+# CLIP splits a text into: English contractions, runs of letters, single digits, runs of others.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CLIP_MERGES = 49152 - 256 - 2  # as CLIP's simple_tokenizer.py
 
 
 @functools.lru_cache(maxsize=None)
 def repair():
-    """ftfy's function that repairs wrongly decoded characters, or one that changes nothing where
-    ftfy is not installed. Cached: a failing import searches the disk each time."""
+    """ftfy's function that repairs wrongly decoded characters. Without ftfy, a function that
+    changes nothing. Cached, because a failing import searches the disk each time."""
     try:
         import ftfy
     except ImportError:
@@ -57,10 +57,12 @@ def repair():
 
 
 class Tokenizer:
-    """Sentences to token numbers and back.
+    """Converts sentences to token numbers and back.
 
-    engine     a tokenizers.Tokenizer
-    start, end, pad, vocabulary   three token numbers and how many there are
+    engine            a tokenizers.Tokenizer
+    start, end, pad   numbers of the special tokens
+    vocabulary        number of tokens
+    lower             True: texts are converted to lower case
     """
 
     def __init__(self, engine):
@@ -70,17 +72,19 @@ class Tokenizer:
                            for names in SPECIAL)
         for number, names in zip((start, end), SPECIAL):
             if number is None:
-                raise ValueError("a tokenizer without a start or end token: knows none of "
+                raise ValueError("a tokenizer without a start or end token: it knows none of "
                                  f"{', '.join(names)}")
         self.start, self.end = start, end
         self.pad = 0 if pad is None else pad  # CLIP pads with 0, which is "!"
-        # Python's lower() knows that a Greek sigma ends a word; the engine's does not.
+        # `clean` uses Python's lower(), which handles a Greek sigma at the end of a word; the
+        # engine's does not.
         state = json.loads(engine.to_str())["normalizer"]
         self.lower = "Lowercase" in json.dumps(state) or bool((state or {}).get("lowercase"))
 
     def clean(self, text):
-        """CLIP's cleaning: repair wrongly decoded characters (if ftfy is installed), resolve HTML
-        entities, twice, replace every run of white space by one blank, lower case."""
+        """CLIP's cleaning of a text: repair wrongly decoded characters (if ftfy is installed),
+        resolve HTML entities twice, replace runs of white space by one space, convert to lower
+        case."""
         if not isinstance(text, str):
             raise ValueError(
                 f"a caption must be text, got {type(text).__name__}: {str(text)[:40]!r}")
@@ -95,17 +99,17 @@ class Tokenizer:
     def encode(self, texts, context=77, trim=False):
         """Captions to token numbers: start, pieces, end, padding.
 
-        texts    list of str (or one str). One that does not fit is cut and its last token becomes
-                 the end. An empty one is start and end
+        texts    list of str (or one str). A text that is too long is cut, and its last token
+                 becomes the end token. An empty text is start and end
         context  L, at least 2
-        trim     make L no longer than the longest caption needs
-        returns  ids (B, L) int64, is_token (B, L) bool, True = not padding (start and end count)
+        trim     True: shorten L to the length of the longest text
+        returns  ids (B, L) int64; is_token (B, L) bool, False = padding
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or context < 2:
             raise ValueError(f"{len(texts)} captions of {context} tokens: needs at least one "
                              "caption, and two tokens for its start and end")
-        # One by one: the engine's own threads and a data loader's processes do not mix.
+        # One text at a time: the engine's threads would conflict with a data loader's processes.
         rows = [[self.start, *self.engine.encode(self.clean(text), add_special_tokens=False).ids,
                  self.end] for text in texts]
         longest = min(context, max(map(len, rows))) if trim else context
@@ -117,7 +121,8 @@ class Tokenizer:
         return ids, is_token
 
     def decode(self, ids):
-        """Token numbers up to the first end, as text: (B, L), lists -> list of str; (L,) -> str"""
+        """Token numbers to text, up to the first end token: (B, L) or lists -> list of str;
+        (L,) -> str."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         if ids and isinstance(ids[0], (list, torch.Tensor)):
             return [self.decode(row) for row in ids]
@@ -133,20 +138,23 @@ class Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------
-# Making one
+# Making a tokenizer
 
 
 def byte_symbols():
-    """512 symbols: a character for every byte, then the same at the end of a word. In CLIP's order:
-    printable bytes come first and are their own symbol; the others take characters from 256 on."""
+    """512 symbols: a character for every byte, then the same with "</w>", for the end of a word.
+
+    They have CLIP's order. Printable bytes come first and are their own symbols. The other bytes
+    are written as the characters from 256 on.
+    """
     prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(i) for i in prints] + [chr(256 + i) for i in range(256 - len(prints))]
     return symbols + [symbol + "</w>" for symbol in symbols]
 
 
 def byte_pairs(merges, first=()):
-    """The engine whose vocabulary is `first`, the 512 symbols, a token per merge, start, end."""
-    # Two merges may write the same token; it has one number.
+    """The engine with the vocabulary: `first`, the 512 symbols, a token per merge, start, end."""
+    # Two merges may give the same token, which then has one number.
     merged = ("".join(pair) for pair in merges)
     names = dict.fromkeys([*first, *byte_symbols(), *merged, START, END])
     model = models.BPE({name: i for i, name in enumerate(names)}, [tuple(pair) for pair in merges],
@@ -163,11 +171,11 @@ def byte_pairs(merges, first=()):
 
 
 def train_tokenizer(captions, vocabulary=1000):
-    """A byte-pair vocabulary from captions, laid out like CLIP's: the end token has the largest id.
+    """Learn a tokenizer from captions. As in CLIP, the end token has the largest number.
 
     captions    iterable of str
-    vocabulary  most tokens, at least 515: padding, 512 bytes, start and end are always there. Pairs
-                that occur once are not merged, so it may become smaller
+    vocabulary  maximum number of tokens, at least 515 (padding, 512 symbols, start, end). It may
+                become smaller, because pairs that occur only once are not merged
     """
     if vocabulary < 515:
         raise ValueError(
@@ -176,15 +184,15 @@ def train_tokenizer(captions, vocabulary=1000):
     texts = [plain.clean(caption) for caption in captions]
     if not any(texts):
         raise ValueError("no captions to train a tokenizer on")
-    # Named beforehand, all symbols have fixed numbers, and equal counts are resolved by number: the
-    # same captions give the same vocabulary.
+    # Given as special tokens, all symbols have fixed numbers. Pairs with equal counts are ordered
+    # by these numbers, so the same captions give the same vocabulary.
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 3, min_frequency=2, show_progress=False,
         special_tokens=byte_symbols(), end_of_word_suffix="</w>")
     engine = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     engine.pre_tokenizer = plain.engine.pre_tokenizer
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else every later fork of the process warns
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise every later fork prints a warning
     try:
         engine.train_from_iterator(texts, trainer)
     finally:
@@ -195,7 +203,7 @@ def train_tokenizer(captions, vocabulary=1000):
 
 
 # ------------------------------------------------------------------------------------------------
-# Finding one
+# Finding a tokenizer
 
 
 def clip_tokenizer(path):
@@ -211,8 +219,8 @@ def clip_tokenizer(path):
 
 
 def load_tokenizer(path):
-    """A tokenizer from a tokenizer.json (ours or Hugging Face's), a folder that holds one, or
-    CLIP's merges (.gz). ValueError where it is none."""
+    """A tokenizer from a tokenizer.json (ours or Hugging Face's), a folder with such a file, or
+    CLIP's list of merges (.gz). ValueError if it is not a tokenizer."""
     path = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
     if not os.path.isfile(path):  # reading a pipe would block
         raise ValueError(f"{path}: not a file that can be read")
@@ -229,11 +237,12 @@ def load_tokenizer(path):
 
 
 def tokenizer_of(source, given, vocabulary):
-    """The tokenizer that belongs to weights.
+    """The tokenizer of weights.
 
-    source      a run's folder, or a file of weights: tokenizer.json is looked for beside it
-    given       path of another tokenizer, or "" or None
-    vocabulary  of the model; ValueError where the tokenizer knows more, or where there is none
+    source      a run's folder, or a file of weights with a tokenizer.json beside it
+    given       path of another tokenizer; "" or None for that of the weights
+    vocabulary  number of tokens of the model
+    raises      ValueError: there is no tokenizer, or it has more tokens than the model
     """
     path = split(source)[0]
     folder = path if os.path.isdir(path) else path.parent
