@@ -152,7 +152,7 @@ def test_classification(name, dtype):
 
 def test_a_classifier_of_the_first_token_is_refused_in_one_line():
     """An option of the official code that no published model uses: its norm is the encoder's."""
-    with pytest.raises(weights.WeightsError, match="made for reading the first token") as caught:
+    with pytest.raises(weights.WeightsError, match="classifies by the first token") as caught:
         VideoClassifier.from_official(Case("videomae_finetune_token0", torch.float32).state)
     assert "\n" not in str(caught.value)
 
