@@ -1,1 +1,1 @@
-"""Rivals of what InternVideo chose, each a subclass of the component that it replaces."""
+"""Alternatives to InternVideo's design choices, each a subclass of the component it replaces."""

@@ -1,6 +1,6 @@
-"""The variants as stages of train.py: `python -m variants.cards mae-divided`, or `mae-dual`.
+"""The variants as stages: `python -m variants.cards mae-divided` or `mae-dual`.
 
-Importing this file registers both, as tools/claims.py does. Flags and results are those of
+Importing this file registers both stages, as in tools/claims.py. They have the flags and results of
 `python train.py mae`.
 """
 
@@ -19,20 +19,20 @@ from variants.dual_masking import (
 
 @dataclass
 class DividedAttention(train.MaskedModelling, name="mae-divided"):
-    """Stage 1 with attention over time, then over space."""
+    """Stage 1 with divided attention: over time, then over space."""
 
     network = DividedVideoMAE
 
     def build(self, train_set):
         if self.mask_type != "tube":
-            raise UserError("--mask-type: divided attention needs the same places in every frame, "
-                            "so a tube")
+            raise UserError("--mask-type: divided attention needs the same hidden places in every "
+                            "frame; use tube")
         return super().build(train_set)
 
 
 @dataclass
 class DualMasking(train.MaskedModelling, name="mae-dual"):
-    """Stage 1 whose decoder reconstructs half of the tokens (VideoMAE V2)."""
+    """Stage 1 with a decoder that reconstructs only half of the tokens (VideoMAE V2)."""
 
     network = DualMaskedVideoMAE
 

@@ -1,10 +1,11 @@
-"""Divided space-time attention, the rival of joint attention in mae.py.
+"""Divided space-time attention, an alternative to joint attention in mae.py.
 
-Each place first attends over time, then each time step over its places (TimeSformer, arXiv
-2102.05095, Sec. 3, Space-Time Self-Attention Models). A token is compared with t + N/t others in
-place of N. The attention over time has projections of its own. At ViT-B's width a block therefore
-costs 3 % more than a joint one on all 1568 tokens and 29 % more on the 160 visible ones. Divided
-attention pays on longer clips. tools/claims.py compares the two.
+    x (B, N, D) --> attention over time at each place --> attention over space in each step --> MLP
+
+TimeSformer, arXiv 2102.05095, Sec. 3, Space-Time Self-Attention Models. A token is compared with
+t + N/t others instead of N. However, the attention over time has its own projections. At ViT-B's
+width a block costs 3 % more than a joint one for all 1568 tokens, and 29 % more for the 160 visible
+tokens. Divided attention is cheaper for longer clips. tools/claims.py compares the accuracies.
 
 >>> model = DividedVideoMAE("tiny", frames=8, image_size=40)
 >>> hidden = mae.tube_mask(2, model.grid, 0.75, torch.Generator().manual_seed(0))
@@ -22,9 +23,10 @@ from attention import Attention, Block
 class DividedBlock(Block):
     """Attention over time, attention over space, MLP; each with its own norm and residual.
 
-    times    t, time steps of a clip. Its N tokens are t times as many places, the same ones in
-             every step: all of them, or those that a tube mask leaves
-    Other arguments as Block.
+    times    t, time steps of a clip. Every step must have the same places: all of them, or the
+             visible ones of a tube mask
+
+    Other arguments as for Block.
     """
 
     def __init__(self, width, heads, times, *, eps, bias, cosine, **options):
@@ -34,11 +36,11 @@ class DividedBlock(Block):
         self.attn_time = Attention(width, heads, bias=bias, cosine=cosine)
 
     def forward(self, x, context=None):
-        """x (B, N, D) -> (B, N, D). ValueError for any mask, or for a clip of other length."""
+        """x (B, N, D) -> (B, N, D). ValueError for an attention mask, or another length of clip."""
         masked = context and any(value is not None for value in vars(context).values())
         if masked or x.shape[1] % self.times:
-            raise ValueError(f"divided attention is for whole clips of {self.times} time steps, "
-                             "the same places in each")
+            raise ValueError(f"divided attention needs clips of {self.times} time steps with the "
+                             "same places in each, and no attention mask")
         B, N, D = x.shape
         time = x.unflatten(1, (self.times, -1)).transpose(1, 2).flatten(0, 1)    # (B*places, t, D)
         time = self.attn_time(self.norm_time(time)).unflatten(0, (B, -1)).transpose(1, 2)
@@ -58,13 +60,13 @@ class DividedEncoder(mae.Encoder):
 
     def start(self, video, visible=None):
         if self.grid_of(*video.shape[2:])[0] != self.grid[0]:
-            raise ValueError("divided attention was made for clips of "
+            raise ValueError("this divided attention is for clips of "
                              f"{self.grid[0] * self.tubelet} frames, not of {video.shape[2]}")
         return super().start(video, visible)
 
 
 class Divided:
-    """What the two networks below share. Older runs say space_time="divided" in their config."""
+    """Base of the two networks below. Older runs have space_time="divided" in their config."""
 
     encoder_class, classifier = DividedEncoder, "DividedVideoClassifier"
 
@@ -74,7 +76,7 @@ class Divided:
         return super().from_config({k: v for k, v in config.items() if k != "space_time"})
 
     def to_official(self):
-        """The official code has no such network."""
+        """Raises ValueError, because the official code has no such network."""
         raise ValueError("divided attention is unknown to the official code")
 
 

@@ -1,13 +1,14 @@
-"""Dual masking: the decoder reconstructs half of the tokens.
+"""Dual masking: the decoder reconstructs only half of the tokens.
 
 VideoMAE V2, arXiv 2303.16727, Sec. 3.2, Dual Masking.
 
-    hidden (B, N)   True = the encoder does not see it        mae.tube_mask
-    skipped (B, N)  True = the decoder does not predict it    running_cell_mask
+    hidden (B, N)   True = not an input of the encoder     mae.tube_mask
+    skipped (B, N)  True = not predicted by the decoder    running_cell_mask
 
-The decoder of mae.py sees all N tokens; here it sees the visible and the decoded ones. It predicts
-every token that is not skipped, hidden or not. The loss counts those that were hidden. The network
-has VideoMAE's weights, so its runs and files are those of VideoMAE.
+The decoder of mae.py reads all N tokens. Here it reads only the visible tokens and those that it
+predicts. It predicts every token that is not skipped, hidden or visible, and the loss uses the
+hidden ones. The weights have the same names and shapes as VideoMAE's, so runs and files are
+interchangeable.
 
 >>> model = DualMaskedVideoMAE("tiny", frames=8, image_size=64)
 >>> rng = torch.Generator().manual_seed(0)
@@ -24,14 +25,14 @@ import mae
 
 
 def running_cell_mask(batch, grid, generator=None):
-    """Which tokens the decoder leaves out: half of each 2 x 2 cell, moving on with time.
+    """Choose the tokens that the decoder skips: half of each 2 x 2 cell, another half in each step.
 
-    Returns (batch, t*h*w) bool, True = not decoded. Every cell is decoded in full within three time
-    steps; each sample starts at a random one of four.
+    Returns (batch, t*h*w) bool, True = skipped. Four patterns alternate, and each sample starts at
+    a random one. Within three time steps every place is decoded at least once.
     """
     t, h, w = grid
     if h % 2 or w % 2:
-        raise ValueError(f"running cells are 2 x 2: a token grid of {h} x {w} does not divide")
+        raise ValueError(f"running cells are 2 x 2: a token grid of {h} x {w} cannot be divided")
     cells = torch.tensor([[[1, 0], [0, 1]], [[0, 0], [1, 1]], [[0, 1], [1, 0]], [[1, 1], [0, 0]]])
     start = torch.randint(4, (batch, 1), generator=generator)
     step = (start + torch.arange(t)) % 4                                     # (batch, t)
@@ -39,7 +40,7 @@ def running_cell_mask(batch, grid, generator=None):
 
 
 class DualMaskedVideoMAE(mae.VideoMAE):
-    """VideoMAE that decodes a part of the tokens."""
+    """A VideoMAE that decodes only a part of the tokens."""
 
     def forward(self, video, hidden, skipped=None):
         """As VideoMAE.forward, for the tokens that are not skipped -> (B, n, P).
@@ -54,17 +55,17 @@ class DualMaskedVideoMAE(mae.VideoMAE):
 
 
 def hidden_among_decoded(hidden, skipped):
-    """Which of the decoded tokens the encoder did not see, (B, n) bool: they count in the loss."""
+    """(B, n) bool, True = this decoded token was hidden from the encoder, so the loss uses it."""
     return hidden.gather(1, mae.split_by_mask(skipped, "skipped")[0])
 
 
 def dual_masking_loss(prediction, target, weight, *, count=None):
-    """Mean squared error over the tokens with weight.
+    """Weighted mean squared error.
 
     prediction, target  (B, n, P); target = mae.reconstruction_target(video, ~skipped)
     weight              (B, n), see `hidden_among_decoded`
-    count               what the sum is divided by; default: the sum of the weights. For several
-                        processes with one batch: that sum over all / processes
+    count               divisor of the weighted sum; default: the sum of the weights. If processes
+                        share a batch: the sum over all of them, divided by their number
     """
     if prediction.dtype != torch.float64:
         prediction, target = prediction.float(), target.float()
