@@ -1,12 +1,12 @@
-"""What does a block cost, and what does hiding save?
+"""How many FLOPs does a block need, and how many does masking save?
 
-Count multiply-adds times two, of matrix products alone, as torch.utils.flop_counter does. A block
-of width D has the projection to queries, keys and values (D -> 3D), q k^T, weights times v, the
-projection back (D -> D), and an MLP (D -> 4D -> D). The projections and the MLP grow with N, the
-two products of attention with N^2.
+Count only matrix products, and each multiply-add as two FLOPs, as torch.utils.flop_counter does. A
+block of width D has the projection to queries, keys and values (D -> 3D), q k^T, attention weights
+times v, the output projection (D -> D), and an MLP (D -> 4D -> D). The cost of projections and MLP
+is proportional to N, that of the two products of attention to N^2.
 
-Predict before you compute: hiding 90 % makes a block of ViT-B on 1568 tokens cheaper by a factor of
-10, more, or less?
+Predict before you compute: a block of ViT-B has 1568 tokens, and 90 % are hidden. Is it then
+cheaper by a factor of 10, more, or less?
 """
 
 
@@ -16,5 +16,5 @@ def block_flops(tokens, width):
 
 
 def saving(tokens, visible, width):
-    """-> float, how many times cheaper a block is on `visible` of the `tokens`."""
+    """-> float, FLOPs with all `tokens` divided by FLOPs with only the `visible` ones."""
     raise NotImplementedError

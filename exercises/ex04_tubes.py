@@ -1,8 +1,8 @@
-"""Hide tubes.
+"""Draw a tube mask.
 
-For each clip draw int(ratio * h * w) places, without repetition and all equally likely, and hide
-them in every time step. Tokens are numbered with time slowest: n = tau*h*w + y*w + x. Take random
-numbers from `generator` only, so that the same generator gives the same mask.
+For each clip draw int(ratio * h * w) places, without repetition and with equal probability. Hide
+them in every time step. The number of a token is n = tau*h*w + y*w + x. Take random numbers only
+from `generator`. Generators with the same state then give the same mask.
 """
 
 

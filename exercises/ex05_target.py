@@ -1,8 +1,8 @@
 """The target of the decoder: normalised pixels.
 
-From each tubelet and colour channel subtract the mean of its pixels, and divide by their standard
-deviation (unbiased, with 1e-6 added after the root). Why does it cost about 1 to predict the mean
-of every tubelet, that is zeros?
+For each tubelet and colour channel, subtract the mean of the pixels and divide by their standard
+deviation (unbiased, with 1e-6 added after the root). A model that always predicts the mean of the
+tubelet predicts zeros in this normalisation. Why is its loss about 1?
 """
 
 
@@ -12,5 +12,5 @@ def normalised(tubelets):
 
 
 def cost_of_zeros(tubelets):
-    """-> float, the mean squared error of zeros against the normalised tubelets."""
+    """-> float, the mean squared error between zeros and the normalised tubelets."""
     raise NotImplementedError

@@ -1,8 +1,8 @@
-"""Which sentence belongs to which video?
+"""The contrastive loss: which sentence belongs to which video?
 
-Row i of both is a pair; all others are negatives. Scores are cosines times exp(logit_scale). The
-loss is the mean of two cross-entropies, video among texts and text among videos (CLIP, arXiv
-2103.00020, Sec. 2.3 and Figure 3).
+Video i and text i are a pair; all other combinations are negatives. Scores are cosines times
+exp(logit_scale). The loss is the mean of two cross-entropies: each video chooses among all texts,
+and each text among all videos (CLIP, arXiv 2103.00020, Sec. 2.3 and Figure 3).
 """
 
 

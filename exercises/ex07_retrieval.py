@@ -1,11 +1,12 @@
-"""Find the video for each sentence, and once more with all the other sentences known.
+"""Text-to-video retrieval, plain and with dual softmax.
 
 similarity (texts, videos) holds exp(logit_scale) * cosines, with the pairs on its diagonal. Recall
-at 1 is the share of texts, in percent, whose own video scores higher than every other; equal scores
-count against you.
+at 1 is the share of texts, in percent, whose own video has a higher score than every other video. A
+tie counts as wrong.
 
-The dual softmax multiplies each score by a softmax over all texts, for each video (CAMoE, arXiv
-2109.04290). No user has all other sentences. Before you run it: can it make things worse?
+Dual softmax multiplies each score by a softmax over all texts, for each video (CAMoE, arXiv
+2109.04290). It needs the sentences of the whole test set, which a user does not have. Before you
+run it: can it make the result worse?
 """
 
 
@@ -15,5 +16,5 @@ def recall_at_1(similarity):
 
 
 def dual_softmax(similarity):
-    """-> (texts, videos), to be ranked like the plain ones."""
+    """-> new similarities (texts, videos), from which `recall_at_1` can be computed again."""
     raise NotImplementedError

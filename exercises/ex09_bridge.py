@@ -1,12 +1,12 @@
-"""Cross-attention whose gate starts at zero and can still learn.
+"""Cross-attention with a gate that starts at zero and can still learn.
 
-`Bridge` lets tokens x attend to other tokens: x + tanh(gate) * attention(norm(x), context), with a
-gate that starts at zero (as in Flamingo, arXiv 2204.14198, Sec. 3.1.2). Any attention will do,
-attention.Attention or one of torch's; the parameter is called `gate`. At the start x must pass bit
-for bit, and yet the gate must have a gradient at the first step.
+`Bridge` lets tokens x attend to other tokens: x + tanh(gate) * attention(norm(x), context), as in
+Flamingo (arXiv 2204.14198, Sec. 3.1.2). Its parameter `gate` starts at zero. You may use
+attention.Attention or an attention of torch. At the start the output must equal x bit for bit, but
+the gate must have a gradient in the first step.
 
-Then name the parameters whose gradient is exactly zero at that first step. Say in a comment why
-that does not matter.
+Then list the parameters whose gradient is exactly zero in the first step. Explain in a comment why
+this is no problem.
 """
 
 from torch import nn
@@ -22,7 +22,9 @@ class Bridge(nn.Module):
         raise NotImplementedError
 
 
-def silent_at_step_one():
-    """-> set of first parts of names in Bridge.named_parameters(): "attn" of "attn.proj.weight",
-    "gate". Those whose gradients are all exactly zero at step one, as you named them."""
+def without_gradient_at_step_one():
+    """-> set of the modules or parameters of Bridge with only zero gradients in the first step.
+
+    Use the first part of the names in Bridge.named_parameters(): "attn" for "attn.proj.weight".
+    """
     raise NotImplementedError

@@ -1,17 +1,18 @@
-"""A stage of your own: which way does time run?
+"""Your own stage: does a clip play forwards or backwards?
 
 ("Learning and Using the Arrow of Time", CVPR 2018.)
 
-A stage of train.py is a dataclass: its fields become flags, its methods say what is learned. The
-loop does the rest, checkpoints and resuming included. Write a stage that plays clips backwards,
-each with probability one half, and learns to tell which. Take random numbers from `rng` only; then
-a resumed run repeats the whole run. Evaluation gives "val_accuracy" in percent.
+A stage of train.py is a dataclass. Its fields become flags, and its methods define data, model and
+loss. The training loop does the rest, including checkpoints. Write a stage that reverses each clip
+with probability 0.5, and learns to classify clips as forwards or backwards. Take random numbers
+only from `rng`. A resumed run then equals an uninterrupted one. The result is "val_accuracy" in
+percent.
 
-On all moving shapes this must fail! Every motion has a twin that is its reverse and equally likely,
-see video/moving_shapes.py. So use `MovingShapes(...).only("motion", ["grow"])`, where time shows,
-and see that without `only` it stays at 50 %.
+On all moving shapes this cannot work. Every motion has a twin, which is the same motion backwards
+and equally frequent, see video/moving_shapes.py. Use `MovingShapes(...).only("motion", ["grow"])`,
+whose twin is left out. Check that without `only` the accuracy stays at 50 %.
 
-Look at the stage `mae` of train.py and at `Stage` in engine/stage.py. The test runs `train.train`.
+Read the stage `mae` of train.py and `Stage` in engine/stage.py. The test calls `train.train`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from engine.stage import Stage, flag
 
 @dataclass
 class Arrow(Stage, name="arrow"):
-    """Which way does time run?"""
+    """Does a clip play forwards or backwards?"""
 
     num_frames: int = flag(4, "frames per clip", low=2)
     input_size: int = flag(32, "height and width in pixels", low=16)

@@ -1,4 +1,4 @@
-"""Turns green exercise by exercise. EXERCISES=solutions tests the solutions."""
+"""Tests of the exercises. EXERCISES=solutions tests the solutions."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def test_ex01_visible_tokens():
         model = mae.VideoMAE(size, frames=frames, image_size=(height, width))
         hidden = mae.tube_mask(1, model.grid, ratio, torch.Generator())
         assert count(frames, height, width, ratio, patch) == int((~hidden).sum()), \
-            f"int() is taken of the places of one time step: {model.grid}"
+            f"int() rounds the hidden places of one time step: {model.grid}"
 
 
 def test_ex02_attention():
@@ -56,14 +56,14 @@ def test_ex02_attention():
 def test_ex03_cost():
     cost = load("ex03_cost")
     for tokens, width in ((20, 32), (64, 96)):
-        with torch.device("meta"):  # torch does not count the attention kernel of CPUs
+        with torch.device("meta"):  # on a CPU torch does not count the attention kernel
             block, x = attention.Block(width, 4), torch.randn(1, tokens, width)
         with FlopCounterMode(display=False) as counter:
             block(x)
         assert cost.block_flops(tokens, width) == counter.get_total_flops(), \
-            "as torch counts; a factor of 2: additions count as well"
+            "as torch counts; a multiply-add is two FLOPs"
     assert cost.saving(1568, 160, 768) == pytest.approx(12.7, abs=0.05), \
-        "more than 9.8, the ratio of tokens: pairs of tokens save more"
+        "more than 9.8, the ratio of tokens: the cost of pairs falls with its square"
 
 
 def test_ex04_tubes():
@@ -76,8 +76,8 @@ def test_ex04_tubes():
     share = frames[:, 0].float().mean(dim=0)
     assert (share - 0.75).abs().max() < 0.05, "all places are equally likely"
     again, other = (hide(2000, (3, 4, 5), 0.75, torch.Generator().manual_seed(n)) for n in (0, 1))
-    assert torch.equal(hidden, again), "take random numbers from `generator` only"
-    assert not torch.equal(hidden, other), "another generator, another mask"
+    assert torch.equal(hidden, again), "take random numbers only from `generator`"
+    assert not torch.equal(hidden, other), "another seed must give another mask"
 
 
 def test_ex05_target():
@@ -98,10 +98,10 @@ def test_ex06_contrast():
     plain = clip_video.contrastive_loss(video, text, none)
     assert torch.allclose(write(video, text, none), plain, atol=1e-5), \
         "cosines; the mean of two cross-entropies, in nats"
-    got, expected = write(video, text, scale), clip_video.contrastive_loss(video, text, scale)
-    assert torch.allclose(got, expected, atol=1e-5), "the factor is exp(logit_scale)"
+    result, expected = write(video, text, scale), clip_video.contrastive_loss(video, text, scale)
+    assert torch.allclose(result, expected, atol=1e-5), "the factor is exp(logit_scale)"
     longer = write(5 * video, text, scale)
-    assert torch.allclose(longer, got, atol=1e-5), "a cosine does not depend on length"
+    assert torch.allclose(longer, result, atol=1e-5), "a cosine does not depend on length"
 
 
 def test_ex07_retrieval():
@@ -120,14 +120,14 @@ def test_ex08_off_by_one():
     write = load("ex08_off_by_one").caption_loss
     torch.manual_seed(0)
     ids = torch.tensor([[8, 1, 2, 9, 0, 0], [8, 3, 4, 5, 6, 9]])
-    real, logits = torch.tensor([[True] * 4 + [False] * 2, [True] * 6]), torch.randn(2, 6, 10)
+    is_text, logits = torch.tensor([[True] * 4 + [False] * 2, [True] * 6]), torch.randn(2, 6, 10)
     try:
-        found = write(logits, ids, real)
+        loss = write(logits, ids, is_text)
     except (ValueError, IndexError) as error:
         raise AssertionError("as many logits as targets: the last position has none") from error
-    expected = caption_decoder.caption_loss(logits[:, :-1], ids, real)
-    assert torch.allclose(found, expected, atol=1e-5), \
-        "logits[:, t] predict ids[:, t+1]; the end counts, padding does not"
+    expected = caption_decoder.caption_loss(logits[:, :-1], ids, is_text)
+    assert torch.allclose(loss, expected, atol=1e-5), \
+        "logits[:, t] predict ids[:, t+1]; the end token counts, padding does not"
 
 
 def test_ex09_bridge():
@@ -135,12 +135,12 @@ def test_ex09_bridge():
     torch.manual_seed(0)
     bridge = exercise.Bridge(16, 24, 4)
     x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 24)
-    assert torch.equal(bridge(x, context), x), "at the start x passes bit for bit"
+    assert torch.equal(bridge(x, context), x), "at the start the output equals x bit for bit"
     bridge(x, context).square().sum().backward()
-    silent = {name.split(".")[0] for name, p in bridge.named_parameters()
+    no_gradient = {name.split(".")[0] for name, p in bridge.named_parameters()
               if p.grad is None or not p.grad.any()}
-    assert "gate" not in silent, "the gate itself must learn from the first step on"
-    assert exercise.silent_at_step_one() == silent, "what is behind a closed gate"
+    assert "gate" not in no_gradient, "the gate itself must learn from the first step on"
+    assert exercise.without_gradient_at_step_one() == no_gradient, "the parameters behind the closed gate"
     with torch.no_grad():
         bridge.gate.fill_(1.0)
     assert not torch.allclose(bridge(x, context), x)
@@ -160,4 +160,4 @@ def test_ex10_stage(tmp_path):
     batch = next(data.held_out(held_out["val"], 8, 8))
     losses = [float(stage.loss(model, batch, torch.Generator().manual_seed(n))[0])
               for n in (0, 0, 1)]
-    assert losses[0] == losses[1] != losses[2], "take random numbers from `rng` only"
+    assert losses[0] == losses[1] != losses[2], "take random numbers only from `rng`"

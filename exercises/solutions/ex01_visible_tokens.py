@@ -1,4 +1,4 @@
-"""Tubes run through time: places are counted in one time step, and hidden in all of them."""
+"""A tube has the same place in all time steps, so the hidden places of one step are counted."""
 
 
 def visible_tokens(frames, height, width, ratio, patch=16, tubelet=2):

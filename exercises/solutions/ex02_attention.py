@@ -1,5 +1,7 @@
-"""Forbidden scores become very small before the softmax, and forbidden weights zero after it. In a
-row with nothing allowed, the softmax of equal numbers would be a mean over everything."""
+"""Masked scores become very small before the softmax, and masked weights become zero after it.
+
+Without the second step, a row in which all keys are masked would be the softmax of equal numbers:
+the mean over all values."""
 
 import torch
 

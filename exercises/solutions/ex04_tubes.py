@@ -1,4 +1,5 @@
-"""The places with the smallest of h*w random numbers are a random choice without repetition."""
+"""Give each of the h*w places a random number. Those with the smallest numbers are a random choice
+without repetition."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The mean square of numbers with mean 0 and unbiased variance 1 is (n - 1) / n: just below 1."""
+"""n numbers with mean 0 and unbiased variance 1 have the mean square (n - 1) / n, just below 1."""
 
 
 def normalised(tubelets):

@@ -1,5 +1,6 @@
-"""A video that is second for every sentence is second for none after the dual softmax. It can make
-things worse: where another sentence scores higher for a video than the right one."""
+"""Some videos are similar to every sentence. Dual softmax lowers their scores, because the softmax
+over sentences gives most of a video's weight to its best sentence. It makes the result worse if a
+wrong sentence has a higher score for a video than the correct one."""
 
 import torch
 

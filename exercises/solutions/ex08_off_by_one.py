@@ -1,5 +1,5 @@
-"""The loss asked for the word that position t had just read. The target is the next word, and only
-real next words count."""
+"""The wrong loss used token t as the target at position t, which the model has just read. The
+target is token t + 1, if it is not padding."""
 
 import torch.nn.functional as F
 

@@ -1,6 +1,6 @@
-"""The output is x + tanh(gate) * y with gate = 0. Its derivative by y is tanh(0) = 0, so attention
-and norm get no gradient in the first step. Its derivative by the gate is y, which is not 0.
-After one step the gate is open and all parameters learn."""
+"""The output is x + tanh(gate) * y with gate = 0. Its derivative with respect to y is tanh(0) = 0,
+so attention and norm get no gradient in the first step. Its derivative with respect to the gate is
+y, which is not 0. After one step the gate is not 0 any more, and all parameters learn."""
 
 import torch
 from torch import nn
@@ -19,5 +19,5 @@ class Bridge(nn.Module):
         return x + self.gate.tanh() * self.attn(self.norm(x), keys_from=context)
 
 
-def silent_at_step_one():
+def without_gradient_at_step_one():
     return {"norm", "attn"}

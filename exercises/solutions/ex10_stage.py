@@ -1,5 +1,5 @@
-"""A classifier with two answers. `Stage.evaluate` averages what `loss` returns over held-out clips,
-so "accuracy" becomes "val_accuracy" without further code."""
+"""A classifier with two classes. `Stage.evaluate` averages the metrics of `loss` over held-out
+clips, so "accuracy" becomes "val_accuracy" without more code."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from video.moving_shapes import MovingShapes
 
 @dataclass
 class Arrow(Stage, name="arrow"):
-    """Which way does time run?"""
+    """Does a clip play forwards or backwards?"""
 
     num_frames: int = flag(4, "frames per clip", low=2)
     input_size: int = flag(32, "height and width in pixels", low=16)
@@ -23,7 +23,7 @@ class Arrow(Stage, name="arrow"):
         sets = [MovingShapes(split, self.num_frames, self.input_size, self.seed)
                 for split in ("train", "val")]
         if self.motions != "all":
-            sets = [one.only("motion", self.motions.split(",")) for one in sets]
+            sets = [part.only("motion", self.motions.split(",")) for part in sets]
         return sets[0], {"val": sets[1]}
 
     def build(self, train_set):
@@ -37,5 +37,5 @@ class Arrow(Stage, name="arrow"):
         with self.autocast():
             logits = model(clips.permute(0, 4, 1, 2, 3)).float()
         loss = F.cross_entropy(logits, backwards)
-        right = (logits.argmax(dim=1) == backwards).float().mean()
-        return loss, {"loss": loss.detach(), "accuracy": 100 * right}
+        accuracy = 100 * (logits.argmax(dim=1) == backwards).float().mean()
+        return loss, {"loss": loss.detach(), "accuracy": accuracy}
