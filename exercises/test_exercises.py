@@ -138,9 +138,9 @@ def test_ex09_bridge():
     assert torch.equal(bridge(x, context), x), "at the start the output equals x bit for bit"
     bridge(x, context).square().sum().backward()
     no_gradient = {name.split(".")[0] for name, p in bridge.named_parameters()
-              if p.grad is None or not p.grad.any()}
+                   if p.grad is None or not p.grad.any()}
     assert "gate" not in no_gradient, "the gate itself must learn from the first step on"
-    assert exercise.without_gradient_at_step_one() == no_gradient, "the parameters behind the closed gate"
+    assert exercise.without_gradient_at_step_one() == no_gradient, "the parts behind the gate"
     with torch.no_grad():
         bridge.gate.fill_(1.0)
     assert not torch.allclose(bridge(x, context), x)

@@ -37,5 +37,5 @@ class Arrow(Stage, name="arrow"):
         with self.autocast():
             logits = model(clips.permute(0, 4, 1, 2, 3)).float()
         loss = F.cross_entropy(logits, backwards)
-        accuracy = 100 * (logits.argmax(dim=1) == backwards).float().mean()
-        return loss, {"loss": loss.detach(), "accuracy": accuracy}
+        correct = (logits.argmax(dim=1) == backwards).float().mean()
+        return loss, {"loss": loss.detach(), "accuracy": 100 * correct}
