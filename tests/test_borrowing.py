@@ -78,7 +78,7 @@ def test_the_page_lists_the_files_of_each_component(name):
 
 @pytest.mark.parametrize("flags, message", [
     (["attentions"], "attentions: no such file here"),
-    (["mae", "--into", "."], "--into .: is there already"),
+    (["mae", "--into", "."], "--into .: exists already"),
 ])
 def test_a_mistake_is_one_line(flags, message, capsys):
     assert borrow.main(flags) == 2

@@ -1,1 +1,1 @@
-"""Commands beside training: tables, estimates, claims, benchmarks, features and predictions."""
+"""Commands other than training: tables, estimates, claims, benchmarks, features, predictions."""

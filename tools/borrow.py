@@ -1,11 +1,12 @@
-"""Copy components and all that they import into a package of yours: docs/borrowing.md.
+"""Copy components, with the files that they import, into your own package: docs/borrowing.md.
 
     python tools/borrow.py mae --into mypackage/video       # then: from mypackage.video import mae
     python tools/borrow.py uniformerv2 clip_video --into mypackage/video
     python tools/borrow.py mae                              # only list the files
 
-Imports become relative, so that no name of these files clashes with yours. Nothing else changes,
-but for `main`, the demonstration of a file: what it alone needs stays behind.
+Imports become relative, so no name of these files conflicts with yours. Nothing else changes. Files
+that only the function `main` of a component needs are not copied, so `main` does not run in the
+copy.
 """
 
 import argparse
@@ -16,20 +17,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run as `python tools/borrow.py`, Python looks in tools/
+sys.path.insert(0, str(ROOT))  # `python tools/borrow.py` searches only tools/ for modules
 
 from engine.errors import UserError  # noqa: E402
 
 
 def path_of(module):
-    """"engine.flex" -> "engine/flex.py", "weights" -> "weights/__init__.py", others -> None."""
+    """"engine.flex" -> "engine/flex.py", "weights" -> "weights/__init__.py", other modules -> None.
+    """
     path = module.replace(".", "/")
     return next((name for name in (f"{path}.py", f"{path}/__init__.py") if (ROOT / name).is_file()),
                 None)
 
 
 def imports(tree):
-    """The import statements of a file that name modules of this repository, with these modules."""
+    """Yield (import statement, [modules of this repository that it names])."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == "main":
             continue
@@ -40,13 +42,13 @@ def imports(tree):
                 names = [name.name for name in part.names]
             else:
                 continue
-            found = [name for name in names if path_of(name)]
-            if found:
-                yield part, found
+            ours = [name for name in names if path_of(name)]
+            if ours:
+                yield part, ours
 
 
 def closure(modules):
-    """Modules -> the files that they need, themselves included, sorted."""
+    """Modules -> their files and all files that these import, sorted."""
     todo, files = list(modules), set()
     while todo:
         module = todo.pop()
@@ -71,18 +73,20 @@ def relative(path):
 
 
 def main(argv=None):
-    """Returns the exit code: 0, or 2 for a user's mistake."""
+    """The command. Returns the exit code: 0, or 2 for a user's error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("component", nargs="+", help="a file without .py: mae, video.decoding")
-    parser.add_argument("--into", metavar="FOLDER", help="a new folder; default: list the files")
+    parser.add_argument("--into", metavar="FOLDER",
+                        help="a new folder for the copy; default: only list the files")
     args = parser.parse_args(argv)
     try:
         unknown = [name for name in args.component if not path_of(name)]
         if unknown:
-            raise UserError(f"{unknown[0]}: no such file here; give one as mae, or video.decoding")
+            raise UserError(f"{unknown[0]}: no such file here; give a name such as mae, or "
+                            "video.decoding")
         files = closure(args.component)
         if args.into and os.path.lexists(args.into):
-            raise UserError(f"--into {args.into}: is there already; give a new folder")
+            raise UserError(f"--into {args.into}: exists already; give a new folder")
         for path in files:
             print(path)
             if args.into:

@@ -1,18 +1,18 @@
-"""How much memory and how many days would the paper's pretraining take? Estimates from FLOPs.
+"""Estimate memory and days of the paper's pretraining from counted FLOPs.
 
     python tools/estimate.py                        eight GPUs of 400 TFLOP/s
     python tools/estimate.py --gpus 64 --tflops 125
 
-For each size one step of train.py is counted on one clip, on the CPU (`--dry-run`): FLOPs, and the
-bytes that the backward pass keeps.
+1. For each size, `train.py --dry-run` counts one step with one clip on the CPU: the FLOPs, and the
+   bytes that are kept for the backward pass.
+2. days = 3 * forward FLOPs * clips / (GPUs * rate), with the number of clips of the papers.
+3. The batch per GPU is the largest power of two that fits into memory, together with weights,
+   gradients and optimiser states.
 
-    days = 3 * forward FLOPs * clips / (GPUs * rate)
-
-Clips are as many as the papers trained on. The batch per GPU is the largest power of two that fits
-beside weights, gradients and optimiser. --tflops is what a GPU sustains, not its peak: 40 % of the
-peak is good (in bfloat16 an A100 then gives 125, an H100 400). Nothing here was measured on a GPU.
-Sentences are those of the generated world, about 15 tokens. With 77 tokens the text encoder would
-cost five times as much, which is little beside the videos.
+--tflops is the sustained rate of a GPU, not its peak. 40 % of the peak is a good value: in bfloat16
+125 for an A100, 400 for an H100. Nothing here was measured on a GPU. The sentences come from the
+generated world and have about 15 tokens. With 77 tokens the text encoder would cost five times as
+much, which is still little compared with the videos.
 """
 
 import argparse
@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.stage import STAGES  # noqa: E402
 import train  # noqa: E402
 
-KINETICS = 240_436  # training videos of Kinetics-400
+KINETICS = 240_436  # number of training videos of Kinetics-400
 MAE = dict(num_frames=16, input_size=224, mask_ratio=0.9, positions="sinusoid", optimizer="adamw")
 CLIP = dict(num_frames=8, input_size=224, local_units=0, temporal_downsample=False, queries=256,
             caption_depth=6, image_every=0)
-# name, stage, model, other flags, clips in all, clips per step
+# name, stage, model, other flags, total number of clips, clips per step
 # (VideoMAE Sec. 4, InternVideo Sec. 4.1)
 ROWS = (
     ("VideoMAE-B, 800 epochs of Kinetics-400", "mae", "base", MAE, 800 * KINETICS, 1024),
@@ -43,19 +43,22 @@ COLUMNS = ("parameters", "TFLOP per clip", "clips per GPU that fit", "GB per GPU
 
 
 def count(stage):
-    """(parameters, FLOPs of a clip forward and backward, bytes beside activations, bytes of one
-    clip's activations)."""
+    """Count one step with one clip.
+
+    returns  (parameters, FLOPs of forward and backward pass, bytes of weights, gradients and
+             optimiser, bytes of activations)
+    """
     stage.device, stage.precision, stage.batch_size, stage.dry_run = "cpu", "bf16", 1, True
     with contextlib.redirect_stdout(io.StringIO()):
         train_set, _ = stage.datasets()
         facts = train.dry_run(stage, stage.build(train_set), train_set)
-    fixed = 16 * facts["parameters"]  # weight, gradient and AdamW's two averages, float32
+    fixed = 16 * facts["parameters"]  # float32: weight, gradient, AdamW's two averages
     activations = facts["expected_bytes"] - fixed
     return facts["parameters"], 3 * facts["forward_flops"], fixed, activations
 
 
 def estimate(stage, clips, step, args):
-    """The values of COLUMNS, as text."""
+    """The values of COLUMNS as text; clips: total number, step: clips per step."""
     parameters, flops, fixed, activations = count(stage)
     fits = 1
     while 2 * fits * activations + fixed < 0.9e9 * args.memory and 2 * fits * args.gpus <= step:
@@ -69,11 +72,12 @@ def estimate(stage, clips, step, args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
     parser.add_argument("--tflops", type=float, default=400,
-                        help="sustained by one GPU, 1e12 per second (default: 400)")
-    parser.add_argument("--memory", type=float, default=80, help="of one GPU, GB (default: 80)")
-    parser.add_argument("--rows", default="", help="only rows whose name holds this")
+                        help="sustained rate of one GPU in TFLOP/s (default: 400)")
+    parser.add_argument("--memory", type=float, default=80,
+                        help="memory of one GPU in GB (default: 80)")
+    parser.add_argument("--rows", default="", help="only rows whose name contains this text")
     args = parser.parse_args(argv)
     if min(args.gpus, args.tflops, args.memory) <= 0:
         print("estimate.py: --gpus, --tflops and --memory must be above 0", file=sys.stderr)

@@ -1,34 +1,34 @@
-"""Features of videos for other people's work: one file per video, by any encoder here.
+"""Extract the features of videos with any encoder of this project: one file per video.
 
     python tools/extract.py --data DIR --model runs/default/masked --out features
     python tools/extract.py --data LIST --model vit_b_k710.pth --stride 4    # localisation
     python tools/extract.py --data DIR --model clip.safetensors --pool space
 
-Localisation, grounding and retrieval start from features, not from pixels. A second pass over the
-videos with another script is where frame rates and offsets go wrong.
+Localisation, grounding and retrieval often start from features instead of pixels.
 
-A window of as many frames as the model was made for slides over the video, `--stride` frames at a
-time. Its frames follow each other; each is squashed to the model's size. A video of n frames gives
+A window slides over the video, `--stride` frames at a time. It has the number of frames that the
+model was made for. Its frames are consecutive, and each is resized to the model's size without
+keeping the aspect ratio. A video of n frames gives
 
     W = max(n - window, 0) // stride + 1
 
-windows (a shorter video repeats its last frame). Window w covers frames w stride to
-w stride + window - 1. With t token times per window (16 frames, tubelets of 2: t = 8) and h w token
-places:
+windows. Window w covers frames w * stride to w * stride + window - 1. A video shorter than a window
+repeats its last frame. With t time steps per window (16 frames, tubelets of 2: t = 8) and h * w
+places per time step:
 
-    --pool all     feats (T', D), T' = W        one feature per window: VideoMAE's after its last
-                                                norm, UniFormerV2's before it, ViCLIP's embedding
-    --pool space   feats (T', D), T' = W t      mean over places of the last block's tokens
-    --pool none    feats (T', h w, D), T' = W t the tokens, without class tokens
+    --pool all     feats (T', D), T' = W          one feature per window: VideoMAE's after its last
+                                                  norm, UniFormerV2's before it, ViCLIP's embedding
+    --pool space   feats (T', D), T' = W*t        mean over places of the last block's tokens
+    --pool none    feats (T', h*w, D), T' = W*t   the tokens, without class tokens
 
-In each .npz: feats float32; timestamps (T',) float64, seconds from the first frame to the middle of
-what the row has seen; fps, duration in seconds, frames; window and stride in frames; pool; model,
-the first 16 digits of the SHA-256 of its file. `--format npy` writes feats alone, as much
-localisation code reads it (VideoMAE V2's script: --pool all, 16 frames, stride 4 for THUMOS14 and
-16 for FineAction).
+An .npz contains: feats, float32; timestamps (T',), float64, the middle of the frames of each
+feature, in seconds after the first frame; fps; duration in seconds; frames, their number; window
+and stride in frames; pool; model, the first 16 digits of the SHA-256 of its file. `--format npy`
+writes only feats, which other localisation code reads. (VideoMAE V2's script: --pool all, 16
+frames, stride 4 for THUMOS14 and 16 for FineAction.)
 
-A video that is done is not done again. A folder begun with another model or stride is refused.
-Unreadable videos are named at the end.
+Videos whose features exist are skipped. A folder with features of another model or stride is
+refused. Unreadable videos are listed at the end.
 """
 
 import argparse
@@ -56,7 +56,7 @@ CHUNK = 512  # frames in memory at a time
 
 
 def load(source):
-    """An encoder (weights.encoders), or ViCLIP; with .mean, .std and .config of "frames"."""
+    """An encoder (weights.encoders), or ViCLIP, in eval mode."""
     tensors, config = weights.read(source)
     is_viclip = any("temporal_positional_embedding" in name for name in tensors)
     if config.get("kind") == "joint" or is_viclip:
@@ -69,7 +69,7 @@ def features(model, clips, pool):
     """uint8 (B, T, H, W, 3) -> float32 (B, D) for pool="all", (B, t, D) for "space" and
     (B, t, h w, D) for "none"."""
     video = transforms.normalise(clips, model.mean, model.std)
-    if isinstance(model, clip_video.VideoCLIP):  # ViCLIP: its class token, then frame by frame
+    if isinstance(model, clip_video.VideoCLIP):  # ViCLIP: a class token, then the tokens by frame
         feature, tokens = model.encode_video_tokens(video)
         tokens = tokens[:, 0, 1:].unflatten(1, (video.shape[2], -1))
     elif pool == "all":
@@ -84,31 +84,34 @@ def features(model, clips, pool):
 
 
 def extract(model, video, stride, pool, batch_size, device):
-    """(features, timestamps) of one open decoding.Video, as the head of this file says."""
+    """(feats, timestamps) of one open decoding.Video; see the module docstring."""
     info, window = video.info, model.config["frames"]
     starts = np.arange(0, max(info.frames - window, 0) + 1, stride)
     numbers = np.minimum(starts[:, None] + np.arange(window), info.frames - 1)    # (W, window)
     per_chunk = max(1, CHUNK // window)
-    if stride < window:  # windows share frames
+    if stride < window:  # windows overlap
         per_chunk = max(1, (CHUNK - window) // stride + 1)
     rows = []
     for first in range(0, len(numbers), per_chunk):
-        wanted = numbers[first:first + per_chunk]
-        distinct, place = np.unique(wanted, return_inverse=True)
+        chunk = numbers[first:first + per_chunk]
+        distinct, position = np.unique(chunk, return_inverse=True)
         frames = torch.from_numpy(video.read(distinct, model.config["image_size"]))
-        for index in torch.from_numpy(place.reshape(wanted.shape)).split(batch_size):
+        for index in torch.from_numpy(position.reshape(chunk.shape)).split(batch_size):
             rows.append(features(model, frames[index].to(device), pool).cpu())
     rows = torch.cat(rows).numpy()
     times = 1 if pool == "all" else rows.shape[1]
-    # seconds of the frames that each row has seen
+    # timestamps of the frames of each feature
     seconds = np.asarray(info.timestamps)[numbers].reshape(len(numbers), times, -1)
     middles = (seconds[..., 0] + seconds[..., -1]) / 2
     return (rows if pool == "all" else rows.reshape(-1, *rows.shape[2:])), middles.reshape(-1)
 
 
 def places(clips, out, suffix):
-    """{`Row.clip`: path of its features}. Sub-folders are kept, and suffixes where two videos
-    differ in nothing else. A part of a video has its start and end in the name."""
+    """{`Row.clip`: path of its features}.
+
+    Sub-folders are kept. So are suffixes, if two videos differ only in them. For a part of a video
+    the name contains its start and end.
+    """
     common = os.path.commonpath([Path(path).parent for path, _ in clips])
     below = {path: Path(os.path.relpath(path, common)) for path, _ in clips}
     count = collections.Counter(name.with_suffix("") for name in below.values())
@@ -122,7 +125,7 @@ def places(clips, out, suffix):
 
 
 def check_settings(out, settings):
-    """Write the settings into a new folder; UserError where it was begun with others."""
+    """Write the settings into a new folder. UserError if the folder has other settings."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
@@ -132,7 +135,7 @@ def check_settings(out, settings):
 
 
 def write_features(target, feats, facts):
-    """Write an .npz, or feats alone as .npy."""
+    """Write feats and facts as .npz, or only feats as .npy."""
     def write(aside):
         with open(aside, "wb") as file:
             if target.suffix == ".npy":
@@ -145,11 +148,11 @@ def write_features(target, feats, facts):
 
 
 def run(args):
-    """Extract what is missing; returns {clip: reason} of what cannot be read."""
+    """Extract the missing features. Returns {clip: reason} for unreadable videos."""
     if args.stride < 1 or args.batch_size < 1:
         raise UserError("--stride and --batch-size must be at least 1")
-    found = annotations.read(args.data, args.video_folder, args.frame_rate > 0)
-    clips = list(dict.fromkeys(row.clip for row in found.rows))
+    annotation = annotations.read(args.data, args.video_folder, args.frame_rate > 0)
+    clips = list(dict.fromkeys(row.clip for row in annotation.rows))
     model, out, device = load(args.model), Path(args.out), choose_device(args.device)
     model.to(device)
     settings = dict(model=weights.fingerprint(args.model), window=model.config["frames"],
@@ -177,7 +180,7 @@ def run(args):
 
 
 def main(argv=None):
-    """Returns the exit code: 0, 1 where videos could not be read, 2 for a user's mistake."""
+    """The command. Returns the exit code: 0; 1 if videos cannot be read; 2 for a user's error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder or list, as --data of train.py")
     annotations.add_flags(parser)
@@ -189,7 +192,7 @@ def main(argv=None):
     parser.add_argument("--pool", default="all", choices=("none", "space", "all"),
                         help="what is averaged (default: all)")
     parser.add_argument("--format", default="npz", choices=("npz", "npy"),
-                        help="npy = features alone (default: npz)")
+                        help="npy = only the features (default: npz)")
     parser.add_argument("--batch-size", type=int, default=8,
                         help="windows at a time (default: 8)")
     parser.add_argument("--device", default="auto",
