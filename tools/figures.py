@@ -1,15 +1,16 @@
 """Make the figures of README.md and docs/ from runs/default: `make figures`.
 
-    figures/system.png          the four stages, and which file holds what; BOXES says
-    figures/moving_shapes.png   the generated world, a clip of each of eight motions
-    figures/reconstruction.png  what the masked autoencoder predicts on a held-out clip
-    figures/loss.png            its loss, the held-out loss and the trivial baseline
-    figures/captions.png        what the caption decoder writes about held-out clips
+    figures/system.png          the four stages and their files, from BOXES
+    figures/moving_shapes.png   the generated world: a clip of each of eight motions
+    figures/reconstruction.png  the masked autoencoder's prediction for a held-out clip
+    figures/loss.png            its training loss, held-out loss and trivial baseline
+    figures/captions.png        captions of held-out clips
     figures/gates.png           the gates of cross-model attention during training
-    figures/table.png           what each encoder can do alone, and both together
-    figures/claims.png          with docs/claims.md: the results of `make claims`
+    figures/table.png           accuracies of each encoder, and of both together
+    figures/claims.png          the results of `make claims`, with docs/claims.md
 
-The last six come from weights and logs of runs, never by hand. Refuses to run without one.
+The last six come from weights and logs of runs. A missing run is an error, except for claims.png,
+which is then left out.
 """
 
 import shutil
@@ -27,7 +28,7 @@ from engine import pictures  # noqa: E402
 from tasks.reconstruction import reconstruction_pictures  # noqa: E402
 from video import moving_shapes  # noqa: E402
 
-CLIP = 3  # the held-out clip in README.md; the first one with a motion across the frame
+CLIP = 3  # index of the held-out clip in README.md, the first with a motion across the frame
 
 
 # (left, bottom, width, height) in a plane about 100 wide; file, what it does, colour
@@ -52,7 +53,7 @@ ARROWS = (("clip", "masked"), ("clip", "video"), ("clip", "text"), ("masked", "d
 
 
 def system(path):
-    """The whole of InternVideo, each box with the name of its file."""
+    """Draw all parts of InternVideo as boxes, each with the name of its file."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -84,7 +85,7 @@ def system(path):
 
 
 def motions(path):
-    """Eight clips, one of each pair of motions, eight frames each."""
+    """Draw eight clips of eight frames, one of each pair of motions."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -106,7 +107,7 @@ def motions(path):
 
 
 def reconstruction(run, path):
-    """Input, hidden input and reconstruction of one held-out clip, hidden as in training."""
+    """Draw the input, its visible part and the reconstruction of a held-out clip."""
     model = mae.VideoMAE.from_official(run)
     size = tuple(model.config["image_size"])
     item = moving_shapes.MovingShapes("val", model.config["frames"], size, 0)[CLIP]
@@ -118,7 +119,7 @@ def reconstruction(run, path):
 
 
 def main():
-    """Draw all figures; exit code 2 with one line where the run is missing."""
+    """Draw all figures. Returns the exit code: 0, or 2 with one line if a run is missing."""
     default, out = ROOT / "runs" / "default", ROOT / "figures"
     run = default / "mae"
     out.mkdir(exist_ok=True)
@@ -127,7 +128,7 @@ def main():
     except weights.WeightsError as error:
         print(f"figures.py: {error}; run `make train` first", file=sys.stderr)
         return 2
-    (out / "reconstruction.gif").unlink(missing_ok=True)  # README.md shows the strip
+    (out / "reconstruction.gif").unlink(missing_ok=True)  # README.md shows only the .png
     motions(out / "moving_shapes.png")
     system(out / "system.png")
     for path in (run / "loss.png", default / "clip" / "captions.png",
