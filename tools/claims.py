@@ -1,26 +1,28 @@
-"""The paper's claims in miniature: small controlled experiments, with verdicts by a stated rule.
+"""Test claims of the paper with small controlled experiments and a fixed rule for verdicts.
 
-    python tools/claims.py [--seeds 5]      make claims; a run that is there is not done again
+    python tools/claims.py [--seeds 5]      `make claims`; finished runs are skipped
 
-Every experiment is one line of train.py (mae-divided: of variants/cards.py) on moving shapes.
-`--jobs` of them run at a time with one thread each, in processes forked from one that has imported
-train.py. A clip that one run has rendered is read by the others (`moving_shapes.keep`).
+    RUNS (commands) --> metrics.json of each run and seed --> differences --> verdict of each claim
 
-The two sides of a comparison see the same number of clips and differ in what the claim is about. In
-most that is one flag; where the claim is about more pretraining or another encoder, it is that.
-Numbers are those of the test split, on which nothing was tuned (claim 11: validation split).
+Every experiment is one command of train.py (mae-divided: of variants/cards.py) on moving shapes.
+`--jobs` experiments run in parallel with one thread each. Their processes are forked from one that
+has already imported train.py. They share the rendered clips (`moving_shapes.keep`).
 
-The rule: the difference of each comparison is taken seed by seed.
+Both sides of a comparison see the same number of clips. In most comparisons they differ in one
+flag. Some claims are about more pretraining or another encoder; then they differ in that. The
+numbers are measured on the test split, with which nothing was tuned (claim 11: validation split).
+
+The rule: take the difference between both sides for each seed.
 
 - *supported*: the 95 % interval of its mean (Student's t) lies above 0;
-- *not supported*: it lies below 0;
-- *undecided at this scale*: anything else, and always with a single seed.
+- *not supported*: the interval lies below 0;
+- *undecided at this scale*: otherwise, and always with a single seed.
 
-Where a claim says "within m points", 0 is replaced by -m. A claim is supported if all its
-comparisons are, and not supported if one is not.
+If a claim says "within m points", 0 is replaced by -m. A claim is supported if all its comparisons
+are. It is not supported if one comparison is not.
 
-Leaves claims.md, claims.json and claims.png in --out (default runs/claims), and all runs in
-SEED/NAME there. `make figures` copies claims.md to docs/ and claims.png to figures/.
+Writes claims.md, claims.json and claims.png to --out (default runs/claims), and each run to
+SEED/NAME in it. `make figures` copies claims.md to docs/ and claims.png to figures/.
 """
 
 import argparse
@@ -46,7 +48,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import mae  # noqa: E402, for what hiding costs; all else goes through train.py
+import mae  # noqa: E402, only for `costs`; all other results come from train.py
 import train  # noqa: E402
 import variants.cards  # noqa: E402,F401
 from video import moving_shapes  # noqa: E402
@@ -68,21 +70,21 @@ GROWN = f"{CLIP} --local-units 0 --no-temporal-downsample --steps 400 --eval-eve
 FUSE = (f"fuse --masked {{masked}} --multimodal {{multimodal}} --train-clips 4000 --steps 150 "
         f"--eval-every 150 {TEST}")
 SEGMENTS = "localise --steps 150 --eval-every 150 --videos 100"
-PRETRAINED = {  # stage one, and what one choice changes
+PRETRAINED = {  # stage one with one choice changed
     "random": f"mae {MAE} --mask-type random",
     "frame": f"mae {MAE} --mask-type frame",
-    "three quarters": f"mae {MAE} --mask-ratio 0.75",
+    "three-quarters": f"mae {MAE} --mask-ratio 0.75",
     "divided": f"mae-divided {MAE}",
     "thin": f"mae {MAE} --decoder-width 48",
-    "four blocks": f"mae {MAE} --decoder-depth 4",
-    "eight blocks": f"mae {MAE} --decoder-depth 8",
+    "four-blocks": f"mae {MAE} --decoder-depth 4",
+    "eight-blocks": f"mae {MAE} --decoder-depth 8",
     "normalised": f"mae {MAE} --normalise",
 }
 FEW_LABELS = {
     f"masked with {count} labels": f"{ATTENTIVE} --probe-clips {count} --weights {{tube}}"
     for count in (100, 1000)} | {
     f"scratch with {count} labels": f"{LABELS} --train-clips {count}" for count in (100, 1000)}
-RUNS = {  # name -> flags of train.py; {name} is the folder of that run
+RUNS = {  # name -> flags of train.py; {name} stands for the folder of that run
     "tube": f"mae {MAE}",
     **PRETRAINED,
     **{f"{name} probed": f"{ATTENTIVE} --probe-clips 4000 --weights {{{name}}}"
@@ -96,7 +98,7 @@ RUNS = {  # name -> flags of train.py; {name} is the folder of that run
     "no global block": f"{CLIP} --global-layers none",
     "frame-wise": f"{CLIP} --kind frames",
     "no captions": f"{CLIP} --caption-weight 0",
-    "few negatives":  # as many clips
+    "few negatives":  # the same number of clips
         f"{CLIP} --batch-size 8 --steps 2400 --eval-every 2400 --lr 1e-3",
     "images": "clip --kind frames --image-every 1 --image-batch 32 --steps 500 --eval-every 500 "
               f"--eval-clips 100 {SIZE}",
@@ -123,40 +125,40 @@ RUNS = {  # name -> flags of train.py; {name} is the folder of that run
 }
 
 
-MEAN = ("test_motion", "test_shape")  # their mean is the measure: colour is always known
+MEAN = ("test_motion", "test_shape")  # averaged; every model recognises the colour
 
 
 class Claim(NamedTuple):
-    """pairs: runs (better, worse), or four runs for a difference of differences, (a-b) - (c-d)."""
+    """A claim and the comparisons that test it."""
 
     number: str
     claim: str
-    paper: str  # what the paper prints
-    metric: str | tuple
-    pairs: list
+    paper: str  # the numbers or the statement in the paper
+    metric: str | tuple  # see `measure`
+    pairs: list  # of (better, worse) runs, or (a, b, c, d) for the difference (a-b) - (c-d)
     margin: float = 0
-    remark: str = ""  # how to read what came out
+    remark: str = ""  # how to interpret the result
 
 
 CLAIMS = (
-    Claim("1", "Tube masking beats masking at random and whole frames, and hiding three quarters "
-          "beats hiding half",
+    Claim("1", "Tube masking beats random masking and masking of whole frames, and hiding three "
+          "quarters beats hiding half",
           "VideoMAE, Table 1b: tubes 69.6, random 68.3, frames 61.5 on Something-Something V2; 90 "
           "% of 196 places against 50 %, Figure 3. Here 75 % of 16 places leave 4", MEAN,
           [("masked", "random probed"), ("masked", "frame probed"),
-           ("three quarters probed", "masked")],
+           ("three-quarters probed", "masked")],
           remark="A tube of this world meets the shape less often than in the paper, where 20 "
           "places of 196 are visible."),
     Claim("2", "Joint space-time attention beats divided",
           "VideoMAE, Sec. 3.3, takes joint attention; TimeSformer (arXiv 2102.05095) prefers "
           "divided", MEAN, [("masked", "divided probed")],
-          remark="Attention along time first is a strong hint in a world where motion is all."),
-    Claim("3", "A decoder of half the encoder's width and four blocks is enough: within 3 points "
+          remark="Attention over time first suits a world in which motion matters most."),
+    Claim("3", "A decoder of half the encoder's width and four-blocks is enough: within 3 points "
           "of a wider, and of a deeper one",
           "VideoMAE, Table 1a: 4 blocks 69.6, 8 blocks 69.3; Sec. 3.3: half as wide", MEAN,
-          [("thin probed", "masked"), ("four blocks probed", "eight blocks probed")], 3),
-    Claim("3b", "... and one block is not", "VideoMAE, Table 1a: 68.5", MEAN,
-          [("four blocks probed", "masked")]),
+          [("thin probed", "masked"), ("four-blocks probed", "eight-blocks probed")], 3),
+    Claim("3b", "... and a decoder of one block is not enough", "VideoMAE, Table 1a: 68.5", MEAN,
+          [("four-blocks probed", "masked")]),
     Claim("4", "Normalised pixels are the better target",
           "MAE (images), Table 1d: 85.4 against 84.9 of plain pixels", MEAN,
           [("normalised probed", "masked")]),
@@ -168,7 +170,7 @@ CLAIMS = (
           "weights learn from the labels alone."),
     Claim("5a", "... and the untrained encoder under the same probe", "nothing", MEAN,
           [("masked", "untrained")]),
-    Claim("5b", "... and most when labels are few",
+    Claim("5b", "... and the gain is larger with fewer labels",
           "VideoMAE, Table 2: 80.0 against 68.8 on the 240,000 videos of Kinetics-400, 62.6 "
           "against 18.0 on the 3,500 of HMDB51", MEAN,
           [("masked with 1000 labels", "scratch with 1000 labels", "masked", "scratch"),
@@ -184,9 +186,9 @@ CLAIMS = (
     Claim("8", "Captioning beside contrast improves retrieval",
           "CoCa (arXiv 2205.01917) trains both from one pass, and InternVideo, Sec. 3.2, follows",
           "test_t2v_R@1", [("clip", "no captions")]),
-    Claim("8b", "... and makes words come out: motion, shape and colour all right in a sentence",
+    Claim("8b", "... and gives captions with correct motion, shape and colour",
           "InternVideo, Sec. 3.2", "test_captions_all_three", [("clip", "no captions")]),
-    Claim("9", "More negatives help: 31 beside each true sentence, not 7",
+    Claim("9", "More negatives help: 31 instead of 7 for each pair",
           "CLIP and InternVideo train with batches of tens of thousands", "test_t2v_R@1",
           [("clip", "few negatives")]),
     Claim("10", "The multimodal encoder leads on appearance, frozen",
@@ -196,38 +198,39 @@ CLAIMS = (
           "test_motion", [("masked", "multimodal")],
           remark="One sentence in ten names the motion, and the multimodal encoder sees four "
           "frames."),
-    Claim("11", "Post-pretraining on labels helps transfer: segments in long videos, from frozen "
-          "features", "InternVideo, Sec. 3.2 trains its encoders on Kinetics-710 first", "val_mAP",
+    Claim("11", "Post-pretraining on labels helps transfer to localisation in long videos with "
+          "frozen features",
+          "InternVideo, Sec. 3.2 trains its encoders on Kinetics-710 first", "val_mAP",
           [("segments of post-pretrained", "segments of masked")]),
-    Claim("12", "Cross-model attention beats the better encoder, and the sum of both scores "
-          "without it, with equal or learned shares",
+    Claim("12", "Cross-model attention beats the better encoder, and the sum of both scores with "
+          "equal or learned shares",
           "InternVideo-T 91.1, UniFormerV2-L 90.0 on Kinetics-400; no late fusion is in the paper",
           "test_all_facts",
           [("fusion", "multimodal"), ("fusion", "masked"), ("fusion", "late, equal"),
            ("fusion", "late, learned")]),
-    Claim("12b", "Both ways of cross-model attention, and gates, are worth having",
+    Claim("12b", "Both directions of cross-model attention, and its gates, improve accuracy",
           "InternVideo, Sec. 3.2 has both ways; it prints no ablation", "test_all_facts",
           [("fusion", "only masked asks"), ("fusion", "only multimodal asks"),
            ("fusion", "no gates")]),
-    Claim("12c", "Cross-model attention before every block beats one before a single block",
+    Claim("12c", "Cross-model attention before every block beats that before a single block",
           "nothing; it names no layers", "test_all_facts",
           [("fusion", "before the first block"), ("fusion", "before the last block")]),
-    Claim("12d", "A weak encoder does no harm: within 1 point of the better encoder alone",
+    Claim("12d", "A weak masked encoder does no harm: within 1 point of the better encoder alone",
           "nothing", "test_all_facts", [("weak", "multimodal")], 1),
-    Claim("13", "Frozen encoders give more than training everything",
+    Claim("13", "Frozen encoders give a higher accuracy than training everything",
           "InternVideo, Sec. 3.2 freezes both", "test_all_facts", [("fusion", "thawed")]),
-    Claim("13b", "... and more for each second of training", "InternVideo, Sec. 3.2",
+    Claim("13b", "... and a higher accuracy per second of training", "InternVideo, Sec. 3.2",
           "test_all_facts per second", [("fusion", "thawed")]),
 )
 
 
 def needs(flags):
-    """Names of the runs whose folders these flags name."""
+    """Names of the runs whose folders occur in these flags."""
     return [part[1:-1] for part in flags.split() if part.startswith("{")]
 
 
 def wanted():
-    """All runs that some claim shows, and what they stand on, each after what it needs."""
+    """All runs that the claims need. A run comes after those whose weights it uses."""
     order = []
 
     def add(name):
@@ -247,46 +250,46 @@ def folder(out, seed, name):
 
 
 def clips_of(out, seed):
-    """Where the clips of a seed lie while its runs go on."""
+    """The folder of rendered clips, which the runs of a seed share."""
     return out / str(seed) / "clips"
 
 
-# The server of forks starts before any thread does.
+# The server that forks processes must start before any thread.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train"])
 
 
 def train_with(flags, log, clips):
-    """Run train.py with these flags in this process; everything printed goes to the file `log`."""
+    """Run train.py with these flags in this process, with all output in the file `log`."""
     with open(log, "a", buffering=1) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    multiprocessing.set_start_method("fork", force=True)  # of the run's own workers
+    multiprocessing.set_start_method("fork", force=True)  # for the run's own workers
     moving_shapes.keep(clips)
     raise SystemExit(train.main(flags))
 
 
 def do(out, seed, name):
-    """One run, unless its metrics are there; returns whether it was needed."""
-    place = folder(out, seed, name)
-    if (place / "metrics.json").exists():
+    """Do one run, unless it is finished. Returns True if it was done."""
+    target = folder(out, seed, name)
+    if (target / "metrics.json").exists():
         return False
     flags = [str(folder(out, seed, part[1:-1])) if part.startswith("{") else part
              for part in RUNS[name].split()]
-    place.mkdir(parents=True, exist_ok=True)
-    flags += ["--seed", str(seed), "--no-figures", "--resume", "--out", str(place)]
-    args = (flags, str(place / "run.log"), str(clips_of(out, seed)))
+    target.mkdir(parents=True, exist_ok=True)
+    flags += ["--seed", str(seed), "--no-figures", "--resume", "--out", str(target)]
+    args = (flags, str(target / "run.log"), str(clips_of(out, seed)))
     process = FORKS.Process(target=train_with, args=args)
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(f"claims.py: {name}, seed {seed}, ended with exit code "
-                         f"{process.exitcode}; see {place}/run.log")
+                         f"{process.exitcode}; see {target}/run.log")
     return True
 
 
 def run_all(out, seeds, jobs):
-    """Every run of every seed, `jobs` at a time, seed by seed. Returns how many were not there."""
+    """Do all runs, `jobs` in parallel, seed by seed. Returns the number of runs done."""
     todo = [(seed, name) for seed in range(seeds) for name in wanted()]
     bar = tqdm(total=len(todo), unit="run", desc="claims")
     with bar, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -303,13 +306,17 @@ def run_all(out, seeds, jobs):
                 seed, name = running.pop(future)
                 done.add((seed, name))
                 bar.update()
-                if all((seed, other) in done for other in wanted()):  # the last of its seed
+                if all((seed, other) in done for other in wanted()):  # all runs of this seed
                     shutil.rmtree(clips_of(out, seed), ignore_errors=True)
     return made
 
 
 def measure(run, metric):
-    """A claim's measure of a run: a metric, the mean of several, or one per second of training."""
+    """The value of a claim's metric for the metrics of a run.
+
+    metric  a name; a tuple of names, which are averaged; or "NAME per second", divided by the
+            seconds of training
+    """
     if isinstance(metric, tuple):
         return sum(run[name] for name in metric) / len(metric)
     name, per_second, _ = metric.partition(" per second")
@@ -317,24 +324,24 @@ def measure(run, metric):
 
 
 def metrics_of(out, seeds, name):
-    places = [folder(out, seed, name) for seed in range(seeds)]
-    return [json.loads((place / "metrics.json").read_text()) for place in places]
+    folders = [folder(out, seed, name) for seed in range(seeds)]
+    return [json.loads((path / "metrics.json").read_text()) for path in folders]
 
 
 def mean_and_spread(values):
-    """(mean, sample standard deviation; 0 where there is one value)."""
+    """(mean, sample standard deviation). The latter is 0 for a single value."""
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((x - mean)**2 for x in values) / max(1, len(values) - 1))
 
 
 def interval(values):
-    """(mean, half of the 95 % interval, inf where there is one value)."""
+    """(mean, half the width of the 95 % interval). The latter is inf for a single value."""
     (mean, spread), n = mean_and_spread(values), len(values)
     return mean, math.inf if n < 2 else T95[n] * spread / math.sqrt(n)
 
 
 def verdict(differences, margin=0):
-    """The rule, for one comparison: list of a difference per seed -> its name."""
+    """The verdict of one comparison. differences: one for each seed."""
     mean, half = interval(differences)
     if mean - half > -margin:
         return "supported"
@@ -342,7 +349,7 @@ def verdict(differences, margin=0):
 
 
 def judge(verdicts):
-    """The rule, for a claim."""
+    """The verdict of a claim, from those of its comparisons."""
     for name in ("not supported", "undecided at this scale"):
         if name in verdicts:
             return name
@@ -351,9 +358,12 @@ def judge(verdicts):
 
 @torch.no_grad()
 def costs():
-    """What hiding saves: a list of rows (mask ratio, tokens that the encoder sees, GFLOPs of
-    VideoMAE-B's encoder on a clip of 16 x 224 x 224, the same with the decoder, milliseconds of
-    VideoMAE-S' encoder on a clip of 16 x 112 x 112 here, median of 5)."""
+    """The cost of masked modelling for several mask ratios, as a list of rows:
+
+    (mask ratio, visible tokens, GFLOPs of VideoMAE-B's encoder for a clip of 16 x 224 x 224, the
+    same with the decoder, milliseconds of VideoMAE-S' encoder for a clip of 16 x 112 x 112 on this
+    machine, median of 5)
+    """
     small, rows, times = mae.VideoMAE("small", image_size=112).eval(), [], {}
     with torch.device("meta"):
         base = mae.VideoMAE("base").eval()
@@ -367,17 +377,17 @@ def costs():
             counts.append(counter.get_total_flops() / 1e9)
         rows.append([ratio, visible.shape[1], *counts])
     clip = torch.rand(1, 3, 16, 112, 112)
-    for _ in range(6):  # interleaved; the first turn warms up
+    for _ in range(6):  # ratios alternate; the first round is a warm-up
         for ratio, *_ in rows:
             visible = mae.split_by_mask(mae.tube_mask(1, small.grid, ratio))[0]
-            began = time.perf_counter()
+            start = time.perf_counter()
             small.encoder(clip, visible)
-            times.setdefault(ratio, []).append(time.perf_counter() - began)
+            times.setdefault(ratio, []).append(time.perf_counter() - start)
     return [(*row, 1000 * statistics.median(times[row[0]][1:])) for row in rows]
 
 
 def judged(out, seeds, claim):
-    """What the runs say about a claim: a dict for claims.json."""
+    """The result of a claim: a dict for claims.json."""
     names = list(dict.fromkeys(itertools.chain.from_iterable(claim.pairs)))
     runs = {name: metrics_of(out, seeds, name) for name in names}
     values = {name: [measure(run, claim.metric) for run in runs[name]] for name in names}
@@ -403,7 +413,7 @@ def difference_of(pair):
 
 
 def report(out, seeds, seconds, jobs):
-    """Write claims.json, claims.md and claims.png from the runs that are there."""
+    """Write claims.json, claims.md and claims.png from finished runs."""
     claims = [judged(out, seeds, claim) for claim in CLAIMS]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     facts = dict(date=str(date.today()), machine=machine, seeds=seeds, jobs=jobs,
@@ -414,7 +424,7 @@ def report(out, seeds, seconds, jobs):
 
 
 def named(metric):
-    """A claim's measure in words."""
+    """A claim's metric in words."""
     names = metric if isinstance(metric, (tuple, list)) else [metric]
     words = [name.removeprefix("test_").replace("val_", "validation ").replace("_", " ")
              for name in names]
@@ -422,31 +432,30 @@ def named(metric):
 
 
 def wrapped(text, indent=""):
-    """Lines of at most 100 columns; those after the first begin with `indent`."""
+    """Wrap a text at 100 columns. Lines after the first begin with `indent`."""
     return textwrap.fill(text, 100, subsequent_indent=indent, break_long_words=False,
                          break_on_hyphens=False)
 
 
 HOW_TO_READ = """\
-These are models of a million parameters that trained for a minute. What holds here need not hold
-for the paper's models, nor the reverse. Both sides of a comparison see the same number of clips and
-differ in what the claim is about, mostly one flag; the flags of all runs are at the end. No flag
-was tuned for one side. The defaults were chosen on the validation split, and the test split was
-used once, here.
+These models have a million parameters and trained for about a minute. A result here may be
+different for the paper's models. Both sides of a comparison see the same number of clips. Most
+comparisons change one flag; the flags of all runs are at the end. No flag was tuned for one side.
+The defaults were chosen on the validation split. The test split was used only for this page.
 
-The difference of each comparison is taken seed by seed. *Supported* means that the 95 % interval of
-its mean lies above 0 (or above minus a margin, where a claim says *within*). *Not supported* means
-that it lies below; then the opposite holds here. *Undecided* is anything else. A claim is as good
-as the worst of its comparisons. With five seeds the interval is wide: undecided says that minutes
-do not decide it, not that there is no effect.
+For each comparison, the difference between both sides is taken for each seed. *Supported* means
+that the 95 % interval of its mean lies above 0, or above minus a margin if a claim says *within*.
+*Not supported* means that the interval lies below, so the opposite is true here. *Undecided* is
+everything else. The worst comparison decides about a claim. With five seeds the interval is wide.
+An undecided claim may have an effect that is too small for these experiments.
 """
 
 
 def as_text(facts):
-    """claims.md."""
+    """The text of claims.md."""
     seeds = f"{facts['seeds']} seed{'s' * (facts['seeds'] > 1)}"
     about = (f"{facts['date']}, {facts['machine']}, {seeds}; by `make claims`, which took "
-             f"{facts['seconds'] / 60:.0f} minutes (less where runs were there already). Moving "
+             f"{facts['seconds'] / 60:.0f} minutes (less if some runs were finished). Moving "
              "shapes, test split (claim 11: validation split), percent; mean and standard "
              f"deviation over seeds; seconds of one run on one thread, {facts['jobs']} at a time.")
     lines = ["# The paper's claims, in miniature", "", wrapped(about), ""]
@@ -468,7 +477,7 @@ def as_text(facts):
 
 
 def about_claim(row):
-    """A claim's section of claims.md."""
+    """The section of a claim in claims.md, as lines."""
     digits = row["digits"]
     lines = [f"## Claim {row['number']}: {row['verdict']}", "", wrapped(f"{row['claim']}."), "",
              wrapped(f"In the paper: {row['paper']}."), "",
@@ -487,11 +496,11 @@ def about_claim(row):
 
 
 def about_costs(costs):
-    """What hiding saves, as lines of claims.md."""
-    text = ("What hiding saves. GFLOPs are those of VideoMAE-B on a clip of 16 x 224 x 224, "
-            "encoder alone and with decoder; milliseconds are those of VideoMAE-S' encoder on a "
-            "clip of 16 x 112 x 112, here:")
-    lines = [wrapped(text), "", "| hidden | tokens seen | GFLOPs | with decoder | ms |",
+    """The table of `costs` in claims.md, as lines."""
+    text = ("The cost of a forward pass. GFLOPs are those of VideoMAE-B for a clip of 16 x 224 x "
+            "224, of the encoder alone and with the decoder. Milliseconds are those of VideoMAE-S' "
+            "encoder for a clip of 16 x 112 x 112 on this machine:")
+    lines = [wrapped(text), "", "| hidden | visible tokens | GFLOPs | with decoder | ms |",
              "|---|---|---|---|---|"]
     lines += [f"| {ratio:.0%} | {tokens} | {encoder:.0f} | {both:.0f} | {ms:.0f} |"
               for ratio, tokens, encoder, both, ms in costs]
@@ -499,8 +508,9 @@ def about_costs(costs):
 
 
 def draw(claims, path):
-    """One small plot per claim: the difference of each comparison with its interval. A comparison
-    is supported where its whole interval lies to the right of the vertical line."""
+    """Draw a small plot for each claim: the difference of each comparison with its interval.
+
+    A comparison is supported if its whole interval lies to the right of the vertical line."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -525,9 +535,10 @@ def draw(claims, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="2 to 10 give verdicts (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5,
+                        help="number of seeds, 2 to 10 for verdicts (default: 5)")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2)),
-                        help="runs at a time, one thread each")
+                        help="runs in parallel, with one thread each")
     parser.add_argument("--out", default="runs/claims")
     args = parser.parse_args(argv)
     if not 1 <= args.seeds <= 10 or args.jobs < 1:
@@ -536,10 +547,10 @@ def main(argv=None):
     out, started = Path(args.out), time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the runs
     out.mkdir(parents=True, exist_ok=True)
-    made, before = run_all(out, args.seeds, args.jobs), out / "claims.json"
+    made, earlier = run_all(out, args.seeds, args.jobs), out / "claims.json"
     seconds = time.monotonic() - started
-    if not made and before.exists():  # only a new report; keep what the runs took
-        seconds = json.loads(before.read_text())["seconds"]
+    if not made and earlier.exists():  # only the report is new; keep the time of the runs
+        seconds = json.loads(earlier.read_text())["seconds"]
     report(out, args.seeds, seconds, args.jobs)
     print(f"{out}/claims.md, claims.json, claims.png")
     return 0
