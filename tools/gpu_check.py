@@ -1,16 +1,16 @@
-"""What can only be seen on a GPU: is every form of attention right there, and how fast is a step?
+"""Check on a GPU that every form of attention is correct, and measure the speed of training steps.
 
     python tools/gpu_check.py                   all parts, ten minutes; never run on a GPU so far
-    python tools/gpu_check.py attention steps   some
-    python tools/gpu_check.py --toy             toy sizes, also on a CPU: does this file work?
+    python tools/gpu_check.py attention steps   only these parts
+    python tools/gpu_check.py --toy             tiny sizes, to test this file, also on a CPU
 
-Parts: attention (every form, mask and dtype against the definition in float64, with gradients),
-masks (FlexAttention against a table for SDPA), steps (training steps and their share of the GPU's
-rate).
+attention   every form, mask and dtype against the definition in float64, with gradients
+masks       time of FlexAttention against SDPA with the mask as a table
+steps       time of training steps, and their share of the GPU's rate
 
-It needs no network and nothing that train.py does not need. transformers is measured beside it
-where it is installed. The numbers of a part are written to --json as soon as it is done. The exit
-code is 1 where a form is wrong.
+It needs no internet connection and only the dependencies of train.py. If transformers is installed,
+its steps are measured, too. The numbers are written to --json after each part. The exit code is 1
+if a form of attention is wrong or a part fails.
 """
 
 import argparse
@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench  # noqa: E402  (puts the repository on the path)
 from bench import DEVICE, attention, clip_video, mae, machine, transforms  # noqa: E402
 
-FOUND = {}
+RESULTS = {}
 TOY = False
 STOP_AT = time.monotonic() + 9 * 60  # no new part after nine minutes
 
 
 def note(part, /, **facts):
-    """Print a line of a part, and keep it for --json."""
-    FOUND.setdefault(part, []).append(facts)
+    """Print a line of results of a part, and store it for --json."""
+    RESULTS.setdefault(part, []).append(facts)
     text = {key: f"{value:.4g}" if isinstance(value, float) else value
             for key, value in facts.items()}
     print(f"{part}: " + ", ".join(f"{key} {value}" for key, value in text.items()), flush=True)
@@ -46,7 +46,7 @@ def note(part, /, **facts):
 
 
 def masks(batch, queries, keys):
-    """{name: Mask or None}; with "nothing" no query may attend to anything."""
+    """{name: Mask or None}. "nothing" masks all keys of all queries."""
     frames = torch.arange(keys, device=DEVICE)[None] // 40
     is_token = torch.rand(batch, keys, device=DEVICE) > 0.3
     named = {"none": None, "causal": attention.Mask(causal=True),
@@ -60,7 +60,7 @@ def masks(batch, queries, keys):
 
 
 def part_attention():
-    """Every form against the definition in float64: values and gradients."""
+    """Compare outputs and gradients of every form with the definition in float64."""
     torch.manual_seed(0)
     sizes = ((torch.float32, 130, 261, 3), (torch.float32, 300, 300, 1), (torch.float32, 1, 9, 3),
              (torch.bfloat16, 300, 300, 3))
@@ -80,21 +80,24 @@ def part_attention():
                     right, errors = compare(form, inputs, mask, upstream, [expected, *gradients])
                     note("attention", **facts, forward=errors[0], right=right,
                          gradients=max(errors[1:], default=float("nan")))
-                except Exception as error:  # the next form may be right
+                except Exception as error:  # continue with the next form
                     right = False
                     note("attention", **facts, right=False, error=first_line(error))
                 wrong += not right
-    note("attention", tried=len(FOUND["attention"]), wrong=wrong)
+    note("attention", tried=len(RESULTS["attention"]), wrong=wrong)
 
 
 def compare(form, inputs, mask, upstream, expected):
-    """(is it right?, [error of the output and of each gradient, of the largest number])."""
-    learn = not (DEVICE == "cpu" and form == "flex")
-    with torch.set_grad_enabled(learn):
+    """(True if correct, [relative error of the output and of each gradient]).
+
+    An error is the largest difference, divided by the largest expected number or 1.
+    """
+    backward = not (DEVICE == "cpu" and form == "flex")  # FlexAttention has none on a CPU
+    with torch.set_grad_enabled(backward):
         out = attention.attention(*inputs, mask, form=form)
-    got = [out, *(torch.autograd.grad(out, inputs, upstream) if learn else ())]
+    results = [out, *(torch.autograd.grad(out, inputs, upstream) if backward else ())]
     errors = [float((a.double() - b).abs().max() / b.abs().max().clamp(min=1))
-              for a, b in zip(got, expected)]
+              for a, b in zip(results, expected)]
     return max(errors) < (1e-5 if out.dtype == torch.float32 else 0.04), errors
 
 
@@ -103,7 +106,7 @@ def first_line(error):
 
 
 def part_masks():
-    """FlexAttention against a table for torch's fused kernel, forward and backward, in bfloat16."""
+    """Time FlexAttention against SDPA with the mask as a table, in bfloat16, with backward pass."""
     B, heads, N, K = (1, 2, 512, 64) if TOY else (8, 16, 1568, 64)
     row = torch.arange(N * B, device=DEVICE)[None]
     half = (row[0, :N] < N // 2).expand(B, -1)
@@ -123,7 +126,7 @@ def part_masks():
                     torch.autograd.grad(out.sum(), (q, k, v))
             return run
         runs = {kind: form(kind) for kind in ("sdpa", "flex")}
-        if bench.tried((name, "sdpa"), lambda: runs["sdpa"]() or True) is None:  # a large table
+        if bench.tried((name, "sdpa"), lambda: runs["sdpa"]() or True) is None:  # table too large
             seconds = bench.times({"flex": runs["flex"]}, 10)
             note("masks", mask=name, table="out of memory", flex_ms=1e3 * seconds["flex"])
             continue
@@ -133,8 +136,8 @@ def part_masks():
 
 
 def measured(part, name, loss, model, clips, rounds=10):
-    """Note milliseconds, share of the GPU's rate and peak memory of a training step in bfloat16, or
-    that the memory does not suffice."""
+    """Measure a training step in bfloat16: milliseconds, share of the GPU's rate, peak memory; or
+    note that the GPU has too little memory."""
     if bench.tried((name, "bf16"), lambda: measure(part, name, loss, model, clips, rounds)) is None:
         note(part, step=name, out_of_memory=True)
 
@@ -146,10 +149,10 @@ def measure(part, name, loss, model, clips, rounds):
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
     step()
-    ready = time.monotonic() - started
+    first_step = time.monotonic() - started
     seconds = bench.times({name: step}, rounds)[name]
     note(part, step=name, ms=1e3 * seconds, clips_per_s=clips / seconds,
-         share=work / seconds / bench.rate("bf16"), gflop=work / 1e9, first_step_s=ready,
+         share=work / seconds / bench.rate("bf16"), gflop=work / 1e9, first_step_s=first_step,
          peak_mib=machine.memory_mib(DEVICE))
     return seconds
 
@@ -185,7 +188,7 @@ def contrastive(name, clips):
 
 
 def part_steps():
-    """Training steps of VideoMAE-B and -L and of the video-text model L, plain and compiled."""
+    """Measure steps of VideoMAE-B and -L and of the video-text model L, plain and compiled."""
     plans = [("tiny", 2, 32, 4)] if TOY else [("base", 64, 224, 16), ("large", 64, 224, 16)]
     clips, name = (2, "tiny") if TOY else (16, "l14")
     cases = [(f"VideoMAE {plan[0]}, {plan[1]} clips", plan[1], functools.partial(masked, *plan))
@@ -206,13 +209,13 @@ def part_steps():
 
 
 def others(size, clips, pixels):
-    """The same steps of transformers, where it is installed."""
-    for way in ("eager", "sdpa"):
-        form = (f"transformers {way}", "bf16", size, pixels, clips)
+    """Measure the same steps of transformers, if it is installed."""
+    for kind in ("eager", "sdpa"):
+        form = (f"transformers {kind}", "bf16", size, pixels, clips)
         step = f"{form[0]} VideoMAE {size}, {clips} clips"
         try:
             seconds = bench.tried((step, "bf16"),
-                                  lambda: bench.times({way: bench.mae_case(form)}, 5)[way])
+                                  lambda: bench.times({kind: bench.mae_case(form)}, 5)[kind])
         except ImportError:
             return note("steps", transformers="not installed")
         if seconds is None:
@@ -232,12 +235,12 @@ PARTS = {"attention": part_attention, "masks": part_masks, "steps": part_steps}
 
 
 def main():
-    """Run the parts asked for; returns the exit code."""
+    """Run the chosen parts. Returns the exit code."""
     global TOY
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"default: all of {', '.join(PARTS)}")
-    parser.add_argument("--toy", action="store_true", help="toy sizes")
-    parser.add_argument("--json", default="runs/gpu_check.json", help="file for all numbers")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to test this file")
+    parser.add_argument("--json", default="runs/gpu_check.json", help="file for all results")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.exit(2, f"gpu_check.py: no part {', '.join(unknown)}: choose {', '.join(PARTS)}\n")
@@ -250,18 +253,19 @@ def main():
     for name in args.parts or PARTS:
         started = time.monotonic()
         if started > STOP_AT:
-            note("skipped", part=name, reason="nine minutes are over; run it by itself")
+            note("skipped", part=name, reason="nine minutes are over; run it separately")
             continue
         try:
             PARTS[name]()
-        except Exception as error:  # a part that fails must not take the others with it
+        except Exception as error:  # continue with the other parts
             traceback.print_exc()
             note("failed", part=name, error=first_line(error))
         note("seconds", part=name, seconds=time.monotonic() - started)
-        path.write_text(json.dumps(FOUND, indent=1) + "\n")
+        path.write_text(json.dumps(RESULTS, indent=1) + "\n")
         free()
     print(f"numbers: {path}")
-    return int("failed" in FOUND or any(row.get("wrong") for row in FOUND.get("attention", ())))
+    return int("failed" in RESULTS
+               or any(row.get("wrong") for row in RESULTS.get("attention", ())))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Do the labels of moving shapes need time? Train one small classifier twice and see.
+"""Test that the labels of moving shapes depend on the order of frames.
 
     python tools/order_matters.py [--steps 1500] [--seeds 1]
 
-Every motion comes with its twin, distributed exactly as its clips played backwards. So a model that
-gets the frames of each clip in a random order cannot tell twins apart: whatever it learns, it stays
-at or below 50 % in expectation. The same model with the frames in order should pass that easily.
-Both are trained on the same clips and evaluated on the same 2048 held-out ones. Results: LOG.md.
+Every motion has a twin with the same distribution of clips, but played backwards. A model that sees
+the frames in random order cannot distinguish twins. Its expected accuracy is therefore at most
+50 %. The same model with frames in order should be far above. Both train on the same clips and are
+evaluated on the same 2048 held-out clips. Results: LOG.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import mae  # noqa: E402
-import train  # noqa: E402, it knows the stages
+import train  # noqa: E402, registers the stages
 from engine import machine, optimisers  # noqa: E402
 from engine.stage import STAGES  # noqa: E402
 from video import moving_shapes, transforms  # noqa: E402
@@ -29,7 +29,7 @@ FRAMES, SIZE = 8, 32
 
 
 def as_input(clips, shuffle, rng):
-    """uint8 clips (B, T, H, W, 3) -> network input, each clip's frames shuffled on request."""
+    """uint8 clips (B, T, H, W, 3) -> network input; `shuffle` gives frames in random order."""
     if shuffle:
         order = torch.rand(clips.shape[:2], generator=rng).argsort(dim=1)
         clips = clips[torch.arange(len(clips))[:, None], order]
@@ -37,7 +37,8 @@ def as_input(clips, shuffle, rng):
 
 
 def accuracy(seed, shuffle, steps, batch_size=32):
-    """Held-out accuracy in [0, 1] of a classifier that sees frames in order, or shuffled."""
+    """Train a classifier on frames in order or shuffled. Returns its held-out accuracy in [0, 1].
+    """
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     world = moving_shapes.MovingShapes("train", FRAMES, SIZE, seed)
@@ -56,22 +57,23 @@ def accuracy(seed, shuffle, steps, batch_size=32):
         optimiser.step()
         optimiser.zero_grad()
     model.eval()
-    right = total = 0
+    correct = total = 0
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         world = moving_shapes.MovingShapes("val", FRAMES, SIZE, seed)
         for batch in data.held_out(world, 2048, 128):
             answers = model(as_input(batch["video"], shuffle, rng)).argmax(1)
-            right += (answers == batch["labels"]["motion"]).sum().item()
+            correct += (answers == batch["labels"]["motion"]).sum().item()
             total += len(answers)
-    return right / total
+    return correct / total
 
 
 def main():
     """Print the two accuracies of each seed."""
-    parser = argparse.ArgumentParser(description="Do the labels of moving shapes need time?")
+    parser = argparse.ArgumentParser(description="Test that the labels of moving shapes "
+                                     "depend on the order of frames.")
     parser.add_argument("--steps", type=int, default=1500, help="optimiser steps of 32 clips")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
     args = parser.parse_args()
     for seed in range(args.seeds):
         for shuffle in (False, True):

@@ -1,10 +1,11 @@
-"""The table of the default run: what each encoder knows alone, and what both know together.
+"""The table of the default run: accuracies of each encoder alone, and of both together.
 
     python tools/table.py runs/default                      one run: table.json, table.png
-    python tools/table.py runs/seed5 runs/seed6 ...         several: means, and what differs
+    python tools/table.py runs/seed5 runs/seed6 ...         several: means, differences
 
-On the test split and on pairs of shape and colour never shown. The weight of late fusion is tuned
-on as many validation clips. Of several runs it reads table.json and prints what README shows.
+The clips are those of the test split, and as many with pairs of shape and colour that training
+never shows. The weight of late fusion is tuned on the same number of validation clips. Prints the
+table, and writes table.json and table.png. Of several runs it reads table.json and prints means.
 """
 
 import argparse
@@ -34,8 +35,10 @@ PER_BATCH = 100  # clips
 
 @torch.no_grad()
 def logits_of(out, which, clips, seed):
-    """Logits of every model on `clips` clips of a split -> {model: {question: (B, classes)}}, and
-    the answers {question: (B,)}."""
+    """Run every model on `clips` clips of the split `which`.
+
+    returns  logits {model: {question: (B, classes)}}, answers {question: (B,)}
+    """
     device = machine.choose_device("auto")
     bf16 = machine.choose_precision("auto", device) == "bf16"
     models = {name: Classifier(out / name, device) for name in CLASSIFIERS}
@@ -73,7 +76,7 @@ def zero_shot(out, which, clips, seed):
 
 
 def rows_of(out, seed, clips):
-    """{row: {column: number}}: accuracies in percent, trained numbers, seconds."""
+    """{row: {column: number}}: accuracies in percent, trained parameters, seconds of training."""
     results = {which: logits_of(out, which, clips, seed) for which in ("val", "test", "unseen")}
 
     def late(which, share):
@@ -109,9 +112,10 @@ def rows_of(out, seed, clips):
 
 
 def write_table(out, seed, clips=1000):
-    """Print the table of a default run in the folder `out`, write table.json and table.png.
+    """Print the table of the default run in the folder `out`, and write table.json and table.png.
 
-    clips: of each split. Returns {row: {column: number}}.
+    clips    number of clips of each split
+    returns  {row: {column: number}}
     """
     rows = rows_of(Path(out), seed, clips)
     columns = list(rows["from scratch"])
@@ -155,7 +159,7 @@ SHOWN = ("motion", "shape", "all facts", "unseen motion", "unseen shape", "unsee
 
 
 def over_seeds(folders):
-    """Lines of Markdown: means over several runs, and differences, mean and standard deviation."""
+    """Lines of Markdown for README: means over several runs, and differences of each seed."""
     tables = [json.loads((folder / "table.json").read_text()) for folder in folders]
     seeds = [table["seed"] for table in tables]
     tables = [{"late, tuned" if "tuned" in name else name: row
@@ -189,8 +193,8 @@ def main(argv=None):
         seed = json.loads((out / "fuse" / "metrics.json").read_text())["settings"]["seed"]
         write_table(out, seed)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        print(f"table.py: {', '.join(map(str, args.out))}: no default run, or not a finished one: "
-              f"{error}", file=sys.stderr)
+        print(f"table.py: {', '.join(map(str, args.out))}: not the folder of a finished default "
+              f"run: {error}", file=sys.stderr)
         return 2
     return 0
 
