@@ -63,7 +63,7 @@ def test_a_run_keeps_its_encoder_loads_alone_and_names_segments_of_a_file(encode
     assert predict.main([str(tmp_path / "a.mp4"), "--weights", str(tmp_path / "run"),
                          "--min-score", "0", "--out", str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
-    assert "40 frames, a step every 4 of them" in out and (tmp_path / "a.png").stat().st_size > 0
+    assert "40 frames, one step per 4 frames" in out and (tmp_path / "a.png").stat().st_size > 0
     assert any(f"%  {name}" in out for name in model.names)
 
 

@@ -1,20 +1,21 @@
-"""What a trained model says about one video. The weights decide what is predicted.
+"""Predict something about one video with a trained model. The weights determine what.
 
     python tools/predict.py VIDEO --weights RUN_OR_FILE
 
 | weights hold | prediction |
 | --- | --- |
-| VideoMAE | the video with most of it hidden, and its reconstruction (.png, .gif) |
-| VideoClassifier, AttentiveProbe | likeliest answers to each question |
+| VideoMAE | a reconstruction of the video from its visible part (.png, .gif) |
+| VideoClassifier, AttentiveProbe | the most likely answers to each question |
 | UniFormerV2 | the same, and where its global token attends |
 | VideoText, VideoCLIP | with --text: which text fits; else a caption, and attention per word |
 | InternVideo | answers of each encoder and of both, gates, cross-model attention |
-| Localiser | segments of a video of any length, as it streams |
+| Localiser | segments of a video of any length |
 | VideoQA | answers to --question |
 
-RUN_OR_FILE is the folder of a run of train.py, or an official file of weights. Without VIDEO the
-clip is a generated one, and what is true of it is printed. Clips have as many frames and pixels as
-the model was made for; frames are spread over the video. A mistake is one line, exit code 2.
+RUN_OR_FILE is the folder of a run of train.py, or an official file of weights. Without VIDEO a clip
+is generated, and its true caption or answer is printed. The model determines the number of frames
+and pixels of the clip. The frames are spread over the video. A user's error gives one line and the
+exit code 2.
 """
 
 import argparse
@@ -47,8 +48,8 @@ from weights.tokenizer import tokenizer_of  # noqa: E402
 
 def parser():
     """The command line."""
-    parser = argparse.ArgumentParser(prog="predict.py",
-                                     description="What a trained model says about one video.")
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description="Predict something about one video with a trained model.")
     parser.add_argument("video", nargs="?", help="a video file; default: a generated clip")
     parser.add_argument("--weights", required=True, metavar="RUN_OR_FILE",
                         help="folder of a run, or a file of official weights")
@@ -58,7 +59,7 @@ def parser():
     parser.add_argument("--method", default="greedy", choices=("greedy", "beam", "nucleus"),
                         help="how a caption is generated (default: greedy)")
     parser.add_argument("--max-tokens", type=int, default=30,
-                        help="length of a caption, tokens (default: 30)")
+                        help="maximum tokens of a caption (default: 30)")
     parser.add_argument("--mask-ratio", type=float, default=0.75,
                         help="VideoMAE: share of each frame to hide, 0 to 1 (default: 0.75; "
                              "paper: 0.9)")
@@ -71,29 +72,30 @@ def parser():
                         help="tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; default: the "
                              "one beside the weights")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of the generated clip, of hidden places, of --method nucleus")
+                        help="seed of the generated clip, of the mask, of --method nucleus")
     parser.add_argument("--out", default="runs/prediction.png", metavar="PICTURE.png",
-                        help="where the picture goes (default: runs/prediction.png)")
+                        help="file for the picture (default: runs/prediction.png)")
     return parser
 
 
 # ------------------------------------------------------------------------------------------------
-# What every model needs
+# Shared by all models
 
 
 def model_in(source):
-    """Name of the model that a run or a file holds, by its configuration or else its tensors."""
+    """Name of the model in a run or a file, from its configuration or else from its tensors."""
     tensors, config = weights.read(source)
     if config.get("model"):
         return config["model"]
     _, loaders = weights.describe(tensors)
     if not loaders:
-        raise UserError(f"{source}: weights of no family known here")
+        raise UserError(f"{source}: not a file of a known family of weights")
     return loaders[0]
 
 
 def clip_for(args, frames, size, sampling="segment"):
-    """uint8 (T, H, W, 3): of the file, or generated; then its caption is printed."""
+    """A clip of the video or a generated one, uint8 (T, H, W, 3). Prints the caption of the latter.
+    """
     if args.video:
         return one_clip(args.video, frames, size, sampling)
     item = moving_shapes.MovingShapes("test", frames, size, args.seed)[0]
@@ -107,18 +109,18 @@ def as_input(clip, model):
 
 
 def picture_path(args):
-    """Where the picture goes; its folder is made."""
+    """The path of the picture. Makes its folder."""
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 # ------------------------------------------------------------------------------------------------
-# One function a model
+# One function for each model
 
 
 def reconstruct(args):
-    """VideoMAE: hide most of the clip, and draw the reconstruction."""
+    """VideoMAE: hide most of the clip, and draw its reconstruction."""
     model = mae.VideoMAE.from_official(args.weights).eval()
     T, size = model.config["frames"], model.config["image_size"]
     t, h, w = model.grid
@@ -142,12 +144,12 @@ def reconstruct(args):
 
 
 def classify(args):
-    """VideoClassifier, AttentiveProbe: the likeliest answers to each question."""
+    """VideoClassifier, AttentiveProbe: print the most likely answers to each question."""
     answer_questions(args)
 
 
 def classify_multimodal(args):
-    """UniFormerV2: the likeliest answers to each question, and where the global token attends."""
+    """UniFormerV2: print the most likely answers, and draw where the global token attends."""
     model, clip = answer_questions(args)
     maps = global_attention(model, as_input(clip, model))
     if maps:
@@ -159,7 +161,8 @@ def classify_multimodal(args):
 
 
 def global_attention(model, video):
-    """{layer: where its global block attends, (B, t, h, w)}; patches only, sum at most 1."""
+    """{layer: attention map of its global block, (B, t, h, w)}. Without class tokens, so the sum of
+    a map is at most 1."""
     state, maps = model.start(video), {}
     for i in range(model.depth):
         query, state = state.query, model.run(state, i, i + 1)
@@ -171,16 +174,16 @@ def global_attention(model, video):
 
 
 def answer_questions(args):
-    """Print the likeliest answers of a classifier; returns the model and the clip."""
+    """Print the most likely answers of a classifier. Returns the model and the clip."""
     classifier = predictions.Classifier(args.weights)
     clip = clip_for(args, classifier.frames, classifier.size)
-    said = classifier.probabilities(classifier.scores(clip[None]))
-    predictions.print_likeliest(said, classifier.classes, args.top or 3)
+    probabilities = classifier.probabilities(classifier.scores(clip[None]))
+    predictions.print_likeliest(probabilities, classifier.classes, args.top or 3)
     return classifier.model, clip
 
 
 def describe(args):
-    """VideoText or VideoCLIP: which of --text fits, or a caption and where each word attends."""
+    """VideoText, VideoCLIP: print which text of --text fits, or a caption with attention maps."""
     model = clip_video.VideoCLIP.from_official(args.weights, frames=args.frames).eval()
     config = model.config
     if not args.text:
@@ -202,7 +205,7 @@ def match(args, model, tokenizer, clip):
 
 
 def caption(args, model, tokenizer, clip):
-    """Print a caption of a clip (T, H, W, 3), and draw where each of its words attends."""
+    """Print a caption of a clip (T, H, W, 3), and draw where the model attends for each word."""
     video, context = as_input(clip, model.clip), model.clip.config["context"]
     search = {"greedy": None, "beam": caption_search.Beams(tokenizer.end),
               "nucleus": caption_search.Nucleus(
@@ -217,7 +220,8 @@ def caption(args, model, tokenizer, clip):
 
 
 def fuse(args):
-    """InternVideo: answers of each encoder and together, gates, and cross-model attention."""
+    """InternVideo: print the answers of each encoder and of both, gates and shares; draw
+    cross-model attention."""
     classifier = predictions.Classifier(args.weights)
     model = classifier.model
     clip = torch.as_tensor(clip_for(args, classifier.frames, classifier.size))[None]
@@ -237,60 +241,63 @@ def fuse(args):
 
 
 def localise(args):
-    """Localiser: segments of a video of any length, printed and along the time axis."""
+    """Localiser: print the segments of a video of any length, and draw them over time."""
     model = localisation.Localiser.from_run(args.weights)
     if model.encoder is None:
         raise UserError(f"--weights {args.weights}: was trained on features from files and has no "
                         "encoder for a video; train it with --weights as well")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     find = segments_of_file if args.video else segments_of_generated
-    name, frames, duration, true, found, strip = find(args, model)
-    best = found[found[:, 2] >= args.min_score]
-    print(f"{name}: {duration:.1f} s, {frames} frames, a step every {model.stride} of them; "
-          f"{len(found)} segments, {len(best)} of them with a score of {args.min_score:g} or more")
+    name, frames, duration, true, segments, strip = find(args, model)
+    best = segments[segments[:, 2] >= args.min_score]
+    print(f"{name}: {duration:.1f} s, {frames} frames, one step per {model.stride} frames; "
+          f"{len(segments)} segments, {len(best)} with a score of {args.min_score:g} or more")
     best = best[:args.top or 20]
     for start, end, score, label in best[np.argsort(best[:, 0])]:
         print(f"{start:9.2f} s to {end:9.2f} s   {score:4.0%}  {model.names[int(label)]}")
-    path = picture_path(args)  # the segments are printed first: the picture may fail
-    clearest = localisation.clearest(found, args.min_score)
+    path = picture_path(args)  # after printing, because this may fail
+    clearest = localisation.clearest(segments, args.min_score)
     pictures.segments([(Path(name).name, strip(), duration, true, clearest)], model.names, path)
     print(f"drawn: {path}")
 
 
 def segments_of_file(args, model):
-    """(name, number of frames, duration s, None, segments (n, 4), function that makes the strip of
-    frames)."""
+    """Find the segments of args.video.
+
+    returns  (name, number of frames, duration in s, true segments or None, found segments (n, 4),
+             function that returns a strip of frames for the picture)
+    """
     with Video(args.video) as video:
         info = video.info
         with tqdm(total=info.frames, unit="frame", dynamic_ncols=True,
                   mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
-            found = model.find(video, tick=bar.update)
+            segments = model.find(video, tick=bar.update)
 
     def strip():
-        shown = dict.fromkeys(segment_indices(info.frames, 12).tolist())
+        indices = dict.fromkeys(segment_indices(info.frames, 12).tolist())
         with Video(args.video, info) as video:
-            return np.concatenate(list(video.read(list(shown), 90)), axis=1)
+            return np.concatenate(list(video.read(list(indices), 90)), axis=1)
 
-    return args.video, info.frames, info.duration, None, found, strip
+    return args.video, info.frames, info.duration, None, segments, strip
 
 
 def segments_of_generated(args, model):
-    """The same of a generated video, with its true segments in place of None."""
+    """As `segments_of_file`, for a generated video, with its true segments."""
     world = moving_shapes.LongShapes("test", model.encoder.config["image_size"], args.seed)
     if list(model.names) != list(world.motions):
         raise UserError(f"--weights {args.weights}: knows other classes than the generated videos; "
-                        "name a video")
+                        "give a video")
     item = world[0]
     video, duration = item["video"], item["duration"]
     for start, end, label in item["segments"]:
         print(f"true: {start:9.2f} s to {end:9.2f} s   {model.names[label]}")
-    found = model.find_in(video, np.arange(len(video)) / world.FPS, duration)
-    return (item["path"], len(video), duration, item["segments"], found,
+    segments = model.find_in(video, np.arange(len(video)) / world.FPS, duration)
+    return (item["path"], len(video), duration, item["segments"], segments,
             lambda: pictures.strip(video, 24))
 
 
 def answer(args):
-    """VideoQA: the likeliest answers to --question, or to a question about a generated clip."""
+    """VideoQA: print the most likely answers to --question, or to a generated question."""
     model = question_answering.VideoQA.from_run(args.weights)
     config = model.clip.config
     tokenizer = tokenizer_of(args.weights, args.tokenizer, config["vocabulary"])
@@ -302,7 +309,7 @@ def answer(args):
     else:
         item = moving_shapes.QuestionShapes("test", T, (H, W), args.seed)[0]
         clip, question = item["video"], args.question or item["question"]
-        print(f"a generated clip; {item['question']!r} is to be answered with {item['answer']!r}")
+        print(f"a generated clip; the answer to {item['question']!r} is {item['answer']!r}")
     ids, _ = tokenizer.encode([question], config["context"], trim=True)
     shares = model(as_input(clip, model.clip), ids)[0].softmax(dim=-1)
     print(f"protocol: one view of {T} frames, spread over the video, {H} x {W} px; softmax over "
@@ -326,7 +333,7 @@ MODELS = {  # name in a run's configuration -> function of the arguments
 
 @torch.no_grad()
 def main(argv=None):
-    """Predict. Returns the exit code: 0, or 2 for a user's mistake."""
+    """The command. Returns the exit code: 0, or 2 for a user's error."""
     args = parser().parse_args(argv)
     try:
         for flag, value, least in (("--top", args.top, 1), ("--frames", args.frames, 1),
@@ -338,8 +345,8 @@ def main(argv=None):
         model = model_in(args.weights)
         predict = MODELS.get(model)
         if predict is None:
-            raise UserError(f"{args.weights}: holds {model}, which predicts nothing by itself; "
-                            f"known are {', '.join(MODELS)}")
+            raise UserError(f"{args.weights}: holds {model}, which this command does not support; "
+                            f"give weights of {', '.join(MODELS)}")
         if args.question and predict is not answer:
             raise UserError(f"--question: {args.weights} holds {model}; give a run of "
                             "train.py answer")
