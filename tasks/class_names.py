@@ -144,10 +144,10 @@ def rows_of(head, classes, evaluate):
         return rows_without_names(head, classes, evaluate)
     keys = [(question, name) for question in names for name in names[question]]
     row_of_key = {key: row for row, key in reversed(list(enumerate(keys)))}
-    wanted = [(question, name) for question in classes for name in classes[question]]
-    rows = [row_of_key.get(key) for key in wanted]
-    kept = [name for (_, name), row in zip(wanted, rows) if row is not None]
-    fresh = [name for (_, name), row in zip(wanted, rows) if row is None]
+    needed = [(question, name) for question in classes for name in classes[question]]
+    rows = [row_of_key.get(key) for key in needed]
+    kept = [name for (_, name), row in zip(needed, rows) if row is not None]
+    fresh = [name for (_, name), row in zip(needed, rows) if row is None]
     if rows != list(range(head.count)):
         new = f"; {len(fresh)} {'is' if len(fresh) == 1 else 'are'} new ({listed(fresh)})"
         print(f"{head.flag}: the rows of {len(kept)} classes are kept by name"

@@ -126,8 +126,8 @@ class LabelledStage(ClipStage):
         for question in self.classes:
             labels = batch["labels"].get(question)
             if labels is None or labels.ndim == 1 and (labels < 0).any():
-                place = 0 if labels is None else int(labels.argmin())
-                raise UserError(f"{self.data}: a video without a label: {batch['path'][place]}")
+                row = 0 if labels is None else int(labels.argmin())
+                raise UserError(f"{self.data}: a video without a label: {batch['path'][row]}")
         return one_hot(batch["labels"], self.classes)
 
     def batches(self, train_set, first):

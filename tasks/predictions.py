@@ -241,8 +241,8 @@ def run(args):
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     for source in args.videos:
-        for row, clip, bad in predict(classifier, source, recipe, args.eval_batch):
-            unreadable += bad
+        for row, clip, failed in predict(classifier, source, recipe, args.eval_batch):
+            unreadable += failed
             if row is None:
                 continue
             rows.append(row)

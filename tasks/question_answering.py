@@ -273,16 +273,16 @@ class Answering(SentenceStage, name="answer"):
     def evaluate(self, model, batches, held_out_set):
         """Accuracy in percent, and "rows" as `evaluate` returns them."""
         rows = evaluate(functools.partial(self.scores, model), batches, model.answers)
-        correct = [given == answer for _, answer, given in rows]
+        correct = [predicted == answer for _, answer, predicted in rows]
         return {"accuracy": 100 * sum(correct) / len(correct), "rows": rows}
 
     def finish(self, model, held_out, results):
         """Print a table of accuracies by kind of question. Its two baselines are `QuestionOnly`,
         and the most frequent answer to everything."""
         kinds, numbers = {}, {}
-        for question, answer, given in results["val"]["rows"]:
+        for question, answer, predicted in results["val"]["rows"]:
             words = question.lower().split()
-            correct = (given == answer, self.baseline(question) == answer,
+            correct = (predicted == answer, self.baseline(question) == answer,
                        self.baseline.most == answer)
             for kind in ("all questions", words[0] if self.data else " ".join(words[:2])):
                 kinds.setdefault(kind, []).append(correct)

@@ -116,9 +116,10 @@ def average_precision(scores, positive):
 
     scores (B,), positive bool (B,). Clips with equal scores have the same rank, so the order of the
     data does not matter."""
-    ranked, wanted = scores.sort().values, scores[positive].sort().values
-    hits = len(wanted) - torch.searchsorted(wanted, wanted)  # positives with this score or higher
-    return float((hits / (len(ranked) - torch.searchsorted(ranked, wanted))).mean())
+    every, positives = scores.sort().values, scores[positive].sort().values
+    # Numbers of positive clips, and of all clips, with this score or a higher one.
+    hits = len(positives) - torch.searchsorted(positives, positives)
+    return float((hits / (len(every) - torch.searchsorted(every, positives))).mean())
 
 
 def average_precisions(scores, target):

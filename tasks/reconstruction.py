@@ -34,10 +34,10 @@ class MaskedStage(ClipStage):
     def check_mask(self, grid):
         """UserError if the mask hides nothing or everything of a token grid (t, h, w)."""
         t, h, w = grid
-        places, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
-        if not 0 < int(self.mask_ratio * places) < places:
+        count, unit = (t, "frames") if self.mask_type == "frame" else (h * w, "places of a frame")
+        if not 0 < int(self.mask_ratio * count) < count:
             raise UserError(f"--mask-ratio {self.mask_ratio}: must hide at least one of the "
-                            f"{places} {unit} and leave at least one")
+                            f"{count} {unit} and leave at least one")
 
     def draw_mask(self, clips, grid, rng, training):
         """Draw a mask: (clips, t*h*w) bool, True = hidden.

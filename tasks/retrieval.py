@@ -91,12 +91,12 @@ def text_ranks(similarity, owner, grouped):
     return 1 + (others >= best).sum(dim=0)
 
 
-def gallery_protocol(dataset, places):
+def gallery_protocol(dataset, indices):
     """Describe a gallery for a stage's `protocol`: {name: text}.
 
-    places  indices of the videos of the data set that form the gallery
+    indices  indices of the videos of the data set that form the gallery
     """
-    videos, captions = len(places), dataset.captions_of(places)
+    videos, captions = len(indices), dataset.captions_of(indices)
     return {"gallery": f"{videos} videos, {captions} captions; chance of R@1 is "
                        f"{100 / videos:.1f} %",
             "ranks": "raw and dual softmax (dsl); ties count against us; v2t among videos by their "

@@ -23,10 +23,10 @@ class TwoEncodersStage(LabelledStage):
     multimodal: str = flag("", "the multimodal encoder: a run of classify, or an official file",
                            paper="UniFormerV2-L")
     second: str = flag("", "a second multimodal encoder, for InternVideo-T; default: none")
-    num_frames: int = flag(0, "frames per clip; 0 = the largest number of an encoder", low=0,
+    num_frames: int = flag(0, "frames per clip; 0 = as many as the encoders need", low=0,
                            paper="16")
     input_size: frame_size = flag(0, "height and width in pixels, or HxW, as 112x160; 0 = the "
-                                  "largest size of an encoder", low=0)
+                                  "largest that an encoder needs", low=0)
 
     @functools.cached_property
     def parts(self):

@@ -183,7 +183,7 @@ CLAIMS = (
           "UniFormerV2 has local units for Something-Something, and does without for Kinetics",
           "test_zero_shot_motion",
           [("clip", "no local units"), ("clip", "no global block"), ("clip", "frame-wise")]),
-    Claim("8", "Captioning beside contrast improves retrieval",
+    Claim("8", "A captioning loss in addition to the contrastive loss improves retrieval",
           "CoCa (arXiv 2205.01917) trains both from one pass, and InternVideo, Sec. 3.2, follows",
           "test_t2v_R@1", [("clip", "no captions")]),
     Claim("8b", "... and gives captions with correct motion, shape and colour",
@@ -371,9 +371,9 @@ def costs():
         hidden = mae.tube_mask(1, base.grid, ratio)
         visible = mae.split_by_mask(hidden)[0].to("meta")
         video, counts = torch.empty(1, 3, 16, 224, 224, device="meta"), []
-        for part, given in ((base.encoder, [visible]), (base, [hidden])):
+        for part, arguments in ((base.encoder, [visible]), (base, [hidden])):
             with FlopCounterMode(display=False) as counter:
-                part(video, *given)
+                part(video, *arguments)
             counts.append(counter.get_total_flops() / 1e9)
         rows.append([ratio, visible.shape[1], *counts])
     clip = torch.rand(1, 3, 16, 112, 112)

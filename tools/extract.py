@@ -159,10 +159,10 @@ def run(args):
                     stride=args.stride, pool=args.pool, format=args.format)
     check_settings(out, settings)
     targets = places(clips, out, "." + args.format)
-    waiting, bad = [clip for clip in clips if not targets[clip].exists()], {}
-    print(f"{args.data}: {len(clips):,} videos, {len(clips) - len(waiting):,} done already; window "
+    missing, unreadable = [clip for clip in clips if not targets[clip].exists()], {}
+    print(f"{args.data}: {len(clips):,} videos, {len(clips) - len(missing):,} done already; window "
           f"of {settings['window']} frames, model {settings['model']}")
-    for clip in tqdm(waiting, unit="video", dynamic_ncols=True):
+    for clip in tqdm(missing, unit="video", dynamic_ncols=True):
         try:
             path, part = clip
             with decoding.open_video(path, None, part, args.frame_rate or 25.0) as video:
@@ -170,13 +170,13 @@ def run(args):
                                             device)
                 info = video.info
         except annotations.DataError as error:
-            bad[clip] = str(error)
+            unreadable[clip] = str(error)
             continue
         facts = {key: settings[key] for key in ("window", "stride", "pool", "model")}
         facts |= dict(timestamps=timestamps, fps=info.fps, duration=info.duration,
                       frames=info.frames)
         write_features(targets[clip], feats, facts)
-    return bad
+    return unreadable
 
 
 def main(argv=None):
@@ -199,14 +199,15 @@ def main(argv=None):
                         help="auto, cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(argv)
     try:
-        bad = run(args)
+        unreadable = run(args)
     except (UserError, OSError) as error:
         print(f"extract.py: {error}", file=sys.stderr)
         return 2
-    for reason in bad.values():
-        print(f"bad: {reason}")
-    print(f"wrote {args.out}" + (f"; {len(bad)} videos cannot be read, see above" if bad else ""))
-    return int(bool(bad))
+    for reason in unreadable.values():
+        print(f"not readable: {reason}")
+    print(f"wrote {args.out}"
+          + (f"; {len(unreadable)} videos cannot be read, see above" if unreadable else ""))
+    return int(bool(unreadable))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL = 0.0005  # seconds between two looks at the run
+POLL = 0.0005  # seconds between two checks of the run
 
 
 def command(stage, out):

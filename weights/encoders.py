@@ -109,8 +109,8 @@ def is_official_clip(tensors, config):
 
 
 def check_rows(source, old, classes, rows):
-    """WeightsError if `rows` is given and is not, for each of the new classes, None or a row of a
-    head with `old` classes."""
+    """WeightsError if `rows` is given and does not fit. It needs one entry for each class: None, or
+    a row of the old head with `old` classes."""
     if rows is not None and (len(rows) != classes or not old or not all(
             row is None or 0 <= row < old for row in rows)):
         raise WeightsError(f"--head-rows: {len(rows)} rows for {classes} classes do not fit the "

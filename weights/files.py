@@ -75,17 +75,17 @@ def read(source):
     """
     if isinstance(source, dict):
         return unwrap(source, name_of(source)), {}
-    path, wanted = places.find(source), places.split(source)[1]
+    path, part_name = places.find(source), places.split(source)[1]
     if not places.is_index(path):
         tensors, config = open_file(path)
-        return unwrap(tensors, str(source), wanted), config
+        return unwrap(tensors, str(source), part_name), config
     tensors = {}
     for file, names in places.parts(path).items():
         content = open_file(file)[0]
         if missing := [name for name in names if name not in content]:
             raise WeightsError(f"{file}: lacks tensors that {path.name} names: {listed(missing)}")
         tensors |= {name: content[name] for name in names}
-    return unwrap(tensors, str(source), wanted), {}
+    return unwrap(tensors, str(source), part_name), {}
 
 
 def open_file(path):
