@@ -157,7 +157,7 @@ def score(captions, references):
 
 
 @torch.no_grad()
-def write(model, batches, bpe, *, maximum, autocast=contextlib.nullcontext):
+def generate_captions(model, batches, bpe, *, maximum, autocast=contextlib.nullcontext):
     """Generate captions of held-out clips: yields (batch, list of captions).
 
     model    caption_decoder.VideoText, in eval mode
@@ -180,7 +180,8 @@ def evaluate_facts(model, batches, bpe, dataset, *, maximum, autocast=contextlib
     if not classes or not dataset.states_facts:
         return {}
     rows = []
-    for batch, captions in write(model, batches, bpe, maximum=maximum, autocast=autocast):
+    for batch, captions in generate_captions(model, batches, bpe, maximum=maximum,
+                                             autocast=autocast):
         stated = [dataset.facts_in(caption) for caption in captions]
         labels = {question: batch["labels"][question].tolist() for question in classes}
         rows.append((batch["number"], [
@@ -200,7 +201,8 @@ def evaluate(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullc
              "counter-clockwise" becomes "counter - clockwise"
     """
     rows = []
-    for batch, captions in write(model, batches, bpe, maximum=maximum, autocast=autocast):
+    for batch, captions in generate_captions(model, batches, bpe, maximum=maximum,
+                                             autocast=autocast):
         references = [bpe.decode(bpe.encode(list(texts), 10**4, trim=True)[0])
                       for texts in dataset.references(batch)]
         rows.append((batch["number"], captions, references))

@@ -102,11 +102,11 @@ def match(heads, classes, evaluate):
     raises    UserError: a class to evaluate is unknown to a head
     """
     if evaluate:
-        classes = whole(heads, classes)
+        classes = known_names(heads, classes)
     return classes, [rows_of(head, classes, evaluate) for head in heads]
 
 
-def whole(heads, classes):
+def known_names(heads, classes):
     """{question: all names that every head knows}, in the order of the first head. Only questions
     of the data. UserError: a class of the data is unknown to a head."""
     known = [(head, names) for head in heads if (names := names_of(head, classes))]

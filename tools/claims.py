@@ -269,7 +269,7 @@ def train_with(flags, log, clips):
     raise SystemExit(train.main(flags))
 
 
-def do(out, seed, name):
+def do_run(out, seed, name):
     """Do one run, unless it is finished. Returns True if it was done."""
     target = folder(out, seed, name)
     if (target / "metrics.json").exists():
@@ -299,7 +299,7 @@ def run_all(out, seeds, jobs):
                 ready = all((seed, other) in done for other in needs(RUNS[name]))
                 if ready and len(running) < jobs:
                     todo.remove((seed, name))
-                    running[pool.submit(do, out, seed, name)] = seed, name
+                    running[pool.submit(do_run, out, seed, name)] = seed, name
             finished, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
             for future in finished:
                 made += future.result()

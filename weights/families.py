@@ -7,7 +7,7 @@ weights imports no network.
 import importlib
 import re
 
-from weights.files import WeightsError, listed, say
+from weights.files import WeightsError, listed, print_once
 
 # "model" in a configuration -> its module, and the key of a .pth file under which the official code
 # expects the tensors (None: it expects them without a key).
@@ -64,8 +64,8 @@ FAMILIES = (
 def describe(tensors):
     """(family, names of the models that load it) for {official name: tensor}, or (None, ())."""
     row = recognised(tensors)
-    if row is None and len(inner := inside(tensors)) == 1:
-        row = recognised(below(tensors, inner[0]))
+    if row is None and len(inner := network_prefixes(tensors)) == 1:
+        row = recognised(under_prefix(tensors, inner[0]))
     return (row[0], row[2]) if row else (None, ())
 
 
@@ -75,12 +75,12 @@ def recognised(tensors):
         any(re.search(pattern, key) for key in tensors) for pattern in row[1])), None)
 
 
-def below(tensors, prefix):
+def under_prefix(tensors, prefix):
     """The tensors whose names begin with a prefix, without that prefix."""
     return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def inside(tensors):
+def network_prefixes(tensors):
     """Prefixes of names, of at most three parts, under which there is a network of a family.
 
     Lightning, for example, writes names with the prefix `net.` or `model.encoder.`. No prefix in
@@ -90,12 +90,12 @@ def inside(tensors):
                              for key in tensors if key.count(".") >= n)
     kept = []
     for prefix in prefixes:
-        if not prefix.startswith(tuple(kept)) and recognised(below(tensors, prefix)):
+        if not prefix.startswith(tuple(kept)) and recognised(under_prefix(tensors, prefix)):
             kept.append(prefix)
     return kept
 
 
-def bare(tensors, name):
+def without_prefix(tensors, name):
     """The tensors of the network in a file, without the prefix that another module added to them.
 
     Tensors that are left out are named in a printed line. A file in which no network is recognised
@@ -105,7 +105,7 @@ def bare(tensors, name):
     """
     if recognised(tensors):
         return tensors
-    prefixes = inside(tensors)
+    prefixes = network_prefixes(tensors)
     if not prefixes:
         return tensors
     if len(prefixes) > 1:
@@ -113,8 +113,8 @@ def bare(tensors, name):
         raise WeightsError(f"{name}: holds {len(prefixes)} networks; choose one: {choices}")
     others = dict.fromkeys(key.split(".")[0] for key in tensors if not key.startswith(prefixes[0]))
     if others:
-        say(f"{name}: the network under {prefixes[0]!r} is read; not read: {listed(others)}")
-    return below(tensors, prefixes[0])
+        print_once(f"{name}: the network under {prefixes[0]!r} is read; not read: {listed(others)}")
+    return under_prefix(tensors, prefixes[0])
 
 
 def class_of(model):

@@ -168,8 +168,8 @@ def unwrap(tensors, name, part=""):
         if not inner:
             break
         if inner[0] != part and inner[0] in ENVELOPES and inner[-1] in AVERAGES:
-            say(f"{name}: holds {inner[0]!r} and an average over training, {inner[-1]!r}; "
-                f"{inner[0]!r} is used; for the average write {name}::{inner[-1]}")
+            print_once(f"{name}: holds {inner[0]!r} and an average over training, {inner[-1]!r}; "
+                       f"{inner[0]!r} is used; for the average write {name}::{inner[-1]}")
         check_whole(tensors, inner[0], name)
         tensors, part = tensors[inner[0]], "" if inner[0] == part else part
     if not isinstance(tensors, dict) or not tensors:
@@ -208,11 +208,11 @@ def check_whole(content, key, name):
     empty = [value for value in module.values()
              if isinstance(value, torch.Tensor) and not value.numel()]
     if "param_shapes" in content and (empty or not module):
-        raise places.cut_up(name)
+        raise places.zero_3_error(name)
 
 
 @functools.cache
-def say(line):
+def print_once(line):
     """Print a line only once, also if a file is read several times."""
     print(line)
 

@@ -17,7 +17,7 @@ import re
 import torch
 
 import mae
-from weights.files import WeightsError, listed, say
+from weights.files import WeightsError, listed, print_once
 
 TUBELET = 2  # frames, as in all VideoMAE models
 DROPPED = r"(vit\.embeddings\.)?(cls|mask)_token|(vit\.pooler|head|classifier)\..*"
@@ -60,7 +60,8 @@ def inflate(file, frames, image_size):
             stem = key.removesuffix("qkv.bias")
             tensors |= {stem + "q_bias": q_bias, stem + "v_bias": v_bias}
     file.tensors = tensors
-    say(f"{file.name}: an image ViT. Its patch embedding is inflated over the {TUBELET} frames of "
+    print_once(
+        f"{file.name}: an image ViT. Its patch embedding is inflated over the {TUBELET} frames of "
         "a tubelet and its positions are repeated over time; not used: "
         f"{listed(file.unused)}, and the biases of keys, which change no output. Do not expect "
         "accuracy on videos before training")

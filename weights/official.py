@@ -17,7 +17,7 @@ import math
 import re
 from collections import Counter
 
-from weights.families import bare
+from weights.families import without_prefix
 from weights.files import Rule, WeightsError, fill, name_of, part, read
 
 
@@ -89,7 +89,7 @@ class OfficialFile:
         self.tensors, self.config = part(*read(source), component)
         self.name = name_of(source)
         if not self.config:
-            self.tensors = bare(self.tensors, self.name)
+            self.tensors = without_prefix(self.tensors, self.name)
 
     def spell(self, name):
         """The name in this file of our tensor `name`."""

@@ -54,7 +54,7 @@ def find(source):
         models = [path / name for name in MODEL_FILES if os.path.exists(path / name)]
         path = models[0] if models else deepspeed(path)
     if path.name.startswith("zero_pp_rank_"):
-        raise cut_up(path)
+        raise zero_3_error(path)
     try:
         kind = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not a possible path
@@ -87,14 +87,14 @@ def deepspeed(folder):
                                    "them where it was trained")
             return path / DEEPSPEED
         if (path / ZERO_3).exists():
-            raise cut_up(path / ZERO_3)
+            raise zero_3_error(path / ZERO_3)
     if latest.is_file():
         raise WeightsError(f"{latest}: names {folders[-1].name}, where there is no {DEEPSPEED}")
     raise WeightsError(f"{folder}: this folder holds no model.safetensors; give a run's folder or "
                        "a file of weights")
 
 
-def cut_up(path):
+def zero_3_error(path):
     """The error for files of ZeRO-3, in which every tensor is cut into pieces."""
     return WeightsError(
         f"{path}: DeepSpeed's ZeRO-3 cuts each tensor into pieces, so no tensor in here is whole; "

@@ -14,7 +14,7 @@ import torch
 
 from mae import IMAGENET_MEAN, IMAGENET_STD, Size, VideoMAE, sinusoid_table
 from weights import image_vit
-from weights.files import WeightsError, export, say
+from weights.files import WeightsError, export, print_once
 from weights.hub import hub_clips, hub_config, hub_pixels
 from weights.official import OfficialFile, as_kernel, as_matrix, key_map
 from weights.runs import rebuild
@@ -171,8 +171,8 @@ def take_over_pixels(model, file):
     """
     pixels = hub_pixels(file.source)
     if pixels is None and file.image:
-        say(f"{file.name}: nothing says how its pixels are normalised; ImageNet's mean and "
-            "deviation are used")
+        print_once(f"{file.name}: nothing says how its pixels are normalised; ImageNet's mean and "
+                   "deviation are used")
     if pixels is None or pixels == (list(IMAGENET_MEAN), list(IMAGENET_STD)):
         return model
     channels, embed = model.config["channels"], model.encoder.embed
@@ -184,7 +184,8 @@ def take_over_pixels(model, file):
     weight = embed.weight.double().unflatten(1, (channels, -1))              # (D, C, pixels)
     embed.bias += (weight * ((our_mean - mean) / std)).sum(dim=(1, 2)).float()
     embed.weight.copy_((weight * (our_std / std)).flatten(1))
-    say(f"{file.name}: its pixels have mean {pixels[0]} and deviation {pixels[1]}; its embedding "
+    print_once(
+        f"{file.name}: its pixels have mean {pixels[0]} and deviation {pixels[1]}; its embedding "
         "is rewritten for those of ImageNet, with the same outputs")
     return model
 
