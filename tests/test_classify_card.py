@@ -232,7 +232,7 @@ def test_folders_of_classes_train_and_name_top_1_and_top_5(tmp_path, encoders, c
                encoders["masked"][0],
                out=tmp_path / "probe") == 0
     assert run("--data", str(tmp_path / "videos" / "wave"), out=tmp_path / "one") == 2
-    assert "needs a folder of class folders" in capsys.readouterr().err
+    assert "give a folder of class folders" in capsys.readouterr().err
 
 
 def test_merging_views_by_hand():

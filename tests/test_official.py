@@ -324,7 +324,7 @@ def test_mmaction2s_videomae_gives_its_numbers(tmp_path):
     learned = theirs | {"backbone.pos_embed": table + 1}  # use_learnable_pos_emb
     model = VideoClassifier.from_official(learned, heads=3, frames=4, image_size=12)
     assert model.config["positions"] == "stored" and torch.equal(model.encoder.stored, table + 1)
-    with pytest.raises(WeightsError, match="pos_embed has 18 places, and 16 frames of 224 x 224"):
+    with pytest.raises(WeightsError, match="pos_embed has 18 positions, and 16 frames of 224 x 224"):
         VideoClassifier.from_official(theirs, heads=3)
     with pytest.raises(WeightsError, match="missing: backbone.blocks.1.mlp.layers.0.0.bias"):
         VideoClassifier.from_official({key: x for key, x in theirs.items() if "1.mlp.layers.0.0.b"
@@ -541,11 +541,11 @@ def test_layer_scales_of_an_image_vit_are_kept():
     ({"num_frames": 0}, None, "num_frames must be a whole number from 1 on"),
     ({"layer_norm_eps": "x"}, None, r"layer_norm_eps must be in \[0, 1\)"),
     ({}, {"image_mean": [0.5], "image_std": [0.5]}, "normalises 1 channels and has 3"),
-    ({}, {"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0]}, "deviations above 0"),
+    ({}, {"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0]}, "deviations must be above 0"),
     ({}, {"image_mean": [0.5] * 3}, "must be lists of numbers, got 'None'"),
     ({}, {"image_mean": "x", "image_std": [1]}, "must be lists of numbers, got 'x'"),
-    ({}, {"do_rescale": False}, "reads pixels that are not in"),
-    ({}, {"rescale_factor": 0.0078}, "reads pixels that are not in"),
+    ({}, {"do_rescale": False}, "normalises pixels that are not in"),
+    ({}, {"rescale_factor": 0.0078}, "normalises pixels that are not in"),
     ({}, [], "not a configuration as transformers writes it")])
 def test_a_folder_that_contradicts_its_tensors_or_says_what_cannot_be_is_one_line(
         tmp_path, config, preprocessor, message):

@@ -210,7 +210,7 @@ def test_files_with_questions_train_and_rare_answers_count_as_wrong(finished, tm
     (("answer", "--weights", "{run}", "--data", "{list}"), "a question or an answer is missing"),
     (("answer", "--weights", "{run}", "--answers", "1"), "--answers 1: must be at least 2"),
     (("clip", "--weights", "{run}", "--data", "{folder}", "--steps", "0", "--prompts", "{list}"),
-     "with {} where the class name goes"),
+     "with {} in place of the class name"),
     (("clip", "--weights", "{run}", "--data", "{folder}", "--steps", "1"), "has no captions"),
 ])
 def test_mistakes_get_one_line(finished, tmp_path, capsys, flags, complaint):  # noqa: F811

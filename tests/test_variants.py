@@ -110,7 +110,7 @@ def test_divided_attention_refuses_other_clips_and_survives_a_classifier(tmp_pat
     video = torch.randn(2, 3, 8, 40, 40)
     with pytest.raises(ValueError, match="a tube mask"):
         model(video, mae.random_mask(2, model.grid, 0.75, torch.Generator().manual_seed(0)))
-    with pytest.raises(ValueError, match="made for clips of 8 frames, not of 16"):
+    with pytest.raises(ValueError, match="is for clips of 8 frames, not of 16"):
         model.encoder(torch.randn(1, 3, 16, 40, 40))
     with pytest.raises(ValueError, match="unknown to the official code"):
         model.to_official()
