@@ -86,7 +86,7 @@ UNUSED = (r"^(input_resolution|context_length|vocab_size)$",
 def load(cls, source, *, heads=None, global_heads=None, global_layers=None, text_heads=None,
          frames=None, grow=False):
     """A VideoCLIP in eval mode from InternVideo-MM, ViCLIP, OpenAI's or transformers' CLIP weights,
-    or from a run of ours. Its `unused` lists the tensors of the file that no part of it needs.
+    or from a run of ours. Its `unused` lists the tensors of the file that are not loaded.
 
     source        path or {name: tensor}; see weights.read. A Hugging Face folder also gives heads
                   and activation; an activation other than QuickGELU is refused
