@@ -161,7 +161,7 @@ def test_gradient_caching_is_the_large_batch(monkeypatch):
 def test_accumulation_is_refused_and_the_alternative_named(tmp_path, capsys):
     assert run("--accum", "4", out=tmp_path) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "no more negatives" in err
+    assert err.count("\n") == 1 and "adds no negatives" in err
     assert "--batch-size 24 --cache-size 6" in err
 
 

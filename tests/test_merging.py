@@ -30,5 +30,5 @@ def test_merging_averages_what_clip_brought_and_nothing_else():
 
 
 def test_models_of_two_sizes_are_not_merged():
-    with pytest.raises(ValueError, match="not of one size"):
+    with pytest.raises(ValueError, match="must have the same size"):
         merge(filled(1), VideoCLIP(SIZE, text_size=TextSize(4, 2, 2), **OPTIONS))

@@ -428,7 +428,7 @@ def test_an_image_vit_starts_a_video_encoder_with_its_own_numbers(tmp_path, caps
 
 @pytest.mark.parametrize("change, message", [
     (lambda state: state.pop("pos_embed"), "missing: pos_embed"),
-    (lambda state: state.update(pos_embed=torch.zeros(1, 9, 24)), "pos_embed has 8 places besides"),
+    (lambda state: state.update(pos_embed=torch.zeros(1, 9, 24)), "pos_embed has 8 positions besides"),
     (lambda state: state.update({"patch_embed.proj.weight": torch.zeros(24, 3, 2, 4, 4)}),
      "patch_embed.proj.weight has 5 dimensions, not 4"),
     (lambda state: state.pop("norm.bias"), "missing: norm.bias"),

@@ -519,7 +519,7 @@ def test_what_lacks_under_a_prefix_is_named(tmp_path):
     (b"<HTML><body>Sign in", "a web page"),
     (b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0">', "a web page"),
     (b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code><Message>x',
-     r"a server.s XML message .* download the file anew \(AccessDenied\)"),
+     r"a server.s XML message .* download the file again \(AccessDenied\)"),
     (b"<Error><Code>NoSuchKey</Code></Error>", r"a server.s XML message .*\(NoSuchKey\)"),
     (b"", "an empty file: the download did not work"),
     (b"Invalid username or password.", "a text .* it begins: Invalid username or password"),
