@@ -8,7 +8,7 @@ Every experiment is one command of train.py (mae-divided: of variants/cards.py) 
 `--jobs` experiments run in parallel with one thread each. Their processes are forked from one that
 has already imported train.py. They share the rendered clips (`moving_shapes.keep`).
 
-Both sides of a comparison see the same number of clips. In most comparisons they differ in one
+Both sides of a comparison see the same labelled clips. In most comparisons they differ in one
 flag. Some claims are about more pretraining or another encoder; then they differ in that. The
 numbers are measured on the test split, with which nothing was tuned (claim 11: validation split).
 
