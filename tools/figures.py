@@ -116,11 +116,7 @@ def draw_arrow(axis, stage, shape, place, below, corners):
 
 
 def system(path):
-<<<<<<< HEAD
-    """Draw all parts of InternVideo as boxes, each with the name of its file."""
-=======
     """The whole of InternVideo: boxes with their files, arrows with shapes, stages numbered."""
->>>>>>> 2948d74 (figures/system.png: one drawing, shapes on the arrows, four stages numbered)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
