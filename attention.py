@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.flex import flex_attention, no_compiler
-from engine.processes import joined
+from engine.processes import global_rows
 
 FORMS = ("auto", "reference", "sdpa", "flex")
 
@@ -253,7 +253,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         # Every process draws the numbers for the batch of all processes and uses its own rows.
-        rows, own_rows = joined(x.shape[0])
+        rows, own_rows = global_rows(x.shape[0])
         # (B, 1, ..., 1)
         keep = x.new_empty((rows,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)[own_rows]
         return x * keep / (1 - self.rate)
@@ -269,7 +269,7 @@ class Dropout(nn.Dropout):
         """x (B, ...) -> the same shape; unchanged in eval mode."""
         if not self.training or self.p == 0:
             return x
-        rows, own_rows = joined(x.shape[0])
+        rows, own_rows = global_rows(x.shape[0])
         if rows == x.shape[0]:
             return super().forward(x)
         keep = x.new_ones((rows,) + x.shape[1:])

@@ -125,7 +125,7 @@ class TextEncoder(nn.Module):
     """A causal transformer over token ids (CLIP, Sec. 2.4, Choosing and Scaling a Model).
     size: TextSize; the other arguments: see Options."""
 
-    undecayed = "positions",  # no weight decay: see engine/optimisers.py
+    no_weight_decay = "positions",  # no weight decay: see engine/optimisers.py
 
     def __init__(self, size, *, vocabulary, context, embedding, end=None):
         super().__init__()
@@ -200,7 +200,7 @@ class JointEncoder(nn.Module):
     """ViCLIP's visual encoder: one class token and the patches of all frames in one sequence.
     Arguments: see Options."""
 
-    undecayed = "class_token", "positions", "times"  # no weight decay: see engine/optimisers.py
+    no_weight_decay = "class_token", "positions", "times"  # see engine/optimisers.py
 
     def __init__(self, size, *, frames, image_size, tubelet=1):
         super().__init__()
@@ -212,7 +212,7 @@ class JointEncoder(nn.Module):
         self.embed = nn.Linear(3 * tubelet * p * p, D, bias=False)
         self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
         # Position embeddings: a patch gets one for its row and column, and one for its time.
-        self.positions = nn.Parameter(uniformerv2.place_codes(*self.grid, D))  # (1+S, D)
+        self.positions = nn.Parameter(uniformerv2.spatial_position_table(*self.grid, D))  # (1+S, D)
         self.times = nn.Parameter(torch.zeros(frames // tubelet, D))         # (t, D)
         self.norm_pre = nn.LayerNorm(D)
         self.blocks = nn.ModuleList(

@@ -74,7 +74,8 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
     train_set = open_clips(source, train=True, part="all" if held_out else "train", **options,
                            **augment)
     val = open_clips(held_out or source, train=False, classes=train_set.classes,
-                     in_order=train_set.in_order, part="all" if held_out else "val", **options)
+                     official_order=train_set.official_order,
+                     part="all" if held_out else "val", **options)
     print(f"--data {train_set.summary()}")
     if held_out:
         print(f"--val-data {val.summary()}")
@@ -85,7 +86,7 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
     if val.several != train_set.several:
         count = "several labels" if val.several else "one label"
         raise DataError(f"{val.source}: its clips have {count} each, those of --data do not")
-    absent = val.absent_classes()
+    absent = val.classes_without_clips()
     print(f"held out: {len(val)} clips" + (f"; none of {', '.join(absent[:5])}"
                                            f"{', ...' * (len(absent) > 5)}" if absent else ""))
     return train_set, {"val": val}

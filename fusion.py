@@ -99,7 +99,8 @@ class CrossModelAttention(nn.Module):
 class Options:
     """All options of `InternVideo`. `fitted` checks them and replaces None."""
 
-    # Blocks of the masked encoder with cross-model attention before them, rising; None: `evenly`.
+    # Blocks of the masked encoder with cross-model attention before them, rising; None: evenly
+    # spaced, see `evenly_spaced_blocks`.
     before: list | None = None
     # For each of these, the multimodal block whose output gives the keys; None: the same relative
     # depth. Early blocks hold information that the last block has lost. With two multimodal
@@ -118,7 +119,7 @@ class Options:
         if self.source not in ("all", "patches"):
             raise ValueError(f"source is {self.source!r}: choose all or patches")
         depth, before, layers = masked.depth, self.before, self.layers
-        before = evenly(min(4, depth), depth) if before is None else list(before)
+        before = evenly_spaced_blocks(min(4, depth), depth) if before is None else list(before)
         before = before if self.bridges else []
         if before != sorted(set(before) & set(range(depth))):
             raise ValueError(f"before is {before}: give blocks 0 to {depth - 1} of the masked "
@@ -149,7 +150,8 @@ class InternVideo(nn.Module):
     options      see Options
     raises       ValueError if the encoders and the options do not fit together
 
-    A clip is uint8 (B, T, H, W, 3), as data.py returns it. `view` prepares it for each encoder.
+    A clip is uint8 (B, T, H, W, 3), as data.py returns it. `prepare_clip` makes the input of each
+    encoder.
     """
 
     def __init__(self, masked, multimodal, **options):
@@ -197,17 +199,17 @@ class InternVideo(nn.Module):
                              "all need the same number, at least 1; see their with_head")
 
     def freeze(self):
-        """Let only `learned_parts` train. `frozen` holds the names of all other parameters."""
+        """Let only `trainable_modules` train. `frozen` holds the names of all other parameters."""
         self.requires_grad_(False)
-        for part in self.learned_parts():
+        for part in self.trainable_modules():
             part.requires_grad_(True)
         self.frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
 
-    def learned_parts(self):
+    def trainable_modules(self):
         """The modules and parameters that train in this stage (InternVideo, Sec. 3.2)."""
         yield from (self.bridges, self.last, self.balance)
         for encoder in (self.masked, *self.multimodal):
-            yield from encoder.learned_parts()
+            yield from encoder.trainable_modules()
 
     def train(self, mode=True):
         """As nn.Module.train, but the encoders stay in eval mode, without dropout and without new
@@ -223,7 +225,7 @@ class InternVideo(nn.Module):
         layers   blocks whose output gives keys and values
         returns  the state after the last block, and tokens (B, M, Dm) for each of `layers`
         """
-        state, tokens, start = encoder.start(view(clip, encoder)), {}, 0
+        state, tokens, start = encoder.start(prepare_clip(clip, encoder)), {}, 0
         for layer in sorted(set(layers)):
             state, start = encoder.run(state, start, layer + 1), layer + 1
             context = state.tokens if self.options.source == "all" else state.tokens[:, :, 1:]
@@ -234,7 +236,8 @@ class InternVideo(nn.Module):
         """Run the masked encoder with cross-model attention -> its state after the last block.
         contexts[i][j] (B, M, Dm): tokens of multimodal encoder i for the block before[j]."""
         boundaries = [*self.before, self.masked.depth]
-        state = self.masked.run(self.masked.start(view(clip, self.masked)), 0, boundaries[0])
+        state = self.masked.start(prepare_clip(clip, self.masked))
+        state = self.masked.run(state, 0, boundaries[0])
         for j, (start, stop) in enumerate(zip(boundaries, boundaries[1:])):
             for cross_attentions, context in zip(self.bridges, contexts):
                 state = replace(state, tokens=cross_attentions[j](state.tokens, context[j]))
@@ -258,14 +261,14 @@ class InternVideo(nn.Module):
         return [encoder.head(self.drop(encoder.finish(state)))
                 for encoder, state in zip((self.masked, *self.multimodal), self.encode(clip))]
 
-    def shares(self):
+    def score_weights(self):
         """Weights of the scores: a softmax, (1 + multimodal encoders,), equal at the start."""
         # A softmax depends on differences only, so the masked encoder's number is fixed at 0.
         return torch.cat([self.balance.new_zeros(1), self.balance]).softmax(dim=0)
 
     def combine(self, scores):
         """The weighted sum of the scores: a list of (B, Y) -> (B, Y)."""
-        return sum(weight * score for weight, score in zip(self.shares(), scores))
+        return sum(weight * score for weight, score in zip(self.score_weights(), scores))
 
     def forward(self, clip):
         """uint8 (B, T, H, W, 3) -> logits (B, Y)"""
@@ -334,21 +337,21 @@ class InternVideo(nn.Module):
         return weights.load_run(cls.from_config, folder, "InternVideo", "fuse")
 
 
-def evenly(count, depth):
+def evenly_spaced_blocks(count, depth):
     """Numbers of `count` evenly spaced blocks out of `depth`, with the last block among them.
 
-    >>> evenly(4, 32), evenly(4, 12), evenly(2, 3)
+    >>> evenly_spaced_blocks(4, 32), evenly_spaced_blocks(4, 12), evenly_spaced_blocks(2, 3)
     ([7, 15, 23, 31], [2, 5, 8, 11], [1, 2])
     """
     return sorted({round((i + 1) * depth / count) - 1 for i in range(count)})
 
 
-def largest(encoders):
+def largest_image_size(encoders):
     """(H, W) in pixels: the largest height and the largest width that an encoder needs."""
     return tuple(map(max, zip(*(encoder.config["image_size"] for encoder in encoders))))
 
 
-def view(clip, encoder):
+def prepare_clip(clip, encoder):
     """Prepare a clip for an encoder: uint8 (B, T, H, W, 3) -> float32 (B, 3, frames, *image_size),
     normalised with the encoder's `mean` and `std`.
 
@@ -359,7 +362,7 @@ def view(clip, encoder):
     frames, size = encoder.config["frames"], tuple(encoder.config["image_size"])
     if clip.dtype != torch.uint8 or clip.ndim != 5 or clip.shape[-1] != 3:
         raise ValueError(f"a clip is uint8 (B, T, H, W, 3), not {str(clip.dtype)[6:]} "
-                         f"{tuple(clip.shape)}; `view` normalises the pixels")
+                         f"{tuple(clip.shape)}; `prepare_clip` normalises the pixels")
     B, T, H, W, _ = clip.shape
     if T < frames:
         raise ValueError(f"a clip of {T} frames for an encoder of {frames}: sample more frames")
@@ -384,7 +387,7 @@ def main():
     clip = torch.as_tensor(MovingShapes("test", 8, (64, 64), 0)[0]["video"])[None]
     masked, multimodal = model.encode(clip)
     rows = [("clip", "(B, T, H, W, 3)", clip),
-            ("input of the masked encoder", "(B, C, T, H, W)", view(clip, model.masked))]
+            ("input of the masked encoder", "(B, C, T, H, W)", prepare_clip(clip, model.masked))]
     for index, (block, layer) in enumerate(zip(model.before, model.layers[0])):
         rows.append((f"attention: masked block {block}, multimodal block {layer}",
                      "(B, N, t, 1+S)", model.attention_maps(clip, index)))

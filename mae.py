@@ -413,7 +413,7 @@ class VideoMAE(Network):
     """
 
     model_name = "VideoMAE"    # in config.json
-    undecayed = "mask_token",  # gets no weight decay: engine/optimisers.py
+    no_weight_decay = "mask_token",  # gets no weight decay: engine/optimisers.py
 
     def __init__(self, size="base", *, drop_path=0.0, normalised=True, **options):
         options = Options(size, **options)
@@ -471,7 +471,7 @@ class VideoClassifier(Network):
     head_scale     factor on the initial weights of the head
 
     UniFormerV2 has the same interface: width, depth, heads, mean, std, family, grid_of, start, run,
-    finish, tokens, feature, with_head, layer_of, learned_parts.
+    finish, tokens, feature, with_head, layer_index, trainable_modules.
     """
 
     model_name, family = "VideoClassifier", "masked"
@@ -519,11 +519,11 @@ class VideoClassifier(Network):
         """video (B, C, T, H, W) float, ImageNet-normalised, or uint8 -> logits (B, Y)."""
         return self.head(self.drop(self.feature(video)))
 
-    def learned_parts(self):
+    def trainable_modules(self):
         """The modules that stage 4 trains while the encoder is frozen: fusion.py."""
         return [self.fc_norm, self.head]
 
-    def layer_of(self, name):
+    def layer_index(self, name):
         """Layer of a parameter, for layer-wise learning rates: 0 = embedding, i + 1 = block i,
         depth + 1 = norm and head."""
         if name.startswith("encoder.blocks."):
@@ -554,14 +554,14 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
         raise ValueError(f"a mask of {hidden.shape[1]} tokens does not fit a clip of {T} frames of "
                          f"{H} x {W} pixels in tubelets of {tubelet} x {patch} x {patch}")
     _, index = split_by_mask(hidden)                                         # (B, Nm)
-    tubelets = pixels_of(video, index.to(video.device), patch, tubelet)      # (B, Nm, 3, pixels)
+    tubelets = tubelet_pixels(video, index.to(video.device), patch, tubelet)  # (B, Nm, 3, pixels)
     if normalise:
         mean, std = tubelet_statistics(tubelets)
         tubelets = (tubelets - mean) / std
     return tubelets.transpose(2, 3).flatten(2)                               # (B, Nm, P)
 
 
-def pixels_of(video, index, patch, tubelet):
+def tubelet_pixels(video, index, patch, tubelet):
     """Tubelets with numbers `index` (B, n), as colours in [0, 1] -> (B, n, 3, pixels) float."""
     # uint8 pixels are normalised and then converted back. The official code does so, and only the
     # same operations give the same rounding.
@@ -581,7 +581,7 @@ def tubelet_statistics(tubelets):
     return mean, norm / (tubelets.shape[-1] - 1) ** 0.5 + 1e-6
 
 
-def trivial_guess(video, hidden, normalise=True, *, patch=None, tubelet=2):
+def trivial_prediction(video, hidden, normalise=True, *, patch=None, tubelet=2):
     """The prediction of a trivial baseline. Arguments and result as in `reconstruction_target`.
 
     normalise  True = zeros, the mean of every target; False = the mean visible colour of the clip

@@ -152,7 +152,7 @@ class MaskedModelling(MaskedStage, name="mae"):
         loss = mae.reconstruction_loss(prediction, target)
         metrics = {"loss": loss.detach()}
         if not model.training:
-            trivial = mae.trivial_guess(video, hidden, self.normalise,
+            trivial = mae.trivial_prediction(video, hidden, self.normalise,
                                         tubelet=model.encoder.tubelet)
             metrics["trivial_loss"] = mae.reconstruction_loss(trivial, target)
         return loss, metrics
@@ -231,7 +231,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
         """Videos with captions; a held-out video occurs once, with all its captions."""
         self.check_flags()
         train_set, held_out = self.open_sets(flip=False, motion_words=self.motion_words)
-        held_out["val"].by_video()
+        held_out["val"].one_item_per_video()
         self.images = self.open_images() if self.image_every else None
         return train_set, held_out
 
@@ -333,7 +333,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
         if dataset.classes:
             results |= recognition.evaluate_zero_shot(
                 model.clip, batches, self.bpe, dataset.sentences(self.sentences()),
-                combine=dataset.prompts_combine_by, **options)
+                combine=dataset.prompt_average, **options)
         if self.caption_weight:
             results |= captioning.evaluate_facts(model, batches, self.bpe, dataset,
                                                  maximum=self.context - 1, autocast=self.autocast)
@@ -368,16 +368,16 @@ class PostPretraining(ClassifierStage, name="classify"):
                           "grid: sinusoid = computed for that grid, resized = interpolated "
                           "(InternVideo's ViT-H at 384 px)", choices=("sinusoid", "resized"))
 
-    def usual_clips(self):
+    def default_clip_size(self):
         """(frames, pixels) for a network from scratch; with --data, those of a published size."""
         size = uniformerv2.SIZES.get(self.model)
         if self.data and self.model != "small":
             return (8, size.image_size) if size else (16, 224)
-        return super().usual_clips()
+        return super().default_clip_size()
 
     def build(self, train_set):
         """The encoder with a head, or the frozen encoder with a probe."""
-        classes = recognition.size(self.classes)
+        classes = recognition.number_of_answers(self.classes)
         model = self.probe_in_weights(classes)
         if model is not None:
             self.check_encoder(model.encoder)
@@ -433,7 +433,7 @@ class PostPretraining(ClassifierStage, name="classify"):
         """Layer-wise decay: the embedding is layer 0, block i is layer i, the head depth + 1."""
         if self.mode != "finetune":
             return 1.0
-        return self.layer_decay ** (model.depth + 1 - model.layer_of(name))
+        return self.layer_decay ** (model.depth + 1 - model.layer_index(name))
 
     def logits(self, model, batch):
         """Logits (B, Y) of a batch of clips or of stored features."""
@@ -490,7 +490,7 @@ class CrossModel(TwoEncodersStage, name="fuse"):
 
     def build(self, train_set):
         """The model of --weights, or both encoders with new cross-model attention."""
-        classes = recognition.size(self.classes)
+        classes = recognition.number_of_answers(self.classes)
         if self.weights:
             model = fusion.InternVideo.from_run(self.weights)
             self.check_against_weights(
@@ -531,7 +531,7 @@ class CrossModel(TwoEncodersStage, name="fuse"):
         logits, target = self.logits(model, batch), self.target(batch)
         loss = recognition.cross_entropy(logits, target, self.classes, several=self.several)
         metrics = {"loss": loss.detach()}
-        for name, share in zip(("masked", "multimodal", "second"), model.shares().detach()):
+        for name, share in zip(("masked", "multimodal", "second"), model.score_weights().detach()):
             metrics[f"share_{name}"] = share
         for name, parameter in model.named_parameters():
             if "gate_" in name:

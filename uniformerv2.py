@@ -220,7 +220,7 @@ class FrameBlock(Block):
                          drop_path=drop_path, activation=quick_gelu)
         self.local = nn.ModuleList(LocalUnit(size.width, reduction) for _ in range(local_units))
 
-    def mix_frames(self, i, x):
+    def apply_local_unit(self, i, x):
         """Apply local unit i, if it exists, to the patch tokens of x (B, t, 1+S, D)."""
         if i >= len(self.local):
             return x
@@ -239,9 +239,9 @@ class FrameBlock(Block):
                 return torch.utils.checkpoint.checkpoint(branch, x, use_reentrant=False)
             return branch(x)
 
-        x = self.mix_frames(0, x)
+        x = self.apply_local_unit(0, x)
         x = x + self.drop_path(run(attend, x))
-        x = self.mix_frames(1, x)
+        x = self.apply_local_unit(1, x)
         return x + self.drop_path(run(lambda x: self.mlp(self.norm2(x)), x))
 
 
@@ -321,7 +321,7 @@ class UniFormerV2(nn.Module):
     """
 
     family = "multimodal"
-    undecayed = "class_token", "positions", "global_token"  # no weight decay: engine/optimisers.py
+    no_weight_decay = "class_token", "positions", "global_token"  # see engine/optimisers.py
 
     def __init__(self, size="b16", **options):
         super().__init__()
@@ -338,7 +338,7 @@ class UniFormerV2(nn.Module):
         D = size.width
         self.embed = nn.Linear(options.channels * self.window * size.patch**2, D, bias=False)
         self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
-        self.positions = nn.Parameter(place_codes(*self.grid, D))
+        self.positions = nn.Parameter(spatial_position_table(*self.grid, D))
         self.norm_pre = nn.LayerNorm(D)
         rates = torch.linspace(0, options.drop_path, size.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
@@ -449,11 +449,11 @@ class UniFormerV2(nn.Module):
         feature = self.feature(video)
         return self.head(self.drop(feature)) if self.options.classes else feature
 
-    def learned_parts(self):
+    def trainable_modules(self):
         """What stage 4 trains while the encoder is frozen: norm, head, initial global token."""
         return [self.norm, self.head] + [self.global_token] * (self.global_token is not None)
 
-    def layer_of(self, name):
+    def layer_index(self, name):
         """Layer of a parameter, for layer-wise learning rates: 0 = embedding, i + 1 = block i,
         depth + 1 = all others."""
         part, *rest = name.split(".")
@@ -494,7 +494,7 @@ class UniFormerV2(nn.Module):
         return uniformerv2.grow(cls, source, **options)
 
 
-def place_codes(h, w, width):
+def spatial_position_table(h, w, width):
     """Initial values of a learned position table (1 + h*w, width) float32.
 
     Half of the channels hold sinusoids of the row, half of the column. The class token has zeros.

@@ -80,7 +80,7 @@ def restore(tensors, model, optimizer, average):
         if list(saved) != list(own) or any(saved[name].shape != own[name].shape for name in own):
             raise mismatch
         for name, value in own.items():
-            value.detach().copy_(processes.place(saved[name], value))
+            value.detach().copy_(processes.shard_like(saved[name], value))
     parameters = dict(model.named_parameters())
     owner = {parameter: part for part in optimizer.parts for group in part.param_groups
              for parameter in group["params"]}
@@ -97,7 +97,7 @@ def restore(tensors, model, optimizer, average):
     for full_name, value in tensors["optimiser"].items():
         name, key = full_name.rpartition(".")[::2]
         parameter = parameters[name]
-        owner[parameter].state[parameter][key] = processes.place(value, parameter)
+        owner[parameter].state[parameter][key] = processes.shard_like(value, parameter)
 
 
 def checkpoints(out):

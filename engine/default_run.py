@@ -59,7 +59,7 @@ def default_run(commands, train, argv):
     print(f"the default run, about {minutes:.0f} minutes on two cores"
           + f", {at_once} stages at a time" * (at_once > 1) + ": "
           + ", ".join(f"{job.name} {job.seconds} s" for job in jobs))
-    with clips_kept(Path(args.out) / "clips") as clips:
+    with cached_clips(Path(args.out) / "clips") as clips:
         if at_once > 1:
             side_by_side.run(train, jobs, at_once, resume_command, clips)
         else:
@@ -82,7 +82,7 @@ def stages_at_once(jobs):
 
 
 @contextlib.contextmanager
-def clips_kept(folder):
+def cached_clips(folder):
     """Context in which generated clips are cached in a folder, which all stages share -> its name.
 
     None where there is no cache: with several processes, or with little space on the disk. The
@@ -95,13 +95,13 @@ def clips_kept(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not processes.is_distributed() and shutil.disk_usage(folder.parent).free >= ROOM:
             folder.mkdir()
-            moving_shapes.keep(folder)
+            moving_shapes.set_cache_folder(folder)
             clips = str(folder)
     try:
         yield clips
     finally:
         if clips:
-            moving_shapes.keep(None)
+            moving_shapes.set_cache_folder(None)
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -74,7 +74,7 @@ class HeldOut:
             else:
                 cached.clear()
             yield to_device(batch, self.stage.device)
-        rows = processes.collect(rows)
+        rows = processes.gather_rows(rows)
         self.clips = sum(count for _, count, *_ in rows)
         self.bad = [pair for *_, bad, _ in rows for pair in bad]
         if not self.clips:

@@ -183,7 +183,7 @@ def in_pieces(encode, size, *inputs):
     again with the same random numbers, and the gradient of its embeddings is propagated into the
     weights. In terms of autograd, every piece is checkpointed (arXiv 1604.06174). The result equals
     that of the whole batch within rounding and costs one more forward pass. Dropout is equal too,
-    because every piece draws the numbers of all rows and keeps its own (processes.joined). The
+    because every piece draws the numbers of all rows and keeps its own (processes.global_rows). The
     exception are layers that use the whole batch, such as BatchNorm.
 
     encode   function of a piece of each input -> tuple of tensors (b, ...), computed row by row;

@@ -79,7 +79,7 @@ def choose_threads(parameters, pixels):
     return "a small network" if small else "all processors"
 
 
-def choose_products(choice="auto"):
+def choose_onednn(choice="auto"):
     """Choose oneDNN for float32 matrix products on a CPU, or not -> "on" or "off", and the reason.
 
     choice  "auto"; or "on" or "off" to repeat the choice of a resumed run, for the same last bits
@@ -102,7 +102,7 @@ def choose_products(choice="auto"):
         error[precision] = float((a @ b - exact).abs().max() / exact.abs().max())
     maker = processor_maker()
     slow = torch.backends.mkl.is_available() and maker not in ("", "GenuineIntel")
-    votes = processes.collect([(processes.rank(), slow and error["bf16"] < 1e-5)])
+    votes = processes.gather_rows([(processes.rank(), slow and error["bf16"] < 1e-5)])
     enabled = choice == "on" or all(vote for _, vote in votes)
     setting.fp32_precision = "bf16" if enabled else "none"
     return "on" if enabled else "off", (

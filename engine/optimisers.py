@@ -49,7 +49,7 @@ class Muon(torch.optim.Muon):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 moment = self.state[parameter]["momentum_buffer"]
                 moment.lerp_(parameter.grad, 1 - group["momentum"])
-                update = processes.whole(parameter.grad.lerp(moment, group["momentum"]))
+                update = processes.full_tensor(parameter.grad.lerp(moment, group["momentum"]))
                 wide = update if update.shape[0] <= update.shape[1] else update.T
                 stacks.setdefault(wide.shape, []).append((parameter, wide, group))
         for members in stacks.values():
@@ -59,7 +59,8 @@ class Muon(torch.optim.Muon):
                 rate = 0.2 * max(parameter.shape) ** 0.5 * group["lr"]  # AdamW's step size
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 update = update if update.shape == parameter.shape else update.T
-                parameter.add_(processes.place(update.to(parameter.dtype), parameter), alpha=-rate)
+                update = processes.shard_like(update.to(parameter.dtype), parameter)
+                parameter.add_(update, alpha=-rate)
 
     @staticmethod
     def orthogonal(stack, a, b, c, steps=5):
@@ -85,15 +86,16 @@ def numbered_layers(model):
             for parameter in container.parameters()}
 
 
-def undecayed(model):
+def no_weight_decay(model):
     """The set of parameters without weight decay.
 
     These are biases, norms and all others with one axis; word embeddings; and the tokens and
-    position tables listed in the attribute `undecayed` of a module. VideoMAE and InternVideo's
-    video-text model do the same. UniFormerV2's recipe only excludes parameters with one axis.
+    position tables listed in the attribute `no_weight_decay` of a module. VideoMAE and
+    InternVideo's video-text model do the same. UniFormerV2's recipe only excludes parameters with
+    one axis.
     """
     tables = {getattr(module, name) for module in model.modules()
-              for name in getattr(module, "undecayed", ())}
+              for name in getattr(module, "no_weight_decay", ())}
     embeddings = {module.weight for module in model.modules()
                   if isinstance(module, torch.nn.Embedding)}
     return tables | embeddings | {x for x in model.parameters() if x.ndim < 2}
@@ -132,9 +134,9 @@ def build_optimizer(model, stage):
 
     With --optimizer muon, Muon trains the matrices of `numbered_layers` and AdamW the rest. Muon's
     updates are scaled to the step size of AdamW, so both use one learning rate. Weight decay does
-    not apply to `undecayed`.
+    not apply to `no_weight_decay`.
     """
-    layers, no_decay, muon, adamw = numbered_layers(model), undecayed(model), {}, {}
+    layers, no_decay, muon, adamw = numbered_layers(model), no_weight_decay(model), {}, {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

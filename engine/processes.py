@@ -26,7 +26,7 @@ clips count twice (VideoMAE engine_for_finetuning.py).
 
 Two or four gloo processes agree with one to 1e-6 in every stage (tests/test_processes.py).
 
->>> rank(), world(), joined(4), mean(torch.tensor(3.0)).item()
+>>> rank(), world(), global_rows(4), mean(torch.tensor(3.0)).item()
 (0, 1, (4, slice(0, 4, None)), 3.0)
 """
 
@@ -105,7 +105,7 @@ def first_to_print(text):
 # The global batch
 
 
-def joined(count):
+def global_rows(count):
     """(W * B, slice): number of rows of the global batch, and the rows that this process computes.
 
     count  rows to compute: B, or fewer inside a `piece`
@@ -175,7 +175,7 @@ def gather_with_gradient(x):
     return Gather.apply(x) if world() > 1 else x
 
 
-def row_before(x):
+def previous_row(x):
     """x (B, ...) -> (1, ...): the row of the global batch before this process's first row.
 
     The row before row 0 is the last row.
@@ -183,7 +183,7 @@ def row_before(x):
     return gather_with_gradient(x[-1:])[rank() - 1][None]
 
 
-def collect(rows, device="cpu"):
+def gather_rows(rows, device="cpu"):
     """[(number, ...), ...] of each process -> the rows of all processes, sorted by number.
 
     Tensors in the rows, also in dicts and lists, are returned on `device`. With one process: the
@@ -286,12 +286,12 @@ def clip(model, limit):
     return norm
 
 
-def whole(x):
+def full_tensor(x):
     """A tensor that may be sharded -> the full tensor, on every process."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def place(x, parameter):
+def shard_like(x, parameter):
     """A full tensor -> this process's part, sharded like `parameter` if it has the same shape."""
     x = x.to(parameter.device)
     if isinstance(parameter, DTensor) and x.shape == parameter.shape and not isinstance(x, DTensor):
@@ -428,7 +428,7 @@ def read_facts(folder):
     own = sorted(saved["files"])[rank()::world()]  # each process checks some of the files
     wrong = [(name,) for name in own if not (Path(folder) / name).exists()
              or crc(Path(folder) / name) != saved["files"][name]]
-    wrong = collect(wrong)
+    wrong = gather_rows(wrong)
     if wrong:
         raise ValueError(f"the checksum of {wrong[0][0]} is wrong")
     return json.loads(saved["facts"])

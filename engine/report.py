@@ -56,8 +56,9 @@ PICTURES = {  # result of kind_of: (heading, description)
                   "clip is bright where the word attends"),
     "confusion": ("Confusion", "rows are true classes, columns are predictions; correct ones are "
                   "on the diagonal"),
-    "looks": ("Cross-model attention", "left: a token of the masked encoder, framed; right: the "
-              "clip, bright where this token attends in the multimodal encoder"),
+    "cross_attention": ("Cross-model attention",
+                        "left: a token of the masked encoder, framed; right: the clip, bright "
+                        "where this token attends in the multimodal encoder"),
     "segments": ("Segments", "true segments of long videos, and the predicted ones"),
 }
 
@@ -363,7 +364,8 @@ def write(folder, names=()):
     path = folder / "report.html"
     try:
         content = page(runs, dict_in(content_of(folder / "table.json")), title)
-        weights.write_aside(path, lambda aside: Path(aside).write_text(content, encoding="utf-8"))
+        weights.write_atomically(path, lambda aside: Path(aside).write_text(content,
+                                                                            encoding="utf-8"))
     except OSError as error:
         print(f"{path} was not written: {error.strerror or error}")
         return None

@@ -50,7 +50,7 @@ class Log:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
         text = "".join(line + "\n" for line in kept)
-        weights.write_aside(path, lambda aside: Path(aside).write_text(text))
+        weights.write_atomically(path, lambda aside: Path(aside).write_text(text))
 
     def write(self, **values):
         if processes.rank() > 0:
@@ -93,7 +93,7 @@ class Run:
         attention.use(stage.attention)
         self.onednn = self.onednn_reason = ""
         if stage.device == "cpu":
-            self.onednn, self.onednn_reason = machine.choose_products()
+            self.onednn, self.onednn_reason = machine.choose_onednn()
         if stage.device == "cpu" and stage.attention == "flex" and stage.steps:
             raise UserError("--attention flex: FlexAttention has no backward pass on a CPU; choose "
                             "auto, reference or sdpa")
@@ -153,7 +153,7 @@ class Run:
             onednn = saved.get("onednn", saved["settings"].get("onednn"))
             if stage.device == "cpu" and onednn in ("on", "off") and onednn != self.onednn:
                 # The choice changes the last bits, so a run keeps it on another machine.
-                self.onednn, self.onednn_reason = machine.choose_products(onednn)
+                self.onednn, self.onednn_reason = machine.choose_onednn(onednn)
         self.first = self.step
         processes.wait()
         return self.first
@@ -300,7 +300,7 @@ class Run:
             return metrics
         self.save(self.step)
         # Name the files of the processes whose loss failed; of all, where only the gradient did.
-        rows = processes.collect([(processes.rank(), failed_here, self.files)])
+        rows = processes.gather_rows([(processes.rank(), failed_here, self.files)])
         known = any(failed for _, failed, _ in rows)
         names = [path for _, failed, files in rows if failed or not known for path in files]
         lower = "--blr or --lr" if hasattr(stage, "blr") else "--lr"
@@ -389,7 +389,8 @@ class Run:
             self.evaluate(self.step, ["test"])
         model.eval()
         with self.averaged():
-            tensors = {name: processes.whole(value) for name, value in model.state_dict().items()}
+            tensors = {name: processes.full_tensor(value)
+                       for name, value in model.state_dict().items()}
             with torch.no_grad(), processes.unsharded(self.training_loss):
                 held_out = {name: clips.dataset for name, clips in self.sets.items()}
                 self.metrics |= stage.finish(model, held_out, self.results)
@@ -409,7 +410,7 @@ class Run:
 
     def report(self):
         """The content of metrics.json, a dict."""
-        rows = processes.collect([(processes.rank(), list(self.bad.items()))])
+        rows = processes.gather_rows([(processes.rank(), list(self.bad.items()))])
         self.bad = dict(pair for _, pairs in rows for pair in pairs)
         unreadable = dict(pair for clips in self.sets.values() for pair in clips.bad)
         return dict(stage=self.stage.name, step=self.step, protocol=self.protocol, **self.metrics,
@@ -432,7 +433,8 @@ class Run:
             drawn += pictures.curve(self.out, stage.name) if stage.steps else []
             print("pictures: " + ", ".join(str(path) for path in drawn))
         text = json.dumps(metrics, indent=1) + "\n"
-        weights.write_aside(self.out / "metrics.json", lambda path: Path(path).write_text(text))
+        weights.write_atomically(self.out / "metrics.json",
+                                 lambda path: Path(path).write_text(text))
         if stage.figures:
             report.write(self.out)
 

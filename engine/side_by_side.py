@@ -113,7 +113,7 @@ def run_job(train, stage, resume_command, clips, sender, parent, method):
     tqdm.set_lock(threading.RLock())  # the lock from before the fork is shared by all jobs
     threading.Thread(target=end_after_parent, args=(parent,), daemon=True).start()
     machine.keep_memory()
-    moving_shapes.keep(clips)
+    moving_shapes.set_cache_folder(clips)
 
     def command():
         try:
@@ -155,7 +155,8 @@ def run(train, jobs, at_once, resume_command, clips):
 
     train           the function that runs a stage
     resume_command  what a user types to continue, for messages
-    clips           folder in which jobs share generated clips, or None; see moving_shapes.keep
+    clips           folder in which jobs share generated clips, or None; see
+                    moving_shapes.set_cache_folder
     """
     waiting, running, done_jobs, display = list(jobs), [], set(), Display(jobs, at_once)
     try:

@@ -205,7 +205,7 @@ class Stage:
             _, metrics = self.loss(model, batch, rng)
             rows.append((batch["number"], len(batch["video"]),
                          {name: float(value) for name, value in metrics.items()}))
-        return evaluation.weighted_mean(processes.collect(rows))
+        return evaluation.weighted_mean(processes.gather_rows(rows))
 
     def prepare(self, model, train_set, held_out):
         """Work that takes time and is needed before the first evaluation. --out exists by then.
@@ -277,7 +277,7 @@ class Stage:
                 raise UserError(f"--{name.replace('_', '-')} {wanted}: {self.weights} keeps its "
                                 f"own, {value}; leave it out")
 
-    def kept(self, settings, compute):
+    def cached(self, settings, compute):
         """The result of compute(), a dict of tensors and lists, cached in --out/features.pt.
 
         A resumed run reads the file, unless it is damaged or was made with other settings.
@@ -301,7 +301,7 @@ class Stage:
     def held_out(self, dataset, count, batch_size, shared=True):
         """Batches of a data set for evaluation, on the device, each with its "number".
 
-        shared  True: the processes share the batches, and `processes.collect` joins their results;
+        shared  True: the processes share the batches, `processes.gather_rows` joins the results;
                 False: each process gets all batches
         """
         rank, world = (processes.rank(), processes.world()) if shared else (0, 1)

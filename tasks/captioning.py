@@ -177,7 +177,7 @@ def evaluate_facts(model, batches, bpe, dataset, *, maximum, autocast=contextlib
              facts. A data set without them gives {}
     """
     classes = dataset.classes
-    if not classes or not dataset.states_facts:
+    if not classes or not dataset.can_read_facts:
         return {}
     rows = []
     for batch, captions in generate_captions(model, batches, bpe, maximum=maximum,
@@ -187,7 +187,7 @@ def evaluate_facts(model, batches, bpe, dataset, *, maximum, autocast=contextlib
         rows.append((batch["number"], [
             [facts.get(question) == names[labels[question][i]]
              for question, names in classes.items()] for i, facts in enumerate(stated)]))
-    correct = np.array([row for _, part in processes.collect(rows) for row in part])
+    correct = np.array([row for _, part in processes.gather_rows(rows) for row in part])
     return {f"captions_{question}": 100 * float(share) for question, share in
             zip(classes, correct.mean(axis=0))} | {
         "captions_all_three": 100 * float(correct.all(axis=1).mean())}
@@ -206,7 +206,7 @@ def evaluate(model, batches, bpe, dataset, *, maximum, autocast=contextlib.nullc
         references = [bpe.decode(bpe.encode(list(texts), 10**4, trim=True)[0])
                       for texts in dataset.references(batch)]
         rows.append((batch["number"], captions, references))
-    rows = processes.collect(rows)
+    rows = processes.gather_rows(rows)
     return score([caption for _, part, _ in rows for caption in part],
                  [texts for *_, part in rows for texts in part])
 

@@ -46,7 +46,7 @@ def write(folder, classes, several=()):
     """
     content = {question: {"several": list(names)} if question in several else list(names)
                for question, names in classes.items()}
-    weights.write_aside(Path(folder) / "questions.json",
+    weights.write_atomically(Path(folder) / "questions.json",
                         lambda path: Path(path).write_text(json.dumps(content) + "\n"))
 
 

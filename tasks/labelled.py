@@ -24,7 +24,7 @@ from tasks import class_names, predictions
 from tasks.probes import AttentiveProbe, feature_batches, stored_features
 from tasks.recognition import (
     accuracies, answers_in, auroc, class_weights, clip_weights, cross_entropy, evaluate,
-    merge_views, one_hot, probabilities, size, split)
+    merge_views, one_hot, number_of_answers, probabilities, split_by_question)
 from weights import encoders
 
 
@@ -43,7 +43,7 @@ def mix(video, target, mixup, cutmix):
              for form, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
     form = forms[int(torch.randint(len(forms), ()))]
     # Each clip is mixed with the one before it in the batch of all processes.
-    video, target = (torch.cat([processes.row_before(x), x]) for x in (video, target))
+    video, target = (torch.cat([processes.previous_row(x), x]) for x in (video, target))
     mixed, target = form(tv_tensors.Video(video.transpose(1, 2)), target)
     return mixed.as_subclass(torch.Tensor).transpose(1, 2)[1:], target[1:]
 
@@ -93,10 +93,10 @@ class LabelledStage(ClipStage):
         self.classes, self.several = train_set.classes, train_set.several
         if self.classes:
             self.choose_classes(train_set, held_out)
-        if size(self.classes) < 2:
-            raise UserError(f"--data {self.data}: {size(self.classes)} classes; give a folder of "
-                            "class folders, or a list of `path label` lines, with at least two "
-                            "classes (shards are for mae and clip)")
+        if number_of_answers(self.classes) < 2:
+            raise UserError(f"--data {self.data}: {number_of_answers(self.classes)} classes; give "
+                            "a folder of class folders, or a list of `path label` lines, with at "
+                            "least two classes (shards are for mae and clip)")
         return train_set, held_out
 
     def choose_classes(self, train_set, held_out):
@@ -117,7 +117,7 @@ class LabelledStage(ClipStage):
         if not self.rows:
             return "a network from scratch"
         known = all(rows is not None and None not in rows for rows in self.rows)
-        return "" if known else f"a new head for {size(self.classes)} classes"
+        return "" if known else f"a new head for {number_of_answers(self.classes)} classes"
 
     def target(self, batch):
         """(B, Y), with a one at the correct answer to each question."""
@@ -152,9 +152,10 @@ class LabelledStage(ClipStage):
             logits = torch.cat([self.logits(model, {"video": part})
                                 for part in video.split(self.eval_batch)])
             rows.append((batch["number"], logits, self.target(batch)))
-        _, logits, targets = zip(*processes.collect(rows, self.device))
+        _, logits, targets = zip(*processes.gather_rows(rows, self.device))
         answers = answers_in(torch.cat(targets), self.classes, self.several)
-        views = [split(part, self.classes) for part in logits]       # {question: (1 + views, ...)}
+        # {question: (1 + views, ...)} of each part
+        views = [split_by_question(part, self.classes) for part in logits]
         single = {question: torch.stack([part[question][0] for part in views])
                   for question in self.classes}
         merged = {question: torch.stack([merge_views(part[question][1:], self.form(question))
@@ -255,7 +256,7 @@ class ClassifierStage(LabelledStage):
                                 "none")
         if self.standardise and (self.mode != "probe" or self.ema or self.shard):
             raise UserError("--standardise: is for --mode probe, without --ema and --shard")
-        frames, pixels = self.made_for[:2] if self.weights else self.usual_clips()
+        frames, pixels = self.made_for[:2] if self.weights else self.default_clip_size()
         self.num_frames = self.num_frames or frames
         self.input_size = self.input_size or pixels
         train_set, held_out = super().datasets()
@@ -284,7 +285,7 @@ class ClassifierStage(LabelledStage):
         """(frames, pixels, rows of the head) of --weights."""
         return encoders.made_for(self.weights)
 
-    def usual_clips(self):
+    def default_clip_size(self):
         """Default (frames, pixels) of a network from scratch."""
         return 8, 112 if self.data else 40
 
@@ -370,7 +371,7 @@ class ClassifierStage(LabelledStage):
             return results
         question = next(iter(self.classes))
         confidence = torch.cat([
-            split(self.logits(model, batch), self.classes)[question].softmax(dim=1)
+            split_by_question(self.logits(model, batch), self.classes)[question].softmax(dim=1)
             .amax(dim=1) for batch in self.held_out(others, self.eval_clips, self.eval_batch,
                                                     shared=False)])
         known = results["probabilities"][question].amax(dim=1)

@@ -748,10 +748,10 @@ class Localisation(Stage, name="localise"):
         return self.gather([item])
 
     def features(self, model, sets):
-        """[items of each set] with the features of the encoder, stored on disk; see Stage.kept."""
+        """[items of each set] with the features of the encoder, kept on disk; see Stage.cached."""
         settings = {name: getattr(self, name) for name in
                     ("weights", "videos", "eval_clips", "stride", "seed", "precision")}
-        return self.kept(settings, lambda: self.compute_features(model, sets))["sets"]
+        return self.cached(settings, lambda: self.compute_features(model, sets))["sets"]
 
     def compute_features(self, model, sets):
         """{"sets": [items of each set]} of generated videos. The processes share the work."""
@@ -764,7 +764,7 @@ class Localisation(Stage, name="localise"):
                 for i in range(processes.rank(), count, processes.world()):
                     rows.append((i, self.item(encoder, part.items[i], i)))
                     bar.update(processes.world())
-                stored.append([item for _, item in processes.collect(rows)])
+                stored.append([item for _, item in processes.gather_rows(rows)])
         print(f"features of {sum(counts)} videos: {time.monotonic() - started:.0f} s")
         return {"sets": stored}
 
@@ -799,7 +799,7 @@ class Localisation(Stage, name="localise"):
         """Yield padded batches of random videos, a function of (seed, step)."""
         for step in range(first * self.accum, self.steps * self.accum):
             rng = generator(self.seed, "videos", step)
-            rows, mine = processes.joined(self.batch_size)
+            rows, mine = processes.global_rows(self.batch_size)
             chosen = torch.randint(len(train_set), (rows,), generator=rng).tolist()
             # Every process makes the whole batch: padding and count are then the same everywhere.
             batch = self.gather([train_set.items[i] for i in chosen], rng)
@@ -822,7 +822,7 @@ class Localisation(Stage, name="localise"):
             item = held_out_set.items[i]
             loss = float(self.loss(model, self.gather([item]), None)[0])
             rows.append((i, loss, predict(model.head, item)))
-        order, losses, segments = zip(*processes.collect(rows))
+        order, losses, segments = zip(*processes.gather_rows(rows))
         segments = dict(zip(order, segments))
         items = [held_out_set.items[i] | {"number": i} for i in order]
         return {"loss": float(np.mean(losses)), "items": held_out_set.items} | mean_ap(

@@ -96,7 +96,7 @@ def write(path, rows, classes):
                     for label, share in best:
                         cells += [label, f"{share:.4f}"]
                 table.writerow(cells)
-    weights.write_aside(path, fill)
+    weights.write_atomically(path, fill)
 
 
 def spelled(part):
@@ -138,7 +138,7 @@ class Classifier:
             [getattr(self.model, "encoder", self.model) if load else self.model]
         self.encoder = None if self.fused else parts[0]
         self.frames = max(part.config["frames"] for part in parts)
-        self.size = fusion.largest(parts)
+        self.size = fusion.largest_image_size(parts)
         count = (parts[0] if self.fused else self.model).config["classes"]
         names, self.several = class_names.read(source, count)
         self.classes = names or {"class": tuple(map(str, range(count)))}
@@ -151,7 +151,7 @@ class Classifier:
 
     def probabilities(self, logits):
         """Logits (B, Y) -> probabilities {question: (B, answers)}, on the CPU."""
-        return recognition.probabilities(recognition.split(logits.cpu(), self.classes),
+        return recognition.probabilities(recognition.split_by_question(logits.cpu(), self.classes),
                                          self.several)
 
 

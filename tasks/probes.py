@@ -87,7 +87,7 @@ class AttentiveProbe(torch.nn.Module):
         """Save memory, spend time: see attention.run_blocks."""
         self.encoder.recompute(on)
 
-    def learned_parts(self):
+    def trainable_modules(self):
         """The modules and parameters that train while the encoder is frozen."""
         return [self.query, self.norm, self.attn, self.head]
 
@@ -119,7 +119,7 @@ def probe_of(model):
 def freeze_all_but_the_probe(model):
     """Let only the probe train. Returns the model."""
     model.requires_grad_(False)
-    for part in model.learned_parts() if isinstance(model, AttentiveProbe) else [model.head]:
+    for part in model.trainable_modules() if isinstance(model, AttentiveProbe) else [model.head]:
         part.requires_grad_(True)
     return model
 
@@ -134,18 +134,18 @@ def features_of(model, video, autocast):
 
 
 def stored_features(stage, model, train_set):
-    """(features bfloat16, targets) of the training clips, computed once; see Stage.kept."""
+    """(features bfloat16, targets) of the training clips, computed once; see Stage.cached."""
     settings = recipe_of(stage) | {"weights": stage.weights, "precision": stage.precision}
 
     def compute():
         stored = compute_features(stage, model, train_set)
         if stage.standardise:
-            stored = standardised(stored, model.learned_parts()[0])
+            stored = standardised(stored, model.trainable_modules()[0])
         return stored | {"features": stored["features"].to(torch.bfloat16)}
 
-    stored = stage.kept(settings, compute)
+    stored = stage.cached(settings, compute)
     if stage.standardise:
-        model.learned_parts()[0].load_state_dict(stored["norm"])
+        model.trainable_modules()[0].load_state_dict(stored["norm"])
     return stored["features"], stored["targets"]
 
 
@@ -178,7 +178,7 @@ def compute_features(stage, model, train_set):
                       disable=processes.rank() > 0 or None):
         features = features_of(model.eval(), batch["video"], stage.autocast)
         rows.append((batch["number"], features.cpu(), stage.target(batch).cpu()))
-    _, features, targets = zip(*processes.collect(rows))
+    _, features, targets = zip(*processes.gather_rows(rows))
     return {"features": torch.cat(features), "targets": torch.cat(targets)}
 
 
@@ -189,7 +189,7 @@ def feature_batches(stage, stored, first):
     balanced = stage.balance == "sampler"
     shares = recognition.clip_weights(answers, stage.classes) if balanced else None
     for step in range(first * stage.accum, stage.steps * stage.accum):
-        rows, mine = processes.joined(stage.batch_size)
+        rows, mine = processes.global_rows(stage.batch_size)
         rng = generator(stage.seed, "probe", step)
         chosen = torch.randint(len(features), (rows,), generator=rng) if shares is None else \
             torch.multinomial(shares, rows, replacement=True, generator=rng)

@@ -170,7 +170,7 @@ def evaluate(scores_of, batches, answers):
         rows.append((batch["number"], [
             (question, normalise_answer(answer), answers[i])
             for question, answer, i in zip(batch["question"], batch["answer"], chosen)]))
-    return [row for _, part in processes.collect(rows) for row in part]
+    return [row for _, part in processes.gather_rows(rows) for row in part]
 
 
 @dataclass

@@ -14,7 +14,8 @@ answers, as in Charades. Each class then has its own sigmoid, and mAP replaces a
 >>> target = one_hot({"motion": torch.tensor([1]), "shape": torch.tensor([0])}, classes)
 >>> target.tolist()
 [[0.0, 1.0, 1.0, 0.0]]
->>> accuracies(split(target, classes), {"motion": torch.tensor([1]), "shape": torch.tensor([1])})
+>>> answers = {"motion": torch.tensor([1]), "shape": torch.tensor([1])}
+>>> accuracies(split_by_question(target, classes), answers)
 {'motion': 100.0, 'shape': 0.0, 'all_facts': 0.0}
 """
 
@@ -36,12 +37,12 @@ from video import transforms
 # Metrics
 
 
-def size(classes):
+def number_of_answers(classes):
     """Y, the total number of answers to all questions."""
     return sum(map(len, classes.values()))
 
 
-def split(x, classes):
+def split_by_question(x, classes):
     """Split by question: (B, Y) -> {question: (B, answers)}."""
     return dict(zip(classes, x.split([len(names) for names in classes.values()], dim=1)))
 
@@ -63,9 +64,9 @@ def cross_entropy(logits, target, classes, smoothing=0.0, several=(), weight=Non
     logits, target  (B, Y)
     weight          (Y,), weights of the classes, see `class_weights`; None = equal
     """
-    weights = split(weight[None], classes) if weight is not None else {}
-    loss, targets = 0, split(target, classes)
-    for question, x in split(logits, classes).items():
+    weights = split_by_question(weight[None], classes) if weight is not None else {}
+    loss, targets = 0, split_by_question(target, classes)
+    for question, x in split_by_question(logits, classes).items():
         y, class_weight = targets[question], weights[question][0] if weights else None
         loss = loss + (F.binary_cross_entropy_with_logits(x, y, pos_weight=class_weight)
                        if question in several else
@@ -85,7 +86,7 @@ def answers_in(target, classes, several=()):
     """The reverse of `one_hot`: (B, Y) -> {question: int64 (B,)}; for questions in `several`
     (B, answers), with a one for each answer."""
     return {question: x if question in several else x.argmax(dim=1)
-            for question, x in split(target, classes).items()}
+            for question, x in split_by_question(target, classes).items()}
 
 
 def accuracies(scores, answers):
@@ -190,7 +191,7 @@ def clip_weights(labels, classes):
     """Probabilities (N,) float64 of drawing each clip, with which all classes are equally frequent.
 
     A clip with several questions or answers gets the mean of their weights."""
-    weights = split(class_weights(labels, classes)[None].double(), classes)
+    weights = split_by_question(class_weights(labels, classes)[None].double(), classes)
     total = 0
     for question, (weight,) in weights.items():
         x = labels[question]
@@ -271,8 +272,8 @@ def evaluate(predict, target_of, batches, classes, several=(), device="cpu"):
         target = target.to(logits.device)
         loss = float(cross_entropy(logits, target, classes, several=several)) * len(target)
         rows.append((batch["number"], logits, target, loss, names_of(batch)))
-    _, logits, targets, losses, names = zip(*processes.collect(rows, device))
-    logits, targets = split(torch.cat(logits), classes), torch.cat(targets)
+    _, logits, targets, losses, names = zip(*processes.gather_rows(rows, device))
+    logits, targets = split_by_question(torch.cat(logits), classes), torch.cat(targets)
     answers = answers_in(targets, classes, several)
     tables = {question: class_table(logits[question], answers[question], classes[question])
               for question in classes}
@@ -325,7 +326,7 @@ def evaluate_zero_shot(model, batches, bpe, sentences, *, combine="probabilities
             video = transforms.normalise(batch["video"], model.mean, model.std)
             features = model.encode_video(video)
         rows.append((batch["number"], features.float(), batch["labels"]))
-    _, features, labels = zip(*processes.collect(rows, device))
+    _, features, labels = zip(*processes.gather_rows(rows, device))
     probabilities = {question: clip_video.zero_shot(
         torch.cat(features), sentences_of, model.logit_scale, combine)
                      for question, sentences_of in classes.items()}

@@ -44,7 +44,7 @@ class MaskedStage(ClipStage):
 
         In training all processes draw the same masks, for all clips, and each takes its own rows.
         """
-        rows, mine = processes.joined(clips) if training else (clips, slice(None))
+        rows, mine = processes.global_rows(clips) if training else (clips, slice(None))
         return mae.MASKS[self.mask_type](rows, grid, self.mask_ratio, rng)[mine]
 
 
@@ -55,7 +55,7 @@ def reconstruction_pictures(model, video, hidden):
     model          mae.VideoMAE
     video, hidden  as in mae.VideoMAE.forward
     returns        "input"; "visible", the input with grey hidden tubelets; "reconstruction"; and
-                   "trivial", the prediction without a model (mae.trivial_guess)
+                   "trivial", the prediction without a model (mae.trivial_prediction)
 
     A model of normalised pixels predicts structure, not brightness. Its "reconstruction" takes mean
     and contrast of each hidden tubelet from the input. Its "trivial" takes the mean.
@@ -63,11 +63,11 @@ def reconstruction_pictures(model, video, hidden):
     patch, tubelet = model.encoder.patch, model.encoder.tubelet
     targets = mae.split_by_mask(hidden)[1].to(video.device)
     every = torch.arange(hidden.shape[1], device=video.device).expand(len(video), -1)
-    pixels = put_tubelets(video.float(), every, mae.pixels_of(video, every, patch, tubelet),
+    pixels = put_tubelets(video.float(), every, mae.tubelet_pixels(video, every, patch, tubelet),
                           patch, tubelet)
-    true = mae.pixels_of(video, targets, patch, tubelet)                     # (B, Nm, 3, pixels)
+    true = mae.tubelet_pixels(video, targets, patch, tubelet)                # (B, Nm, 3, pixels)
     predicted = model(video, hidden).float().unflatten(-1, (-1, 3)).transpose(2, 3)
-    trivial = mae.trivial_guess(video, hidden, model.config["normalised"], patch=patch,
+    trivial = mae.trivial_prediction(video, hidden, model.config["normalised"], patch=patch,
                                 tubelet=tubelet).unflatten(-1, (-1, 3)).transpose(2, 3)
     if model.config["normalised"]:
         mean, contrast = mae.tubelet_statistics(true)

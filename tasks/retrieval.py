@@ -96,7 +96,7 @@ def gallery_protocol(dataset, indices):
 
     indices  indices of the videos of the data set that form the gallery
     """
-    videos, captions = len(indices), dataset.captions_of(indices)
+    videos, captions = len(indices), dataset.count_captions(indices)
     return {"gallery": f"{videos} videos, {captions} captions; chance of R@1 is "
                        f"{100 / videos:.1f} %",
             "ranks": "raw and dual softmax (dsl); ties count against us; v2t among videos by their "
@@ -171,7 +171,7 @@ def evaluate(model, batches, bpe, *, gallery=None, context=None, autocast=contex
             text_features = model.encode_text(ids.to(video.device))
         counts = [len(captions) for captions in batch["captions"]]
         rows.append((batch["number"], video_features, text_features, counts))
-    _, video_features, text_features, counts = zip(*processes.collect(rows, device))
+    _, video_features, text_features, counts = zip(*processes.gather_rows(rows, device))
     video_features, text_features = (F.normalize(torch.cat(part).float(), dim=-1)
                                      for part in (video_features, text_features))
     counts = torch.tensor(sum(counts, []))[:gallery]
@@ -201,7 +201,7 @@ def multiple_choice(model, batches, bpe, choices, *, context=None,
         with autocast():
             chosen = choose(model, video, ids).tolist()
         rows.append((batch["number"], [c == correct for c, (_, correct) in zip(chosen, options)]))
-    hits = [hit for _, part in processes.collect(rows) for hit in part]
+    hits = [hit for _, part in processes.gather_rows(rows) for hit in part]
     return {"multiple_choice": 100 * sum(hits) / len(hits)}
 
 
@@ -242,7 +242,7 @@ class Retrieval(SentenceStage, name="retrieve"):
         self.eval_every = self.eval_every or max(1, self.steps)
         train_set, held_out = self.open_sets(flip=False)
         train_set.training_captions()  # an error if the list has no captions
-        held_out["val"].by_video()
+        held_out["val"].one_item_per_video()
         return train_set, held_out
 
     def build(self, train_set):

@@ -62,14 +62,14 @@ class TwoEncodersStage(LabelledStage):
             raise UserError(f"--num-frames {self.num_frames}: the encoders need {frames} frames; "
                             f"give at least {frames}, or leave it out")
         self.num_frames = self.num_frames or frames
-        self.input_size = self.input_size or spelled(fusion.largest(self.parts))
+        self.input_size = self.input_size or spelled(fusion.largest_image_size(self.parts))
         return super().datasets()
 
     def finish(self, model, held_out, results):
         """As LabelledStage. For confusion.png it also evaluates the average of the encoders before
         training."""
         parts = [] if self.weights or not self.figures else self.load_encoders()
-        classes = recognition.size(self.classes)
+        classes = recognition.number_of_answers(self.classes)
         if parts and all(encoder.config["classes"] == classes for encoder in parts):
             late = fusion.InternVideo(parts[0], parts[1:], bridges=False).to(self.device).eval()
             batches = self.held_out(held_out["val"], self.eval_clips, self.eval_batch)
@@ -83,12 +83,12 @@ class TwoEncodersStage(LabelledStage):
         return before | {"after": results["val"]["confusion"]}
 
     def pictures(self, model, batch, folder, results):
-        """confusion.png, gates.png, and looks.png: cross-model attention of the masked encoder."""
+        """confusion.png, gates.png, and cross_attention.png: where the masked encoder attends."""
         paths = super().pictures(model, batch, folder, results) + [folder / "gates.png"]
         lines = (folder / "log.jsonl").read_text().splitlines()
         pictures.gates([json.loads(line) for line in lines], paths[-1])
         if model.before:
-            paths.append(folder / "looks.png")
+            paths.append(folder / "cross_attention.png")
             draw_attention(model, batch["video"][:1], paths[-1])
         return paths
 

@@ -158,7 +158,7 @@ class VideoTextStage(SentenceStage):
                 for question, names in val.classes.items())
             words["prompts"] = (
                 f"the mean over {len(self.sentences())} prompts of the softmax over classes"
-                if val.prompts_combine_by == "probabilities" else
+                if val.prompt_average == "probabilities" else
                 "one softmax over classes of their mean sentence")
         return words
 

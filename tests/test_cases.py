@@ -73,7 +73,7 @@ def test_folders_of_pictures_are_videos(name, count, classes):
     ("onebased/train.csv", ("1", "2"))])
 def test_there_are_no_classes_that_nobody_has(name, classes):
     found = files(name)
-    assert found.classes == {"label": classes} and not found.absent_classes()
+    assert found.classes == {"label": classes} and not found.classes_without_clips()
     for row, got in zip(found.rows, names(found)):
         assert row.label == got
 
@@ -110,7 +110,7 @@ def test_groups_of_ucf101_are_not_split():
                   for part in ("train", "val"))
     groups = [{Path(row.path).name.rsplit("_c", 1)[0] for row in one.rows} for one in (train, val)]
     assert groups[0] and groups[1] and not groups[0] & groups[1]
-    assert "no official split" in train.summary() and len(val.absent_classes()) == 1
+    assert "no official split" in train.summary() and len(val.classes_without_clips()) == 1
 
 
 @pytest.mark.parametrize("name", ["hfmeta", "hfmeta/metadata.csv", "hfmeta/metadata.jsonl"])

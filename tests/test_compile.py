@@ -280,8 +280,8 @@ def test_float32_products_change_library_by_a_rule_and_only_where_that_is_exact(
     for maker, faster in (("GenuineIntel", False), ("", False), ("AuthenticAMD", True)):
         monkeypatch.setattr(machine, "processor_maker", lambda: maker)
         for choice, on in (("auto", faster and not rounds), ("on", True), ("off", False)):
-            taken, why = machine.choose_products(choice)
+            taken, why = machine.choose_onednn(choice)
             assert taken == ("on" if on else "off") and (choice == "off" or "error " in why)
             assert setting.fp32_precision == ("bf16" if on else "none")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)  # oneDNN is all there is
-    assert machine.choose_products("auto")[0] == "off"
+    assert machine.choose_onednn("auto")[0] == "off"

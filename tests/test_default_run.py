@@ -300,7 +300,7 @@ def test_one_stage_at_a_time_on_a_gpu_and_under_torchrun(tmp_path, monkeypatch):
 def test_stages_read_each_others_clips_and_the_clips_go_at_the_end(tmp_path, monkeypatch):
     world = moving_shapes.MovingShapes("train", 4, 16)
     expected = world[3]["video"]
-    with default_run.clips_kept(tmp_path / "run" / "clips") as clips:
+    with default_run.cached_clips(tmp_path / "run" / "clips") as clips:
         assert (world[3]["video"] == expected).all()
         rendered = []
         monkeypatch.setattr(moving_shapes, "render", lambda *_: rendered.append(1) or expected)
@@ -309,7 +309,7 @@ def test_stages_read_each_others_clips_and_the_clips_go_at_the_end(tmp_path, mon
         assert Path(clips).is_dir()
     assert not Path(clips).exists() and moving_shapes._shelf is None
     monkeypatch.setattr(default_run, "ROOM", 2**62)
-    with default_run.clips_kept(tmp_path / "run" / "clips") as clips:
+    with default_run.cached_clips(tmp_path / "run" / "clips") as clips:
         assert clips is None and moving_shapes._shelf is None
 
 

@@ -420,7 +420,7 @@ def test_labels_from_one_on_make_no_empty_class_and_a_second_list_is_read_alike(
     files = data.VideoFiles(tmp_path / "a.txt", 2, 16)
     assert files.classes == {"label": ("1", "2")} and "2 numbers from 1 to 2" in files.summary()
     second = data.VideoFiles(tmp_path / "b.txt", 2, 16, classes=files.classes)
-    assert second.items[0][1] == 1 and second.absent_classes() == ["1"]
+    assert second.items[0][1] == 1 and second.classes_without_clips() == ["1"]
     with pytest.raises(DataError, match="label '0' is not among the 2 known classes"):
         data.VideoFiles(tmp_path / "c.txt", 2, 16, classes=files.classes)
 
@@ -456,7 +456,7 @@ def test_captions_of_one_clip_are_no_negatives_and_parts_of_a_video_are(tmp_path
     loss = retrieval.pair_loss(video, text, scale, batch, gather=False)
     without = retrieval.pair_loss(video, text, scale, {"caption": batch["caption"]}, gather=False)
     assert loss != without
-    assert files.by_video().captions_of(range(2)) == 3 and len(files) == 2
+    assert files.one_item_per_video().count_captions(range(2)) == 3 and len(files) == 2
 
 
 def test_a_checked_list_of_parts_is_copied_part_by_part(tmp_path, clip, capsys):

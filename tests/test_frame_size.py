@@ -80,7 +80,7 @@ def test_stages_one_to_three_keep_height_and_width(runs):
 @pytest.mark.parametrize("line, picture", [(MASKED, "reconstruction_0.png"),
                                            (LANGUAGE, "attention.png"),
                                            ("fuse --masked {masked} --multimodal {multimodal}",
-                                            "looks.png")])
+                                            "cross_attention.png")])
 def test_rectangles_are_drawn(line, picture, runs, tmp_path):
     line = line.format(**{name: runs / name for name in ("masked", "multimodal")})
     assert run(line, tmp_path / "run") == 0

@@ -45,7 +45,8 @@ def pair(tmp_path_factory):
 
 def test_a_run_starts_as_late_fusion_keeps_what_is_frozen_and_loads_alone(pair, tmp_path):
     assert run(*pair, "--lr", "1e-2", "--log-every", "1", out=tmp_path) == 0
-    for name in ("confusion.png", "gates.png", "looks.png", "questions.json", "model.safetensors"):
+    for name in ("confusion.png", "gates.png", "cross_attention.png", "questions.json",
+                 "model.safetensors"):
         assert (tmp_path / name).stat().st_size > 0
     whole = fusion.InternVideo.from_run(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -60,8 +61,8 @@ def test_a_run_starts_as_late_fusion_keeps_what_is_frozen_and_loads_alone(pair, 
     batch = next(data.held_out(world, 10, 10))
     alone = [load_encoder(source).eval() for source in pair[1::2]]
     with torch.no_grad():
-        equal = sum(model(fusion.view(batch["video"], model)) for model in alone) / 2
-    parts = recognition.split(equal, world.classes)
+        equal = sum(model(fusion.prepare_clip(batch["video"], model)) for model in alone) / 2
+    parts = recognition.split_by_question(equal, world.classes)
     for name, value in recognition.accuracies(parts, batch["labels"]).items():
         assert metrics[f"initial_val_{name}"] == pytest.approx(value)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

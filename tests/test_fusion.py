@@ -68,7 +68,7 @@ def test_at_the_start_the_encoders_are_themselves_bit_for_bit_and_logits_are_ave
     masked, others = encoders(second=second)
     x = clip()
     with torch.no_grad():
-        alone = [model(fusion.view(x, model)) for model in (masked, *others)]
+        alone = [model(fusion.prepare_clip(x, model)) for model in (masked, *others)]
     model = InternVideo(masked, others, **options).train()
     assert all(torch.equal(a, b) for a, b in zip(model.scores(x), alone)), "in training too"
     with torch.no_grad():
@@ -78,8 +78,8 @@ def test_at_the_start_the_encoders_are_themselves_bit_for_bit_and_logits_are_ave
         if not second:
             assert torch.equal(model(x), 0.5 * alone[0] + 0.5 * alone[1])
         states = model.encode(x)
-        assert torch.equal(states[0].tokens, masked.tokens(fusion.view(x, masked)))
-        assert torch.equal(states[1].tokens, others[0].encode(fusion.view(x, others[0]))[1])
+        assert torch.equal(states[0].tokens, masked.tokens(fusion.prepare_clip(x, masked)))
+        assert torch.equal(states[1].tokens, others[0].encode(fusion.prepare_clip(x, others[0]))[1])
 
 
 class PositionsInEveryBlock(VideoClassifier):
@@ -111,20 +111,21 @@ def test_an_encoder_with_another_kind_of_positions_keeps_them_inside_the_fusion(
     masked, (other,) = encoders()
     x = clip()
     with torch.no_grad():
-        usual = [model(fusion.view(x, model)) for model in (masked, other)]
+        usual = [model(fusion.prepare_clip(x, model)) for model in (masked, other)]
         masked.__class__, other.__class__ = PositionsInEveryBlock, TimeInEveryBlock
-        alone = [model(fusion.view(x, model)) for model in (masked, other)]
+        alone = [model(fusion.prepare_clip(x, model)) for model in (masked, other)]
         assert all((a - b).abs().max() > 1e-4 for a, b in zip(usual, alone))
         for options in ({}, dict(before=[1, 2], layers=[3, 0])):
             model = InternVideo(masked, other, **options)
             assert all(torch.equal(a, b) for a, b in zip(model.scores(x), alone))
-            assert torch.equal(model.encode(x)[0].tokens, masked.tokens(fusion.view(x, masked)))
+            assert torch.equal(model.encode(x)[0].tokens,
+                               masked.tokens(fusion.prepare_clip(x, masked)))
 
 
 def test_without_gates_the_start_is_another():
     masked, others = encoders()
     x = clip()
-    alone = masked(fusion.view(x, masked))
+    alone = masked(fusion.prepare_clip(x, masked))
     without = InternVideo(masked, others, gates=False)
     assert not torch.allclose(without.scores(x)[0], alone, atol=1e-3)
 
@@ -184,7 +185,7 @@ def test_frozen_parts_stay_in_eval_mode_while_the_rest_trains():
 
 
 def gradients(model, x, answers):
-    view = fusion.view
+    view = fusion.prepare_clip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fusion, "view", lambda *a: view(*a).double())
         torch.nn.functional.cross_entropy(model(x), answers).backward()
@@ -212,7 +213,7 @@ def test_frozen_parts_before_what_trains_keep_nothing_for_the_backward_pass():
     model = whole(before=[2], last=False)
     state, _ = model.encode_multimodal(model.multimodal[0], clip(), [1])
     assert not state.tokens.requires_grad and state.query.requires_grad  # the global token trains
-    state = model.masked.run(model.masked.start(fusion.view(clip(), model.masked)), 0, 2)
+    state = model.masked.run(model.masked.start(fusion.prepare_clip(clip(), model.masked)), 0, 2)
     assert not state.tokens.requires_grad and model.encode(clip())[0].tokens.requires_grad
 
 
@@ -265,7 +266,7 @@ def test_with_open_gates_each_encoder_reads_the_other():
 
 
 def test_cross_model_attention_stands_evenly_and_reads_at_the_same_relative_depth():
-    assert fusion.evenly(4, 32) == [7, 15, 23, 31]
+    assert fusion.evenly_spaced_blocks(4, 32) == [7, 15, 23, 31]
     model = whole()
     assert model.before == [0, 1, 2] and model.layers == [[0, 2, 3]]
     with torch.device("meta"):
@@ -291,9 +292,9 @@ def test_each_direction_alone():
 
 def test_the_three_encoder_form_learns_three_shares_that_sum_to_one():
     model = whole(second=True)
-    assert torch.allclose(model.shares(), torch.full((3,), 1 / 3))
+    assert torch.allclose(model.score_weights(), torch.full((3,), 1 / 3))
     model.balance.data = torch.tensor([1.0, -2.0])
-    assert math.isclose(float(model.shares().sum().detach()), 1, rel_tol=1e-6)
+    assert math.isclose(float(model.score_weights().sum().detach()), 1, rel_tol=1e-6)
     scores = model.scores(clip())
     by_hand = sum(w * s for w, s in zip(torch.tensor([0.0, 1.0, -2.0]).softmax(0), scores))
     assert torch.allclose(model(clip()), by_hand, atol=1e-6)
@@ -302,18 +303,19 @@ def test_the_three_encoder_form_learns_three_shares_that_sum_to_one():
 def test_each_encoder_sees_the_clip_in_its_own_way():
     masked, others = encoders(frames=2)
     x = clip(frames=8, size=24)
-    seen = fusion.view(x, masked)
-    assert seen.shape == (2, 3, 4, 16, 16) and fusion.view(x, others[0]).shape == (2, 3, 2, 16, 16)
+    seen = fusion.prepare_clip(x, masked)
+    assert seen.shape == (2, 3, 4, 16, 16)
+    assert fusion.prepare_clip(x, others[0]).shape == (2, 3, 2, 16, 16)
     same = clip()
     mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (mae.IMAGENET_MEAN, mae.IMAGENET_STD))
     by_hand = (same.permute(0, 4, 1, 2, 3) / 255 - mean) / std
-    assert torch.allclose(fusion.view(same, masked), by_hand, atol=1e-6)
+    assert torch.allclose(fusion.prepare_clip(same, masked), by_hand, atol=1e-6)
     frames = torch.arange(8, dtype=torch.uint8).view(1, 8, 1, 1, 1).expand(1, 8, 16, 16, 3)
-    red = fusion.view(frames, masked)[0, 0, :, 0, 0]
+    red = fusion.prepare_clip(frames, masked)[0, 0, :, 0, 0]
     picked = (red * mae.IMAGENET_STD[0] + mae.IMAGENET_MEAN[0]) * 255
     assert picked.round().tolist() == [1, 3, 5, 7]
     with pytest.raises(ValueError, match="sample more frames"):
-        fusion.view(clip(frames=2), masked)
+        fusion.prepare_clip(clip(frames=2), masked)
     assert InternVideo(masked, others)(x).shape == (2, 5)
 
 
@@ -381,7 +383,7 @@ def test_a_plain_image_tower_works_too():
     tower = UniFormerV2(MULTIMODAL, classes=5, frames=4, global_layers=()).eval()
     x = clip()
     model = InternVideo(masked, tower)
-    alone = tower(fusion.view(x, tower))
+    alone = tower(fusion.prepare_clip(x, tower))
     assert torch.equal(model.scores(x)[1], alone)
     assert not torch.equal(open_gates(model).scores(x)[1], alone)
 

@@ -273,11 +273,11 @@ def test_the_pictures_show_the_input_where_it_was_visible_and_the_prediction_els
     model, video, hidden = toy().eval(), clip(batch=1), tube_mask(1, (2, 4, 4), 0.5)
     drawn = reconstruction_pictures(model, video, hidden)
     visible, targets = mae.split_by_mask(hidden)
-    pixels = mae.pixels_of(video, visible, 8, 2).clamp(0, 1)
+    pixels = mae.tubelet_pixels(video, visible, 8, 2).clamp(0, 1)
     for name, picture in drawn.items():
         torch.testing.assert_close(mae.take_tubelets(picture, visible, 8, 2), pixels)
     assert (mae.take_tubelets(drawn["visible"], targets, 8, 2) == 0.5).all()
-    true = mae.pixels_of(video, targets, 8, 2)
+    true = mae.tubelet_pixels(video, targets, 8, 2)
     mean, contrast = mae.tubelet_statistics(true)
     predicted = model(video, hidden).unflatten(-1, (-1, 3)).transpose(2, 3) * contrast + mean
     got = mae.take_tubelets(drawn["reconstruction"], targets, 8, 2)
@@ -550,11 +550,11 @@ def test_an_encoder_run_block_by_block_gives_the_numbers_of_one_call():
 
 def test_every_parameter_has_its_layer_and_what_trains_beside_a_frozen_encoder_is_behind_it():
     model = VideoClassifier(TINY, classes=3, frames=4, image_size=32)
-    layers = {name: model.layer_of(name) for name, _ in model.named_parameters()}
+    layers = {name: model.layer_index(name) for name, _ in model.named_parameters()}
     assert [layers[name] for name in ("encoder.embed.weight", "encoder.blocks.0.norm1.weight",
                                       "encoder.blocks.1.mlp.fc2.bias", "fc_norm.weight",
                                       "head.bias")] == [0, 1, 2, 3, 3]
-    learned = {parameter for part in model.learned_parts() for parameter in part.parameters()}
+    learned = {parameter for part in model.trainable_modules() for parameter in part.parameters()}
     assert learned == {p for name, p in model.named_parameters() if layers[name] == model.depth + 1}
 
 

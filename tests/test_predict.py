@@ -156,7 +156,7 @@ def test_the_fused_model_answers_for_each_encoder_and_together(run, runs):
     out, picture = run("InternVideo", runs["video"])
     for who in ("masked", "multimodal", "together"):
         assert f"{who:11s} shape    " in out and f"{who:11s} colour   " in out
-    assert "shares of the scores: 0.50, 0.50" in out and "gate_attn" in out
+    assert "weights of the scores: 0.50, 0.50" in out and "gate_attn" in out
     assert picture.stat().st_size > 2000
 
 

@@ -107,7 +107,7 @@ def learn(card, train_set, held_out, model):
         loss, values = training_loss(batch, generator(0, "loss", step, 0))
         loss.backward()
         norm = processes.clip(model, 1e9)
-        whole = {name: processes.whole(p.grad).clone() for name, p in model.named_parameters()
+        whole = {name: processes.full_tensor(p.grad).clone() for name, p in model.named_parameters()
                  if p.grad is not None}
         learned.append((processes.means(values)["loss"], norm, whole))
         model.zero_grad()
@@ -119,7 +119,7 @@ def learn(card, train_set, held_out, model):
         rows = list(card.held_out(held_out["val"], CLIPS, 3))
         metrics = evaluation.numbers_of({"val": card.evaluate(model, rows, held_out["val"])})
     counts = [(row["number"], len(row["video"])) for row in rows]
-    return learned, metrics, processes.collect(counts)
+    return learned, metrics, processes.gather_rows(counts)
 
 
 def fork(count, work):

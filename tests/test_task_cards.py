@@ -271,7 +271,7 @@ def test_a_video_with_several_captions_is_looked_at_once_and_found_by_any(finish
     told = capsys.readouterr().out
     assert "3 videos, 6 captions" in told and "v2t among videos by their best caption" in told
     assert metrics(tmp_path / "run")["val_clips"] == 3
-    held_out = data.VideoFiles(path, 2, 16, sampling="segment", train=False).by_video()
+    held_out = data.VideoFiles(path, 2, 16, sampling="segment", train=False).one_item_per_video()
     assert [held_out[i]["captions"] for i in range(3)] == [("a wall", "a grey wall", "the wall"),
                                                            ("a door", "one door"), ("a hat",)]
 

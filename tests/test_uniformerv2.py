@@ -275,7 +275,7 @@ def test_the_balance_weighs_the_class_tokens_not_the_global_token():
 def test_local_units_never_touch_a_class_token():
     block = awake(uniformerv2.FrameBlock(TOY, 2, 1.5, 0.0)).eval()
     x = torch.randn(2, 4, 5, 24)
-    y = block.mix_frames(1, block.mix_frames(0, x))
+    y = block.apply_local_unit(1, block.apply_local_unit(0, x))
     assert torch.equal(y[:, :, 0], x[:, :, 0]) and (y[:, :, 1:] != x[:, :, 1:]).all()
 
 
@@ -569,7 +569,7 @@ def test_running_the_blocks_piece_by_piece_is_the_forward_pass(form):
 
 def test_each_parameter_has_a_layer_for_layer_wise_learning_rates():
     model = toy(classes=3, **MOTION)
-    found = {name: model.layer_of(name) for name, _ in model.named_parameters()}
+    found = {name: model.layer_index(name) for name, _ in model.named_parameters()}
     assert {found[name] for name in found
             if name.startswith(("embed", "norm_pre", "class_", "positions"))} == {0}
     assert found["blocks.0.local.1.norm.weight"] == 1 and found["blocks.2.mlp.fc1.weight"] == 3

@@ -85,7 +85,7 @@ def products(precision):
         torch.backends.mkldnn.matmul.fp32_precision = choice
 
 
-PRODUCTS = "off"  # `prepare` asks machine.choose_products
+PRODUCTS = "off"  # `prepare` asks machine.choose_onednn
 
 
 def rate(precision):
@@ -267,7 +267,7 @@ def prepare(threads):
     global PRODUCTS
     machine.keep_memory()
     torch.set_num_threads(threads)
-    PRODUCTS = machine.choose_products("auto")[0] if DEVICE == "cpu" else "off"
+    PRODUCTS = machine.choose_onednn("auto")[0] if DEVICE == "cpu" else "off"
 
 
 def peak_of(case, form):

@@ -6,7 +6,7 @@
 
 Every experiment is one command of train.py (mae-divided: of variants/cards.py) on moving shapes.
 `--jobs` experiments run in parallel with one thread each. Their processes are forked from one that
-has already imported train.py. They share the rendered clips (`moving_shapes.keep`).
+has already imported train.py. They share the rendered clips (`moving_shapes.set_cache_folder`).
 
 Both sides of a comparison see the same labelled clips. In most comparisons they differ in one
 flag. Some claims are about more pretraining or another encoder; then they differ in that. The
@@ -265,7 +265,7 @@ def train_with(flags, log, clips):
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     multiprocessing.set_start_method("fork", force=True)  # for the run's own workers
-    moving_shapes.keep(clips)
+    moving_shapes.set_cache_folder(clips)
     raise SystemExit(train.main(flags))
 
 

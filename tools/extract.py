@@ -144,7 +144,7 @@ def write_features(target, feats, facts):
                 np.savez(file, feats=feats, **facts)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    weights.write_aside(target, write)
+    weights.write_atomically(target, write)
 
 
 def run(args):

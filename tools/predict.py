@@ -229,7 +229,8 @@ def fuse(args):
     for name, gate in model.named_parameters():
         if "gate_" in name:
             print(f"{name:45s} tanh = {float(gate.tanh()):+.3f}")
-    print("shares of the scores: " + ", ".join(f"{share:.2f}" for share in model.shares().tolist()))
+    print("weights of the scores: "
+          + ", ".join(f"{weight:.2f}" for weight in model.score_weights().tolist()))
     names = ["masked", *["multimodal"] * len(model.multimodal), "together"]
     for name, score in zip(names, [*scores, model.combine(scores)]):
         predictions.print_likeliest(classifier.probabilities(score), classifier.classes,

@@ -53,10 +53,11 @@ def logits_of(out, which, clips, seed):
         for question, labels in batch["labels"].items():
             answers[question].append(labels)
         for name, one in models.items():
-            video = batch["video"] if one.fused else fusion.view(batch["video"], one.encoder)
+            video = batch["video"]
+            video = video if one.fused else fusion.prepare_clip(video, one.encoder)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
                 logits[name].append(one.model(video).float())
-    return ({name: recognition.split(torch.cat(part), world.classes)
+    return ({name: recognition.split_by_question(torch.cat(part), world.classes)
              for name, part in logits.items()},
             {name: torch.cat(part) for name, part in answers.items()})
 
@@ -71,7 +72,7 @@ def zero_shot(out, which, clips, seed):
     batches = (to_device(batch, device) for batch in data.held_out(world, clips, PER_BATCH))
     found = recognition.evaluate_zero_shot(
         model, batches, load_tokenizer(out / "clip" / "tokenizer.json"), world.sentences(),
-        combine=world.prompts_combine_by, device=device)
+        combine=world.prompt_average, device=device)
     return {name.removeprefix("zero_shot_"): value for name, value in found.items()}
 
 
@@ -128,7 +129,7 @@ def write_table(out, seed, clips=1000):
             f"{value:>{len(column) + 2},{'d' if isinstance(value, int) else '.1f'}}"
             for column, value in row.items()))
     text = json.dumps({"protocol": title, "seed": seed, "rows": rows}, indent=1) + "\n"
-    weights.write_aside(Path(out) / "table.json", lambda path: Path(path).write_text(text))
+    weights.write_atomically(Path(out) / "table.json", lambda path: Path(path).write_text(text))
     pictures.table(rows, columns, Path(out) / "table.png", title)
     return rows
 

@@ -47,7 +47,9 @@ class DualMasking(train.MaskedModelling, name="mae-dual"):
     def loss(self, model, batch, rng):
         video = batch["video"].permute(0, 4, 1, 2, 3)  # (B, 3, T, H, W), uint8
         hidden = self.draw_mask(len(video), model.grid, rng, model.training)
-        rows, mine = processes.joined(len(video)) if model.training else (len(video), slice(None))
+        rows, mine = len(video), slice(None)
+        if model.training:
+            rows, mine = processes.global_rows(len(video))
         grid = model.encoder.grid_of(*video.shape[2:])
         skipped = running_cell_mask(rows, grid, rng)[mine]
         weight = hidden_among_decoded(hidden, skipped).to(video.device)

@@ -412,12 +412,12 @@ def by_question(rows):
     return {} if rows[0].label is None else {"label": [row.label for row in rows]}
 
 
-def number_labels(source, labels, classes, in_order=True):
+def number_labels(source, labels, classes, official_order=True):
     """(class names, {label as written: number}, a note for the user or "").
 
     labels    of all rows, as written: a text, a tuple of several texts, or None
     classes   names in the order of their numbers; None: the labels themselves, sorted
-    in_order  True: the order of classes is official, so a number may be an index into them
+    official_order  True: the order of classes is official, so a number may be an index into them
     raises    DataError: a label that is not among the classes, or a number that cannot be a class
 
     Numbers are names too: the labels 1 and 2 are two classes, not three. If `classes` are words, a
@@ -442,7 +442,7 @@ def number_labels(source, labels, classes, in_order=True):
         if all(map(str.isdecimal, classes)):
             indices = {int(name): index for index, name in enumerate(classes)}
             number = {label: indices.get(value, len(classes)) for label, value in number.items()}
-        elif not in_order:
+        elif not official_order:
             number = {}
     else:
         classes = list(classes or written)

@@ -21,12 +21,12 @@ class ClipSet:
 
     source = ""  # name of the data set in messages
     classes = {}  # {question: names in label order}; {} = no labels
-    in_order = True  # True: the class order is official; False: ours, sorted
+    official_order = True  # True: the class order is official; False: ours, sorted
     several = frozenset()  # questions that may have several classes per clip
     weights = None  # (items,): probability of each item in training; None = equal
     captions = None  # of files: one per item; None = no captions
-    states_facts = False  # True: `facts_in` reads classes from sentences
-    prompts_combine_by = "probabilities"  # averaged over prompts: see clip_video.zero_shot
+    can_read_facts = False  # True: `facts_in` reads classes from sentences
+    prompt_average = "probabilities"  # averaged over prompts: see clip_video.zero_shot
     limit = ""  # the best result that is possible, as text for reports
 
     @property
@@ -50,15 +50,15 @@ class ClipSet:
         """The labels of all items, in order. DataError where an item has none."""
         raise DataError(f"{self.source}: its classes cannot be counted; give a folder or a list")
 
-    def by_video(self):
+    def one_item_per_video(self):
         """Keep one item per video, with all its captions. Returns self."""
         return self
 
-    def absent_classes(self):
+    def classes_without_clips(self):
         """Names of classes without a clip; [] where this is unknown."""
         return []
 
-    def captions_of(self, indices):
+    def count_captions(self, indices):
         """Total number of captions of the items with these indices."""
         return len(indices)
 

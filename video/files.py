@@ -33,9 +33,9 @@ class VideoFiles(Clips, ClipSet):
     classes   {question: names in label order}, so that a validation list gets the label numbers of
               the
               training set; a sequence of names belongs to the question "label"
-    in_order  True: `classes` have an official order (from weights or the source), and a number in
-              the
-              list is an index into it. False: the order is ours, and a number is only a name
+    official_order  True: `classes` have an official order (from weights or the source), and a
+              number in the list is an index into it. False: the order is ours, and a number is only
+              a name
     video_folder  where the files are, if not in the source's folder or below it
     frame_rate    frames per second of folders of pictures; 0 = each picture is a clip
     recipe    see video.clips.Clips.prepare
@@ -51,7 +51,7 @@ class VideoFiles(Clips, ClipSet):
     """
 
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
-                 classes=None, in_order=True, video_folder="", frame_rate=25.0, **recipe):
+                 classes=None, official_order=True, video_folder="", frame_rate=25.0, **recipe):
         if part not in ("all", "train", "val"):
             raise DataError(f"no part {part!r}: choose all, train or val")
         self.prepare(frames, size, stride, sampling, train, frame_rate=frame_rate or 25.0, **recipe)
@@ -62,7 +62,7 @@ class VideoFiles(Clips, ClipSet):
             self.notes.append(f"not used: {', '.join(listing.unused)}")
         # The order of class folders is ours. A file beside a list gives the official order.
         is_official = bool(listing.classes) and not listing.kind.startswith("folder of")
-        self.in_order = in_order if classes else is_official
+        self.official_order = official_order if classes else is_official
         self._number_labels(rows, classes or listing.classes or {})
         if len({row.split for row in rows}) > 1:
             split = {"all": "train" if train else "val"}.get(part, part)
@@ -95,7 +95,7 @@ class VideoFiles(Clips, ClipSet):
         self.classes, self.numbers, several = {}, {}, set()
         for question, labels in annotations.by_question(rows).items():
             names, self.numbers[question], note = annotations.number_labels(
-                self.source, labels, classes.get(question), self.in_order or not classes)
+                self.source, labels, classes.get(question), self.official_order or not classes)
             self.classes[question] = tuple(names)
             self.notes += [note] if note else []
             several |= {question} if any(isinstance(label, tuple) for label in labels) else set()
@@ -114,7 +114,7 @@ class VideoFiles(Clips, ClipSet):
                 labels[question] = number[label]
         return labels
 
-    def absent_classes(self):
+    def classes_without_clips(self):
         """Names of classes without a clip."""
         present = {(question, numbers[label]) for question, numbers in self.numbers.items()
                    for row in self.rows
@@ -163,7 +163,7 @@ class VideoFiles(Clips, ClipSet):
         """Keep `count` random files, the same ones in every run. Returns self."""
         return self.keep(sorted(np.random.default_rng(0).permutation(len(self))[:count].tolist()))
 
-    def by_video(self):
+    def one_item_per_video(self):
         """Keep one item per video or part of one, with all its captions as "captions".
 
         No change for data without captions and for multiple choice. Returns self.
@@ -177,7 +177,7 @@ class VideoFiles(Clips, ClipSet):
         self.all_captions = {clip: tuple(texts) for clip, texts in captions.items()}
         return self.keep(list(first.values()))
 
-    def captions_of(self, indices):
+    def count_captions(self, indices):
         """Total number of captions of the items with these indices."""
         return sum(len((self.all_captions or {}).get(self.rows[i].clip, ("",))) for i in indices)
 

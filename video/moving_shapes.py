@@ -506,16 +506,17 @@ def render(scene, only=slice(None)):
     return video
 
 
-KEPT = 1 << 15  # clips of each kind that `keep` has room for
-_shelf = None  # the folder of `keep`
+KEPT = 1 << 15  # clips of each kind that `set_cache_folder` has room for
+_shelf = None  # the folder of `set_cache_folder`
 
 
-def keep(folder):
+def set_cache_folder(folder):
     """Store the clips that MovingShapes renders in files in `folder`, and read those stored there.
 
-    This holds for this process and those that it forks, until keep(None). It serves many runs that
-    use the same clips, one after the other or at the same time. There is one sparse file for each
-    split, size and seed, with KEPT records: a byte, 1 = present, and the pixels. Two processes that
+    This holds for this process and those that it forks, until set_cache_folder(None). It serves
+    several runs that use the same clips, one after the other or at the same time. There is one
+    sparse file for each split, size and seed, with KEPT records: a byte, 1 = present, and the
+    pixels. Two processes that
     render the same clip at once write the same bytes.
     """
     global _shelf
@@ -554,8 +555,8 @@ class MovingShapes(ClipSet):
     """
 
     source = "moving shapes"
-    has_captions = states_facts = True
-    prompts_combine_by = "embeddings"
+    has_captions = can_read_facts = True
+    prompt_average = "embeddings"
     HELD_OUT = ("val", "unseen", "test")  # the other splits, which training never shows
 
     def __init__(self, split, frames=16, size=64, seed=0, motion_words=1.0):
@@ -644,7 +645,7 @@ class MovingShapes(ClipSet):
         return index % self.count if self.count else index
 
     def _pixels(self, index, scene):
-        """render(scene), or what `keep` has kept of it."""
+        """render(scene), or what `set_cache_folder` has kept of it."""
         index = self._place(index)
         if not _shelf or index >= KEPT or self.classes["motion"] != MOTIONS:
             return render(scene)
@@ -701,7 +702,7 @@ class ActShapes(MovingShapes):
     """
 
     HELD_OUT = ("val", "test")
-    states_facts = False
+    can_read_facts = False
     limit = "without the order, R@1 cannot pass 50 %"
 
     def __init__(self, *args, **options):

@@ -44,7 +44,7 @@ class VideoShards(Clips, ClipSet):
     missing = ()
 
     def __init__(self, source, frames, size, stride=4, sampling="dense", train=True, part="all",
-                 classes=None, in_order=True, video_folder="", frame_rate=25.0, **recipe):
+                 classes=None, official_order=True, video_folder="", frame_rate=25.0, **recipe):
         if video_folder:
             raise DataError(f"--video-folder: {source} contains its videos; remove this flag")
         try:

@@ -21,6 +21,7 @@ The modules of the families import the networks. This file therefore does not im
 from weights.families import FAMILIES, MODELS, class_of, describe  # noqa: F401
 from weights.files import (  # noqa: F401
     AVERAGES, DAMAGE, ENVELOPES, PREFIXES, Rule, WeightsError, checksum, export, fill, fingerprint,
-    listed, load, name_of, part, read, save, settle, translate, unwrap, write_aside, write_torch)
+    listed, load, name_of, part, read, save, settle, translate, unwrap, write_atomically,
+    write_torch)
 from weights.hub import hub_clips, hub_config, hub_pixels  # noqa: F401
 from weights.runs import build, load_run, rebuild  # noqa: F401

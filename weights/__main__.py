@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from weights import places
 from weights.families import MODELS, class_of, describe
-from weights.files import DAMAGE, WeightsError, listed, read, unwrap, write_aside, write_torch
+from weights.files import DAMAGE, WeightsError, listed, read, unwrap, write_atomically, write_torch
 from weights.pickles import take_out
 
 
@@ -37,7 +37,7 @@ def convert(path, target):
         tensors = unwrap(content, str(path), places.split(path)[1])
         print(f"warning: left out of {path}, and not run: {listed(sorted(others))}",
               file=sys.stderr)
-    write_aside(target, lambda aside: save_file(
+    write_atomically(target, lambda aside: save_file(
         {key: value.contiguous().clone() for key, value in tensors.items()}, aside))
     return target
 
@@ -64,7 +64,7 @@ def publish(source, target):
     if target.suffix == ".pth":
         write_torch(target, {envelope: tensors} if envelope else tensors)
     else:
-        write_aside(target, lambda aside: save_file(tensors, aside))
+        write_atomically(target, lambda aside: save_file(tensors, aside))
     lines = [f"{target}: {len(tensors)} tensors of {kind} under official names, family: "
              f"{describe(unwrap(tensors, str(target)))[0]}"]
     folder = Path(source) if Path(source).is_dir() else Path(source).parent

@@ -15,7 +15,7 @@ not fit is an error. Its message names all tensors that are missing, unknown or 
 4. `save` writes our own runs: model.safetensors with the configuration and a checksum in its
    header, and the same configuration as config.json.
 5. Checksums detect damaged files: ours in safetensors, those of the zip archive in torch files
-   (`load`). A file is written completely or not at all (`write_aside`).
+   (`load`). A file is written completely or not at all (`write_atomically`).
 
 >>> import tempfile, pathlib
 >>> model = torch.nn.Linear(2, 3)
@@ -347,7 +347,7 @@ def export(model, rules):
 # Write
 
 
-def write_aside(path, write):
+def write_atomically(path, write):
     """Call write(temporary path), then replace `path` with the result in one atomic step.
 
     A reader finds the complete old file or the complete new one, even after a power failure. If
@@ -375,11 +375,11 @@ def write_aside(path, write):
 
 
 def write_torch(path, content):
-    """torch.save through `write_aside`. `load` reads tensors, numbers, strings, lists and dicts."""
+    """torch.save by `write_atomically`. `load` reads tensors, numbers, strings, lists and dicts."""
     def write(aside):
         with open(aside, "wb") as file:
             torch.save(content, file)
-    write_aside(path, write)
+    write_atomically(path, write)
 
 
 def settle(folder):
@@ -403,6 +403,6 @@ def save(folder, model, config):
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     text = json.dumps(config, indent=1)
     metadata = {"config": text, "checksum": checksum(tensors, text)}
-    write_aside(folder / "model.safetensors",
+    write_atomically(folder / "model.safetensors",
                 lambda path: save_file(tensors, path, metadata=metadata))
-    write_aside(folder / "config.json", lambda path: Path(path).write_text(text + "\n"))
+    write_atomically(folder / "config.json", lambda path: Path(path).write_text(text + "\n"))

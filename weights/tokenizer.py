@@ -32,7 +32,7 @@ import tokenizers
 import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from weights.files import write_aside
+from weights.files import write_atomically
 from weights.places import split
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
@@ -133,7 +133,7 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json, which `load_tokenizer` and Hugging Face read, into a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_aside(Path(folder) / "tokenizer.json",
+        write_atomically(Path(folder) / "tokenizer.json",
                     lambda path: Path(path).write_text(self.engine.to_str(), encoding="utf-8"))
 
 
