@@ -3,6 +3,7 @@
     figures/system.png          the four stages, files and shapes, from BOXES and ARROWS
     figures/moving_shapes.png   the generated world: a clip of each of eight motions
     figures/reconstruction.png  the masked autoencoder's prediction for a held-out clip
+    figures/hidden_90.gif       the same clip with 90 % of it hidden
     figures/loss.png            its training loss, held-out loss and trivial baseline
     figures/captions.png        captions of held-out clips
     figures/gates.png           the gates of cross-model attention during training
@@ -160,13 +161,13 @@ def motions(path):
     plt.close(figure)
 
 
-def reconstruction(run, path):
-    """Draw the input, its visible part and the reconstruction of a held-out clip."""
+def reconstruction(run, ratio, path):
+    """Draw a held-out clip, its visible part and the reconstruction; `ratio` of it is hidden."""
     model = mae.VideoMAE.from_official(run)
     size = tuple(model.config["image_size"])
     item = moving_shapes.MovingShapes("val", model.config["frames"], size, 0)[CLIP]
     video = torch.as_tensor(item["video"])[None].permute(0, 4, 1, 2, 3)
-    hidden = mae.tube_mask(1, model.grid, 0.75, torch.Generator().manual_seed(CLIP))
+    hidden = mae.tube_mask(1, model.grid, ratio, torch.Generator().manual_seed(CLIP))
     clips = reconstruction_pictures(model, video, hidden)
     pictures.reconstruction(clips, path, f"held-out clip: {item['caption']}",
                             model.config["normalised"])
@@ -178,11 +179,13 @@ def main():
     run = default / "mae"
     out.mkdir(exist_ok=True)
     try:
-        reconstruction(run, out / "reconstruction.png")
+        reconstruction(run, 0.5, out / "reconstruction.png")
+        reconstruction(run, 0.9, out / "hidden_90.png")
     except weights.WeightsError as error:
         print(f"figures.py: {error}; run `make train` first", file=sys.stderr)
         return 2
-    (out / "reconstruction.gif").unlink(missing_ok=True)  # README.md shows only the .png
+    for unused in ("reconstruction.gif", "hidden_90.png"):  # each comes as a picture and a GIF
+        (out / unused).unlink(missing_ok=True)
     motions(out / "moving_shapes.png")
     system(out / "system.png")
     for path in (run / "loss.png", default / "clip" / "captions.png",
