@@ -321,6 +321,9 @@ def test_few_labels_are_the_same_few_clips_over_and_over(tmp_path):
     whole, val = (moving_shapes.MovingShapes(split, 2, 16) for split in ("train", "val"))
     assert (few[13]["video"] == whole[3]["video"]).all()
     assert (few[4]["video"] == whole[4]["video"]).all()
+    for i in (3, 8, 13):  # drawn once, and the same every time
+        assert few[i]["caption"] == whole[3]["caption"] and few[i]["index"] == i
+        assert (few[i]["video"] == whole[3]["video"]).all()
     assert (held_out["val"][13]["video"] == val[13]["video"]).all()
     for name in ("wave", "jump"):
         (tmp_path / name).mkdir()

@@ -575,6 +575,7 @@ class MovingShapes(ClipSet):
         self.looks = [look for look in itertools.product(SHAPES, COLOURS)
                       if (look in HELD_OUT_PAIRS) == (split == "unseen")]
         self.count = None
+        self.drawn = {}  # index: (scene, state of its generator afterwards), after `first`
 
     def first(self, count):
         """Show the first `count` clips over and over from now on: a world with few labels."""
@@ -583,6 +584,7 @@ class MovingShapes(ClipSet):
 
     def only(self, question, names):
         """Show only clips of these motions from now on, numbered in this order. Returns self."""
+        self.drawn = {}
         if question != "motion":
             raise DataError(f"the generated world can leave out motions, not {question}s")
         self.classes = self.classes | {question: tuple(names)}
@@ -628,11 +630,22 @@ class MovingShapes(ClipSet):
         return parse_caption(sentence)
 
     def _draw(self, index):
+        """(scene, the generator that drew it). Drawing takes longer than reading the pixels from the
+        cache, so a clip that comes over and over is drawn once."""
+        place = self._place(index)
+        if place in self.drawn:
+            scene, state = self.drawn[place]
+            rng = np.random.default_rng(0)
+            rng.bit_generator.state = state
+            return scene, rng
         rng = self._rng(index)
         while True:  # with all motions, the first draw is the one
             scene = draw_scene(rng, self.frames, *self.size, self.looks)
             if scene.motion in self.classes.get("motion", MOTIONS):
-                return scene, rng
+                break
+        if self.count:
+            self.drawn[place] = scene, rng.bit_generator.state
+        return scene, rng
 
     def _rng(self, index):
         return np.random.default_rng((self.seed, SPLITS.index(self.split), self._place(index)))
