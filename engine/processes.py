@@ -18,7 +18,7 @@ are equal within rounding. DDP alone does not guarantee that. Five parts are nee
    mean of these quotients over processes is the quotient of the sums.
 4. Gradients: DDP or FSDP2 averages them over processes (`parallel`). FSDP2 also splits weights,
    gradients and optimiser states into W parts.
-5. Evaluation: each process measures some of the batches, and `collect` joins the results in the
+5. Evaluation: each process measures some of the batches, and `gather_rows` joins the results in the
    order of the batches. The result is the same for any W, and every clip counts once.
 
 Where we differ from official code: official loaders pad the last batch of an evaluation, so some
@@ -390,7 +390,7 @@ def save_parts(folder, tensors, facts):
     own = [(path.name, crc(path)) for path in sorted(folder.glob(f"__{rank()}_*"))]
     if rank() == 0:
         own.append((".metadata", crc(folder / ".metadata")))
-    files = dict(collect(own))
+    files = dict(gather_rows(own))
     if rank() == 0:
         with open(folder / "facts.json", "w") as file:
             text = json.dumps(facts)
