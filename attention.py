@@ -50,9 +50,9 @@ from engine.processes import global_rows
 FORMS = ("auto", "reference", "sdpa", "flex")
 
 # Largest size of the scores, in bytes, for which `choose` selects the reference form on a CPU:
-# B*heads*Nq*Nk * 2 bytes. Each block keeps its scores for the backward pass, at most 0.4 GiB in 12
-# blocks. Above about 50 MiB the reference form is not faster than torch's kernel.
-SMALL = 32 * 2**20
+# B*heads*Nq*Nk * 2 bytes. Each block keeps its scores for the backward pass: up to 1 GiB in the 4
+# blocks of a decoder, 3 GiB in 12 blocks. The limit is there for memory alone.
+SMALL = 256 * 2**20
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def choose(q, k, mask=None):
     2. "flex" on CUDA, for 128 or more queries and a mask with padding or frames. It skips blocks
        in which the mask allows nothing.
     3. "reference" on a CPU, for bfloat16 with gradients and at most SMALL bytes of scores. There
-       the backward pass of "sdpa" takes 1.5 to 6 times as long (LOG.md).
+       the backward pass of "sdpa" takes 1.7 to 4 times as long (LOG.md).
 
     Under torch.compile rule 3 is off, because the batch size may be symbolic. Exports use "sdpa".
     """

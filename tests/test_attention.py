@@ -243,8 +243,10 @@ def test_the_choice_is_torchs_kernel_but_for_two_cases(monkeypatch):
                     assert choose(q, q, mask) == "sdpa"
 
     # A bfloat16 backward pass on a CPU, up to a number of bytes; not without gradients.
-    small, large = shape(2, 12, 160, 64, **rough), shape(8, 6, 1568, 64, **rough)
-    assert choose(small, small) == "reference" and choose(large, large) == "sdpa"
+    small, large = shape(2, 12, 160, 64, **rough), shape(16, 6, 1568, 64, **rough)
+    decoder_of_base = shape(8, 6, 1568, 64, **rough)
+    assert choose(small, small) == choose(decoder_of_base, decoder_of_base) == "reference"
+    assert choose(large, large) == "sdpa"
     assert choose(small, shape(2, 12, 160, 64, dtype=torch.bfloat16)) == "reference"
     assert choose(*[shape(2, 12, 160, 64, dtype=torch.bfloat16)] * 2) == "sdpa"
     with torch.no_grad():
