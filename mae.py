@@ -563,9 +563,9 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
 
 def tubelet_pixels(video, index, patch, tubelet):
     """Tubelets with numbers `index` (B, n), as colours in [0, 1] -> (B, n, 3, pixels) float."""
-    # uint8 pixels are normalised and then converted back. The official code does so, and only the
-    # same operations give the same rounding.
-    tubelets = imagenet_normalise(take_tubelets(video, index, patch, tubelet))
+    tubelets = take_tubelets(video, index, patch, tubelet)
+    if tubelets.dtype == torch.uint8:
+        return tubelets.float().div_(255)
     mean, std = (x.to(tubelets.dtype) for x in imagenet_statistics(video))
     return tubelets * std + mean
 
