@@ -557,7 +557,7 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
     tubelets = tubelet_pixels(video, index.to(video.device), patch, tubelet)  # (B, Nm, 3, pixels)
     if normalise:
         mean, std = tubelet_statistics(tubelets)
-        tubelets = (tubelets - mean) / std
+        tubelets = tubelets.sub_(mean).div_(std)
     return tubelets.transpose(2, 3).flatten(2)                               # (B, Nm, P)
 
 

@@ -1,23 +1,25 @@
 """Measure what the text claims: ratios of two forms, interleaved in one run, medians.
 
     python tools/bench.py                    all subjects
-    python tools/bench.py mae caption        some: mae, clip, video, caption, fuse, attention ...
+    python tools/bench.py mae caption        some: mae, clip, video, caption, step, attention ...
+    python tools/bench.py table [FILE ...]   the table of docs/speed.md from the --json files
     python tools/bench.py --list
 
 A time alone says more about the machine than about the code, so every line is a ratio. The forms
 take turns, and the median of each counts. First their results are compared, in float32 to 1e-3 and
-in bfloat16 to 5e-2 of the largest number (8 bits of mantissa, 12 to 24 layers). Peak memory is
-measured in a process of its own per form (on CUDA: of the allocator). A form that the device's
-memory does not hold is named, and the others go on. Nothing here is a test. Results, and the
-machine that they come from, belong into LOG.md; all numbers go to --json FILE.
+in bfloat16 to 5e-2 of the largest number (8 bits of mantissa, 12 to 24 layers). --peaks measures
+memory too, in a process of its own per form (on CUDA: of the allocator). A form that the device's
+memory does not hold is named, and the others go on. --json FILE keeps all numbers and the machine
+that they come from; subjects measured earlier stay in it. Nothing here is a test.
 
-Others' implementations come from PyPI, in an environment of the bench's own; none is a dependency:
+Others' implementations come from PyPI, in an environment of the bench's own; none is a dependency,
+and what is not installed is left out:
 
     pip install transformers open_clip_torch
 
 With OMP_NUM_THREADS=1 (and, on a machine that others use, `taskset -c 0` before it) times are
 processor seconds, which other processes hardly change. Otherwise, and on CUDA, they are wall-clock
-seconds. "share" is the share of the rate of plain matrix products, measured at the start.
+seconds. "share" is the share of the rate of plain matrix products, measured before and after.
 """
 
 import argparse
@@ -26,18 +28,20 @@ import ctypes
 import datetime
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
+import subprocess
 import tempfile
 import time
 import unittest.mock
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -47,15 +51,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention  # noqa: E402
 import caption_decoder  # noqa: E402
 import clip_video  # noqa: E402
-import fusion  # noqa: E402
+import data  # noqa: E402
 import mae  # noqa: E402
 import uniformerv2  # noqa: E402
-from engine import large_batches, machine  # noqa: E402
+from engine import large_batches, machine, optimisers  # noqa: E402
 from caption_decoder import VideoText  # noqa: E402
-from video import decoding, sampling, transforms  # noqa: E402
+from video import decoding, moving_shapes, sampling, transforms  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROWS = []  # of all tables, for --json
+ROWS = []      # of all tables of a subject, for --json
+PEAKS = False  # --peaks
+LARGE = False  # --large
 
 
 def clock():
@@ -66,14 +72,14 @@ def clock():
     return time.process_time() if one_thread else time.perf_counter()
 
 
-def times(forms, rounds=5):
-    """{name: function} -> {name: median seconds}. Forms take turns, after one call to warm up."""
+def times(forms, rounds=5, warm=True):
+    """{name: function} -> {name: median seconds}. Forms take turns; warm: one call before that."""
     seconds = {name: [] for name in forms}
-    for i in range(rounds + 1):
+    for i in range(-warm, rounds):
         for name, run in forms.items():
             started = clock()
             run()
-            if i:
+            if i >= 0:
                 seconds[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -89,18 +95,20 @@ PRODUCTS = "off"  # `prepare` asks machine.choose_onednn
 
 
 def rate(precision):
-    """Operations a second of plain matrix products: what a perfect network would reach."""
+    """Operations a second of plain matrix products: what a perfect network would reach. The best
+    of many, also of earlier calls: what takes longer met a neighbour."""
     n = 8192 if DEVICE == "cuda" else 1536
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, n, n, device=DEVICE, dtype=dtype)
     products("ours")
-    seconds, repeats = [], 10 if DEVICE == "cuda" else 1
-    for _ in range(8):
+    for _ in range(20):
         started = clock()
-        for _ in range(repeats):
-            a @ b
-        seconds.append((clock() - started) / repeats)
-    return 2 * n**3 / min(seconds[2:])
+        a @ b
+        BEST[precision] = max(BEST.get(precision, 0.0), 2 * n**3 / (clock() - started))
+    return BEST[precision]
+
+
+BEST = {}  # {precision: rate}
 
 
 def added_product(into, a, b, *_, **__):
@@ -120,8 +128,8 @@ def read_by_all_back(grad, q, k, v, *_, **__):
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-def flops(run):
-    """Operations of one call, backward pass included: products and convolutions, 2 for a
+def counted(run):
+    """(what a call returns, its operations): products and convolutions of both passes, 2 for a
     multiplication and an addition. Compiled code runs uncompiled here, because the counter sees
     operators, not generated kernels. nan for FlexAttention, which refuses that. (Torch counts the
     fused attention of GPUs, not that of CPUs: added.)"""
@@ -132,82 +140,76 @@ def flops(run):
     try:
         with torch.compiler.set_stance("force_eager"), \
                 FlopCounterMode(display=False, custom_mapping=added) as counter:
-            run()
+            result = run()
     except TypeError:
-        return math.nan
-    return counter.get_total_flops()
+        return run(), math.nan
+    return result, counter.get_total_flops()
 
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest number
 
 
-def table(title, case, forms, clips, rounds=5, others=(), memory=True, due=None, unit="clips"):
+def table(title, case, forms, clips, rounds=5, others=(), due=None, unit="clips", warm=True):
     """Measure `case(form)` for all forms; one table, how many times as long as "ours" each takes.
 
     case    form -> a function that takes a step and returns its loss, or anything to compare
     forms   tuples of a name, "fp32" or "bf16", and whatever else the case needs
     clips   in a step; unit: what they are
-    others  names of forms that are other networks: not compared, and their work is their own
-    memory  False = no peaks, which take a process each
+    others  names of forms that compute something else: not compared, and their work is their own
     due     operations that a step needs; default: what "ours" does
     """
-    runs = {}
+    runs, first, work = {}, {}, {}
     for form in forms:
         try:
             runs[form] = tried(form, lambda: case(form))
+            first[form], work[form] = tried(form, lambda: counted(runs[form])) or (None, None)
         except ImportError as error:
             print(f"{title}: no {form[0]} here ({error}); "
                   "pip install transformers open_clip_torch")
-    first = {form: tried(form, run) for form, run in runs.items() if run}
-    work = {form: tried(form, lambda: flops(runs[form]))
-            for form, result in first.items() if result is not None}
-    for form in set(runs) - {form for form, count in work.items() if count is not None}:
+    for form in [form for form, result in first.items() if result is None]:
         ROWS.append(dict(table=title, form=form[0], precision=form[1], out_of_memory=True))
-        work.pop(form, None)
-        del runs[form]
-    free()
+        del runs[form], first[form], work[form]
     ours = {form[1]: form for form in work if form[0] == "ours"}
     for form in work:
         assert torch.isfinite(first[form]).all(), f"{title}: {form[0]} {form[1]} is not finite"
         if form[0] not in others and form[1] in ours:
             close(first[form], first[ours[form[1]]], TOLERANCE[form[1]])
     first.clear()
-    seconds = times(runs, rounds)
-    rates = {precision: rate(precision) for precision in sorted({form[1] for form in runs})}
+    free()
+    precisions = sorted({form[1] for form in work})
+    for precision in precisions:
+        rate(precision)
+    seconds = times({form: runs[form] for form in work}, rounds, warm)
+    rates = {precision: rate(precision) for precision in precisions}
     runs.clear()
     free()
-    peaks = {form: peak_mib(case, form) if memory else math.nan for form in seconds}
-    if due is None:  # the same network needs no more than ours
-        due = {form: work[form if form[0] in others else ours.get(form[1], form)]
-               for form in seconds}
-    else:
-        due = dict.fromkeys(seconds, due)
-    show(title, seconds, clips, peaks, work, due, rates, unit)
+    peaks = {form: peak_mib(case, form) if PEAKS else math.nan for form in seconds}
+    needed = {form: due or work[form if form[0] in others else ours.get(form[1], form)]
+              for form in seconds}  # the same network needs no more than ours
+    show(title, seconds, clips, peaks, needed, rates, unit)
 
 
-def show(title, seconds, clips, peaks, work=None, due=None, rates=None, unit="clips"):
+def show(title, seconds, clips, peaks, due=None, rates=None, unit="clips"):
     """Print a table and keep its rows.
 
-    seconds, peaks (MiB), work and due (operations): {form: number}; rates: {precision: operations
-    per second}. "-" stands for what was not measured.
+    seconds, peaks (MiB), due (operations): {form: number}; rates: {precision: operations per
+    second}. "-" stands for what was not measured.
     """
     ours = {form[1]: form for form in seconds if form[0] == "ours"}
-    peak_rates = ", ".join(f"{p}: {r / 1e9:,.0f} GFLOP/s" for p, r in (rates or {}).items())
-    print(title + f" ({peak_rates})" * bool(rates))
+    best = ", ".join(f"{p}: {r / 1e9:,.0f} GFLOP/s" for p, r in (rates or {}).items())
+    print(title + f" ({best})" * bool(best))
     print(f"  {'form':26}{'':6}{'ms':>9}{unit + '/s':>11}" + "".join(f"{'x ' + p:>9}" for p in ours)
-          + f"{'peak MiB':>10}{'GFLOP':>9}{'share':>7}")
+          + f"{'peak MiB':>10}{'share':>7}")
     for form, value in seconds.items():
         ratios = {p: value / seconds[ours[p]] for p in ours}
-        gflop = work[form] / 1e9 if work else math.nan
-        share = due[form] / value / rates[form[1]] if work else math.nan
+        share = due[form] / value / rates[form[1]] if due else math.nan
         cells = [f"{1e3 * value:9.{1 if value >= 0.01 else 3}f}", f"{clips / value:11.2f}",
-                 *(f"{x:9.2f}" for x in ratios.values()), f"{peaks[form]:10.0f}",
-                 f"{gflop:9.{1 if gflop >= 1 else 3}f}", f"{share:7.0%}"]
+                 *(f"{x:9.2f}" for x in ratios.values()), f"{peaks[form]:10.0f}", f"{share:7.0%}"]
         cells = ["-".rjust(len(cell)) if "nan" in cell else cell for cell in cells]
         print(f"  {form[0]:26}{form[1]:6}" + "".join(cells), flush=True)
         row = dict(table=title, form=form[0], precision=form[1], ms=1e3 * value,
-                   clips_per_s=clips / value, unit=unit, peak_mib=peaks[form], gflop=gflop,
-                   share=share, **{f"times_ours_{p}": x for p, x in ratios.items()})
+                   clips_per_s=clips / value, unit=unit, peak_mib=peaks[form], share=share,
+                   gflops=rates[form[1]] / 1e9 if rates else math.nan)
         ROWS.append({key: None if x != x else x for key, x in row.items()})
 
 
@@ -225,9 +227,9 @@ def free():
         torch.cuda.empty_cache()
 
 
-def training(model, loss, precision, ours):
+def training(model, loss, precision, ours, optimiser=None):
     """A step of AdamW as a function; `loss()` runs under autocast where precision says so."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    optimiser = optimiser or torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def run():
         products("ours" if ours else "theirs")
@@ -240,26 +242,11 @@ def training(model, loss, precision, ours):
     return run
 
 
-def report(what, seconds, slow, fast):
-    a, b = 1e3 * seconds[slow], 1e3 * seconds[fast]
-    print(f"{what}: {slow} {a:.1f} ms, {fast} {b:.1f} ms, {a / b:.2f} times faster", flush=True)
-    ROWS.append(dict(table=what, form=fast, against=slow, ms=b, against_ms=a, ratio=a / b))
-
-
 def close(a, b, tolerance=1e-3):
     """Stop where two forms do not agree; both flattened to one tensor."""
     error = float((a.double() - b.double()).abs().max() / b.double().abs().max())
     if not error <= tolerance:
         raise SystemExit(f"bench.py: the two forms differ by {error:.1e} of the largest number")
-
-
-def peak_mib(case, form):
-    """Memory that two calls of `case(form)` add at their peak, in MiB, seen from a fresh process.
-    The second step of a training counts: it finds the optimiser's states there. nan = out of
-    memory."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1, prepare, (torch.get_num_threads(),)) as pool:
-        return pool.apply(peak_of, (case, form))
 
 
 def prepare(threads):
@@ -270,70 +257,39 @@ def prepare(threads):
     PRODUCTS = machine.choose_onednn("auto")[0] if DEVICE == "cpu" else "off"
 
 
+def peak_mib(case, form):
+    """Memory that two calls of `case(form)` add at their peak, in MiB, seen from a fresh process.
+    The second step of a training counts: it finds the optimiser's states there. nan = out of
+    memory, or a CPU under another system than Linux."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, prepare, (torch.get_num_threads(),)) as pool:
+        return pool.apply(peak_of, (case, form))
+
+
 def peak_of(case, form):
     peak = tried(form, lambda: peak_of_two(case, form))
     return math.nan if peak is None else peak
 
 
 def peak_of_two(case, form):
-    run = case(form)
+    run, status = case(form), Path("/proc/self/status")
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
-        run()
+        run(), run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: forget the peak of starting up, then read the new one
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory counts as new when it is used again
-        Path("/proc/self/clear_refs").write_text("5")
-        before = kib(status, "VmRSS")
-        run()
-        run()
-        return (kib(status, "VmHWM") - before) / 2**10
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
-
-
-def kib(status, name):
-    """A number of Linux's account of this process: VmRSS = memory now, VmHWM = the most so far."""
-    return int(status.read_text().split(name + ":")[1].split()[0])
+    if not status.exists():
+        return math.nan
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory counts as new when it is used again
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of starting up
+    before = int(status.read_text().split("VmRSS:")[1].split()[0])
+    run(), run()
+    return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 2**10
 
 
 # ------------------------------------------------------------------------------------------------
 # Cases
-
-
-def bench_cache():
-    """Writing 64 words with a key/value cache against computing everything anew for each word."""
-    torch.manual_seed(0)
-    decoder = caption_decoder.CaptionDecoder(512, heads=8, depth=6, visual_width=768,
-                                             vocabulary=49408, queries=256).eval().to(DEVICE)
-    words = 64
-    for batch in (1, 4, 16):
-        visual = torch.randn(batch, 8 * 197, 768, device=DEVICE)
-        text = torch.randn(batch, words, 512, device=DEVICE)
-
-        @torch.no_grad()
-        def cached():
-            pooled, cache, out = decoder.pool(visual), None, []
-            for i in range(words):
-                hidden, cache = decoder.step(text[:, i:i + 1], pooled, cache)
-                out.append(decoder.logits(hidden[:, -1]))
-            return torch.stack(out, dim=1)
-
-        @torch.no_grad()
-        def anew():
-            return torch.stack([decoder.logits(decoder.hidden(visual, text[:, :i + 1])[:, -1])
-                                for i in range(words)], dim=1)
-
-        close(cached(), anew())
-        report(f"cache: {words} words, batch {batch}",
-               times({"anew": anew, "cached": cached}, 2), "anew", "cached")
 
 
 def caption_case(form):
@@ -382,9 +338,7 @@ def coca_case(form):
                 + 2 * large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
     else:
         model = open_clip.create_model("coca_ViT-B-32", pretrained=None)
-        # open_clip 3.3 leaves this one uninitialised: nothing calls init_parameters.
-        decoder = model.text_decoder
-        torch.nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
+        model.text_decoder.init_parameters()  # open_clip 3.3 leaves it uninitialised
         model.to(DEVICE).train()
         compare = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
 
@@ -396,10 +350,10 @@ def coca_case(form):
 def bench_caption():
     """The captioning loss over 49,408 words, whole and in chunks; a step of open_clip's CoCa."""
     forms = [(name, precision) for precision in ("fp32", "bf16") for name in ("plain", "ours")]
-    table("caption loss, 32 x 76 of 49,408 words, a third padding", caption_case, forms, 32,
+    table("captioning loss, 32 x 76 of 49,408 words", caption_case, forms, 32,
           rounds=3)
     pairs = 8 if DEVICE == "cpu" else 128
-    table(f"caption, ViT-B/32, {pairs} pictures (12 layers each, not the same network)", coca_case,
+    table(f"CoCa ViT-B/32, {pairs} pictures (12 layers each, not the same network)", coca_case,
           [(name, precision, pairs) for precision in ("fp32", "bf16")
            for name in ("open_clip CoCa", "ours")], pairs, rounds=3, others=("open_clip CoCa",))
 
@@ -437,58 +391,22 @@ def attention_case(form):
     return run
 
 
-def chosen(shape, mask, learn):
-    """What attention.choose returns in float32 and bfloat16, in words."""
-    names = []
-    for dtype in (torch.float32, torch.bfloat16):
-        q = torch.empty(*shape, device=DEVICE, dtype=dtype, requires_grad=learn)
-        with torch.set_grad_enabled(learn):
-            names.append(attention.choose(q, q, mask))
-    return " and ".join(dict.fromkeys(names))
-
-
 def bench_attention():
     """Every form of attention on the shapes of the networks, forward and with backward.
 
-    Peaks for the largest alone. Due is what the allowed pairs need: 4 K operations, three times
-    that with the backward pass."""
+    Due is what the allowed pairs need: 4 K operations, three times that with the backward pass."""
     for what, (B, heads, N, K) in ATTENTIONS.items():
-        mask = mask_of(what)
-        pairs = B * N * N
+        mask, pairs = mask_of(what), B * N * N
         if mask is not None:
             pairs = int(mask.allowed(N, N, DEVICE).sum()) * B // mask.rows
         for learn in (False, True):
-            names = ["reference", "sdpa"]
             can_flex = not (DEVICE == "cpu" and learn) and not attention.no_compiler(DEVICE)
-            if mask is not None and can_flex:
-                names.append("flex")
+            names = ["reference", "sdpa", *["flex"] * (mask is not None and can_flex), "ours"]
             forms = [(name, precision, what, learn) for precision in ("fp32", "bf16")
-                     for name in (*names, "ours")]
-            table(f"attention, {what} {B, heads, N, K}, forward{' and backward' * learn}; "
-                  f"ours: {chosen((B, heads, N, K), mask, learn)}", attention_case, forms, B,
-                  rounds=7, memory=learn and what == "decoder B", unit="rows",
+                     for name in names]
+            table(f"attention, {what} {B, heads, N, K}, forward{' and backward' * learn}",
+                  attention_case, forms, B, rounds=7, unit="rows",
                   due=4 * heads * K * pairs * (3 if learn else 1))
-
-
-def contrastive_case(form):
-    """form: ("whole" or "ours", precision)."""
-    torch.manual_seed(0)
-    video, text = (torch.randn(4096, 512, device=DEVICE, requires_grad=True) for _ in range(2))
-    scale = torch.tensor(2.66, device=DEVICE)
-    rows = None if form[0] == "whole" else 256
-
-    def run():
-        video.grad = text.grad = None
-        loss = clip_video.contrastive_loss(video, text, scale, rows=rows)
-        loss.backward()
-        return loss.detach()
-    return run
-
-
-def bench_contrastive():
-    """The contrastive loss of 4096 pairs: the whole matrix, and blocks of rows."""
-    table("contrastive loss, 4096 pairs; ours: in blocks", contrastive_case,
-          [(name, "fp32") for name in ("whole", "ours")], 4096, rounds=3, unit="pairs")
 
 
 def hugging_face(size, pixels, frames, attend):
@@ -543,15 +461,59 @@ def mae_case(form):
 
 def bench_mae():
     """A training step of VideoMAE against transformers' (eager and SDPA), from the same weights."""
-    sizes = [("base", 224, 32), ("large", 224, 32)]
-    names = ["transformers eager", "transformers sdpa", "ours", "ours compiled"]
-    if DEVICE == "cpu":
-        sizes, names = [("small", 112, 8), ("base", 224, 2)], names[:3]
+    names = ["transformers eager", "transformers sdpa", "ours"]
+    sizes = [("base", 224, 8)] if LARGE else [("small", 112, 8), ("base", 224, 2)]
+    if DEVICE == "cuda":
+        sizes, names = [("base", 224, 32), ("large", 224, 32)], [*names, "ours compiled"]
     for size, pixels, clips in sizes:
-        forms = [(name, precision, size, pixels, clips) for precision in ("fp32", "bf16")
-                 for name in names if precision == "bf16" or DEVICE == "cpu"]
-        table(f"mae, {size}, {clips} x 16x{pixels}x{pixels}", mae_case, forms, clips,
-              rounds=5 if size == "small" else 3)
+        forms = [(name, precision, size, pixels, clips) for precision in precisions()
+                 for name in names]
+        table(f"VideoMAE-{size[0].upper()}, {clips} clips of 16x{pixels}x{pixels}", mae_case, forms,
+              clips, rounds=5 if size == "small" else 3, warm=not LARGE)
+
+
+def precisions():
+    """Large batches, and GPUs: bfloat16 alone."""
+    return ("bf16",) if LARGE or DEVICE == "cuda" else ("fp32", "bf16")
+
+
+def step_case(form):
+    """form: (name, precision). A whole step of VideoMAE-S on 8 clips of 112 pixels: the optimiser,
+    and where the clips come from."""
+    name, precision = form
+    torch.manual_seed(0)
+    model = mae.VideoMAE("small", image_size=112).to(DEVICE).train()
+    recipe = SimpleNamespace(optimizer="muon" if name == "Muon" else "adamw", weight_decay=0.05,
+                             beta2=0.95, scale_of=lambda *_: 1.0)
+    optimiser = optimisers.build_optimizer(model, recipe)
+    optimiser.set_rate(1e-6)
+    shapes = moving_shapes.MovingShapes("train", frames=16, size=112, seed=0)
+    batches = data.batches(shapes, 8, 0, 10**6)
+    if name == "decoded clips":
+        folder = tempfile.TemporaryDirectory()
+        for i in range(8):
+            made_video(Path(folder.name) / f"{i}.mp4", 640, 360, 150)
+        files = data.open_clips(folder.name, frames=16, size=112, part="all")
+        batches = data.batches(files, 8, 0, 10**6)
+        batches.folder = folder
+    elif name != "rendered clips":
+        batches = itertools.repeat(next(batches))
+    hidden = mae.tube_mask(8, model.grid, 0.9, torch.Generator().manual_seed(0))
+
+    def loss():
+        video = next(batches)["video"].to(DEVICE).permute(0, 4, 1, 2, 3)
+        with torch.autocast(DEVICE, enabled=False):
+            target = mae.reconstruction_target(video, hidden, patch=model.encoder.patch)
+        return mae.reconstruction_loss(model(video, hidden), target)
+    return training(model, loss, precision, True, optimiser)
+
+
+def bench_step():
+    """Whole steps of VideoMAE-S: AdamW ("ours") or Muon; clips rendered or decoded in the step."""
+    names = ("ours", "Muon", "rendered clips", "decoded clips")
+    table("whole step, VideoMAE-S, 8 clips of 16x112x112", step_case,
+          [(name, precision) for precision in precisions() for name in names], 8,
+          others=names[2:])
 
 
 def clip_case(form):
@@ -578,12 +540,11 @@ def clip_case(form):
 
 
 def bench_clip():
-    """A contrastive step of CLIP ViT-B/16 and open_clip's, from the same weights; the loss."""
-    pairs = 8 if DEVICE == "cpu" else 256
-    table(f"clip, ViT-B/16, {pairs} pictures", clip_case,
-          [(name, precision, pairs) for precision in ("fp32", "bf16")
-           for name in ("open_clip", "ours")], pairs, rounds=3)
-    bench_contrastive()
+    """A contrastive step of CLIP ViT-B/16 and open_clip's, from the same weights."""
+    pairs = 256 if DEVICE == "cuda" else 64 if LARGE else 8
+    table(f"CLIP ViT-B/16, {pairs} pictures", clip_case,
+          [(name, precision, pairs) for precision in precisions()
+           for name in ("open_clip", "ours")], pairs, rounds=3, warm=not LARGE)
 
 
 def plain_attend(block, query, context):
@@ -596,22 +557,16 @@ def plain_attend(block, query, context):
 
 
 def video_case(form):
-    """form: (name, precision, train or infer). UniFormerV2-B/16 with local units, 8 frames;
-    torchvision's models."""
+    """form: (name, precision, train or infer). UniFormerV2-B/16 with local units, 8 frames."""
     name, precision, way = form
     torch.manual_seed(0)
-    frames = 16 if "mvit" in name else 8
-    video = torch.randn(1, 3, frames, 224, 224, device=DEVICE)
+    video = torch.randn(1, 3, 8, 224, 224, device=DEVICE)
     answer = torch.tensor([3], device=DEVICE)
-    if name in ("ours", "plain"):
-        model = uniformerv2.UniFormerV2("b16", classes=400, local_units=2, global_mlp_dropout=0.0,
-                                        head_dropout=0.0)
-        for part in model.modules():  # their outputs start at zero
-            if isinstance(part, uniformerv2.LocalUnit):
-                torch.nn.init.normal_(part.expand.weight, std=0.02)
-    else:
-        import torchvision
-        model = getattr(torchvision.models.video, name.split()[-1])(num_classes=400)
+    model = uniformerv2.UniFormerV2("b16", classes=400, local_units=2, global_mlp_dropout=0.0,
+                                    head_dropout=0.0)
+    for part in model.modules():  # their outputs start at zero
+        if isinstance(part, uniformerv2.LocalUnit):
+            torch.nn.init.normal_(part.expand.weight, std=0.02)
     model.to(DEVICE).train(way == "train")
     start = {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -646,16 +601,11 @@ def video_case(form):
 
 
 def bench_video():
-    """UniFormerV2-B/16 with local units on 8 frames of 224 pixels, plain and ours.
-
-    Beside it torchvision's video models: other networks, so read their clips/s and share."""
-    theirs = tuple(f"torchvision {name}" for name in ("r3d_18", "swin3d_t", "mvit_v2_s"))
+    """UniFormerV2-B/16 with local units on 8 frames of 224 pixels, plain and ours."""
     for way in ("infer", "train"):
-        forms = [(name, precision, way) for precision in ("fp32", "bf16")
-                 for name in ("plain", "ours")]
-        table(f"UniFormerV2-B/16, {way}", video_case, forms, 1, rounds=3)
-        forms = [(name, "fp32", way) for name in ("ours", *theirs)]
-        table(f"torchvision, {way}", video_case, forms, 1, rounds=3, others=theirs)
+        table(f"UniFormerV2-B/16, {way}", video_case,
+              [(name, precision, way) for precision in precisions() for name in ("plain", "ours")],
+              1, rounds=3)
 
 
 def sample_videos(folder):
@@ -685,105 +635,59 @@ def made_video(path, width, height, frames):
     return path
 
 
-def decoders(example):
-    """{name: function of (path, frame numbers, (H, W)) that opens the file and returns its frames};
-    torchcodec and decord2 where they are installed and read the example."""
+def ours(path, numbers, size):
+    """Frames of a file, as in training: nothing is known of it beforehand."""
+    with decoding.Video(path) as video:
+        video.info
+        return video.read(numbers, size)
+
+
+def plain_loop(path, numbers, size):
+    """Decode from the start, keep the frames that are wanted."""
     import av
     import numpy as np
-
-    def ours(path, numbers, size):
-        with decoding.Video(path) as video:
-            video.info  # as in training, where it is not known beforehand
-            return video.read(numbers, size)
-
-    def plain(path, numbers, size):
-        wanted, frames = set(numbers.tolist()), {}
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_count = 1
-            for i, frame in enumerate(container.decode(stream)):
-                if i in wanted:
-                    frames[i] = frame.reformat(size[1], size[0], "rgb24").to_ndarray()
-                if i == numbers.max():
-                    break
-        return np.stack([frames[i] for i in numbers.tolist()])
-
-    forms = {"ours": ours, "plain loop": plain}
-    try:
-        from torchcodec.decoders import VideoDecoder
-
-        def torchcodec(path, numbers, size):
-            decoder = VideoDecoder(str(path), num_ffmpeg_threads=1)
-            frames = decoder.get_frames_at(numbers.tolist()).data
-            resized = torch.nn.functional.interpolate(frames, size=size, mode="bilinear",
-                                                      antialias=True)
-            return resized.permute(0, 2, 3, 1).numpy()
-        torchcodec(example, np.arange(1), (8, 8))  # its FFmpeg is looked for late
-        forms["torchcodec"] = torchcodec
-    except (ImportError, OSError, RuntimeError) as error:
-        print(f"decode: no torchcodec ({str(error).splitlines()[0]})")
-    try:
-        import decord
-
-        def decord2(path, numbers, size):
-            reader = decord.VideoReader(str(path), height=size[0], width=size[1], num_threads=1)
-            return reader.get_batch(numbers).asnumpy()
-        forms["decord2"] = decord2
-    except (ImportError, OSError) as error:
-        print(f"decode: no decord2 ({str(error).splitlines()[0]})")
-    return forms
+    wanted, frames = set(numbers.tolist()), {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1
+        for i, frame in enumerate(container.decode(stream)):
+            if i in wanted:
+                frames[i] = frame.reformat(size[1], size[0], "rgb24").to_ndarray()
+            if i == numbers.max():
+                break
+    return np.stack([frames[i] for i in numbers.tolist()])
 
 
 CHOICES = {"stride 4, centre": lambda n: sampling.dense_indices(n, 16, 4),
            "spread over the video": lambda n: sampling.segment_indices(n, 16)}
 
 
-def decode_case(form):
-    """form: (decoder, "bytes", paths, one of CHOICES). One clip of every file -> frames of all."""
-    name, _, videos, what = form
-    read, calls = decoders(videos[0])[name], []
-    for path in videos:
-        info = decoding.probe(path)
-        calls.append((path, CHOICES[what](info.frames), decoding.shown_size(info, 256)))
-    return lambda: [read(*call) for call in calls]
-
-
 def bench_decode():
-    """Sixteen frames of a file at short side 256: video/decoding.py, a plain PyAV loop, others.
+    """Sixteen frames of a file at short side 256: video/decoding.py and a plain PyAV loop.
 
-    Every form opens the file anew and gets the same frame numbers; ours also looks at the file
-    first, as in training. Frames of another time would differ by more than resizing, and are
-    named."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    Both open the file anew and get the same frame numbers; ours also looks at the file first, as
+    in training. Frames of another time would differ by more than resizing, and are named."""
     with tempfile.TemporaryDirectory() as folder:
         videos = sample_videos(folder)
-        forms = decoders(videos[0])
         for what, choose in CHOICES.items():
-            total = dict.fromkeys(forms, 0.0)
+            total = {("plain loop", "bytes"): 0.0, ("ours", "bytes"): 0.0}
             for path in videos:
-                for name, value in decode_file(path, what, choose, forms).items():
-                    total[name] += value
-            rows = {(name, "bytes"): value for name, value in total.items()}
-            show(f"decode, {what}, {len(videos)} files", rows, len(videos),
-                 {form: peak_mib(decode_case, (*form, videos, what)) for form in rows})
-    torch.set_num_threads(threads)
+                for form, value in decode_file(path, what, choose).items():
+                    total[form, "bytes"] += value
+            show(f"decode, {what}, {len(videos)} files", total, len(videos),
+                 dict.fromkeys(total, math.nan))
 
 
-def decode_file(path, what, choose, forms):
-    """Compare and time all forms on one file -> {name: seconds}."""
+def decode_file(path, what, choose):
+    """Compare and time both forms on one file -> {name: seconds}."""
     info = decoding.probe(path)
-    numbers, size = choose(info.frames), decoding.shown_size(info, 256)
-    reference = forms["ours"](path, numbers, size).astype(float)
-    other = [name for name, form in forms.items()
-             if abs(form(path, numbers, size).astype(float) - reference).mean() > 6]
-    runs = {name: functools.partial(form, path, numbers, size) for name, form in forms.items()}
-    seconds = times(runs, 5)
+    call = path, choose(info.frames), decoding.shown_size(info, 256)
+    differ = abs(plain_loop(*call).astype(float) - ours(*call)).mean() > 6
+    seconds = times({"plain loop": functools.partial(plain_loop, *call),
+                     "ours": functools.partial(ours, *call)}, 3)
     print(f"decode, {what}: {path.name} {info.codec} {info.width}x{info.height}, "
           + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
-          + (f"; other frames: {', '.join(other)}" if other else ""), flush=True)
-    ROWS.append(dict(table=f"decode, {what}", file=path.name, other_frames=other,
-                     **{f"{name}_ms": 1e3 * value for name, value in seconds.items()}))
+          + "; other frames" * bool(differ), flush=True)
     return seconds
 
 
@@ -827,92 +731,9 @@ def bench_parts():
                          same_frames=bool(same)))
 
 
-def bench_memory():
-    """Resident memory over 10,000 decodes of a small file: flat, or something is never freed."""
-    page = resource.getpagesize() / 2**20
-    with tempfile.TemporaryDirectory() as folder:
-        path = made_video(Path(folder) / "small.mp4", 160, 120, 30)
-        for i in range(1, 10_001):
-            decoding.read_clip(path, [0, 20], 64)
-            if i in (500, 2_000, 5_000, 10_000):  # Linux
-                resident = page * int(Path("/proc/self/statm").read_text().split()[1])
-                print(f"memory: after {i:,} decodes {resident:.1f} MiB", flush=True)
-
-
-# Masked encoder, multimodal encoder, frames, pixels, clips.
-PAIRS = {"tiny": (mae.SIZES["tiny"], uniformerv2.SIZES["tiny"], 8, 64, 8),
-         "small": (mae.SIZES["small"], uniformerv2.Size(384, 12, 6, 1536, 16, 224), 8, 224, 1)}
-
-
-def fuse_case(form):
-    """form: (a way of training, precision, a pair).
-
-    "all": gradients for all parameters, though an optimiser would get only some; "frozen": for the
-    trained parameters alone; "ours": what fusion.py does; "late": ours with cross-model attention
-    in the last quarter of the blocks, in place of four, evenly."""
-    way, precision, pair = form
-    torch.manual_seed(0)
-    masked, multimodal, frames, pixels, batch = PAIRS[pair]
-    before = None
-    if way == "late":
-        before = list(range(masked.depth - max(1, masked.depth // 4), masked.depth))
-    model = fusion.InternVideo(
-        mae.VideoClassifier(masked, classes=16, frames=frames, image_size=pixels, head_scale=1.0),
-        uniformerv2.UniFormerV2(multimodal, classes=16, frames=frames), before=before)
-    model.to(DEVICE).train()
-    for name, p in model.named_parameters():
-        if "gate_" in name:
-            torch.nn.init.constant_(p, 0.5)
-    clip = torch.randint(256, (batch, frames, pixels, pixels, 3), dtype=torch.uint8,
-                         device=DEVICE)
-    answers = torch.arange(batch, device=DEVICE)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if way == "all":
-        model.requires_grad_(True)
-
-    def run():
-        model.zero_grad(set_to_none=True)
-        products("ours")
-        allowed = contextlib.nullcontext() if way in ("ours", "late") else \
-            unittest.mock.patch.object(torch, "no_grad", contextlib.nullcontext)
-        with allowed, torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
-            loss = torch.nn.functional.cross_entropy(model(clip).float(), answers)
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in trained])
-    return run
-
-
-def bench_fuse():
-    """A training step of stage four in four ways, see fuse_case."""
-    for pair, (*_, batch) in PAIRS.items():
-        for precision in ("fp32", "bf16"):
-            ways = ("all", "frozen", "ours", "late")
-            table(f"fuse, {pair}", fuse_case, [(way, precision, pair) for way in ways], batch,
-                  rounds=3, others=("late",))
-
-
 CASES = {"mae": bench_mae, "clip": bench_clip, "video": bench_video, "caption": bench_caption,
-         "fuse": bench_fuse, "attention": bench_attention, "decode": bench_decode,
-         "cache": bench_cache, "contrastive": bench_contrastive, "memory": bench_memory,
+         "step": bench_step, "attention": bench_attention, "decode": bench_decode,
          "parts": bench_parts}
-
-
-def allocator():
-    """Which library allocates memory. LD_PRELOAD may replace the C library's; the settings of
-    machine.keep_memory have no effect then."""
-    maps = Path("/proc/self/maps")
-    loaded = maps.read_text() if maps.exists() else ""
-    other = [name for name in ("jemalloc", "tcmalloc", "mimalloc") if name in loaded]
-    host = " and ".join(other)
-    if not other:
-        glibc = sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION")
-        host = f"{glibc}, freed blocks kept (machine.keep_memory)" if glibc else "of the system"
-    names = {"LD_PRELOAD", "GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-    set_outside = [f"{name}={os.environ[name]}" for name in sorted(os.environ)
-                   if name in names or (name.startswith("MALLOC_") and name.endswith("_"))]
-    if DEVICE == "cuda":
-        set_outside.append("CUDA: " + torch.cuda.get_allocator_backend())
-    return "; ".join([host, *set_outside])
 
 
 def conditions():
@@ -924,36 +745,100 @@ def conditions():
                 for name in ("torch", "torchvision", "transformers", "open_clip")
                 if importlib.util.find_spec(name)}
     one_thread = DEVICE == "cpu" and torch.get_num_threads() == 1
-    return dict(date=str(datetime.date.today()), versions=versions,
-                python=platform.python_version(), allocator=allocator(),
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                            text=True, cwd=Path(__file__).parent).stdout.strip()
+    return dict(date=str(datetime.date.today()), commit=commit, versions=versions,
+                python=platform.python_version(),
+                allocator=os.environ.get("LD_PRELOAD") or "of the C library",
                 device=torch.cuda.get_device_name() if DEVICE == "cuda" else cpu,
                 threads=torch.get_num_threads(),
                 clock="processor seconds" if one_thread else "seconds", onednn=PRODUCTS)
 
 
+# ------------------------------------------------------------------------------------------------
+# The table of docs/speed.md
+
+
+def markdown(paths):
+    """Print two tables, with a column for each --json file: the time of the others divided by ours
+    (both in float32; both in bfloat16; theirs in float32 against ours in bfloat16), and the share
+    of the rate of plain products that ours reach (float32; bfloat16)."""
+    measured = [rows_of(path) for path in paths]
+    machines = [" + ".join(dict.fromkeys(row["device"] for row in rows)) for rows in measured]
+    ratios, shares = {}, {}
+    for place, rows in enumerate(measured):
+        ms = {(row["table"], row["form"], row["precision"]): row["ms"] for row in rows}
+        for title, form in dict.fromkeys((row["table"], row["form"]) for row in rows):
+            empty = ["-"] * len(paths)
+            if form == "ours":
+                found = {row["precision"]: row["share"] for row in rows
+                         if (row["table"], row["form"]) == (title, form) and row["share"]}
+                if found:
+                    shares.setdefault((title,), empty)[place] = ", ".join(
+                        f"{found[p]:.0%}".replace("%", " %") if p in found else "-"
+                        for p in ("fp32", "bf16"))
+                continue
+            pairs = (("fp32", "fp32"), ("bf16", "bf16"), ("fp32", "bf16"))
+            cells = [f"{ms[title, form, a] / ms[title, 'ours', b]:.2f}"
+                     if (title, form, a) in ms and (title, "ours", b) in ms else "-"
+                     for a, b in pairs]
+            if set(cells) != {"-"}:
+                ratios.setdefault((title, form), empty)[place] = ", ".join(cells)
+    for heads, table in ((("step", "others"), ratios), (("ours, share of products",), shares)):
+        lines = [[*heads, *machines], ["---"] * (len(heads) + len(machines)),
+                 *([*key, *cells] for key, cells in table.items())]
+        print("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+
+
+def rows_of(path):
+    """The rows of a --json file, each with its device; without those of single kernels."""
+    found = json.loads(Path(path).read_text())
+    return [row | {"device": subject["device"]} for name, subject in found.items()
+            if name != "attention" for row in subject["rows"] if "ms" in row and "table" in row
+            and "precision" in row]
+
+
+def keep(path, subject, about):
+    """Write the rows of a subject into the --json file, beside those of others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    found[subject] = dict(about, rows=list(ROWS))
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    ROWS.clear()
+
+
 def main():
     """Run the subjects asked for."""
+    global PEAKS, LARGE
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help="subjects; default: all; see --list")
+    parser.add_argument("subjects", nargs="*",
+                        help="default: all; see --list; or: table [FILE ...]")
     parser.add_argument("--list", action="store_true", help="name the subjects")
+    parser.add_argument("--peaks", action="store_true", help="measure memory, too")
+    parser.add_argument("--large", action="store_true",
+                        help="mae and clip with large batches, up to 8 GB, in bfloat16")
     parser.add_argument("--json", default="runs/bench.json",
                         help="file for all numbers (default: runs/bench.json)")
     args = parser.parse_args()
-    for name in args.cases:
+    if args.subjects[:1] == ["table"]:
+        paths = args.subjects[1:] or [args.json]
+        if absent := [path for path in paths if not Path(path).is_file()]:
+            parser.exit(2, f"bench.py: no file {absent[0]}: measure first, with --json FILE\n")
+        return markdown(paths)
+    for name in args.subjects:
         if name not in CASES and name != "all":
-            parser.exit(2, f"bench.py: no case {name!r}: choose all, {', '.join(CASES)}\n")
+            parser.exit(2, f"bench.py: no subject {name!r}: choose all, table, "
+                           f"{', '.join(CASES)}\n")
     if args.list:
-        print("\n".join(f"{name:12}{case.__doc__.splitlines()[0]}"
-                        for name, case in CASES.items()))
-        return
+        return print("\n".join(f"{name:12}{case.__doc__.splitlines()[0]}"
+                               for name, case in CASES.items()))
+    PEAKS, LARGE = args.peaks, args.large
     prepare(torch.get_num_threads())
     about = conditions()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    for name in CASES if not args.cases or "all" in args.cases else args.cases:
+    for name in CASES if not args.subjects or "all" in args.subjects else args.subjects:
         CASES[name]()
-        path = Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(about, rows=ROWS), indent=1) + "\n")
+        keep(Path(args.json), name + " --large" * LARGE, about)
     print(f"numbers: {args.json}")
 
 
