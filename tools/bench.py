@@ -149,7 +149,7 @@ def counted(run):
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest number
 
 
-def table(title, case, forms, clips, rounds=5, others=(), due=None, unit="clips", warm=True):
+def table(title, case, forms, clips, rounds=5, others=(), due=None, unit="clips"):
     """Measure `case(form)` for all forms; one table, how many times as long as "ours" each takes.
 
     case    form -> a function that takes a step and returns its loss, or anything to compare
@@ -179,6 +179,7 @@ def table(title, case, forms, clips, rounds=5, others=(), due=None, unit="clips"
     precisions = sorted({form[1] for form in work})
     for precision in precisions:
         rate(precision)
+    warm = DEVICE == "cuda"  # compiled forms: the first call was counted uncompiled
     seconds = times({form: runs[form] for form in work}, rounds, warm)
     rates = {precision: rate(precision) for precision in precisions}
     runs.clear()
@@ -469,7 +470,7 @@ def bench_mae():
         forms = [(name, precision, size, pixels, clips) for precision in precisions()
                  for name in names]
         table(f"VideoMAE-{size[0].upper()}, {clips} clips of 16x{pixels}x{pixels}", mae_case, forms,
-              clips, rounds=5 if size == "small" else 3, warm=not LARGE)
+              clips, rounds=5 if size == "small" else 3)
 
 
 def precisions():
@@ -544,16 +545,22 @@ def bench_clip():
     pairs = 256 if DEVICE == "cuda" else 64 if LARGE else 8
     table(f"CLIP ViT-B/16, {pairs} pictures", clip_case,
           [(name, precision, pairs) for precision in precisions()
-           for name in ("open_clip", "ours")], pairs, rounds=3, warm=not LARGE)
+           for name in ("open_clip", "ours")], pairs, rounds=3)
 
 
-def plain_attend(block, query, context):
-    """What a global block reads, with keys and values of all tokens, as the paper has it."""
-    weights, biases = block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)
-    q, k, v = (torch.nn.functional.linear(x, w, b).unflatten(-1, (block.attn.heads, -1))
-               .transpose(1, 2) for x, w, b in zip((query, context, context), weights, biases))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    return block.attn.proj(out.transpose(1, 2).flatten(2))
+def plain_temporal(x, kernel, bias):
+    """uniformerv2.temporal_conv as one convolution in time and space."""
+    x = x.permute(0, 3, 1, 2)[..., None]
+    x = torch.nn.functional.conv3d(x, kernel[:, None, :, None, None], bias, padding=(1, 0, 0),
+                                   groups=len(kernel))
+    return x[..., 0].permute(0, 2, 3, 1)
+
+
+def plain_grid(x, kernel, bias):
+    """uniformerv2.grid_conv as one convolution in time and space."""
+    x = torch.nn.functional.conv3d(x.permute(0, 4, 1, 2, 3), kernel, bias, padding=1,
+                                   groups=len(kernel))
+    return x.permute(0, 2, 3, 4, 1)
 
 
 def video_case(form):
@@ -574,7 +581,8 @@ def video_case(form):
         with contextlib.ExitStack() as patches:
             if name == "plain":
                 for owner, function, plain in (
-                        (uniformerv2.GlobalBlock, "attend", plain_attend),
+                        (uniformerv2, "temporal_conv", plain_temporal),
+                        (uniformerv2, "grid_conv", plain_grid),
                         (attention, "choose", lambda *_: "sdpa")):
                     patches.enter_context(unittest.mock.patch.object(owner, function, plain))
             return torch.nn.functional.cross_entropy(model(video).float(), answer)
