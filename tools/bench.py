@@ -339,7 +339,9 @@ def coca_case(form):
                 + 2 * large_batches.chunked_caption_loss(decoder, hidden, ids, is_text)
     else:
         model = open_clip.create_model("coca_ViT-B-32", pretrained=None)
-        model.text_decoder.init_parameters()  # open_clip 3.3 leaves it uninitialised
+        # open_clip 3.3 leaves this one uninitialised, and its own init_parameters fails.
+        decoder = model.text_decoder
+        torch.nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
         model.to(DEVICE).train()
         compare = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
 
