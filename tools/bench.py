@@ -498,7 +498,7 @@ def step_case(form):
             made_video(Path(folder.name) / f"{i}.mp4", 640, 360, 150)
         files = data.open_clips(folder.name, frames=16, size=112, part="all")
         batches = data.batches(files, 8, 0, 10**6)
-        batches.folder = folder
+        model.folder = folder  # removed with the model
     elif name != "rendered clips":
         batches = itertools.repeat(next(batches))
     hidden = mae.tube_mask(8, model.grid, 0.9, torch.Generator().manual_seed(0))
