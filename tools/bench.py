@@ -547,7 +547,7 @@ def bench_clip():
     pairs = 256 if DEVICE == "cuda" else 64 if LARGE else 8
     table(f"CLIP ViT-B/16, {pairs} pictures", clip_case,
           [(name, precision, pairs) for precision in precisions()
-           for name in ("open_clip", "ours")], pairs, rounds=3)
+           for name in ("open_clip", "ours")], pairs, rounds=2 if LARGE else 3)
 
 
 def plain_temporal(x, kernel, bias):
