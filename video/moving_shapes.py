@@ -630,8 +630,8 @@ class MovingShapes(ClipSet):
         return parse_caption(sentence)
 
     def _draw(self, index):
-        """(scene, the generator that drew it). Drawing takes longer than reading the pixels from the
-        cache, so a clip that comes over and over is drawn once."""
+        """(scene, the generator that drew it). Drawing takes longer than reading the pixels from
+        the cache, so a clip that comes over and over is drawn once."""
         place = self._place(index)
         if place in self.drawn:
             scene, state = self.drawn[place]
