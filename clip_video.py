@@ -1,8 +1,8 @@
 """Video-text contrastive learning: a video and a text encoder that share one embedding space.
 
-A label states one fact about a clip. A caption states several, and the web has many captions. In a
-batch of B pairs, the model finds the caption of each video and the video of each caption. All other
-pairs are negatives (CLIP, arXiv 2103.00020, Sec. 2.3, Selecting an Efficient Pre-Training Method;
+A label states one fact about a clip, a caption several. In a batch of B videos with captions, the
+model learns to find the caption of each video and the video of each caption. The other captions and
+videos are negatives (CLIP, arXiv 2103.00020, Sec. 2.3, Selecting an Efficient Pre-Training Method;
 InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining).
 
     video (B, C, T, H, W)                               text ids (B, L)
@@ -13,23 +13,23 @@ InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining).
                                   | * exp(logit_scale)
           cross entropy over rows and over columns; the targets are on the diagonal
 
-Letters: L text tokens, W width of the text encoder, E width of the embedding space, V vocabulary.
+Letters: L text tokens, W text width (pixel columns only after H), E embedding width, V vocabulary.
 
-1. weights/tokenizer.py turns sentences into token ids.
+1. weights/tokenizer.py turns sentences into token ids: start, text, end, padding.
 2. `TextEncoder` is causal. Its end-of-text token attends to the whole sentence and represents it.
    caption_decoder.py uses all tokens.
-3. `VideoCLIP` adds one of three visual encoders. "video" is UniFormerV2, as in InternVideo.
-   "frames" is UniFormerV2 without its video parts: CLIP, averaged over frames. "joint" is
-   `JointEncoder`, self-attention over all frames (ViCLIP, arXiv 2307.06942, Sec. 4).
-4. `contrastive_loss`: cosines lie between -1 and 1, so their softmax is almost uniform. The learned
-   factor exp(logit_scale) sharpens it. engine/large_batches.py computes this loss in less memory.
+3. `VideoCLIP` has one of three visual encoders. "video" is UniFormerV2, as in InternVideo.
+   "frames" is UniFormerV2 without its video parts: the feature is the mean of CLIP's class tokens.
+   "joint" is `JointEncoder`, self-attention over all frames (ViCLIP, arXiv 2307.06942, Sec. 4).
+4. `contrastive_loss`: two cosines differ by at most 2, so two probabilities of their softmax differ
+   by a factor of at most e^2 = 7.4. The learned factor exp(logit_scale) allows larger differences.
 5. `zero_shot` classifies without labels: it compares a video with one sentence per class.
 
 Where we differ from the official code (InternVideo1 clip_utils/model.py, ViCLIP viclip.py), with
-equal outputs: the batch is the first axis. Captions may be cut to the longest of a batch, because
-tokens after the end do not change a causal feature. Tokens go frame by frame; ViCLIP's go patch by
-patch. InternVideo-MM's text_mask_embedding is not loaded: no published recipe uses it.
-B/16 has 150 M parameters (86 M visual, 63 M text), and 178 M with four global blocks.
+equal outputs: the batch is the first axis. The tokens of "joint" go frame by frame, in ViCLIP patch
+by patch. Padding may be cut off, because no token before it attends to it. InternVideo-MM's
+text_mask_embedding is not loaded, because no published recipe uses it.
+B/16 has 178 M parameters for "video" with four global blocks, and 150 M for "frames".
 
 >>> model = VideoCLIP("tiny", frames=4, image_size=32, vocabulary=600, context=16)
 >>> video, ids = torch.randn(3, 3, 4, 32, 32), torch.randint(600, (3, 16))
@@ -50,7 +50,7 @@ from engine.large_batches import BlockedLoss
 from engine.processes import gather_with_gradient
 from uniformerv2 import UniFormerV2
 
-# Of red, green and blue, for pixels in [0, 1]. ViCLIP uses ImageNet's, the other models CLIP's.
+# Mean and standard deviation of red, green and blue, for pixels in [0, 1]. "joint" uses ImageNet's.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,7 +58,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 @dataclass(frozen=True)
 class TextSize:
     """The sizes of a text encoder."""
-
     width: int
     depth: int
     heads: int
@@ -70,29 +69,28 @@ TEXT_SIZES = {  # CLIP, Tab. 20, "CLIP-ViT hyperparameters"
     "l14": TextSize(768, 12, 12),
     "l14_336": TextSize(768, 12, 12),
 }
-KINDS = {"video": "UniFormerV2", "frames": "frame-wise CLIP", "joint": "ViCLIP"}
+KINDS = {"video": "UniFormerV2", "frames": "frame-wise CLIP", "joint": "ViCLIP"}  # visual encoders
 
 
 @dataclass(frozen=True)
 class Options:
-    """All options of VideoCLIP. The constructor replaces names of sizes and None by their values.
-    ValueError if two options contradict each other."""
-
+    """All options of VideoCLIP. ValueError if two of them contradict each other. The constructor
+    replaces names of sizes by sizes, and None by a value except in global_heads and end."""
     size: str | uniformerv2.Size = "b16"  # of the visual encoder
     kind: str = "video"  # of the visual encoder, one of KINDS
-    frames: int = 8  # T; "video" and "frames" also take clips of other lengths
+    frames: int = 8  # T; "joint" takes at most this many, the others any number
     image_size: int | list | None = None  # pixels, H = W or [H, W]; None: the default of `size`
-    # Only for "video", see uniformerv2.Options. No official video-text model uses the last two.
+    # Four options for "video" only: see uniformerv2.Options. Official models lack the last two.
     global_layers: list | None = None
     global_heads: int | None = None
     local_units: int = 0
     temporal_downsample: bool = False
-    tubelet: int = 1  # only for "joint": frames per token
+    tubelet: int = 1  # for "joint" only: frames per token
     text_size: str | TextSize | None = None  # None: the entry `size` of TEXT_SIZES
     embedding: int | None = None  # E, width of the embedding space; None: W
     vocabulary: int = 49408  # V, number of token ids
     context: int = 77  # largest L
-    end: int | None = None  # id of the end-of-text token; None: the largest id in a row, as in CLIP
+    end: int | None = None  # id of the end-of-text token; None: a text's largest id, as in CLIP
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -107,7 +105,7 @@ class Options:
         text = TextSize(**text) if isinstance(text, dict) else text
         if not isinstance(text, TextSize):
             raise ValueError("a Size of your own needs a text_size")
-        visual = uniformerv2.Options(
+        visual = uniformerv2.Options(  # checks these three and fills in their values
             self.size, image_size=self.image_size,
             global_layers=self.global_layers if self.kind == "video" else ())
         for name, value in (("size", visual.size), ("image_size", list(visual.image_size)),
@@ -117,28 +115,27 @@ class Options:
 
 
 def clip_block(width, heads, mlp_width=None):
-    """attention.Block with CLIP's choices: all biases, QuickGELU, epsilon 1e-5 in the norms."""
+    """attention.Block as in CLIP: biases on q, k and v, QuickGELU, norms with epsilon 1e-5."""
     return Block(width, heads, mlp_width=mlp_width, bias="qkv", eps=1e-5, activation=quick_gelu)
 
 
 class TextEncoder(nn.Module):
-    """A causal transformer over token ids (CLIP, Sec. 2.4, Choosing and Scaling a Model).
-    size: TextSize; the other arguments: see Options."""
+    """Causal transformer over token ids (CLIP, Sec. 2.4). size: TextSize; the others: Options."""
 
-    no_weight_decay = "positions",  # no weight decay: see engine/optimisers.py
+    no_weight_decay = "positions",  # a tuple of names: see engine/optimisers.py
 
     def __init__(self, size, *, vocabulary, context, embedding, end=None):
         super().__init__()
         self.end, self.recompute, width = end, False, size.width
         self.embed = nn.Embedding(vocabulary, width)                         # (V, W)
-        self.positions = nn.Parameter(torch.empty(context, width))
+        self.positions = nn.Parameter(torch.empty(context, width))           # (context, W)
         self.blocks = nn.ModuleList(clip_block(width, size.heads) for _ in range(size.depth))
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, embedding, bias=False)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
         nn.init.normal_(self.proj.weight, std=width**-0.5)
-        # The last layer of a residual branch starts smaller in a deeper model (CLIP, Sec. 2.4).
+        # In a deeper model, residual branches start smaller, as in GPT-2 (CLIP, Sec. 2.4).
         branch_std = width**-0.5 * (2 * size.depth)**-0.5
         for block in self.blocks:
             for layer, std in ((block.attn.qkv, width**-0.5), (block.attn.proj, branch_std),
@@ -147,7 +144,7 @@ class TextEncoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def tokens(self, ids):
-        """ids (B, L) int64 -> features (B, L, W), after the last norm. Position i depends on the
+        """ids (B, L) int64 -> features (B, L, W), after the last norm. Feature i depends on the
         tokens 0 to i only."""
         if ids.ndim != 2 or ids.shape[1] > len(self.positions):
             raise ValueError(f"token ids of shape {tuple(ids.shape)}: need (B, L) with "
@@ -162,34 +159,35 @@ class TextEncoder(nn.Module):
         return self.proj(self.at_end(tokens, ids)), tokens
 
     def at_end(self, tokens, ids):
-        """tokens (B, L, W), ids (B, L) -> (B, W), the token at the end of each sentence."""
-        largest_at_end = ids if self.end is None else (ids == self.end).int()
+        """tokens (B, L, W), ids (B, L) -> (B, W), the end-of-text token of each sentence."""
+        # In CLIP's vocabulary the end-of-text token has the largest id, so argmax finds it.
+        marks = ids if self.end is None else (ids == self.end).int()         # (B, L)
         check = self.end is not None and not torch.compiler.is_compiling()  # a graph cannot raise
-        if check and not largest_at_end.any(dim=1).all():
+        if check and not marks.any(dim=1).all():
             raise ValueError(f"a text has no end-of-text token, id {self.end}")
-        end = largest_at_end.argmax(dim=1)        # (B,); several end tokens: the first
+        end = marks.argmax(dim=1)                 # (B,), the first one if there are several
         return tokens.gather(1, end[:, None, None].expand(-1, 1, tokens.shape[2]))[:, 0]
 
     def start_cache(self, batch):
-        """The cache of `step` before the first token: for each block [keys, values], both of shape
-        (batch, heads, 0, K)."""
+        """An empty cache for `step`: for each block [keys, values], (batch, heads, 0, K) each."""
         heads, positions = self.blocks[0].attn.heads, self.positions
         empty = positions.detach().new_zeros(batch, heads, 0, positions.shape[1] // heads)
         return [[empty, empty] for _ in self.blocks]
 
     def step(self, ids, cache):
-        """Encode n more tokens: ids (B, n) int64, cache of the last call or of `start_cache` ->
-        features (B, n, W), equal to those of `tokens`, and the new cache."""
+        """Encode the next n tokens of a text, for caption_decoder.generate: ids (B, n) int64 ->
+        features (B, n, W), equal to those of `tokens`, and the new cache. `cache` is the result of
+        `start_cache` or of the previous call: the keys and values of all earlier tokens."""
         start, stop = cache[0][0].shape[2], cache[0][0].shape[2] + ids.shape[1]
         if stop > len(self.positions):
             raise ValueError(f"a text of {stop} tokens: this encoder takes up to "
                              f"{len(self.positions)}")
         x, new_cache = self.embed(ids) + self.positions[start:stop], []      # (B, n, W)
-        mask = Mask(causal=True) if ids.shape[1] > 1 else None  # one token: no key is after it
+        mask = Mask(causal=True) if ids.shape[1] > 1 else None  # one token: no key comes after it
         for block, past in zip(self.blocks, cache):
             q, *new = block.attn.queries_keys_values(block.norm1(x))
             k, v = (torch.cat([old.to(y.dtype), y], dim=2)                   # (B, heads, stop, K)
-                    for old, y in zip(past, new))
+                    for old, y in zip(past, new))  # float32 may meet bfloat16 under autocast
             x = x + block.attn.proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
             x = x + block.mlp(block.norm2(x))
             new_cache.append([k, v])
@@ -207,7 +205,7 @@ class JointEncoder(nn.Module):
         D, p, (H, W) = size.width, size.patch, image_size
         if frames % tubelet:
             raise ValueError(f"{frames} frames do not divide into tubelets of {tubelet}")
-        # `stride`: frames from one tubelet to the next.
+        # `stride`, as in UniFormerV2: frames from one token to the next, here those of a tubelet.
         self.patch, self.grid, self.stride, self._recompute = p, (H // p, W // p), tubelet, False
         self.embed = nn.Linear(3 * tubelet * p * p, D, bias=False)
         self.class_token = nn.Parameter(D**-0.5 * torch.randn(D))
@@ -220,7 +218,8 @@ class JointEncoder(nn.Module):
 
     def encode(self, video):
         """video (B, C, T, H, W), normalised -> class token (B, D) and all tokens (B, 1, 1+N, D),
-        before any last norm. The class token comes first, then the patches of each frame."""
+        without a last norm: first the class token, then the patches of each frame. Axis 1 is the
+        frame axis of UniFormerV2's tokens."""
         B, C, T, H, W = video.shape
         p, tubelet, (h, w) = self.patch, self.stride, self.grid
         if (H, W) != (h * p, w * p) or T > tubelet * len(self.times) or T % tubelet:
@@ -234,7 +233,7 @@ class JointEncoder(nn.Module):
         x = (self.embed(patches.reshape(B, T // tubelet, h * w, -1))
              + self.positions[1:])                                           # (B, t, S, D)
         x = (x + times[:, None]).flatten(1, 2)                               # (B, N, D)
-        class_token = (self.class_token + self.positions[0]).expand(B, 1, -1)
+        class_token = (self.class_token + self.positions[0]).expand(B, 1, -1)  # (B, 1, D)
         x = self.norm_pre(torch.cat([class_token.to(x.dtype), x], dim=1))    # (B, 1+N, D)
         x = run_blocks(self.blocks, x, recompute=self._recompute)
         return x[:, 0], x[:, None]
@@ -269,8 +268,8 @@ class VideoCLIP(nn.Module):
         nn.init.normal_(self.visual_proj.weight, std=o.size.width**-0.5)
         self.text = TextEncoder(o.text_size, vocabulary=o.vocabulary, context=o.context,
                                 embedding=o.embedding, end=o.end)
-        # In the form of the official files. CLIP, InternVideo: the logarithm of the factor on the
-        # cosines, which starts at 1 / 0.07 (CLIP, Sec. 2.5, Training). ViCLIP: the temperature.
+        # As in the official files. CLIP, InternVideo: the logarithm of the factor on the cosines,
+        # which starts at 1 / 0.07 (CLIP, Sec. 2.5, Training). ViCLIP: the temperature, 1 / factor.
         self.scale = nn.Parameter(
             torch.tensor(0.01) if o.kind == "joint" else torch.tensor(1 / 0.07).log())
 
@@ -283,7 +282,8 @@ class VideoCLIP(nn.Module):
     def clamp_scale(self):
         """Limit the factor on the cosines to 100, because a larger one makes training unstable
         (CLIP, Sec. 2.5). Except for "joint", 1 is the lower limit, as in InternVideo."""
-        # .data hides this change from autograd, which may still recompute an earlier forward pass.
+        # `forward` may run again in the backward pass (in_pieces in engine/large_batches.py). There
+        # autograd would reject a change of a weight. It does not see a change of `.data`.
         if self.kind == "joint":
             self.scale.data.clamp_(min=0.01)
         else:
@@ -328,9 +328,8 @@ class VideoCLIP(nn.Module):
 
     @classmethod
     def from_official(cls, source, *, heads=None, text_heads=None, global_heads=None, **options):
-        """Load InternVideo-MM, ViCLIP, OpenAI's or Hugging Face's CLIP, or a run of this project,
-        in eval mode. Options: frames, global_layers, and grow, which makes CLIP a video model. See
-        weights.clip.load."""
+        """Load InternVideo-MM, ViCLIP, CLIP or a run, in eval mode. `grow`: CLIP as a video model.
+        Details: weights.clip.load."""
         from weights import clip
         return clip.load(cls, source, heads=heads, text_heads=text_heads, global_heads=global_heads,
                          **options)
@@ -349,12 +348,12 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False, ro
     embeddings, and CE the mean cross entropy of the rows. An untrained model has about ln B.
 
     video, text  (B, E) float embeddings, not normalised
-    targets      (B,) or (B, columns) int. Two pairs with an equal number in a column are positives
-                 of each other. The positives of a row have equal target probabilities. ViCLIP has
-                 (B,), one number per caption. None: the only positive of a pair is itself
-    gather       True: use the embeddings of all processes, which need the same B
-    rows         compute so many rows of the logits at a time, with equal results in less memory,
-                 for batches of thousands. None: all at once
+    targets      None: each video has one positive, its own caption. (B,) int, such as a number per
+                 caption (ViCLIP): pairs with equal numbers are positives of each other. They share
+                 the target probability equally. (B, columns) int: one equal column is enough
+    gather       True: B becomes the pairs of all processes, which have the same number each
+    rows         None: compute all logits at once. Otherwise this many rows at a time, which gives
+                 equal results in less memory, for batches of thousands
     returns      () float32 (float64 for float64 inputs), also under autocast
     """
     if video.shape != text.shape or video.ndim != 2:
@@ -382,6 +381,7 @@ def zero_shot(video, class_embeddings, logit_scale, combine="probabilities"):
 
     video             (B, E) float embeddings
     class_embeddings  (prompts, Y, E) normalised: for each prompt, one sentence per class
+    logit_scale       (), as in `contrastive_loss`
     combine           "probabilities": a softmax for each prompt, then their mean (InternVideo);
                       "embeddings": the normalised mean of a class's sentences, one softmax (CLIP)
     """
