@@ -1,8 +1,8 @@
 """A caption decoder: write a sentence about a video, one token at a time.
 
 Contrastive learning compares one vector per video with one vector per caption. Captioning predicts
-every word, so the video tokens must keep details such as counts and order. InternVideo adds both
-losses (arXiv 2212.03191, Sec. 3.2), from one forward pass (CoCa, arXiv 2205.01917, Sec. 3.2).
+every word, so the video tokens must keep details such as counts. InternVideo adds both losses
+(arXiv 2212.03191, Sec. 3.2), from one forward pass (CoCa, arXiv 2205.01917, Sec. 3.2).
 
     video tokens (B, M, D) -- Q learned queries attend to them --> pooled video (B, Q, W)
                                                                        | keys, values
@@ -13,23 +13,25 @@ losses (arXiv 2212.03191, Sec. 3.2), from one forward pass (CoCa, arXiv 2205.019
       text feature of  <start>  a    dog   runs         depends on the tokens up to its position
       target           a        dog  runs  <end>        the next token
 
-Letters: M = t * (1+S) video tokens, Q pooled tokens, L text tokens, W text width, V vocabulary.
+Letters: M video tokens, Q pooled tokens, L text tokens, W text width, V size of the vocabulary.
 
-1. `CaptionDecoder.pool`: Q learned queries attend to the M video tokens (1576 for 8 frames of
-   ViT-B), so each layer attends to Q tokens only (CoCa, Sec. 3.2, Attentional Poolers). It adds no
-   positions, so the order of the video tokens has no effect.
-2. The input is the output of the causal text encoder at each position, not a word embedding.
-3. `SelfBlock`: attention and MLP run in parallel on one norm (PaLM, arXiv 2204.02311, Sec. 2). All
-   query heads share one head of keys and values (multi-query attention, arXiv 1911.02150, Sec. 3).
-   Positions are rotary (arXiv 2104.09864, Sec. 3.2). `CrossBlock` attends to the pooled video.
+1. `CaptionDecoder.pool`: Q learned queries attend to M = t * (1+S) video tokens (1576 for 8
+   frames of ViT-B), so each layer attends to Q only (CoCa, Sec. 3.2, Attentional Poolers). It adds
+   no positions. UniFormerV2 without local_units and temporal_downsample writes no time into its
+   tokens. The order of the frames then has no effect on the caption.
+2. The decoder's input is the output of the causal text encoder, not a word embedding.
+3. `SelfBlock`: attention and MLP run in parallel on one norm (PaLM, arXiv 2204.02311, Sec. 2).
+   Positions are rotary (arXiv 2104.09864, Sec. 3.2). `CrossBlock` attends to the pooled video. In
+   both, all query heads share one head of keys and values (multi-query attention, arXiv
+   1911.02150, Sec. 3), so that the cache is small.
 4. `caption_loss` trains with teacher forcing: the true tokens are the input, so a single pass
    predicts all L - 1 next tokens.
 5. `generate` feeds the predicted tokens back, one by one. `step` caches the keys and values.
 6. `VideoText` is the model of stage 2: `VideoCLIP` and this decoder.
 
 Where we differ from the official code (CoTrain clip_decoders.py, coca.py): new weights have a
-standard deviation of 0.02 * sqrt(768 / W). With 0.02, the attention of a narrow decoder stays
-uniform for hundreds of steps (LOG.md). Decoding and training recipe are ours: none was released.
+standard deviation of 0.02 * sqrt(768 / W), not 0.02. With 0.02, the attention of a narrow decoder
+stays uniform for hundreds of steps (LOG.md). Decoding and training recipe are ours.
 
 >>> decoder = CaptionDecoder(64, heads=4, depth=2, visual_width=48, vocabulary=100, queries=8)
 >>> video_tokens, text_features = torch.zeros(2, 40, 48), torch.zeros(2, 9, 64)
@@ -49,8 +51,8 @@ from clip_video import VideoCLIP
 
 
 class Norm(nn.Module):
-    """LayerNorm over the last axis. As in the official code, the offset beta is a buffer: it does
-    not train. It is zero unless loaded weights hold other values."""
+    """LayerNorm without a trained offset. `beta` is a buffer: zero, or the value of loaded weights.
+    As in the official code, blocks and pooler have this norm, the decoder itself nn.LayerNorm."""
 
     def __init__(self, width):
         super().__init__()
@@ -68,23 +70,23 @@ def swiglu(x):
 
 
 def rotary_frequencies(head_width):
-    """-> (K/2,) float32, in radians per position. They fall from 1 towards 1/10000."""
+    """K -> (K/2,) float32, in radians per position. They fall from 1 towards 1/10000."""
     return 1.0 / 10000 ** (torch.arange(0, head_width, 2).float() / head_width)
 
 
 def rotate(x, angles):
     """Rotate the channel pairs (j, j + K/2) of x (B, L, heads, K) by angles (L, K/2), in radians.
-    If q is rotated by angle a and k by angle b, their dot product depends only on a - b, that is,
-    on the distance between their positions."""
+    If q is rotated by angle a and k by angle b, only a - b matters for their dot product. It is
+    proportional to the distance between their positions."""
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]                  # (L, 1, K/2)
-    first, second = x.chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)                                       # (B, L, heads, K/2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def multi_query(q, k, v, mask=None):
     """Attention in which all query heads share one head of keys and values.
     q (B, L, heads, K), k, v (B, 1, N, K) -> (B, L, heads*K)"""
-    if mask is None:  # one head with L*heads queries has equal results and saves transposes
+    if mask is None:  # one head with all queries, (B, 1, L*heads, K): equal, without transposes
         return attention(q.flatten(1, 2)[:, None], k, v).reshape(*q.shape[:2], -1)
     return attention(q.transpose(1, 2), k, v, mask).transpose(1, 2).flatten(2)
 
@@ -96,7 +98,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(context_width, 2 * width // heads, bias=False)
+        self.kv = nn.Linear(context_width, 2 * width // heads, bias=False)   # one head: 2*K
         self.proj = nn.Linear(width, width, bias=False)
 
     def keys(self, context):
@@ -109,8 +111,8 @@ class CrossAttention(nn.Module):
 
 
 class Pooler(nn.Module):
-    """Cross-attention from learned queries, without residual and MLP. Only here the context has a
-    norm, as in the official code."""
+    """Cross-attention from learned queries, without residual and MLP. It norms the context, which
+    `CrossBlock` does not, as in the official code."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -129,7 +131,7 @@ class SelfBlock(nn.Module):
     def __init__(self, width, heads, mlp_width):
         super().__init__()
         self.heads = heads
-        self.sizes = (width, width // heads, width // heads, 2 * mlp_width)  # q, k, v, mlp
+        self.sizes = (width, width // heads, width // heads, 2 * mlp_width)  # q, k, v, for swiglu
         self.norm = Norm(width)
         self.register_buffer("frequencies", rotary_frequencies(width // heads))
         self.fused = nn.Linear(width, sum(self.sizes), bias=False)
@@ -139,13 +141,13 @@ class SelfBlock(nn.Module):
     def angles(self, first, count, device):
         """Radians of positions first .. first + count - 1: (count, K/2)."""
         frequencies = self.frequencies
-        # model.bfloat16() has rounded the buffer. Its angles are wrong at late positions.
+        # After model.bfloat16() the buffer is too coarse for late positions: compute it again.
         if frequencies.dtype not in (torch.float32, torch.float64):
             frequencies = rotary_frequencies(2 * len(frequencies)).to(device)
         return torch.arange(first, first + count, device=device)[:, None] * frequencies
 
     def forward(self, x, past=None):
-        """Attend to all tokens up to the own position.
+        """Each token attends to itself and to the tokens before it.
 
         x        (B, L, W)
         past     keys and values (B, 1, n, K) of n earlier tokens, or None
@@ -157,7 +159,7 @@ class SelfBlock(nn.Module):
         k, v = rotate(k[:, :, None], angles).transpose(1, 2), v[:, None]     # (B, 1, L, K)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        mask = Mask(causal=True) if x.shape[1] > 1 else None  # one token: no key is after it
+        mask = Mask(causal=True) if x.shape[1] > 1 else None  # one token: no key comes after it
         return x + self.proj(multi_query(q, k, v, mask)) + self.fc2(swiglu(mlp_hidden)), (k, v)
 
 
@@ -180,7 +182,6 @@ class CrossBlock(nn.Module):
 @dataclass(frozen=True)
 class Options:
     """All options of `CaptionDecoder`."""
-
     width: int  # W, of the text features and of the decoder; a multiple of heads
     heads: int
     visual_width: int  # D, of the video tokens
@@ -208,7 +209,7 @@ class CaptionDecoder(nn.Module):
         self.cross_blocks = nn.ModuleList(CrossBlock(*sizes) for _ in range(o.depth))
         self.predictor = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(),
                                        nn.LayerNorm(width))
-        self.vocabulary = nn.Linear(width, o.vocabulary)  # not tied to the text encoder's embedding
+        self.vocabulary = nn.Linear(width, o.vocabulary)  # output layer, not tied to the embedding
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02 * (768 / width)**0.5)
@@ -225,7 +226,7 @@ class CaptionDecoder(nn.Module):
         text_features  (B, L, W) of the new tokens
         pooled         (B, Q, W) from `pool`; only the first call uses it
         cache          None in the first call, then the result of the previous call. For each layer:
-                       keys and values (B, 1, n, K) of the text, (B, 1, Q, K) of the pooled video
+                       (k, v) of the n earlier tokens (B, 1, n, K), (k, v) of the video (B, 1, Q, K)
         returns        hidden (B, L, W) and the new cache
         """
         if cache is None:
@@ -261,8 +262,7 @@ class CaptionDecoder(nn.Module):
 
     @classmethod
     def from_official(cls, source, *, heads=None):
-        """Load InternVideo-MM's decoder or that of a run, in eval mode. See
-        weights.caption_decoder.load."""
+        """Load InternVideo-MM's decoder or a run's, in eval mode: weights.caption_decoder.load."""
         from weights import caption_decoder
         return caption_decoder.load(cls, source, heads=heads)
 
@@ -279,10 +279,10 @@ def caption_loss(logits, ids, is_text, *, count=None):
     logits   (B, L-1, V), of the text features 0 to L-2
     ids      (B, L) int: start, words, end, padding. The targets are tokens 1 to L-1. They include
              the end, so that the decoder learns to stop
-    is_text  (B, L) bool, False = padding, which is no target. Padding comes last, so causal
-             attention needs no mask for it
-    count    divides the sum; None: the number of targets in this batch. Several processes pass the
-             mean of their numbers
+    is_text  (B, L) bool, False = padding, which is no target (`is_token` of the tokenizer). Padding
+             comes last, so causal attention needs no mask for it
+    count    divides the sum; None: the number of targets in this batch. With several processes: the
+             mean of their numbers, because DDP averages the gradients of the processes
     returns  () float32 (float64 for float64 logits)
     """
     if logits.shape[:2] != (ids.shape[0], ids.shape[1] - 1):
@@ -332,8 +332,8 @@ class VideoText(nn.Module):
 
         video    (B, C, T, H, W) float, normalised with clip.mean and clip.std
         ids      (B, L) int64
-        returns  video and text embeddings (B, E), for `contrastive_loss`; hidden (B, L-1, W), from
-                 which `caption_decoder.logits` computes the logits of `caption_loss`
+        returns  video and text embeddings (B, E), for `contrastive_loss`; hidden (B, L-1, W), the
+                 input of `caption_decoder.logits`. The last position has no next token to predict
         """
         if self.training:
             self.clip.clamp_scale()
@@ -370,7 +370,7 @@ def generate(decoder, text_encoder, video_tokens, *, start, end, maximum, minimu
                                  text_encoder.start_cache(len(video_tokens)))
     # There are n = B sentences, or a multiple of B if `search` keeps several per video.
     ids = torch.full((len(video_tokens),), start, device=video_tokens.device)  # (n,), newest token
-    tokens = ids[:, None][:, :0]                                   # (n, tokens so far)
+    tokens = ids[:, None][:, :0]                                   # (n, tokens so far), none yet
     ended = torch.zeros_like(ids, dtype=torch.bool)                # (n,)
     for position in range(maximum):
         text_features, text_cache = text_encoder.step(ids[:, None], text_cache)  # (n, 1, W)
@@ -385,9 +385,9 @@ def generate(decoder, text_encoder, video_tokens, *, start, end, maximum, minimu
             ids, tokens, ended, cache, text_cache = search(logits, tokens, ended, cache, text_cache)
         tokens = torch.cat([tokens, ids[:, None]], dim=1)
         ended = ended | (ids == end)
-        if ended.all():
+        if ended.all():  # until then, ended sentences grow as well; the return line cuts them
             break
-    # `search` puts the best sentence of a video first.
+    # (B, sentences per video, tokens): `search` puts the best sentence of a video first.
     best = tokens.unflatten(0, (len(video_tokens), -1))[:, 0].tolist()
     return [row[:row.index(end)] if end in row else row for row in best]
 
