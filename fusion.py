@@ -1,9 +1,9 @@
 """Cross-model attention between two frozen video encoders, and a learned sum of their scores.
 
-Masked video modelling learns motion well; language supervision learns meaning well. InternVideo
-keeps both encoders and lets them attend to each other (arXiv 2212.03191, Sec. 3.2, Cross-Model
-Interaction). It reached 91.1 % on Kinetics-400. The paper does not compare this with the plain
-average of both encoders' scores; `train.py fuse` does.
+InternVideo trains one encoder by masked modelling and one with language. The paper expects the
+first to learn actions and the second to learn meaning. It lets them attend to each other (arXiv
+2212.03191, Sec. 3.2, Cross-Model Interaction). With two multimodal encoders it reached 91.1 % on
+Kinetics-400. It does not compare this with the average of the scores; `train.py fuse` does.
 
     clip (B, T, H, W, 3), uint8
      +--> masked encoder     (B, N, D) --[attn]-- blocks --[attn]-- blocks --+--> score A (B, Y)
@@ -16,20 +16,22 @@ average of both encoders' scores; `train.py fuse` does.
 Masked encoder (VideoMAE): N tokens, width D. Multimodal encoder (UniFormerV2): M = t * (1+S)
 tokens, width Dm. A score is the output of an encoder's head: the logits of Y classes.
 
-1. `CrossModelAttention`: attention to the tokens of the other encoder, then an MLP. A gate tanh(g)
-   multiplies each. g starts at 0, so the encoders start unchanged. At g = 0, y = tanh(g) * f(x) has
-   dy/dg = f(x) and dy/df = 0. The gate therefore trains from the first step, and f after it.
+1. `CrossModelAttention` ([attn] above): attention to the tokens of the other encoder, then an MLP.
+   Each result is multiplied by its gate tanh(g), as in Flamingo (arXiv 2204.14198). g starts at
+   0, so the encoders start unchanged. At g = 0, y = tanh(g) * f(x) has dy/dg = f(x) and
+   dy/df = 0. The gate therefore trains from the first step, and f after it.
 2. `InternVideo.encode_masked` puts such layers before chosen blocks of the masked encoder. The keys
-   come from multimodal blocks of the same relative depth. At the end, the multimodal encoder's
-   global token (in the paper "query token") attends to the masked encoder's tokens.
-3. The weights of the scores are a softmax of learned numbers that start equal. Before training, the
-   result is therefore the mean of both encoders' logits.
+   come from the multimodal block at the same share of the depth. At the end, the multimodal
+   encoder's global token (in the paper "query token") attends to the masked encoder's tokens. The
+   head for score B gets this token and the class tokens (UniFormerV2.combine).
+3. `InternVideo.combine`: the weights 1-u and u are a softmax of 0 and a learned number that starts
+   at 0. Before training, the result is therefore the mean of both encoders' logits.
 4. `InternVideo.freeze`: only the cross-model attention, the weights of the scores, the heads with
    their norms, and the initial global token train. The encoders stay in eval mode.
 
-None of this was released. Our own choices: four blocks, evenly spaced; the same relative depth;
-keys from all tokens; as many heads as the queries' encoder; a gate per branch; a convex sum of
-logits. VideoMAE-H with UniFormerV2-L: 90.2 M parameters train, 985 M are frozen.
+None of this was released. Our own choices: four blocks, evenly spaced; the same share of the depth;
+keys from all tokens; as many heads as the queries' encoder; one number per gate; weights that sum
+to 1. VideoMAE-H with UniFormerV2-L: 90.2 M parameters train, 985 M are frozen.
 
 >>> from mae import VideoClassifier
 >>> from uniformerv2 import UniFormerV2
@@ -46,7 +48,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from attention import Attention, Dropout, Mlp
+from attention import Attention, Dropout, Mlp, attention_weights
 from video.transforms import normalise
 
 
@@ -58,6 +60,7 @@ class CrossModelAttention(nn.Module):
 
     width           of x, which gives the queries
     context_width   of y, which gives keys and values
+    heads           number of heads; it divides width
     gates           True: both start at 0; False: no gates, for comparison
 
     The paper describes gated attention and a gated MLP. Pre-norm, exact GELU, and an MLP width of
@@ -89,33 +92,29 @@ class CrossModelAttention(nn.Module):
     @torch.no_grad()
     def attention_maps(self, x, context):
         """Attention weights (B, Nq, Nk) of `forward`: mean over heads; each row sums to 1."""
-        keys, _ = self.attn.kv(self.norm_context(context)).chunk(2, dim=-1)
-        q, k = (y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2).float()
-                for y in (self.attn.q(self.norm(x)), keys))            # (B, heads, Nq or Nk, K)
-        return (q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)
+        q, k, _ = self.attn.queries_keys_values(self.norm(x), self.norm_context(context))
+        return attention_weights(q.float(), k.float()).mean(dim=1)
 
 
 @dataclass(frozen=True)
 class Options:
-    """All options of `InternVideo`. `fitted` checks them and replaces None."""
-
-    # Blocks of the masked encoder with cross-model attention before them, rising; None: evenly
-    # spaced, see `evenly_spaced_blocks`.
+    """All options of `InternVideo`. `fitted` checks them and replaces None in the first two."""
+    # Blocks of the masked encoder with cross-model attention before them, rising; None: four,
+    # evenly spaced.
     before: list | None = None
-    # For each of these, the multimodal block whose output gives the keys; None: the same relative
-    # depth. Early blocks hold information that the last block has lost. With two multimodal
-    # encoders: a list for each.
+    # For each of these, the multimodal block whose output gives the keys; None: the block at the
+    # same share of the depth. With two multimodal encoders: a list for each.
     layers: list | None = None
     last: bool = True  # the global token attends to the masked encoder's tokens
-    heads: int | None = None  # of the attention in the masked encoder; None: as many as it has
+    heads: int | None = None  # of the attention before masked blocks; None: as these blocks
     source: str = "all"  # keys and values come from "all" tokens, or from "patches" only
     gates: bool = True  # False: no gates; training then does not start from the encoders' average
-    bridges: bool = True  # False: no cross-model attention, as before=[] with last=False
+    bridges: bool = True  # False: no cross-model attention at all, as before=[] with last=False
     drop: float = 0.0  # dropout before the heads, a probability (paper: 0.9)
 
     def fitted(self, masked, encoders):
-        """A copy in which None is replaced, for a masked encoder and a list of multimodal encoders.
-        ValueError if an option does not fit them."""
+        """A copy without None in before and layers, for a masked encoder and a list of multimodal
+        encoders. ValueError if an option does not fit them."""
         if self.source not in ("all", "patches"):
             raise ValueError(f"source is {self.source!r}: choose all or patches")
         depth, before, layers = masked.depth, self.before, self.layers
@@ -124,7 +123,7 @@ class Options:
         if before != sorted(set(before) & set(range(depth))):
             raise ValueError(f"before is {before}: give blocks 0 to {depth - 1} of the masked "
                              "encoder, rising")
-        if layers is None:  # before block 7 of 32, after block 5 of 24: a quarter of both encoders
+        if layers is None:  # block 7, the 8th of 32, and block 5, the 6th of 24: a quarter of each
             layers = [[max(0, round((block + 1) * encoder.depth / depth) - 1) for block in before]
                       for encoder in encoders]
         elif len(encoders) == 1 and not any(isinstance(x, (list, tuple)) for x in layers):
@@ -164,20 +163,20 @@ class InternVideo(nn.Module):
         self.before, self.layers = options.before, options.layers
         self.masked, self.multimodal = masked, nn.ModuleList(encoders)
 
-        def cross_attention(encoder, context, heads):
-            return CrossModelAttention(encoder.width, context.width, heads, options.gates)
+        def cross_attention(queries_from, keys_from, heads):
+            return CrossModelAttention(queries_from.width, keys_from.width, heads, options.gates)
 
         # bridges[i][j]: before masked block before[j], with keys from multimodal encoder i.
-        # last[i]: for the global token of multimodal encoder i. Saved weights contain these names.
+        # last[i]: queries are the global token of multimodal encoder i, keys the masked tokens.
         self.bridges = nn.ModuleList(
             nn.ModuleList(cross_attention(masked, encoder, options.heads or masked.heads)
                           for _ in self.before) for encoder in encoders)
         self.last = nn.ModuleList(cross_attention(encoder, masked, encoder.heads)
                                   for encoder in encoders if options.last)
-        self.balance = nn.Parameter(torch.zeros(len(encoders)))  # see `shares`
+        self.balance = nn.Parameter(torch.zeros(len(encoders)))  # see `score_weights`
         self.drop = Dropout(options.drop)
         self.freeze()
-        self.train(False)
+        self.train(False)  # eval mode, as after loading
 
     @staticmethod
     def check(masked, encoders):
@@ -226,7 +225,7 @@ class InternVideo(nn.Module):
         returns  the state after the last block, and tokens (B, M, Dm) for each of `layers`
         """
         state, tokens, start = encoder.start(prepare_clip(clip, encoder)), {}, 0
-        for layer in sorted(set(layers)):
+        for layer in sorted(set(layers)):  # `layers` may be unsorted and name a block twice
             state, start = encoder.run(state, start, layer + 1), layer + 1
             context = state.tokens if self.options.source == "all" else state.tokens[:, :, 1:]
             tokens[layer] = context.flatten(1, 2)                            # (B, M, Dm)
@@ -234,12 +233,12 @@ class InternVideo(nn.Module):
 
     def encode_masked(self, clip, contexts):
         """Run the masked encoder with cross-model attention -> its state after the last block.
-        contexts[i][j] (B, M, Dm): tokens of multimodal encoder i for the block before[j]."""
+        contexts[i][j] (B, M, Dm): tokens of multimodal encoder i for masked block before[j]."""
         boundaries = [*self.before, self.masked.depth]
         state = self.masked.start(prepare_clip(clip, self.masked))
         state = self.masked.run(state, 0, boundaries[0])
         for j, (start, stop) in enumerate(zip(boundaries, boundaries[1:])):
-            for cross_attentions, context in zip(self.bridges, contexts):
+            for cross_attentions, context in zip(self.bridges, contexts):  # per multimodal encoder
                 state = replace(state, tokens=cross_attentions[j](state.tokens, context[j]))
             state = self.masked.run(state, start, stop)
         return state
@@ -291,11 +290,12 @@ class InternVideo(nn.Module):
     def attention_maps(self, clip, index=-1, encoder=0):
         """Attention weights of the masked encoder's tokens over multimodal tokens: mean over heads.
 
-        index, encoder   positions in the lists `before` and `multimodal`
+        index, encoder   int, positions in the lists `before` and `multimodal`
         returns          (B, N, t, 1+S), or (B, N, t, S) for source="patches"; the weights of each
                          of the N tokens sum to 1
         """
         layer, inputs = self.bridges[encoder][index], []
+        # The hook keeps x and context, the inputs of this layer in `encode`.
         hook = layer.register_forward_pre_hook(lambda _, args: inputs.extend(args))
         try:
             self.encode(clip)
@@ -319,7 +319,7 @@ class InternVideo(nn.Module):
 
     def recompute(self, on=True):
         """Recompute activations in the backward pass: see attention.run_blocks."""
-        # The frame blocks of a frozen multimodal encoder store no activations in any case.
+        # The frame blocks of the multimodal encoders store none: no gradient passes through them.
         self.masked.recompute(on)
 
     @classmethod
