@@ -228,7 +228,7 @@ class InternVideo(nn.Module):
         for layer in sorted(set(layers)):  # `layers` may be unsorted and name a block twice
             state, start = encoder.run(state, start, layer + 1), layer + 1
             context = state.tokens if self.options.source == "all" else state.tokens[:, :, 1:]
-            tokens[layer] = context.flatten(1, 2)                            # (B, M, Dm)
+            tokens[layer] = context.flatten(1, 2)            # (B, M, Dm); for "patches" M is t*S
         return encoder.run(state, start, encoder.depth), [tokens[layer] for layer in layers]
 
     def encode_masked(self, clip, contexts):
