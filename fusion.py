@@ -31,7 +31,7 @@ tokens, width Dm. A score is the output of an encoder's head: the logits of Y cl
 
 None of this was released. Our own choices: four blocks, evenly spaced; the same share of the depth;
 keys from all tokens; as many heads as the queries' encoder; one number per gate; weights that sum
-to 1. VideoMAE-H with UniFormerV2-L: 90.2 M parameters train, 985 M are frozen.
+to 1. VideoMAE-H with UniFormerV2-L: 90.1 M parameters train, 985 M are frozen.
 
 >>> from mae import VideoClassifier
 >>> from uniformerv2 import UniFormerV2
