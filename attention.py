@@ -10,26 +10,28 @@ All You Need", arXiv 1706.03762, Sec. 3.2; Vision Transformer, arXiv 2010.11929,
     B C        clips in the batch, colour channels                            -, 3
     T H W      frames, pixel rows, pixel columns                              16, 224, 224
     t h w      token grid: tubelets in time, patch rows, patch columns        8, 14, 14
-    S N        tokens per frame, h*w; tokens per clip, t*S                    196, 1568
+    S N        tokens per time step, h*w; tokens per clip, t*S                196, 1568
     Nq Nk      number of queries, number of keys                              1568, 1568
     D          model width                                                    768
     heads, K   number of attention heads, width of one head, D = heads*K      12, 64
 
-A video has the shape (B, C, T, H, W), its tokens (B, N, D). Token n = tau*S + y*w + x: time is the
-slowest axis. Queries, keys and values are (B, heads, N, K). Other files add their own letters.
+A video has the shape (B, C, T, H, W), its tokens (B, N, D). The token at time step tau, row y and
+column x has the number n = tau*S + y*w + x. Queries, keys and values are (B, heads, N, K). A time
+step is one frame, or the two frames of a tubelet (mae.py). Other files add their own letters.
 
 1. `Mask` says which keys a query may attend to. `Mask.rule` is its only definition.
 2. `reference_attention` is the definition of attention: softmax(q k^T / sqrt(K)) v. If the
-   numbers in q and k have unit variance, their dot product has variance K. Dividing it by sqrt(K)
-   gives unit variance again, so the softmax does not saturate.
-3. `sdpa` is torch's kernel. `flex_attention` (engine/flex.py) is a kernel that torch.compile
-   generates for the mask. Both give the same result with less memory. `choose` selects the form.
+   numbers in q and k are independent with mean 0 and variance 1, q k^T has variance K. Division by
+   sqrt(K) makes this variance 1, so the softmax does not saturate.
+3. `sdpa` and `flex_attention` compute the same with less memory. `sdpa` calls torch's kernel. For
+   `flex_attention` (engine/flex.py) torch.compile generates a kernel that knows the mask. `choose`
+   selects one of these three forms.
 4. `Attention` adds the projections. `Block` is the pre-norm block with `Attention` and `Mlp`.
 5. `run_blocks` runs the blocks in order and passes a `Context` to each: the mask, for example.
 
 A bias on the keys adds the same number to all scores of a query, and the softmax cancels it.
-VideoMAE therefore has biases on queries and values only (bias="qv"). Where we differ: DropPath
-drops samples. Official code with sequence-first tensors drops token positions instead.
+VideoMAE therefore has biases on queries and values only (bias="qv"). Where we differ: `DropPath`
+drops samples. In official code with tokens on the first axis it drops token positions instead.
 
 >>> block = Block(width=32, heads=4)
 >>> block(torch.zeros(2, 10, 32)).shape                    # (B, N, D) -> (B, N, D)
@@ -49,9 +51,10 @@ from engine.processes import global_rows
 
 FORMS = ("auto", "reference", "sdpa", "flex")
 
-# Largest size of the scores, in bytes, for which `choose` selects the reference form on a CPU:
-# B*heads*Nq*Nk * 2 bytes. Each block keeps its scores for the backward pass: up to 1 GiB in the 4
-# blocks of a decoder, 3 GiB in 12 blocks. The limit is there for memory alone.
+# Largest size of the scores, in bytes, for which `choose` selects the reference form:
+# B*heads*Nq*Nk * 2 bytes. Without a mask a block keeps one tensor of this size for the backward
+# pass, with a mask two: without one up to 1 GiB in the 4 blocks of a decoder, 3 GiB in 12 blocks.
+# Only memory sets the limit.
 SMALL = 256 * 2**20
 
 
@@ -63,13 +66,14 @@ SMALL = 256 * 2**20
 class Mask:
     """Which keys each query may attend to: the keys that all given fields allow.
 
-    The queries have the last Nq of the Nk key positions. A query with no allowed key gets zeros.
+    Query i has the position of key i + Nk - Nq: new tokens also attend to older ones, whose keys
+    are cached. For a query with no allowed key, attention returns zeros.
     """
 
     causal: bool = False                   # True = only keys up to the query's own position
     is_token: torch.Tensor | None = None   # (B or 1, Nk) bool; True = token, False = padding
-    frames: torch.Tensor | None = None     # (B or 1, Nk) int, the frame (or other group) of a key
-    window: int = 0                        # with frames: largest frame distance of query and key
+    frames: torch.Tensor | None = None     # (B or 1, Nk) int, number of the frame of each key
+    window: int = 0                        # largest allowed distance |frame of query - of key|
 
     @property
     def kind(self):
@@ -87,7 +91,7 @@ class Mask:
 
         Its arguments are the indices of clip, head, query and key: integers or integer tensors.
         """
-        # A tensor, because torch.compile would compile a new kernel for each Python number.
+        # Position of query 0. A tensor, because torch.compile compiles again for each new int.
         offset = torch.tensor(Nk - Nq, device=device)
         causal, window = self.causal, self.window
         is_token, frames = (None if x is None else x.expand(batch, -1)
@@ -107,18 +111,18 @@ class Mask:
         return may_attend
 
     def allowed(self, Nq, Nk, device):
-        """The mask as a tensor (B or 1, 1, Nq, Nk) bool, True = may attend. None if nothing is
-        excluded."""
+        """The mask as a tensor (B or 1, 1, Nq, Nk) bool, True = may attend; None = all may."""
         if not self.kind:
             return None
         rule = self.rule(self.rows, Nq, Nk, device)
         b, query, key = (torch.arange(n, device=device) for n in (self.rows, Nq, Nk))
+        # Indices (B or 1, 1, 1, 1), (Nq, 1), (Nk,). The rule is the same for all heads: 0 will do.
         allowed = rule(b[:, None, None, None], 0, query[:, None], key)
         return allowed.expand(self.rows, 1, Nq, Nk)                          # (B or 1, 1, Nq, Nk)
 
 
 # ------------------------------------------------------------------------------------------------
-# Attention: the definition, faster forms, and the choice. For the arguments see `attention`.
+# Attention: the definition, faster forms, and the choice. `attention` explains the arguments.
 
 
 def attention_weights(q, k, allowed=None, scale=None):
@@ -131,13 +135,14 @@ def attention_weights(q, k, allowed=None, scale=None):
     scores = (q * scale) @ k.transpose(-2, -1)                               # (B, heads, Nq, Nk)
     if allowed is None:
         return scores.softmax(dim=-1)
+    # Not -inf: a row with no allowed key would be NaN. It is 1/Nk everywhere, and then zero.
     weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return weights.masked_fill(~allowed, 0)  # rows with no allowed key are 1/Nk before this
+    return weights.masked_fill(~allowed, 0)                                  # (B, heads, Nq, Nk)
 
 
 def reference_attention(q, k, v, mask=None, scale=None):
-    """softmax(q k^T / sqrt(K)) v: the definition (arXiv 1706.03762, Sec. 3.2.1). The backward pass
-    needs all Nq x Nk weights in memory."""
+    """softmax(q k^T / sqrt(K)) v: the definition (arXiv 1706.03762, Sec. 3.2.1). It keeps all
+    Nq x Nk weights in memory for the backward pass."""
     allowed = None if mask is None else mask.allowed(q.shape[2], k.shape[2], q.device)
     return attention_weights(q, k, allowed, scale).to(v.dtype) @ v           # (B, heads, Nq, K)
 
@@ -146,9 +151,9 @@ def sdpa(q, k, v, mask=None, scale=None):
     """`reference_attention`, computed by torch's scaled_dot_product_attention.
 
     Where it can, torch uses a fused kernel that never stores all scores (FlashAttention, arXiv
-    2205.14135, Sec. 3.1). Torch has its own causal mask for Nq = Nk. Other masks become a tensor.
+    2205.14135, Sec. 3.1). Its causal mask fits ours only for Nq = Nk. Other masks become a tensor.
     """
-    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))  # one head of keys may serve all
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))  # (B, heads, Nk, K), also from 1 head
     fields = () if mask is None else mask.kind
     if not fields or (fields == ("causal",) and q.shape[2] == k.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=bool(fields), scale=scale)
@@ -163,20 +168,19 @@ def sdpa(q, k, v, mask=None, scale=None):
 def choose(q, k, mask=None):
     """Select the form for these queries, keys and mask: "sdpa", "flex" or "reference".
 
-    1. "sdpa" is the default, because torch maintains it. Nothing is timed at run time.
-    2. "flex" on CUDA, for 128 or more queries and a mask with padding or frames. It skips blocks
-       in which the mask allows nothing.
-    3. "reference" on a CPU, for bfloat16 with gradients and at most SMALL bytes of scores. There
-       the backward pass of "sdpa" takes 1.7 to 4 times as long (LOG.md).
-
-    Under torch.compile rule 3 is off, because the batch size may be symbolic. Exports use "sdpa".
+    1. "flex" on CUDA, for 128 or more queries and a mask with `is_token` or `frames`. It skips
+       blocks of queries and keys in which the mask allows nothing.
+    2. "reference" elsewhere, for bfloat16 with gradients and at most SMALL bytes of scores. On a
+       CPU the backward pass of "sdpa" then takes 1.7 to 4 times as long (LOG.md). torch.compile
+       does not use this rule, because the batch size may be symbolic.
+    3. "sdpa" otherwise, and in exports.
     """
     compiling = torch.compiler.is_compiling()
     if q.device.type == "cuda":
         sparse = mask is not None and (mask.is_token is not None or mask.frames is not None)
         supported = q.shape[3] >= 16 and q.dtype != torch.float64  # limits of FlexAttention
         if sparse and supported and not torch.compiler.is_exporting() and q.shape[2] >= 128 and (
-                compiling or not no_compiler("cuda")):
+                compiling or not no_compiler("cuda")):  # no_compiler: why it fails, "" = it works
             return "flex"
     elif q.dtype == torch.bfloat16 and torch.is_grad_enabled() and not compiling:
         score_bytes = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
@@ -189,7 +193,7 @@ _default_form = "auto"
 
 
 def use(form):
-    """Set the form of all calls of `attention` without a `form`. "auto" = `choose` at each call."""
+    """Set the form for calls of `attention` without `form`. "auto" = `choose` at each call."""
     global _default_form
     _default_form = _check_form(form)
 
@@ -221,8 +225,8 @@ def attention(q, k, v, mask=None, *, scale=None, form=None):
 
 
 def quick_gelu(x):
-    """x * sigmoid(1.702 x), CLIP's approximation of GELU, also in UniFormerV2. VideoMAE uses
-    F.gelu. The two differ by up to 0.02, so each model needs the one it was trained with."""
+    """x * sigmoid(1.702 x), an approximation of GELU in CLIP and UniFormerV2. VideoMAE uses F.gelu.
+    They differ by up to 0.02, so each model needs the one it was trained with."""
     # silu(y) = y * sigmoid(y): one kernel in each direction, and one stored tensor instead of two.
     return F.silu(1.702 * x) / 1.702
 
@@ -242,7 +246,7 @@ def sinusoid_table(length, width):
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382, Sec. 3): zero a residual branch for random samples.
 
-    rate  probability that a sample is dropped; the others are divided by 1 - rate to keep the mean
+    rate  probability of zero for a sample; the others are divided by 1 - rate to keep the mean
     """
 
     def __init__(self, rate=0.0):
@@ -253,18 +257,15 @@ class DropPath(nn.Module):
         """x (B, ...) -> the same shape; unchanged in eval mode."""
         if not self.training or self.rate == 0:
             return x
-        # Every process draws the numbers for the batch of all processes and uses its own rows.
-        rows, own_rows = global_rows(x.shape[0])
-        # (B, 1, ..., 1)
+        # Each training process draws numbers for the samples of all processes and uses those of its
+        # own. So the result does not depend on the number of processes.
+        rows, own_rows = global_rows(x.shape[0])  # number of all samples; slice of its own
         keep = x.new_empty((rows,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)[own_rows]
-        return x * keep / (1 - self.rate)
+        return x * keep / (1 - self.rate)  # keep: (B, 1, ..., 1), 0 or 1
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but several processes drop what one process with the whole batch would drop.
-
-    See `joined` in engine/processes.py.
-    """
+    """nn.Dropout whose result does not depend on the number of processes, as in `DropPath`."""
 
     def forward(self, x):
         """x (B, ...) -> the same shape; unchanged in eval mode."""
@@ -274,15 +275,15 @@ class Dropout(nn.Dropout):
         if rows == x.shape[0]:
             return super().forward(x)
         keep = x.new_ones((rows,) + x.shape[1:])
-        return x * F.dropout(keep, self.p)[own_rows]
+        return x * F.dropout(keep, self.p)[own_rows]  # 0 or 1 / (1 - p) times x
 
 
 @dataclass(frozen=True)
 class State:
     """The activations of an encoder between two blocks."""
 
-    tokens: torch.Tensor               # (B, N, D); in the multimodal encoder (B, t, 1+S, D)
-    query: torch.Tensor | None = None  # (B, 1, D), global token; in the multimodal encoder only
+    tokens: torch.Tensor               # (B, N, D); in uniformerv2.py (B, t, 1+S, D)
+    query: torch.Tensor | None = None  # (B, 1, D), the global token of uniformerv2.py
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,16 +295,16 @@ class Context:
     """
 
     mask: Mask | None = None   # None = every token attends to every token
-    last: int | None = None    # only the last `last` tokens are queries, and only their results are
-    #                            returned; None = all. `run_blocks` passes it to the last block only
+    last: int | None = None    # number of tokens, counted from the end, whose results are needed;
+    #                            only these are queries. None = all. See `run_blocks`
 
 
 class Attention(nn.Module):
     """Multi-head attention with its projections: out = proj(attention(q, k, v)).
 
     width, heads   D and the number of heads; D must be a multiple of heads
-    context_width  width of the tokens that keys and values come from; None = self-attention
-    bias           "qkv", "none", or for self-attention "qv" (no bias on the keys)
+    context_width  for cross-attention: width of the tokens `keys_from`; None = self-attention
+    bias           which projections have one: "qkv", "none", or for self-attention "qv"
     cosine         True = scores are cosine similarities times a learned factor per head, at most
                    100 (Swin V2, arXiv 2111.09883, Sec. 3.2; an option of VideoMAE V2)
     """
@@ -320,10 +321,10 @@ class Attention(nn.Module):
         else:
             self.q = nn.Linear(width, width, bias=bias == "qkv")
             self.kv = nn.Linear(context_width, 2 * width, bias=bias == "qkv")
-        # The shared bias of `qkv` would include the keys, so "qv" has two parameters of its own.
+        # A bias of `qkv` would include the keys, so "qv" has two parameters instead.
         self.q_bias = nn.Parameter(torch.zeros(width)) if bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if bias == "qv" else None
-        # Logarithm of the factor on the cosine similarities. The factor is 10 at the start.
+        # Logarithm of the factor on the cosine similarities. The factor starts at 10.
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), 10.0).log()) if cosine else None
         self.proj = nn.Linear(width, width)
 
@@ -334,7 +335,7 @@ class Attention(nn.Module):
         keys_from  (B, Nk, context_width), tokens that keys and values come from; None = x
         last       Nq: only the last Nq tokens of x are queries; None = all
         """
-        query_tokens = x if last is None else x[:, -last:]
+        query_tokens = x if last is None else x[:, -last:]                   # (B, Nq, D)
         if keys_from is not None:
             projected = self.q(query_tokens), *self.kv(keys_from).chunk(2, dim=-1)
         else:
@@ -342,11 +343,12 @@ class Attention(nn.Module):
             if self.q_bias is not None:
                 bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             if last is None:
-                projected = F.linear(x, weight, bias).chunk(3, dim=-1)
-            else:
+                projected = F.linear(x, weight, bias).chunk(3, dim=-1)       # (B, N, D) each
+            else:  # rows 0 to D - 1 of the weight make queries, the others keys and values
                 q_bias, kv_bias = (None, None) if bias is None else (bias[:D], bias[D:])
                 projected = (F.linear(query_tokens, weight[:D], q_bias),
                              *F.linear(x, weight[D:], kv_bias).chunk(2, dim=-1))
+        # Each (B, N, D) -> (B, N, heads, K) -> (B, heads, N, K).
         return tuple(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
 
     def forward(self, x, context=None, *, keys_from=None):
@@ -357,17 +359,17 @@ class Attention(nn.Module):
         """
         context = context or Context()
         q, k, v = self.queries_keys_values(x, keys_from, context.last)
-        scale = None
+        scale = None  # 1/sqrt(K)
         if self.temperature is not None:
             q = F.normalize(q, dim=-1) * self.temperature.clamp(max=4.6052).exp()  # log(100)
             k, scale = F.normalize(k, dim=-1), 1.0
-            q, k = q.to(v.dtype), k.to(v.dtype)
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast computes both in float32
         out = attention(q, k, v, context.mask, scale=scale)                  # (B, heads, Nq, K)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(out.transpose(1, 2).flatten(2))                     # (B, Nq, D)
 
 
 class Mlp(nn.Module):
-    """fc2(activation(fc1(x))) on each token. x (B, N, D) -> (B, N, D)."""
+    """fc2(activation(fc1(x))) on each token, then dropout. x (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width, hidden, activation=F.gelu, drop=0.0):
         super().__init__()
@@ -407,10 +409,9 @@ class Block(nn.Module):
             self.gamma2 = nn.Parameter(torch.full((width,), float(layer_scale)))
 
     def forward(self, x, context=None):
-        """x (B, N, D), context a Context -> (B, N, D).
+        """x (B, N, D), context a Context -> (B, N, D), or (B, context.last, D) if that is set.
 
-        If context.last is set: (B, context.last, D), the last tokens of the full result. For the
-        other tokens only keys and values are computed.
+        The tokens before the last ones then only give keys and values.
         """
         context = context or Context()
         residual = x if context.last is None else x[:, -context.last:]
@@ -423,10 +424,10 @@ class Block(nn.Module):
 def run_blocks(blocks, x, context=None, recompute=False):
     """Run the blocks in order, x (B, N, D) -> (B, N, D), or (B, context.last, D) if that is set.
 
-    context    Context for every block; only the last block gets `last`
+    context    Context for every block; only the last block gets `last`, the others need all tokens
     recompute  True = activation checkpointing (arXiv 1604.06174): activations inside a block are
-               stored but computed again in the backward pass: about a third more time, much less
-               memory
+               not stored. The backward pass computes them again. This takes much less memory and
+               about a third more time
     """
     context = context or Context()
     without_last = replace(context, last=None)
