@@ -3,36 +3,36 @@
 This is stage 1 of InternVideo (arXiv 2212.03191, Sec. 3.2). The method is VideoMAE (arXiv
 2203.12602). It needs no labels. To reconstruct the hidden part of a clip, a network must model
 objects and their motion. Neighbouring frames are nearly equal, so a patch hidden in one frame could
-be copied from the next. A tube mask prevents that: it hides the same patches in all frames. For
+be copied from the next. A tube mask makes this harder: it hides the same patches in all frames. For
 images a mask ratio of 75 % is best (MAE, arXiv 2111.06377, Fig. 5). Videos are more redundant, and
-90 % is best (VideoMAE, Sec. 3.2).
+90 % is best (VideoMAE, Sec. 3.2 and 3.3).
 
     video (B, 3, T, H, W) --take_tubelets--> visible (B, Nv, P)
       visible --embed, + position--> (B, Nv, D) --Encoder--> (B, Nv, D) --linear--> (B, Nv, Dd)
-      [visible | mask tokens + position] (B, N, Dd) --Decoder--> last Nm --head--> (B, Nm, P)
+      [visible | mask tokens], + position (B, N, Dd) --Decoder--> last Nm --head--> (B, Nm, P)
       loss = mean (prediction - target)^2,  target = normalised pixels of the hidden tubelets
 
     Nv Nm   visible and hidden tokens, Nv + Nm = N   160, 1408      Dd   decoder width      384
     P       numbers in a tubelet, 2 * 16 * 16 * 3    1536           Y    number of classes  400
 
 1. A tubelet is 2 frames x 16 x 16 pixels. 16 x 224 x 224 pixels make N = 8 * 14 * 14 = 1568 tokens.
-2. `tube_mask` hides int(0.9 * 196) = 176 of 196 patches per frame. 8 * 20 = 160 tokens are visible.
-3. `Encoder` runs joint space-time attention on the visible tokens only. A block needs 12.7 times
-   less computation for 160 tokens than for 1568. The encoder never sees mask tokens, in pretraining
-   or later, so fine-tuning starts from the same kind of input.
-4. `Decoder` gets the encoded visible tokens. For each hidden position it gets a learned mask token
-   plus a position encoding. It is discarded after pretraining, so it is small: see SIZES.
-5. `reconstruction_target` normalises each tubelet and channel to mean 0 and variance 1. The trivial
-   prediction, 0, has a loss of (n-1)/n for n pixels, because the variance is the unbiased one.
+2. `tube_mask` hides int(0.9 * 196) = 176 of 196 tokens per time step; 8 * 20 = 160 are visible.
+3. `Encoder` runs on the visible tokens only. Each token attends to all of them, in space and time.
+   A block needs 12.7 times less computation for 160 tokens than for 1568. The encoder never gets
+   mask tokens, so its input in fine-tuning is of the kind that it was trained on.
+4. `Decoder` gets the encoded visible tokens, and one learned mask token for each hidden position.
+   Position encodings are added to both. Only pretraining needs it, so it is small: see SIZES.
+5. `reconstruction_target` normalises each tubelet and channel to mean 0 and variance 1. A
+   prediction of 0 has a loss of (n-1)/n for n pixels, because the variance is the unbiased one.
 6. `VideoClassifier` reuses the encoder on all tokens: mean over tokens, norm, linear layer.
 
 Where we differ from the official code (VideoMAE modeling_pretrain.py), with equal results: only
 visible tubelets are embedded, only hidden ones get a target, and the last decoder block computes
-hidden positions only. Masks come from another random generator.
+hidden positions only. Masks differ, because they come from another random generator.
 
 >>> model = VideoMAE("tiny", image_size=64)
 >>> hidden = tube_mask(2, model.grid, 0.9, torch.Generator().manual_seed(0))
->>> model(torch.zeros(2, 3, 16, 64, 64), hidden).shape    # (B, Nm, P) = 8*int(0.9*64), 2*8*8*3
+>>> model(torch.zeros(2, 3, 16, 64, 64), hidden).shape    # (B, Nm, P) = 8*int(0.9*8*8), 2*8*8*3
 torch.Size([2, 456, 384])
 """
 
@@ -54,12 +54,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 @dataclass(frozen=True)
 class Size:
     """Widths and depths of encoder and decoder; `patch` is the side of a tubelet in pixels."""
-    width: int
+    width: int  # D
     depth: int
     heads: int
     mlp_width: int
     patch: int
-    decoder_width: int
+    decoder_width: int  # Dd
     decoder_depth: int
     decoder_heads: int
     decoder_mlp_width: int
@@ -83,16 +83,16 @@ POSITIONS = ("sinusoid", "resized", "axes", "cosines", "stored")
 
 @dataclass(frozen=True)
 class Options:
-    """Options of both networks in this file. A run saves all of them in its config.json."""
+    """Options of VideoMAE and VideoClassifier. A run saves all of them in its config.json."""
     size: Size | str             # Size, or a name in SIZES
     frames: int = 16             # T of the clips; clips with another T, H or W are accepted, too
-    image_size: tuple = 224      # H and W in pixels; one number = both
+    image_size: int | tuple = 224  # H and W in pixels; one number = both; stored as [H, W]
     tubelet: int = 2             # frames per tubelet
     channels: int = 3
     positions: str = "sinusoid"  # position encoding, one of POSITIONS: see `position_codes`
     bias: str = "qv"             # see attention.Attention
     cosine: bool = False         # see attention.Attention
-    layer_scale: float = None    # see attention.Block
+    layer_scale: float | None = None  # see attention.Block
     eps: float = 1e-6            # of all LayerNorms except the next
     head_eps: float = 1e-6       # of the LayerNorm before the head of the decoder or classifier
 
@@ -120,7 +120,7 @@ def take_tubelets(video, index, patch, tubelet):
     """Cut tubelets out of a video (B, C, T, H, W) -> (B, n, C, tubelet*patch*patch).
 
     index           (B, n) int64, numbers tau*h*w + y*w + x of the tubelets to take; None = all N
-    patch, tubelet  pixels per side and frames of a tubelet
+    patch, tubelet  side of a tubelet in pixels; frames in a tubelet
     """
     B, C, T, H, W = video.shape
     t, h, w = T // tubelet, H // patch, W // patch
@@ -129,6 +129,7 @@ def take_tubelets(video, index, patch, tubelet):
     if index is None:
         return tubelets.reshape(B, t * h * w, C, -1)
     b = torch.arange(B, device=index.device)[:, None]                        # (B, 1)
+    # Indices of clip, tau, y and x -> (B, n, C, tubelet, patch, patch), then pixels on one axis.
     return tubelets[b, index // (h * w), index // w % h, index % w].flatten(3)
 
 
@@ -140,8 +141,7 @@ def imagenet_statistics(like):
 def imagenet_normalise(tubelets):
     """Normalise uint8 tubelets (B, n, 3, pixels) -> float32. Float tubelets are returned unchanged.
 
-    Frames stay uint8 until the visible 10 % are selected. Converting only those saves memory
-    traffic.
+    A video stays uint8 until the visible 10 % are selected. Only these need to become float32.
     """
     if tubelets.dtype != torch.uint8:
         return tubelets
@@ -156,7 +156,7 @@ def draw_mask(batch, length, count, generator):
 
 
 def tube_mask(batch, grid, ratio, generator=None):
-    """Hide the same int(ratio * h * w) patches in every frame (VideoMAE, Sec. 3.3).
+    """Hide the same int(ratio * h * w) positions at every time step (VideoMAE, Sec. 3.3).
 
     grid (t, h, w), ratio in [0, 1) -> (batch, t*h*w) bool on the CPU, True = hidden
     """
@@ -165,7 +165,7 @@ def tube_mask(batch, grid, ratio, generator=None):
 
 
 def random_mask(batch, grid, ratio, generator=None):
-    """As `tube_mask`, but the hidden tokens are drawn from all positions in space and time."""
+    """As `tube_mask`, but hide as many tokens drawn from all positions in space and time."""
     t, h, w = grid
     return draw_mask(batch, t * h * w, t * int(ratio * h * w), generator)
 
@@ -180,10 +180,10 @@ MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
 
 
 def split_by_mask(mask, name="hidden"):
-    """Split the token numbers by mask (B, N) bool -> (B, N - n) where False, (B, n) where True.
+    """Token numbers where a mask (B, N) bool is False, (B, N - n), and where it is True, (B, n).
 
-    The numbers are int64 and ascending. Every row must have the same number n of True, so that all
-    shapes are fixed; otherwise ValueError, with `name` as the name of the mask.
+    The numbers are int64 and ascending. Every row must have the same number n of True, because
+    rows of a tensor have one length; otherwise ValueError, which calls the mask `name`.
     """
     N, counts, compiling = mask.shape[1], mask.sum(dim=1), torch.compiler.is_compiling()
     count = counts[0].item()
@@ -192,10 +192,10 @@ def split_by_mask(mask, name="hidden"):
     elif (counts != count).any():
         raise ValueError(f"every row of `{name}` must mark the same number of tokens, "
                          f"got {sorted(set(counts.tolist()))}")
-    # Sorting these keys puts all False tokens first. The keys differ, so the sort need not be
-    # stable. A stable sort is faster, but ONNX has none.
-    keys = mask * N + torch.arange(N, device=mask.device)                    # (B, N)
-    order = keys.argsort(dim=1) if compiling else keys.argsort(dim=1, stable=True)
+    # The value of token n is n if the mask is False and N + n if it is True. Sorted, all False come
+    # first. No values are equal, so any sort will do: stable is faster, but ONNX has none.
+    values = mask * N + torch.arange(N, device=mask.device)                  # (B, N)
+    order = values.argsort(dim=1) if compiling else values.argsort(dim=1, stable=True)
     return order[:, :N - count], order[:, N - count:]
 
 
@@ -209,7 +209,7 @@ def resize_positions(table, old_grid, new_grid):
     """Resize a position table to another token grid: bicubic in space, then linear in time.
 
     table (1, t*h*w, D), grids (t, h, w) -> (1, N, D) for the new grid. InternVideo trained its
-    models for 384 px and 32 frames with such tables. Sinusoids computed for the new grid are worse
+    ViT-H for 32 frames of 384 px with such a table. Sinusoids computed for the new grid are worse
     (InternVideo, appendix).
     """
     (t, h, w), (new_t, new_h, new_w) = old_grid, new_grid
@@ -228,7 +228,7 @@ def cosine_table(length, width):
     """Position encodings (length, width) float32 from the discrete cosine transform (DCT).
 
     Columns are the DCT's basis functions without the constant one, repeated to fill the width. If
-    width is a multiple of length - 1, all pairs of positions have the same distance.
+    width is a multiple of length - 1, the encodings of any two positions are equally far apart.
     """
     frequency = 1 + torch.arange(width) % max(1, length - 1)                 # (width,)
     position = torch.arange(length, dtype=torch.float64)[:, None] + 0.5      # (length, 1)
@@ -240,14 +240,13 @@ def position_codes(positions, grid, patch, tubelet, width):
 
     positions selects how they are computed:
 
-    "sinusoid"  as the official code: sinusoids of the token number n, computed for this grid
+    "sinusoid"  as in the official code: sinusoids of the token number n, for this grid
     "resized"   sinusoids for 16 frames of 224 px, resized to this grid (`resize_positions`)
-    "axes"      one third of the channels each for time, row and column. The dot product of two
-                positions depends only on the three distances. Small models learn it sooner (LOG.md)
-    "cosines"   as "axes", with `cosine_table`. Sinusoids have wavelengths up to 60,000, so on a
-                grid of 4 most of their columns are almost constant (LOG.md)
-    "stored"    a table in the weights. It starts as "sinusoid" and is not trained, as in the
-                official code
+    "axes"      sinusoids of time, row and column in a third of the channels each. Dot products
+                depend only on the three distances. Small models learn sooner with it (LOG.md)
+    "cosines"   as "axes", with `cosine_table`. Sinusoids have wavelengths up to 60,000, so along an
+                axis of 4 positions most of their columns are almost constant (LOG.md)
+    "stored"    here as "sinusoid". `Encoder` then keeps the table among its weights, not trained
     """
     t, h, w = grid
     if positions in ("axes", "cosines"):
@@ -282,7 +281,7 @@ class Encoder(nn.Module):
     scheme     function that initialises the weights of the blocks, see `initialise`. The embedding
                keeps torch's initialisation, as in the official code
     drop_path  DropPath rate of the last block. The rates rise linearly from 0 in the first block
-    norm       True = LayerNorm after the blocks. The classifier has none: it norms the mean instead
+    norm       True = LayerNorm after the blocks. VideoClassifier has none: it norms the mean
     """
 
     block_class = Block  # subclasses may replace it: variants/divided_attention.py
@@ -298,14 +297,14 @@ class Encoder(nn.Module):
             self.block_class(size.width, size.heads, mlp_width=size.mlp_width, drop_path=rate,
                              **options.block) for rate in rates)
         self.norm = nn.LayerNorm(size.width, eps=options.eps) if norm else nn.Identity()
+        # Position encodings for self.grid. Only with positions="stored" are they in the weights.
         self.register_buffer("stored", self.codes_of(self.grid),
-                             persistent=self.positions == "stored")  # True = in the weights
+                             persistent=self.positions == "stored")
         self.recompute = False
         initialise(self.blocks, scheme)
 
     def grid_of(self, T, H, W):
-        """Token grid (t, h, w) of a clip with T frames of H x W pixels. ValueError if tubelets do
-        not fit."""
+        """Token grid (t, h, w) of T frames of H x W pixels. ValueError if tubelets do not fit."""
         if T % self.tubelet or H % self.patch or W % self.patch:
             raise ValueError(f"a clip of {T} frames of {H} x {W} pixels does not divide into "
                              f"tubelets of {self.tubelet} x {self.patch} x {self.patch}")
@@ -321,18 +320,19 @@ class Encoder(nn.Module):
 
         visible  (B, Nv) int64, numbers of the tokens to embed; None = all N
         """
-        grid, codes = self.grid_of(*video.shape[2:]), self.stored            # (1, N, D)
+        grid, codes = self.grid_of(*video.shape[2:]), self.stored            # codes (1, N, D)
         if grid != self.grid and self.positions == "stored":
             codes = resize_positions(codes, self.grid, grid)
         elif grid != self.grid:
             codes = self.codes_of(grid).to(codes)
         tubelets = imagenet_normalise(take_tubelets(video, visible, self.patch, self.tubelet))
+        # In P the colour is the slowest axis here, in the target the fastest (as officially).
         tokens = self.embed(tubelets.flatten(2))                             # (B, Nv, D)
         return State(tokens + (codes if visible is None else gather(codes, visible)))
 
     def run(self, state, start, stop):
         """Run blocks start to stop - 1: the State before them -> the State after them."""
-        blocks = list(self.blocks)[start:stop]
+        blocks = list(self.blocks)[start:stop]  # a slice of a ModuleList would be a new module
         return replace(state, tokens=run_blocks(blocks, state.tokens, recompute=self.recompute))
 
     def forward(self, video, visible=None):
@@ -341,7 +341,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Blocks over all tokens, then norm and head for the last n of them."""
+    """Blocks on visible and mask tokens, then norm and head on the mask tokens, which are last."""
 
     def __init__(self, options):
         super().__init__()
@@ -362,7 +362,7 @@ class Decoder(nn.Module):
 
 
 class Network(nn.Module):
-    """Base class of the two networks below: options, encoder, saving and loading.
+    """Base class of VideoMAE and VideoClassifier: options, encoder, configuration, conversion.
 
     options          Options
     more_config      {name: value}, what config.json holds besides model_name and options
@@ -370,8 +370,8 @@ class Network(nn.Module):
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-    classifier = "VideoClassifier"  # model_name of the classifier with this encoder
-    encoder_class = Encoder         # variants replace these two
+    classifier = "VideoClassifier"  # what with_head builds; variants/ replace these two
+    encoder_class = Encoder
 
     def __init__(self, options, more_config, **encoder_options):
         super().__init__()
@@ -387,7 +387,8 @@ class Network(nn.Module):
     def with_head(self, classes, *, rows=None, **options):
         """A new classifier for Y classes with this encoder, for fine-tuning.
 
-        rows, options  (drop, drop_path, frames, image_size, ...): see weights.heads.masked
+        rows     rows of the old head that the new one starts with: see weights.heads.rows_of
+        options  of the new classifier, where they differ: drop, drop_path, frames, image_size, ...
         """
         from weights import heads
         return heads.masked(self, classes, rows, options)
@@ -409,11 +410,11 @@ class VideoMAE(Network):
 
     size, options  see Options
     drop_path      see Encoder
-    normalised     True = the targets are normalised pixels. Only pictures of predictions use it
+    normalised     True = trained on normalised targets. Only pictures of predictions need it
     """
 
     model_name = "VideoMAE"    # in config.json
-    no_weight_decay = "mask_token",  # gets no weight decay: engine/optimisers.py
+    no_weight_decay = "mask_token",  # read by engine/optimisers.py
 
     def __init__(self, size="base", *, drop_path=0.0, normalised=True, **options):
         options = Options(size, **options)
@@ -444,7 +445,7 @@ class VideoMAE(Network):
         tokens = self.encoder_to_decoder(self.encoder(video, visible))       # (B, Nv, Dd)
         grid = self.encoder.grid_of(*video.shape[2:])
         codes = self.codes if grid == self.grid else self.codes_of(grid).to(self.codes)
-        # Visible tokens first, then mask tokens, as in the official code.
+        # Visible tokens first, then mask tokens. The codes tell where they are, not their order.
         tokens = torch.cat([tokens + gather(codes, visible),
                             self.mask_token + gather(codes, decoded)], dim=1)  # (B, Nv + n, Dd)
         return self.decoder(tokens, decoded.shape[1])
@@ -461,17 +462,17 @@ class VideoMAE(Network):
 class VideoClassifier(Network):
     """Classifier: encoder on all tokens, mean over tokens, norm, linear layer (VideoMAE, Sec. 4).
 
-    Pretraining has no class token, so the mean of all tokens represents the clip. `fc_norm` norms
-    this mean and replaces the norm of the encoder.
+    There is no class token, so the mean of all tokens represents the clip. `fc_norm` norms this
+    mean. It replaces the norm of the encoder.
 
     size, options  see Options
-    classes        Y; 0 = no head: forward returns the feature
+    classes        Y; 0 = no head: `forward` returns the feature
     drop           dropout probability before the head
     drop_path      see Encoder
     head_scale     factor on the initial weights of the head
 
-    UniFormerV2 has the same interface: width, depth, heads, mean, std, family, grid_of, start, run,
-    finish, tokens, feature, with_head, layer_index, trainable_modules.
+    uniformerv2.UniFormerV2 has the same interface: width, depth, heads, mean, std, family, grid_of,
+    start, run, finish, tokens, feature, with_head, layer_index, trainable_modules.
     """
 
     model_name, family = "VideoClassifier", "masked"
@@ -520,7 +521,7 @@ class VideoClassifier(Network):
         return self.head(self.drop(self.feature(video)))
 
     def trainable_modules(self):
-        """The modules that stage 4 trains while the encoder is frozen: fusion.py."""
+        """The modules that stage 4 (fusion.py) trains while the blocks are frozen."""
         return [self.fc_norm, self.head]
 
     def layer_index(self, name):
@@ -545,7 +546,7 @@ def reconstruction_target(video, hidden, normalise=True, *, patch=None, tubelet=
                    2111.06377, Sec. 3); False = pixels in [0, 1]
     patch          side of a tubelet in pixels; default: computed from N
     tubelet        frames in a tubelet
-    returns        (B, Nm, P); tokens ascending; P in the order frame, row, column, colour
+    returns        (B, Nm, P); tokens ascending; order in P: frame, row, column, colour
     """
     T, H, W = video.shape[2:]
     if patch is None:
@@ -591,12 +592,11 @@ def trivial_prediction(video, hidden, normalise=True, *, patch=None, tubelet=2):
     target = reconstruction_target(video, hidden, False, patch=patch, tubelet=tubelet)
     visible = reconstruction_target(video, ~hidden, False, patch=patch, tubelet=tubelet)
     colour = visible.unflatten(-1, (-1, 3)).mean(dim=(1, 2))                 # (B, 3)
-    return colour[:, None].repeat(1, target.shape[1], target.shape[2] // 3)
+    return colour[:, None].repeat(1, target.shape[1], target.shape[2] // 3)  # (B, Nm, P)
 
 
 def reconstruction_loss(prediction, target):
-    """Mean squared error of prediction and target, both (B, Nm, P). Half precision is converted to
-    float32."""
+    """Mean squared error of prediction and target, both (B, Nm, P), computed in float32 or more."""
     if prediction.dtype != torch.float64:
         prediction, target = prediction.float(), target.float()
     return F.mse_loss(prediction, target)
