@@ -2,8 +2,8 @@
 
 CLIP was trained on 400 million images with captions. It knows objects and scenes, but nothing about
 time. UniFormerV2 runs CLIP's blocks on every frame and adds new blocks for time. The output of the
-new blocks is zero at the start, so the network begins with exactly what CLIP has learned.
-InternVideo (arXiv 2212.03191) uses UniFormerV2 as its multimodal encoder.
+new blocks is zero at the start, so the tokens of each frame start as those of CLIP. InternVideo
+(arXiv 2212.03191) uses UniFormerV2 as its multimodal encoder.
 
     video (B, C, T, H, W) --embed each frame, + class token, + positions--> (B, t, 1+S, D)
       | per block:  local unit    convolution over three frames        (optional)
@@ -16,22 +16,24 @@ InternVideo (arXiv 2212.03191) uses UniFormerV2 as its multimodal encoder.
                                                             |
                          feature (B, D) --norm, dropout, linear--> logits (B, Y)
 
-1. `embed_frames` is CLIP's patch embedding of each frame. Its position table is that of CLIP: row
-   and column, not time. With `temporal_downsample` (for motion) an embedding covers three frames
-   and the stride is two, so t = T/2.
+1. `embed_frames` is CLIP's patch embedding of each frame, so t = T. As in CLIP, the position table
+   is for row and column, not for time. With `temporal_downsample` (for videos in which motion
+   matters) an embedding covers three frames with a stride of two, so t = T/2.
 2. `LocalUnit` is a depth-wise convolution over time, in R < D channels (paper: Local UniBlock).
 3. `GlobalBlock`: the global token attends to all tokens of the clip (paper: Global UniBlock). The
    global token is a learned vector, zero at the start. Each global block updates it for the next.
 4. `UniFormerV2.combine` returns (1-w) * global token + w * mean class token, w = sigmoid(balance).
    At the start the global token is 0 and w is 1/2, so the feature is half the mean class token.
+   The norm before the head removes the factor 1/2.
 
-At step one all layers that start at zero have a nonzero gradient, except the second local unit of
-the last block. It affects only the last global block, whose output layers are still zero.
+At step one all layers that start at zero have a nonzero gradient, with one exception: the second
+local unit of the last block. Only a global block after it reads its output, and the output layers
+of this block are still zero.
 
 Where we differ from the official code: tensors are batch first, convolutions of size 1 are Linear
 layers, and DropPath drops clips, not token positions. As in that code, w is the weight of the mean
 class token; in the paper it is the weight of the global token. B/16 has 115 M parameters, L/14
-354 M; with the options for motion 163 M and 574 M.
+354 M; with the options for motion (see `Options`) 163 M and 574 M.
 
 >>> model = UniFormerV2("tiny", classes=5).eval()
 >>> video = torch.randn(2, 3, 8, 64, 64)
@@ -56,7 +58,7 @@ MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the image model; global blocks have the same width. patch, image_size: pixels."""
+    """Sizes of the image model. Global blocks have its width. patch, image_size: side in pixels."""
     width: int
     depth: int
     heads: int
@@ -80,20 +82,20 @@ class Options:
     """All options of a UniFormerV2. A run saves all of them in its config.json.
 
     The defaults are the paper's options for Kinetics. Its options for motion (Something-Something):
-    local_units 2, temporal_downsample, a global block after each of the last two thirds of the
-    layers, frames 16, drop_path 0.2, global_drop_path 0.4. For a frozen image model: balance False.
+    local_units 2, temporal_downsample, global_layers = the last two thirds of the layers, frames
+    16, drop_path 0.2, global_drop_path 0.4. For a frozen image model: balance False.
     """
     size: Size | str = "b16"             # Size, or a name in SIZES
     frames: int = 8                      # T of the clips; other lengths are accepted, too
     image_size: int | tuple | None = None  # H = W or (H, W) in pixels; None = image_size of `size`
     channels: int = 3
     classes: int = 0                     # Y; 0 = no head, forward returns the feature
-    global_layers: tuple | None = None   # numbers (from 0) of the layers with a global block after
-    #                                      them; () = none; None = the last four, at most half
+    global_layers: tuple | None = None   # numbers (from 0) of the blocks with a global block after
+    #                                      them; () = none; None = the last 4, at most half of all
     global_heads: int | None = None      # heads of the global blocks; None = as the image model
     global_mlp_width: int | None = None  # hidden width of their MLP; None = as the image model
     local_units: int = 0                 # 0, 1 or 2 in each block
-    reduction: float = 1.5               # R = int(D // reduction), the width inside a local unit
+    reduction: float = 1.5               # R = int(D // reduction), the width of a local unit's conv
     temporal_downsample: bool = False    # True = embed 3 frames with stride 2; T must be even
     balance: bool = True                 # False = the feature is the global token alone
     drop_path: float = 0.0               # DropPath rate of the last block, rising linearly from 0
@@ -131,8 +133,8 @@ def temporal_conv(x, kernel, bias):
 
     x (B, t, S, R), kernel (R, 3), bias (R,) -> (B, t, S, R)
     """
-    # A 2-D convolution over the axes (t, S) with a 3 x 1 kernel. In memory x is already a
-    # channels-last image, so it is not copied.
+    # A 2-D convolution over the axes (t, S) with a 3 x 1 kernel. In memory the channels of x are
+    # last, as torch's channels_last format wants for images. So nothing is copied.
     image = x.permute(0, 3, 1, 2)                                            # (B, R, t, S)
     kernel = kernel[:, None, :, None]                                        # (R, 1, 3, 1)
     return F.conv2d(image, kernel, bias, padding=(1, 0), groups=len(kernel)).permute(0, 2, 3, 1)
@@ -143,21 +145,21 @@ def grid_conv(x, kernel, bias):
 
     x (B, t, h, w, D), kernel (D, 1, 3, 3, 3), bias (D,) -> (B, t, h, w, D)
     """
-    # The result is a sum of three 3 x 3 convolutions, over the previous, the same and the following
-    # frame. On a CPU, training with conv3d is 3 times slower, in bfloat16 9 times.
+    # A sum of three 3 x 3 convolutions of frames (B*t, D, h, w): the previous, the same and the
+    # following frame. On a CPU, training with conv3d takes 3 times as long, in bfloat16 9 times.
     frames = x.flatten(0, 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     previous, same, following = (
         F.conv2d(frames, kernel[:, :, i], bias if i == 1 else None, padding=1, groups=len(kernel))
         .permute(0, 2, 3, 1).unflatten(0, x.shape[:2]) for i in range(3))    # (B, t, h, w, D) each
+    # Shift by one frame: frame 0 has no previous frame and the last one no following frame.
     return (same + F.pad(previous[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-            + F.pad(following[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1)))
+            + F.pad(following[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1)))             # (B, t, h, w, D)
 
 
 def inflate(kernel, frames):
-    """Image kernel (D, C, p, p) -> video kernel (D, C, frames, p, p).
+    """Image kernel (D, C, p, p) -> video kernel (D, C, frames, p, p) with the same result.
 
-    The image kernel becomes the middle frame, the other frames are zero. So the video kernel gives
-    what the image kernel gives for the middle frame.
+    The image kernel is applied to the middle frame. The kernels for the other frames are zero.
     """
     out = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])
     out[:, :, frames // 2] = kernel
@@ -166,30 +168,30 @@ def inflate(kernel, frames):
 
 class DepthwiseKernel(nn.Module):
     """Weight and bias of a depth-wise convolution. The weight is initialised as in torch's
-    convolutions, the bias with zeros."""
+    convolutions, the bias with zeros. shape: (channels, ...) of the weight."""
 
     def __init__(self, *shape):
         super().__init__()
-        bound = math.prod(shape[1:]) ** -0.5  # 1 / sqrt(fan in)
+        bound = math.prod(shape[1:]) ** -0.5  # 1 / sqrt(inputs of one output)
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(shape[0]))
 
 
 def zero_init(layer):
-    """Set a Linear layer to zero and return it. As the last layer of a branch it makes the branch
-    zero at the start. Its own gradient is not zero, so it learns."""
+    """Set a Linear layer to zero and return it. The residual branch that ends with it is then zero
+    at the start. Its input is not zero, so its gradient is not zero either: it learns."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class LocalUnit(nn.Module):
-    """Mix each patch with the same patch position in the previous and next frame.
+    """Mix each patch with the patches at its position in the previous and the next frame.
 
     expand(temporal_conv(reduce(norm(x)))), x (B, t, S, D) -> (B, t, S, D)
 
     The paper calls it local multi-head relation aggregator, MHRA (Sec. 3, Local UniBlock). The norm
-    is a batch norm over clips, frames and patches (official: BatchNorm3d). `expand` starts at zero.
+    is a batch norm: its mean and variance are those of a channel over clips, frames and patches.
     """
 
     def __init__(self, width, reduction):
@@ -202,14 +204,14 @@ class LocalUnit(nn.Module):
 
     def forward(self, x):
         """x (B, t, S, D) -> (B, t, S, D)."""
-        normed = self.norm(x.flatten(0, 2)).view(x.shape)
+        normed = self.norm(x.flatten(0, 2)).view(x.shape)                    # (B, t, S, D)
         return self.expand(temporal_conv(self.reduce(normed), self.time.weight, self.time.bias))
 
 
 class FrameBlock(Block):
     """CLIP's block applied to each frame, plus 0 to 2 local units that connect the frames.
 
-    patches = patches + local[0](patches)   patch tokens only, without the class tokens
+    patches = patches + local[0](patches)   x without the class tokens
     x       = x + attn(norm1(x))            among the 1+S tokens of one frame
     patches = patches + local[1](patches)
     x       = x + mlp(norm2(x))
@@ -230,7 +232,7 @@ class FrameBlock(Block):
 
     def forward(self, x, recompute=False):
         """x (B, t, 1+S, D) -> (B, t, 1+S, D). recompute: see UniFormerV2.recompute."""
-        def attend(x):
+        def attend(x):  # each frame is a batch element, so tokens attend to their own frame only
             frames = self.norm1(x).flatten(0, 1)                             # (B*t, 1+S, D)
             return self.attn(frames).view(x.shape)
 
@@ -250,43 +252,42 @@ class GlobalBlock(Block):
 
     y = norm_context([class tokens | patches + grid_conv(patches)])     keys and values
     query = query + attn(norm1(query), y)
-    query = query + mlp(norm2(query))                        dropout between the two layers
+    query = query + mlp(norm2(query))                 with dropout before the last layer
 
-    The block changes the query, not the tokens of the frames. grid_conv is a position encoding:
-    without it, the result of the block would not depend on the order of the frames.
+    The query is the global token. The block does not change the tokens of the frames. grid_conv is
+    a position encoding: without it, the block would ignore the order of its tokens.
     """
 
     def __init__(self, size, heads, mlp_width, dropout, drop_path):
         super().__init__(size.width, heads, mlp_width=mlp_width, eps=1e-5, drop_path=drop_path,
                          activation=quick_gelu)
-        self.near = DepthwiseKernel(size.width, 1, 3, 3, 3)
+        self.near = DepthwiseKernel(size.width, 1, 3, 3, 3)  # of grid_conv: tokens near in t, h, w
         self.norm_context = nn.LayerNorm(size.width)
         self.dropout = Dropout(dropout)
+        # As nn.MultiheadAttention, which the official code has here.
         nn.init.xavier_uniform_(self.attn.qkv.weight)
         nn.init.zeros_(self.attn.qkv.bias)
         nn.init.xavier_uniform_(self.mlp.fc1.weight)
-        # fc1 keeps its random bias. While the query is 0, only this bias gives fc2 a gradient.
+        # fc1 keeps its random bias: while the query is 0, fc2 has no other input to learn from.
         zero_init(self.attn.proj), zero_init(self.mlp.fc2)
 
     def project(self, query, context):
-        """query (B, 1, D), context (B, N, D) -> q (B, heads, 1, K), k and v (B, heads, N, K)."""
-        layer, D = self.attn.qkv, query.shape[-1]
+        """query (B, 1, D), context (B, Nk, D) -> q (B, heads, 1, K), k and v (B, heads, Nk, K)."""
+        layer, D = self.attn.qkv, query.shape[-1]  # weight (3*D, D): rows of q, then k, then v
         q = F.linear(query, layer.weight[:D], layer.bias[:D])
         k, v = F.linear(context, layer.weight[D:], layer.bias[D:]).chunk(2, dim=-1)
         return [x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for x in (q, k, v)]
 
     def attend(self, query, context):
-        """Attention of one query: query (B, 1, D), context (B, N, D) -> (B, 1, D)."""
+        """Attention of one query: query (B, 1, D), context (B, Nk, D) -> (B, 1, D)."""
         out = attention(*self.project(query, context))                       # (B, heads, 1, K)
         return self.attn.proj(out.transpose(1, 2).flatten(2))
 
     def context(self, tokens, grid):
-        """The tokens that keys and values come from.
-
-        tokens (B, t, 1+S, D), grid (h, w) -> (B, t*(1+S), D)
-        """
+        """Tokens that keys and values come from: (B, t, 1+S, D), grid (h, w) -> (B, t*(1+S), D)."""
         patches = tokens[:, :, 1:]                                           # (B, t, S, D)
         encoding = grid_conv(patches.unflatten(2, grid), self.near.weight, self.near.bias)
+        # encoding (B, t, h, w, D), context (B, t, 1+S, D)
         context = torch.cat([tokens[:, :, :1], patches + encoding.flatten(2, 3)], dim=2)
         return self.norm_context(context.flatten(1, 2))
 
@@ -315,7 +316,7 @@ class UniFormerV2(nn.Module):
 
     size, options: see `Options`. mae.VideoClassifier lists the interface that both encoders share.
 
-    >>> plain = UniFormerV2("tiny", global_layers=())  # CLIP without last norm, mean over frames
+    >>> plain = UniFormerV2("tiny", global_layers=())  # class tokens of CLIP, mean over frames
     >>> plain(torch.zeros(1, 3, 5, 64, 64)).shape
     torch.Size([1, 192])
     """
@@ -332,7 +333,8 @@ class UniFormerV2(nn.Module):
         self.width, self.depth, self.heads = size.width, size.depth, size.heads
         self.mean, self.std, self.global_layers = options.mean, options.std, layers
         self.patch, self.grid = size.patch, (H // size.patch, W // size.patch)
-        self.window, self.stride = (3, 2) if options.temporal_downsample else (1, 1)  # in frames
+        # Frames per embedding, and from one embedding to the next.
+        self.window, self.stride = (3, 2) if options.temporal_downsample else (1, 1)
         self._recompute = False
         self.grid_of(options.frames, H, W)  # ValueError if the options do not fit each other
         D = size.width
@@ -359,13 +361,12 @@ class UniFormerV2(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Initialise the image blocks as CLIP does its text blocks. The other parts initialise
-        themselves."""
+        """Initialise `embed` for three frames, and the frame blocks as CLIP's text blocks."""
         D, depth = self.width, self.depth
         if self.window > 1:  # start as an image model that sees the middle frame only
             shape = (-1, self.window, self.patch, self.patch)
             middle = self.embed.weight.unflatten(1, shape)[:, :, 1]          # (D, C, patch, patch)
-            # torch scaled the weights for a fan-in of three frames. The factor scales them for one.
+            # torch drew the weights for three frames of input: too small for one, by sqrt(3).
             self.embed.weight.copy_(inflate(middle * self.window**0.5, self.window).flatten(1))
         for block in self.blocks:  # deeper models get smaller output layers, proj and fc2
             for layer, std in ((block.attn.qkv, D**-0.5), (block.attn.proj, (2 * D * depth)**-0.5),
@@ -375,8 +376,7 @@ class UniFormerV2(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def grid_of(self, T, H, W):
-        """Token grid (t, h, w) of a clip with T frames of H x W pixels. ValueError if they do not
-        fit this model."""
+        """Token grid (t, h, w) of T frames of H x W pixels. ValueError if they do not fit."""
         h, w = self.grid
         if (H, W) != (h * self.patch, w * self.patch):
             raise ValueError(f"frames of {H} x {W} pixels: the position table of this model is for "
@@ -391,7 +391,7 @@ class UniFormerV2(nn.Module):
         if self.window > 1:  # a frame of zeros in front; T is even, so the end needs no padding
             video = F.pad(video, (0, 0, 0, 0, 1, 0))
         p = self.patch
-        # The official code has a strided convolution here: cut out patches, then a Linear layer.
+        # The same as the strided convolution of the official code: cut out patches, then Linear.
         pixels = video.unfold(2, self.window, self.stride).unfold(3, p, p).unfold(4, p, p)
         pixels = pixels.permute(0, 2, 3, 4, 1, 5, 6, 7)              # (B, t, h, w, C, window, p, p)
         patches = self.embed(pixels.reshape(B, t, h * w, -1)) + self.positions[1:]   # (B, t, S, D)
@@ -421,13 +421,13 @@ class UniFormerV2(nn.Module):
         mean_class_token = state.tokens[:, :, 0].mean(dim=1)                 # (B, D)
         if state.query is None:
             return mean_class_token
-        if self.balance is None:  # also without global blocks, if fusion.py has set a query
+        if self.balance is None:  # balance=False; or no global blocks, but fusion.py sets a query
             return state.query[:, 0]
         w = self.balance.sigmoid()                                           # (D,)
         return (1 - w) * state.query[:, 0] + w * mean_class_token
 
     def finish(self, state):
-        """State after the last block -> feature (B, D), the input of the head."""
+        """State after the last block -> feature (B, D), the input of the head; normed if classes."""
         feature = self.combine(state)
         return self.norm(feature) if self.options.classes else feature
 
@@ -450,7 +450,7 @@ class UniFormerV2(nn.Module):
         return self.head(self.drop(feature)) if self.options.classes else feature
 
     def trainable_modules(self):
-        """What stage 4 trains while the encoder is frozen: norm, head, initial global token."""
+        """What stage 4 (fusion.py) trains while the blocks are frozen. The model needs a head."""
         return [self.norm, self.head] + [self.global_token] * (self.global_token is not None)
 
     def layer_index(self, name):
@@ -498,8 +498,8 @@ def spatial_position_table(h, w, width):
     """Initial values of a learned position table (1 + h*w, width) float32.
 
     Half of the channels hold sinusoids of the row, half of the column. The class token has zeros.
-    CLIP starts with noise and learns from 400 million images which patches are neighbours. A small
-    model has too few images for that.
+    CLIP's table starts with noise, and 400 million images teach it which patches are neighbours. A
+    small model has too few images for that.
     """
     half = width // 4 * 2
     parts = (sinusoid_table(h, half)[:, None], sinusoid_table(w, width - half)[None])
@@ -515,7 +515,7 @@ def main():
 
     model = UniFormerV2("tiny", classes=16, frames=16, temporal_downsample=True).eval()
     clip = torch.as_tensor(MovingShapes("test", 16, (64, 64), 0)[0]["video"])
-    video = normalise(clip[None], MEAN, STD)
+    video = normalise(clip[None], MEAN, STD)                                 # (B, C, T, H, W)
     state = model.start(video)
     rows = [("video (B, C, T, H, W)", video), ("tokens (B, t, 1+S, D)", state.tokens)]
     for i in range(model.depth):
