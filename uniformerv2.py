@@ -427,7 +427,7 @@ class UniFormerV2(nn.Module):
         return (1 - w) * state.query[:, 0] + w * mean_class_token
 
     def finish(self, state):
-        """State after the last block -> feature (B, D), the input of the head; normed if classes."""
+        """State after the last block -> feature (B, D), normed if there is a head to take it."""
         feature = self.combine(state)
         return self.norm(feature) if self.options.classes else feature
 
