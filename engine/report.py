@@ -28,21 +28,21 @@ MOST_BYTES = 3_400_000  # of pictures on a page; base64 adds a third; the whole 
 
 STAGES = {  # name: (number, title, description)
     "mae": ("1", "Masked video modelling",
-            "Most of each clip is hidden. The encoder sees the rest, and a small decoder predicts "
-            "the hidden pixels. No label and no sentence is used."),
+            "A part of each clip is hidden. The encoder sees the rest, and a small decoder "
+            "predicts the hidden pixels. No label and no sentence is used."),
     "clip": ("2", "Video and language",
              "Two encoders map videos and sentences into one vector space. There, a video and its "
              "sentence come close to each other. A decoder learns to write the sentence."),
     "classify": ("3", "Supervised post-pretraining",
-                 "A pretrained encoder learns classes from labels. The same network from scratch "
-                 "shows the effect of pretraining."),
+                 "A pretrained encoder learns classes from labels, or a probe learns them from the "
+                 "frozen encoder. The same network from scratch shows the effect of pretraining."),
     "fuse": ("4", "Cross-model interaction",
              "Both encoders are frozen. Tokens of one encoder attend to tokens of the other. Gates "
              "start closed. The scores of both encoders are summed with learned shares."),
 }
 
 PICTURES = {  # result of kind_of: (heading, description)
-    "reconstruction": ("Reconstructions", "held-out clips, most of each hidden, and the model's "
+    "reconstruction": ("Reconstructions", "held-out clips, a part of each hidden, and the model's "
                        "reconstruction"),
     "captions": ("Captions", "held-out clips, the model's caption for each, and a reference "
                  "caption"),
@@ -210,8 +210,9 @@ def table_of(table):
             + note(table.get("protocol", "")) + grid("accuracies", columns, body, best)
             + note("All facts: motion, shape and colour are all correct. Unseen: pairs of shape "
                    "and colour that no training clip has. From scratch: the masked encoder's "
-                   "network, trained on labels only. Late fusion: the mean of both encoders' "
-                   "probabilities. The best of each column is bold.") + "</section>")
+                   "network, trained on labels only. Untrained: the same network with its first "
+                   "weights, frozen, and a probe. Sentences: no labels, the sentences about each "
+                   "class compete. Late fusion: the mean of both encoders' probabilities. The best of each column is bold.") + "</section>")
 
 
 ACCURACIES = {"val_all_facts": "all facts", "unseen_all_facts": "all facts, unseen pairs",

@@ -57,7 +57,7 @@ BOXES = {
 }
 # (stage, shape, place of the shape, what is written below it, corners of the arrow)
 ARROWS = (
-    ("1", "(B, C, T, H, W)", (23.6, 56.6), "most hidden",
+    ("1", "(B, C, T, H, W)", (23.6, 56.6), "a part hidden",
      [(15, 50), (16.6, 50), (16.6, 56), (31, 56)]),
     ("2", "(B, C, T, H, W)", (23.9, 35.6), "", [(15, 45), (16.6, 45), (16.6, 35), (31, 35)]),
     ("2", "(B, L)", (23, 14.8), "", [(15, 14), (31, 14)]),
