@@ -212,7 +212,8 @@ def table_of(table):
                    "and colour that no training clip has. From scratch: the masked encoder's "
                    "network, trained on labels only. Untrained: the same network with its first "
                    "weights, frozen, and a probe. Sentences: no labels, the sentences about each "
-                   "class compete. Late fusion: the mean of both encoders' probabilities. The best of each column is bold.") + "</section>")
+                   "class compete. Late fusion: the mean of both encoders' probabilities. The best "
+                   "of each column is bold.") + "</section>")
 
 
 ACCURACIES = {"val_all_facts": "all facts", "unseen_all_facts": "all facts, unseen pairs",
