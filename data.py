@@ -6,24 +6,30 @@
     item: {"video": uint8 (T, H, W, 3), "labels": {question: int}, "path": str, ...}
     batch: {"video": uint8 (B, T, H, W, 3), "labels": {question: int64 (B,)}, ...}
 
+    T frames, H rows and W columns of pixels, B clips. A question is a set of classes, such as
+    "motion"; most data sets have one, "label". video/clip_set.py lists the other keys.
+
 1. `VideoFiles` reads a list of files in a format of video/annotations.py. `VideoShards` reads tar
    shards. video/moving_shapes.py generates clips. All three return the same items.
-2. video/clips.py decodes, samples and crops each clip. "dense" sampling (stage 1) takes every 4th
-   frame, from a random start in training and from the middle in evaluation. "segment" sampling
-   (other stages) takes one frame of each of T equal segments: a random one in training, the middle
-   one in evaluation. The other samplings reproduce official numbers.
-3. `batches` collates items for training. Each random number is a function of (seed, index, epoch).
-   So step k gets the same clips for any number of workers and after any resume. Tar shards are the
-   exception; see `VideoShards`.
-4. `held_out` collates each item of an evaluation set once.
+2. video/clips.py decodes, samples and crops each clip. "dense" sampling (stage 1) takes every n-th
+   frame (--sampling-rate, default 4). Its window starts at a random frame in training, and is
+   centred in evaluation. "segment" sampling (other stages) divides the video into T equal segments
+   and takes one frame of each: a random one in training, the middle one in evaluation. The other
+   samplings follow official code (video/sampling.py).
+3. `batches` makes batches for training. The order of an epoch is a function of (seed, epoch). The
+   frames and crop of an item are a function of (seed, index, epoch). So step k gets the same clips
+   for any number of workers and after any resume. Tar shards are the exception; see `VideoShards`.
+4. `held_out` makes batches for evaluation. Each item occurs once, without random numbers.
 5. Frames stay uint8 until they are on the device; `video.transforms.normalise` converts them.
 
-Where we differ from official code: official loaders replace a corrupt video by another random one,
-even in evaluation (VideoMAE kinetics.py:118). Here training skips it and reports it; evaluation
-skips and counts it. VideoMAE fine-tuning spreads 16 frames over 64 with spacing 64/15; our "dense"
-has the exact stride of VideoMAE pretraining. InternVideo's segment sampling never draws the last
-frame of a segment; our "segment" can. `--sampling videomae-dense` and the like follow the official
-rules exactly.
+Where we differ from official code:
+- Official loaders replace a corrupt video by a random other one, even in evaluation
+  (VideoMAE kinetics.py:118). Here training takes the next readable file of the list and reports the
+  corrupt one. Evaluation takes no other file and counts the corrupt one.
+- VideoMAE's fine-tuning spreads 16 frames over 64, with a spacing of 64/15. Our "dense" has a
+  spacing of exactly 4, as VideoMAE's pretraining.
+- InternVideo's segment sampling never draws the last frame of a segment. Our "segment" can draw it.
+`--sampling videomae-dense`, `internvideo` and others follow the official rules exactly.
 
     python data.py PATH                 check a data set: bad files, statistics, a contact sheet
     python data.py PATH --cache DIR     write small copies of the videos, which load faster
@@ -46,7 +52,10 @@ from video.shards import ShardStream, VideoShards, describe_sample
 
 
 def open_clips(source, *args, **options):
-    """VideoShards where the source is tar shards, else VideoFiles. Both take these arguments."""
+    """Open a source of --data: VideoShards for tar shards, VideoFiles for all others.
+
+    The arguments are those of VideoFiles; VideoShards has the same ones.
+    """
     return (VideoShards if annotations.is_shards(source) else VideoFiles)(source, *args, **options)
 
 
@@ -55,14 +64,15 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
               frame_rate=25.0, **augment):
     """The training set and the held-out sets of a run: (train_set, {"val": ..., ...}).
 
-    source    value of --data: a folder, a list ...; "" = generated clips
-    held_out  value of --val-data; "" = a part of `source`
-    world     class of video.moving_shapes that generates clips; its HELD_OUT names the held-out
-              sets. Files have only "val"
-    augment   further options of the training set
+    source        value of --data: a folder, a list ...; "" = generated clips
+    held_out      value of --val-data: another source; "" = hold out a part of `source`
+    world         name of the class in video.moving_shapes that generates clips. Its HELD_OUT names
+                  the held-out sets; files have only "val"
+    motion_words  of generated clips, see video.moving_shapes.MovingShapes
+    augment       options for the training set alone, see video.clips.Clips.prepare
 
-    VideoFiles explains the other options. Only this function asks whether clips come from files,
-    because all data sets have the same interface.
+    VideoFiles explains the other options. Files, shards and generated clips have one interface,
+    video.clip_set.ClipSet, so the training loop does not ask where clips come from.
     """
     if not source:
         make = functools.partial(getattr(moving_shapes, world), frames=frames, size=size, seed=seed,
@@ -95,12 +105,16 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
 # ------------------------------------------------------------------------------------------------
 # Batches
 
-BATCH_LISTS = (*TEXTS, "captions", "path", "part", "clip", "facts",
-               "index")  # lists with one entry per clip
+# Keys whose values are lists in a batch, with one entry per clip.
+BATCH_LISTS = (*TEXTS, "captions", "path", "part", "clip", "facts", "index")
 
 
 def collate(items):
-    """Items of one data set -> a batch without the unreadable items; or a DataError among them."""
+    """Make a batch from the items of one data set, without the unreadable ones.
+
+    Where an item is a DataError, return that error instead: a worker process cannot raise it in one
+    line. "video" is None where no item is readable.
+    """
     for item in items:
         if isinstance(item, DataError):
             return item
@@ -115,9 +129,10 @@ def collate(items):
 
 
 def collate_labels(labels):
-    """Labels of B clips for one question -> int64 (B,), -1 = no label. None in `labels` = no label.
+    """Make a tensor from the labels of B clips for one question. None = the clip has no label.
 
-    Where a clip may have several labels: float32 (B, Y), 1 for each label, all 0 = no label.
+    labels   class numbers -> int64 (B,), -1 = no label; or vectors (Y,) of a question to which a
+             clip may have several answers -> float32 (B, Y), 1 for each answer, all 0 = no label
     """
     example = next((label for label in labels if np.ndim(label)), None)
     if example is None:
@@ -130,18 +145,21 @@ def batches(dataset, batch_size, seed, steps, start=0, workers=0, shuffle=True, 
             repeats=1):
     """Iterate over the batches of steps start .. steps - 1; batch k is a function of (seed, k).
 
-    An endless data set is read in order: step k has indices k*B to k*B + B - 1. A finite data set
-    is read epoch by epoch. Each epoch has its own order, a function of (seed, epoch), unless
-    shuffle=False. All batches have the same size, so a batch may contain clips of two epochs. The
-    batches of `world` processes at step k together are the batch of one process with batch size
-    B * world.
+    A step is one batch. A stage with --accum 4 therefore uses four of these steps for each step of
+    its optimiser.
 
-    workers  processes that load ahead; 0 = load in this process
-    repeats  clips per file in a batch, each augmented on its own (repeated augmentation, arXiv
-             1901.09335, as in VideoMAE); finite data sets only
-    yields   dict: "video" uint8 (B, T, H, W, 3), "labels" {question: see `collate_labels`}, "bad"
-             list of (path, reason), and the lists of BATCH_LISTS, such as "caption" and "path"
-    raises   DataError of the data set, or where all files of a batch are unreadable
+    An endless data set is read in order: step k has indices k*B to k*B + B - 1. A finite data set
+    is read epoch by epoch. Each epoch has its own order, unless shuffle=False. All batches have the
+    same size, so a batch may contain clips of two epochs.
+
+    workers      processes that load ahead; 0 = load in this process
+    rank, world  index of this process, number of processes. Their batches of step k together are
+                 the batch of one process with batch size B * world
+    repeats      clips per file in a batch, each augmented on its own (repeated augmentation, arXiv
+                 1901.09335, as in VideoMAE); finite data sets only
+    yields       dict: "video" uint8 (B, T, H, W, 3), "labels" {question: see `collate_labels`},
+                 "bad" list of (path, reason), and the lists of BATCH_LISTS, such as "path"
+    raises       DataError of the data set, or where all files of a batch are unreadable
     """
     shards = isinstance(dataset, VideoShards)
     if repeats > 1 and (shards or not hasattr(dataset, "__len__")):
@@ -169,13 +187,13 @@ def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
 
     An endless data set gives its first items. A finite one gives evenly spaced items (`spread`),
     because lists are often sorted by class; count=None takes all. Process `rank` of `world` gets
-    every world-th batch, so that all processes together see each item once. batch["number"] is the
-    index of the batch among those of all processes.
+    every world-th batch, so all processes together see each item once. batch["number"] is the index
+    of the batch among those of all processes.
 
     The last batch, or one with unreadable files, may be smaller. batch["bad"] lists unreadable
-    files, so readable + bad clips = count. If a single process can read no item, it raises
-    DataError. One of several processes instead yields one batch whose "video" is None. No other
-    batch is empty.
+    files: readable and bad clips together are `count`. Batches without a readable clip are left
+    out. If none remains, one process alone raises DataError. One of several processes yields a
+    single batch whose "video" is None, so that the others learn which files are bad.
     """
     if hasattr(dataset, "__len__"):
         count = len(dataset) if count is None else min(count, len(dataset))
@@ -188,7 +206,8 @@ def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
     else:
         plan = [list(chosen[first:first + batch_size]) for first in range(0, count, batch_size)]
         loaded = load(dataset, plan[rank::world], workers, collate)
-    # Each batch is yielded one step late: the last one must also report bad files that follow it.
+    # A batch is yielded when the next readable one is here. Until then it also gets the bad files
+    # of unreadable batches, so the last batch reports those after it.
     waiting, bad = None, []
     for number, batch in zip(itertools.count(rank, world), loaded):
         bad += batch["bad"]
