@@ -18,7 +18,10 @@ The idea, in steps:
 1. A stage is a dataclass. Its fields are the recipe; each field becomes a flag. Its methods define
    the clips, the model and the loss. engine/stage.py lists the methods that a stage may override.
 2. Equations are in the components (mae.reconstruction_loss); choices are in the stages (mask
-   ratio). The stages of tasks (retrieve, answer, localise) are in tasks/, beside their metrics.
+   ratio). This file has recipe, model and loss of the four stages of the paper. Their base classes
+   are in tasks/: MaskedStage draws masks, VideoTextStage reads sentences, ClassifierStage and
+   TwoEncodersStage match labels with heads. The stages `retrieve`, `answer` and `localise` are
+   there too, beside their metrics.
 3. `train` runs every stage and has no code for a particular one. engine/run.py implements the
    methods of `run`.
 4. Randomness is a function of (seed, step) alone. A run that is killed and resumed on the same
@@ -29,10 +32,10 @@ The idea, in steps:
 6. An error prints one line. The exit code is 2 for a user's error, 1 where the machine or the
    numbers fail, and 130 for an interrupted run.
 
-A run writes into --out: log.jsonl (a line every --log-every steps), metrics.json (the last
-evaluation and all settings), model.safetensors, config.json, last.pt and last.1.pt (for --resume),
-pictures, report.html. Stages with text add tokenizer.json. Classifiers add questions.json and
-predictions.csv.
+A run writes into --out: log.jsonl (a line every --log-every steps and for each evaluation),
+metrics.json (the last evaluation and all settings), model.safetensors, config.json, last.pt and
+last.1.pt (for --resume), pictures, report.html. Stages with text add tokenizer.json. Classifiers
+add questions.json and predictions.csv, probes features.pt. docs/data.md explains each file.
 """
 
 import functools
@@ -112,7 +115,7 @@ class MaskedModelling(MaskedStage, name="mae"):
     def build(self, train_set):
         """The network, from --weights or from scratch."""
         if self.weights:
-            self.check_clips(weights.hub_clips(self.weights))
+            self.check_clips(weights.hub_clips(self.weights))  # clips that config.json asks for
             model = self.network.from_official(self.weights, frames=self.num_frames,
                                                image_size=self.sides)
             size, options = model.config["size"], model.config
@@ -129,7 +132,7 @@ class MaskedModelling(MaskedStage, name="mae"):
         return model
 
     def size(self):
-        """The mae.Size given by --model, --decoder-depth and --decoder-width."""
+        """The mae.Size of --model, with --decoder-depth and --decoder-width."""
         size = mae.SIZES[self.model]
         if self.decoder_depth:
             size = replace(size, decoder_depth=self.decoder_depth)
@@ -142,7 +145,9 @@ class MaskedModelling(MaskedStage, name="mae"):
         return size
 
     def loss(self, model, batch, rng):
-        """Reconstruct the hidden tubelets (VideoMAE, Sec. 3.3)."""
+        """Mean squared error of the hidden tubelets (VideoMAE, Sec. 3.3).
+
+        Evaluation also measures the loss of a trivial guess, mae.trivial_prediction."""
         video = batch["video"].permute(0, 4, 1, 2, 3)                    # (B, 3, T, H, W), uint8
         hidden = self.draw_mask(len(video), model.grid, rng, model.training)
         target = mae.reconstruction_target(video, hidden, self.normalise,
@@ -153,12 +158,12 @@ class MaskedModelling(MaskedStage, name="mae"):
         metrics = {"loss": loss.detach()}
         if not model.training:
             trivial = mae.trivial_prediction(video, hidden, self.normalise,
-                                        tubelet=model.encoder.tubelet)
+                                             tubelet=model.encoder.tubelet)
             metrics["trivial_loss"] = mae.reconstruction_loss(trivial, target)
         return loss, metrics
 
     def protocol(self, held_out):
-        """What the loss measures, and what a trivial guess costs."""
+        """What the loss measures, and the loss of a trivial guess."""
         return {"loss": "mean squared error of normalised pixels; predicting the mean of every "
                         "tubelet costs 0.99 to 1.0. It does not approach 0, because fine texture "
                         "and noise cannot be predicted" if self.normalise else
@@ -170,7 +175,8 @@ class MaskedModelling(MaskedStage, name="mae"):
         return reconstruction.draw(self, model, batch, folder)
 
 
-# Sizes of both encoders in the default run: stage 2 takes about four minutes on a laptop.
+# --model small: width 96, 3 blocks, 4 heads, MLP 384, patches of 8, frames of 40 pixels. The text
+# encoder: width 96, 2 blocks, 2 heads. Stage 2 of the default run then takes about four minutes.
 SMALL, SMALL_TEXT = uniformerv2.Size(96, 3, 4, 384, 8, 40), clip_video.TextSize(96, 2, 2)
 
 
@@ -179,8 +185,8 @@ class VideoLanguage(VideoTextStage, name="clip"):
     """Stage 2: align videos with sentences, and write sentences (InternVideo, Sec. 3.2).
 
     One forward pass gives the contrastive and the captioning loss. Batches of videos and of images
-    alternate. A larger batch has more negatives. --accum does not add any, because the loss never
-    compares pairs of two micro-batches. --cache-size allows a larger batch in the same memory."""
+    alternate. A larger batch has more negatives. --accum adds none, because the loss compares only
+    pairs of one micro-batch. --cache-size allows a larger batch in the same memory."""
 
     steps: int = flag(2000, paper="400,000")
     lr: float = flag(2e-3, paper="8e-5, from CLIP's weights")
@@ -228,7 +234,8 @@ class VideoLanguage(VideoTextStage, name="clip"):
     small = SMALL  # the size that `--model small` names
 
     def datasets(self):
-        """Videos with captions; a held-out video occurs once, with all its captions."""
+        """Videos with captions, and images for every n-th batch. A held-out video occurs once,
+        with all its captions."""
         self.check_flags()
         train_set, held_out = self.open_sets(flip=False, motion_words=self.motion_words)
         held_out["val"].one_item_per_video()
@@ -251,7 +258,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
         self.bpe = load_tokenizer(self.tokenizer) if self.tokenizer else \
             train_tokenizer(captions, self.vocabulary)
         size, text, layers = self.model, self.model, None
-        if size == "small":  # one global block, after the last layer: three were not better
+        if size == "small":  # one global block, after the last layer; three gave no better results
             size, text, layers = SMALL, SMALL_TEXT, (SMALL.depth - 1,)
         clip = clip_video.VideoCLIP(
             size, text_size=text, kind=self.kind, frames=self.num_frames,
@@ -269,7 +276,10 @@ class VideoLanguage(VideoTextStage, name="clip"):
             visual_width=clip.config["size"]["width"], vocabulary=clip.config["vocabulary"])
 
     def loss(self, model, batch, rng):
-        """loss = contrastive + caption_weight * captioning (InternVideo, Sec. 3.2)."""
+        """loss = contrastive + caption_weight * captioning (InternVideo, Sec. 3.2).
+
+        video features and text features (B, E), one pair a row; hidden (B, L, W), what the caption
+        decoder computes for each word. The decoder does not run where --caption-weight is 0."""
         video, captions = batch["video"], batch["caption"]
         image = "image" in batch
         if image:  # repeat the image where several frames are embedded at a time
@@ -280,7 +290,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
         network = model if self.caption_weight else model.clip
 
         def encode(video, ids):
-            with self.autocast():
+            with self.autocast():  # the third result of model.clip is logit_scale, not needed here
                 video_features, text_features, hidden = network(video, ids)
             return (video_features, text_features) + (hidden,) * (network is model)
 
@@ -293,6 +303,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
         metrics = {"loss": contrastive.detach(), prefix + "contrastive": contrastive.detach()}
         if not hidden:
             return contrastive, metrics
+        # The loss divides by the mean number of words of all processes: engine/processes.py, 3.
         count = processes.mean(is_token[:, 1:].sum()).clamp(min=1) if model.training else None
         decoder = model.caption_decoder
         with self.autocast():
@@ -312,7 +323,8 @@ class VideoLanguage(VideoTextStage, name="clip"):
         if not self.image_every:
             yield from super().batches(videos, first)
             return
-        images_done = -(-first // self.image_every)  # steps 0, n, 2n, ... have images
+        # Steps 0, n, 2n, ... have images. So many were before step `first`: first / n, rounded up.
+        images_done = -(-first // self.image_every)
         options = dict(workers=self.workers, rank=processes.rank(), world=processes.world())
         images = data.batches(self.images, self.image_batch, self.seed, self.steps,
                               start=images_done, **options)
@@ -322,7 +334,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
             yield next(clips) if step % self.image_every else next(images) | {"image": True}
 
     def evaluate(self, model, batches, dataset):
-        """Losses, retrieval, zero-shot accuracy, and the share of facts right in captions."""
+        """Losses, retrieval, zero-shot accuracy, and the share of correct facts in captions."""
         options = dict(context=self.context, autocast=self.autocast, device=self.device)
         results = {}
         if dataset.has_captions:
@@ -344,8 +356,8 @@ class VideoLanguage(VideoTextStage, name="clip"):
 class PostPretraining(ClassifierStage, name="classify"):
     """Stage 3: supervised post-pretraining of either encoder (InternVideo, Sec. 3.2).
 
-    Fine-tune the whole encoder, or freeze it and train a probe on its features. Features for a
-    probe are computed once."""
+    --mode finetune trains the whole encoder. --mode probe and attentive freeze it and train a small
+    classifier on its features, which are computed once."""
 
     steps: int = flag(500, paper="VideoMAE, UniFormerV2: 35 to 100 epochs of Kinetics-400")
     lr: float = flag(6e-3, paper="5e-4 to 2e-3 per 256 clips for VideoMAE, 1e-5 for UniFormerV2")
@@ -383,6 +395,7 @@ class PostPretraining(ClassifierStage, name="classify"):
             self.check_encoder(model.encoder)
         else:
             model = self.encoder_for(classes)
+        # An attentive probe in --weights has its encoder inside.
         encoder = getattr(model, "encoder", model) if self.mode == "attentive" else model
         encoder.grid_of(self.num_frames, *self.sides)  # ValueError where the clips do not fit
         if self.mode == "finetune":
@@ -424,19 +437,22 @@ class PostPretraining(ClassifierStage, name="classify"):
     def check_encoder(self, encoder):
         """Set the flags that --weights determine. UserError where a flag contradicts them."""
         sizes = mae.SIZES if encoder.family == "masked" else uniformerv2.SIZES
-        positions = encoder.config.get("positions", "learned")
+        positions = encoder.config.get("positions", "learned")  # UniFormerV2 has a learned table
+        # A table that is stored in the weights can only be resized to another grid.
         self.refuse_other(positions="resized" if positions == "stored" else positions)
         self.check_against_weights(encoder=encoder.family,
                                    model=encoders.size_name(encoder.config["size"], sizes))
 
     def scale_of(self, model, name):
-        """Layer-wise decay: the embedding is layer 0, block i is layer i, the head depth + 1."""
+        """Layer-wise decay: a lower layer has a smaller learning rate (--layer-decay).
+
+        The embedding is layer 0, block i (from 1) is layer i, the head is layer depth + 1."""
         if self.mode != "finetune":
             return 1.0
         return self.layer_decay ** (model.depth + 1 - model.layer_index(name))
 
     def logits(self, model, batch):
-        """Logits (B, Y) of a batch of clips or of stored features."""
+        """Logits (B, Y) of a batch of clips; or, for a probe in training, of stored features."""
         if "features" in batch:
             return probes.probe_of(model)(batch["features"])
         return self.run(model, normalise(batch["video"], model.mean, model.std))
@@ -464,7 +480,8 @@ class CrossModel(TwoEncodersStage, name="fuse"):
     """Stage 4: cross-model attention between two frozen encoders, and a learned sum of scores.
 
     InternVideo, Sec. 3.2, Cross-Model Interaction. Only these parts are trained: cross-model
-    attention, gates, shares, query tokens, and both heads with their norms."""
+    attention, its gates, the shares (the weights of both scores in the sum), the initial global
+    token (the paper's query token), and both heads with their norms."""
 
     steps: int = flag(200, paper="5 epochs")
     batch_size: int = flag(32, paper="64")
@@ -490,6 +507,8 @@ class CrossModel(TwoEncodersStage, name="fuse"):
 
     def build(self, train_set):
         """The model of --weights, or both encoders with new cross-model attention."""
+        # self.parts: the encoders of --masked and --multimodal; self.rows: for each, the row of
+        # every class in its head, None = a new row.
         classes = recognition.number_of_answers(self.classes)
         if self.weights:
             model = fusion.InternVideo.from_run(self.weights)
@@ -507,7 +526,7 @@ class CrossModel(TwoEncodersStage, name="fuse"):
         return model.requires_grad_(True) if self.thaw else model
 
     def new_model(self, pretrained):
-        """The pretrained encoders with untrained cross-model attention between them."""
+        """New cross-model attention between [masked encoder, one or two multimodal encoders]."""
         if self.way == "multimodal" and (self.before or self.layers):
             raise UserError("--way multimodal: has no cross-model attention before blocks; leave "
                             "out --before and --layers")
@@ -518,7 +537,9 @@ class CrossModel(TwoEncodersStage, name="fuse"):
             last=self.way != "masked", gates=self.gates, bridges=self.bridges, drop=self.drop)
 
     def scale_of(self, model, name):
-        """Gates and shares have a larger learning rate (--scalar-scale)."""
+        """Gates and shares have a larger learning rate (--scalar-scale).
+
+        The shares are a softmax of the parameter `balance`."""
         return self.scalar_scale if ".gate_" in name or name == "balance" else 1.0
 
     def logits(self, model, batch):
@@ -527,7 +548,7 @@ class CrossModel(TwoEncodersStage, name="fuse"):
             return model(batch["video"]).float()
 
     def loss(self, model, batch, rng):
-        """Cross entropy of the summed scores. The metrics also hold shares and gates."""
+        """Cross entropy of the weighted sum of scores. The metrics also hold shares and gates."""
         logits, target = self.logits(model, batch), self.target(batch)
         loss = recognition.cross_entropy(logits, target, self.classes, several=self.several)
         metrics = {"loss": loss.detach()}
@@ -628,7 +649,10 @@ def stage_names():
 
 
 def run_command(argv):
-    """Run one stage, as ["mae", "--steps", "10"]; or the default run, for [] or --out, --seed."""
+    """Run one stage, for arguments like ["mae", "--steps", "10"].
+
+    Run the default run where there are no arguments, or --out and --seed alone.
+    """
     if not argv or argv[0].split("=")[0] in ("--out", "--seed"):
         default_run(DEFAULT_RUN, train, argv)
     elif argv[0] in ("-h", "--help"):
