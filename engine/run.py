@@ -30,7 +30,7 @@ from engine.errors import Interrupted, RunError, UserError
 from engine.stage import check_model, check_stage, check_trained
 from video.loading import dead_worker
 
-MAX_UNREADABLE = 0.5  # a run stops above this share of unreadable clips, if there are 10 or more
+MAX_UNREADABLE = 0.5  # a run stops above this share of unreadable clips, once 10 are unreadable
 
 
 class Log:
@@ -80,6 +80,18 @@ class Run:
     """One run of a stage.
 
     resume_command  what a user types to continue this run: "--resume" or a command; for messages
+
+    Attributes that several methods use:
+
+    step       number of steps that are done; first = that number when this process began
+    latest     {name: number}, the last training metrics
+    results    {set: result of stage.evaluate}, of the last evaluation
+    metrics    {"<set>_<name>": number}, the numbers of `results`
+    initial    the same from before step 0, with names "initial_..."
+    sets       {set: evaluation.HeldOut}
+    bad        {path: reason} of unreadable training files
+    files      paths of the clips of this step, for messages
+    signals    signals that came during training; stopping = all processes agreed to stop
     """
 
     def __init__(self, stage, resume_command="--resume"):
@@ -87,6 +99,7 @@ class Run:
         self.out = Path(stage.out or f"runs/{stage.name}")
         stage.out = str(self.out)
         check_stage(stage)
+        # Choices replace "auto" in the stage, so the log and the checkpoints name them.
         stage.device = processes.start(machine.choose_device(stage.device))
         stage.precision = machine.choose_precision(stage.precision, stage.device)
         stage.compile, self.compile_reason = machine.choose_compile(stage)
@@ -125,7 +138,10 @@ class Run:
         return self.training_loss
 
     def open_folder(self):
-        """Make --out, and move an earlier run in it aside. An error before this changes nothing."""
+        """Make --out, and move an earlier run in it aside.
+
+        All checks come before this call, so a user's error leaves the folder as it was.
+        """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.out):
@@ -159,9 +175,10 @@ class Run:
         return self.first
 
     def start(self, train_set, held_out):
-        """Print the settings, open the log, evaluate before the first step -> the training set.
+        """Print the settings, open the log, evaluate before the first step.
 
         held_out  {name: data set}
+        returns   what stage.batches reads: the training set, or the stored features of a probe
         """
         stage = self.stage
         self.sets = {name: evaluation.HeldOut(one, stage.test if name == "test" else
@@ -208,8 +225,8 @@ class Run:
     def training(self):
         """Context with a progress bar, in which Ctrl-C and SIGTERM end the run after a step.
 
-        A second signal of the same kind ends the run at once. After a signal the context ends with
-        Interrupted, even if the signal came in the last step.
+        That step is saved. A second signal of the same kind ends a run of one process at once.
+        After a signal the context ends with Interrupted, even if it came in the last step.
         """
         stage = self.stage
         handled = [number for number in (signal.SIGINT, signal.SIGTERM)
@@ -245,7 +262,7 @@ class Run:
     def steps(self, batches):
         """Yield (step, micro-batches on the device), up to --steps or until a stop is requested."""
         self.batches = iter(batches)
-        del batches
+        del batches  # one reference is left: `training` deletes it, which ends the workers
         self.start_window()
         self.unreadable = self.requested = 0
         self.stage.training_mode(self.model)
@@ -266,7 +283,10 @@ class Run:
             yield evaluation.to_device(batch, self.stage.device)
 
     def count_unreadable(self, batch):
-        """Print each unreadable file once. DataError where most clips cannot be read."""
+        """Print each unreadable file once.
+
+        DataError where at least 10 clips could not be read, and more than half of all.
+        """
         unreadable = batch.get("bad", ())
         for path, reason in unreadable:
             if path not in self.bad:
@@ -284,11 +304,11 @@ class Run:
         return processes.exchange(self.training_loss, on=last)
 
     def check_finite(self, metrics, grad_norm, rate):
-        """{name: number} -> means over all processes, all of them finite.
+        """Average {name: number} over all processes and check that all numbers are finite.
 
-        Where a number is not finite: saves the weights from before this step and raises RunError.
-        The processes also agree here whether to stop: a signal to one of them stops all of them
-        after the same step.
+        If one is not finite, the weights from before this step are saved, and RunError ends the
+        run. The processes also agree here whether to stop: a signal to one of them stops all of
+        them after the same step.
         """
         stage = self.stage
         if "loss" not in metrics:
@@ -323,7 +343,7 @@ class Run:
         return self.seconds_before + time.monotonic() - self.started
 
     def log(self, step, metrics, rate, grad_norm):
-        """Advance the bar. Every --log-every steps, log the metrics and the speed."""
+        """Advance the progress bar. Every --log-every steps, log the metrics and the speed."""
         stage = self.stage
         self.latest |= metrics  # a stage may report a metric in some steps only
         self.bar.update()
@@ -337,6 +357,7 @@ class Run:
                             seconds=self.seconds())
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, lr {rate:.1e}, {speed:.0f} clips/s, "
                                  f"data {waiting:.0%}, {memory} MiB")
+        # The first steps always wait, because the workers begin with them.
         if waiting > 0.2 and step >= self.first + 3 * stage.log_every and not self.warned:
             self.warned = True
             tqdm.write(f"the step waits for clips {waiting:.0%} of the time: raise --workers"
@@ -344,7 +365,7 @@ class Run:
         self.start_window()
 
     def evaluates_at(self, step):
-        """True after every --eval-every steps, and after the last step."""
+        """True after every --eval-every steps (0: a fifth of the run), and after the last step."""
         every = self.stage.eval_every or max(1, self.stage.steps // 5)
         return step % every == 0 or step == self.stage.steps
 
@@ -372,7 +393,7 @@ class Run:
         return self.average.in_place(self.model) if self.average else contextlib.nullcontext()
 
     def save(self, step):
-        """Write a checkpoint: model, average, optimiser, and that `step` steps are done."""
+        """Write a checkpoint after `step` steps: model, averaged weights, optimiser, facts."""
         tensors = checkpoints.tensors_of(self.model, self.optimizer, self.average)
         facts = dict(step=step, settings=dataclasses.asdict(self.stage), seconds=self.seconds(),
                      processes=processes.world(), initial=self.initial, bad=self.bad,
@@ -383,7 +404,10 @@ class Run:
     # After the last step
 
     def finish(self):
-        """Measure what is measured once and write all files -> the content of metrics.json."""
+        """Measure the set "test" and stage.finish, then write all files.
+
+        Returns the content of metrics.json.
+        """
         stage, model = self.stage, self.model
         if "test" in self.sets:
             self.evaluate(self.step, ["test"])
@@ -394,9 +418,9 @@ class Run:
             with torch.no_grad(), processes.unsharded(self.training_loss):
                 held_out = {name: clips.dataset for name, clips in self.sets.items()}
                 self.metrics |= stage.finish(model, held_out, self.results)
-                report = self.report()
+                content = self.report()
                 if processes.rank() == 0:
-                    self.write_outputs(tensors, report)
+                    self.write_outputs(tensors, content)
         unreadable, clips = self.sets["val"].bad, self.sets["val"].clips
         if unreadable:
             print(f"evaluated {clips} of {clips + len(unreadable)} held-out files; not readable: "
@@ -405,8 +429,8 @@ class Run:
             print(f"{len(self.bad)} unreadable training files were skipped (named above and in "
                   "metrics.json)")
         processes.wait()
-        print(f"{stage.name}: done in {report['seconds']:.0f} s; {format_metrics(self.metrics)}")
-        return report
+        print(f"{stage.name}: done in {content['seconds']:.0f} s; {format_metrics(self.metrics)}")
+        return content
 
     def report(self):
         """The content of metrics.json, a dict."""
@@ -443,7 +467,7 @@ def one_line_errors(train):
     """Decorator of train(stage, resume_command) that turns errors into one line.
 
     An error of the machine becomes a RunError, an interruption becomes Interrupted. The line names
-    the last good checkpoint.
+    the last good checkpoint. An error of this program keeps its traceback, which a report needs.
     """
     @functools.wraps(train)
     def wrapped(stage, resume_command="--resume"):
@@ -467,7 +491,7 @@ def one_line_errors(train):
 def describe_error(error, stage):
     """An error of the machine -> one line of text. An error of this program -> None."""
     text = str(error)
-    if isinstance(error, RunError):
+    if isinstance(error, RunError):  # is one line already
         return None
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
         return f"out of memory on {stage.device}: try {', or '.join(lower_memory(stage))}; " \
@@ -491,9 +515,9 @@ def describe_error(error, stage):
 
 
 def lower_memory(stage):
-    """Flags with which the same step needs less memory."""
+    """Flags with which the same step needs less memory: a list of texts."""
     batch, flags = stage.batch_size, []
-    parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # smallest divisor
+    parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # smallest divisor above 1
     if hasattr(stage, "cache_size"):
         cache = stage.cache_size or batch
         flags += [f"--cache-size {cache // 2}"] * (cache > 1)
