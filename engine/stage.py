@@ -11,21 +11,23 @@ train.py imports every file there, and the class registers itself:
         teacher: str = flag("", "the frozen teacher: a run's folder or an official file")
 
         def datasets(self): ...                          # self.open_sets()
-        def build(self, train_set): ...                  # self.frozen = load_encoder(self.teacher)
+        def build(self, train_set): ...                  # the student; self.frozen = the teacher
         def loss(self, model, batch, rng): ...
 
-First read `Stage` and `ClipStage` below, and the first stage in train.py. There are two more base
-classes: MaskedStage (tasks/reconstruction.py) hides a part of each clip, and ClassifierStage
-(tasks/labelled.py) predicts labels. The loop trains, evaluates, saves and resumes any of them.
+First read `Stage` and `ClipStage` below, and the first stage in train.py. Further base classes are
+in tasks/: MaskedStage (reconstruction.py) hides a part of each clip, ClassifierStage (labelled.py)
+predicts labels, SentenceStage (sentences.py) reads text. variants/cards.py has two short stages,
+and exercises/ex10_stage.py asks you to write one.
 
-- The loop trains and saves the model that `build` returns. Do not make a teacher or another frozen
-  network part of it, unless it is to be saved. Keep it on `self`, and move it to the device in
-  `loss`.
-- --resume compares all flags except checkpoints.FREE_TO_CHANGE. --weights may change, because a
-  checkpoint holds all weights of the model. A teacher needs a flag of its own, and its files must
-  not change until the run has ended.
-- Other stages load a run by the model's name in its `config`. A new class of model needs a row in
-  MODELS (weights/families.py). A new encoder also needs one in ENCODERS (weights/encoders.py).
+- The loop trains and saves the model that `build` returns. It does not know a teacher or another
+  frozen network. Keep such a network on `self`, and move it to the device in `loss`. Make it part
+  of the model only if the run has to save it.
+- --resume refuses other values of the flags, except those in checkpoints.FREE_TO_CHANGE. --weights
+  is among the exceptions, because a checkpoint holds all weights of the model. So a teacher needs a
+  flag of its own. Its files must not change until the run has ended.
+- Other stages load a run by `config["model"]`, the name of the model's class. A new class of model
+  needs a row in MODELS (weights/families.py). A new encoder also needs one in ENCODERS
+  (weights/encoders.py).
 - tests/test_runs.py has a table of stages. A row there tests that a killed run of the stage resumes
   bit-identically.
 """
@@ -61,11 +63,11 @@ def flag(default, help=None, low=None, high=None, choices=None, paper=None, only
     help     meaning and unit
     low, high, choices   the allowed values
     paper    the paper's value
-    only     "files": only for --data; "generated": only without --data. In the other case, any
-             value except the default is an error
+    only     "files": has an effect only with --data; "generated": only without --data. Where it
+             has no effect, any value except the default is an error
     group    heading of --help: one of GROUPS
 
-    Arguments that are None are taken from the field of the same name in a base class.
+    An argument that is None is taken from the field of the same name in a base class.
     """
     given = dict(help=help, low=low, high=high, choices=choices, paper=paper, only=only,
                  group=group)
@@ -79,7 +81,10 @@ def details(field):
 
 
 def generator(seed, *parts):
-    """A torch.Generator on the CPU whose state is a function of these arguments alone."""
+    """A torch.Generator on the CPU whose state is a function of these arguments alone.
+
+    parts  numbers and words that name the use, such as "loss", step
+    """
     entropy = [seed] + [zlib.crc32(str(part).encode()) for part in parts]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
@@ -94,20 +99,23 @@ class Stage:
                                 dict, has the options of the model and can be written as JSON
     loss(model, batch, rng)  -> (loss, {"loss": number, ...}); random numbers come from `rng` alone
 
-    and may override the methods below. Each evaluation measures all held-out sets except "test".
-    That set is measured only once, after the last step, on `stage.test` clips.
+    and may override the methods below. The loop calls them in this order: datasets, build, prepare;
+    then batches, loss and evaluate in turns; at the end finish, extras, pictures.
+
+    Each evaluation measures all held-out sets except "test". That set is measured only once, after
+    the last step, on `stage.test` clips.
     """
 
     name = ""           # name on the command line; set by `class X(Stage, name=...)`
-    typed = frozenset()  # flags that the user typed, or that code set to another value
-    fixed = frozenset()  # flags whose values --weights determine
+    typed = frozenset()  # flags that the user typed; made in code: those that are not the default
+    fixed = frozenset()  # flags whose values come from --weights
     began = False       # True as soon as the files in --out belong to this run
     test = 0            # clips of the set "test"; a stage with such a set has a flag for it
 
     data: str = flag("", "folder of videos, or a list of `path label` lines; default: generated "
                      "moving shapes", group="clips")
-    val_data: str = flag("", "the same for evaluation; default: every tenth file of --data",
-                         group="clips")
+    val_data: str = flag("", "the same for evaluation; default: the held-out split of --data, or a "
+                         "random tenth of its files", group="clips")
     out: str = flag("", "folder for logs, weights and pictures; default: runs/<stage>", group="run")
     weights: str = flag("", "start from these weights: a run's folder or an official file")
     resume: bool = flag(False, "continue from the newest readable checkpoint in --out, or start at "
@@ -183,11 +191,13 @@ class Stage:
                             rank=processes.rank(), world=processes.world())
 
     def example(self, model, train_set):
-        """A training batch of one clip for --dry-run, where `prepare` has not run."""
+        """A training batch of one clip, for --dry-run. `prepare` has not run there."""
         return next(iter(data.batches(train_set, 1, self.seed, 1)))
 
     def pixels(self):
-        """Pixels of a micro-batch, B * T * H * W. A size without a flag counts as 1."""
+        """Pixels of a micro-batch, B * T * H * W. It decides the number of threads on a CPU.
+
+        T, H and W are 1 for a stage without --num-frames or --input-size."""
         height, width = height_width(getattr(self, "input_size", 1))
         return self.batch_size * getattr(self, "num_frames", 1) * height * width
 
@@ -208,14 +218,14 @@ class Stage:
         return evaluation.weighted_mean(processes.gather_rows(rows))
 
     def prepare(self, model, train_set, held_out):
-        """Work that takes time and is needed before the first evaluation. --out exists by then.
+        """Slow work before the first evaluation, such as the features of a probe. --out exists.
 
-        Returns the train_set for `batches`.
+        Returns what `batches` gets as `train_set`.
         """
         return train_set
 
     def untrained(self):
-        """What --steps 0 would measure untrained, for an error message; "" = nothing.
+        """Name of the untrained part that --steps 0 would measure, for an error; "" = none.
 
         Called after `build`."""
         return "" if self.weights else "a network from scratch"
@@ -252,7 +262,7 @@ class Stage:
         return []
 
     def extras(self, folder):
-        """Write further files beside the weights, such as a tokenizer."""
+        """Write the files that belong to the weights, such as a tokenizer, into the folder."""
 
     # Methods that a stage may call
 
@@ -269,7 +279,7 @@ class Stage:
     def refuse_other(self, **values):
         """UserError where a flag contradicts --weights: {flag: value in the weights}.
 
-        Only flags count that were typed, or that differ from their default.
+        A flag with its default value contradicts nothing, unless the user typed it.
         """
         for name, value in values.items():
             wanted, default = getattr(self, name), type(self).__dataclass_fields__[name].default
@@ -278,9 +288,10 @@ class Stage:
                                 f"own, {value}; leave it out")
 
     def cached(self, settings, compute):
-        """The result of compute(), a dict of tensors and lists, cached in --out/features.pt.
+        """The result of compute(), a dict of tensors and lists, kept in the file features.pt.
 
-        A resumed run reads the file, unless it is damaged or was made with other settings.
+        A resumed run reads the file, unless it is damaged or was made with other settings. A new
+        run computes again.
         """
         path = Path(self.out) / "features.pt"
         if self.resume and path.exists():
@@ -294,15 +305,17 @@ class Stage:
         return result
 
     def autocast(self):
-        """Context in which networks compute in bfloat16, with --precision bf16; not for losses."""
+        """Context in which networks compute in bfloat16 if --precision is bf16.
+
+        Compute losses outside of it, in float32."""
         device_type = torch.device(self.device).type
         return torch.autocast(device_type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def held_out(self, dataset, count, batch_size, shared=True):
-        """Batches of a data set for evaluation, on the device, each with its "number".
+        """Yield batches of a data set for evaluation, on the device; see data.held_out.
 
-        shared  True: the processes share the batches, `processes.gather_rows` joins the results;
-                False: each process gets all batches
+        shared  True: each process gets some of the batches, and `processes.gather_rows` joins the
+                results in the order of batch["number"]; False: each process gets all batches
         """
         rank, world = (processes.rank(), processes.world()) if shared else (0, 1)
         for batch in data.held_out(dataset, count, batch_size, self.workers, rank, world):
@@ -317,7 +330,7 @@ TEST_CLIPS = flag(0, "clips of the test split to measure at the end; no setting 
 
 @dataclass
 class ClipStage(Stage):
-    """Base class of the stages that train on clips."""
+    """Base class of the stages that train on clips: opens files or the generated world."""
 
     num_frames: int = flag(8, "frames per clip", low=1, high=10**4, group="clips")
     input_size: frame_size = flag(40, "height and width in pixels, or HxW, as 112x160", low=1,
@@ -357,8 +370,10 @@ class ClipStage(Stage):
     def check_clips(self, expected):
         """UserError where weights of Hugging Face expect clips of another size.
 
-        There is no error if --positions was typed: it says how position codes for other sizes are
-        made. expected: result of weights.hub_clips.
+        There is none if the user typed --positions, which says how to make position codes for
+        another size.
+
+        expected  result of weights.hub_clips
         """
         for name, value in expected.items():
             wanted, given = spelled(value) if name == "input_size" else value, getattr(self, name)
