@@ -425,10 +425,10 @@ def in_batches(items, size):
 def window_feature(encoder, video):
     """The feature of a window, for `slide` and tools/extract.py: video (B, C, T, H, W) -> (B, F).
 
-    The masked encoder gives its mean token after the norm. The multimodal encoder gives its feature
-    before the norm.
+    The masked encoder gives its mean token after the norm, an attentive probe what its query reads.
+    The multimodal encoder gives its feature before the norm.
     """
-    if encoder.family == "multimodal":
+    if encoder.config["model"] == "UniFormerV2":
         return encoder.encode(video)[0].float()
     return encoder.feature(video).float()
 

@@ -83,6 +83,14 @@ class AttentiveProbe(torch.nn.Module):
         """The state of a masked encoder after its last block -> what the head sees, (B, D)."""
         return self.attend(state.tokens)
 
+    def tokens(self, video):
+        """video (B, C, T, H, W) -> all tokens of the encoder's last block, (B, N, D)."""
+        return self.encoder.tokens(video)
+
+    def feature(self, video):
+        """video (B, C, T, H, W) -> what the head sees, (B, D)."""
+        return self.attend(self.encoder.tokens(video))
+
     def recompute(self, on=True):
         """Save memory, spend time: see attention.run_blocks."""
         self.encoder.recompute(on)

@@ -17,7 +17,9 @@ import train
 import weights
 from conftest import official_fill
 from tasks import recognition
-from test_fusion import encoders
+from tasks.localisation import window_feature
+from tasks.probes import AttentiveProbe
+from test_fusion import clip, encoders
 from test_mae import block_shapes
 from test_train import write_video
 from test_uniformerv2 import official as uniformer
@@ -69,6 +71,34 @@ def test_a_run_starts_as_late_fusion_keeps_what_is_frozen_and_loads_alone(pair, 
     logged = [line for line in logged if "lr" in line]
     assert logged[0]["share_masked"] == 0.5 and logged[0]["gate_bridges.0.0.attn"] == 0
     assert logged[-1]["gate_bridges.0.0.attn"] != 0
+
+
+def test_an_attentive_probe_is_a_masked_encoder_whose_query_trains(pair, tmp_path, capsys):
+    torch.manual_seed(0)
+    probes = {name: AttentiveProbe(load_encoder(source).with_head(0), 30, 2).eval()
+              for name, source in (("masked", pair[1]), ("multimodal", pair[3]))}
+    for name, probe in probes.items():
+        weights.save(tmp_path / name, probe, probe.config)
+        feature = window_feature(probe, fusion.prepare_clip(clip(), probe))
+        assert feature.shape == (2, probe.width)
+    flags = "--masked", str(tmp_path / "masked"), *pair[2:]
+    assert run(*flags, out=tmp_path / "late", steps=0) == 0
+    whole = fusion.InternVideo.from_run(tmp_path / "late")
+    with torch.no_grad():
+        late = [model(fusion.prepare_clip(clip(), model))
+                for model in (probes["masked"], load_encoder(pair[3]).eval())]
+        assert torch.allclose(whole(clip()), sum(late) / 2, atol=1e-5)
+    assert run(*flags, "--lr", "1e-2", out=tmp_path / "fused") == 0
+    fused = fusion.InternVideo.from_run(tmp_path / "fused").masked
+    assert not torch.equal(fused.query, probes["masked"].query)
+    assert all(torch.equal(a, b) for a, b in zip(fused.encoder.state_dict().values(),
+                                                 probes["masked"].encoder.state_dict().values()))
+    assert fused.with_head(7, rows=[3] * 7).head.weight.shape == (7, fused.width)
+    capsys.readouterr()
+    assert run(*pair[:2], "--multimodal", str(tmp_path / "multimodal"), out=tmp_path / "x") == 2
+    assert "is an attentive probe, whose query takes the place of the global token" in \
+        capsys.readouterr().err
+
 
 
 @pytest.mark.slow
