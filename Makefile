@@ -19,7 +19,7 @@ install: .venv/.installed   ## make .venv and install the dependencies
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-train: install  ## the default run: every stage on generated clips, into runs/default
+train: install  ## the default run: the four stages on generated clips, into runs/default
 	$(RUN) train.py
 
 test: install   ## the quick test suite

@@ -34,7 +34,7 @@ def default_run(commands, train, argv):
     train     the function that runs a stage
     """
     parser = Parser(prog="train.py", allow_abbrev=False,
-                    description="The default run: every stage on generated clips.")
+                    description="The default run: the four stages on generated clips.")
     parser.add_argument("--out", default="runs/default", help="folder for all stages")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     args = parser.parse_args(argv)
