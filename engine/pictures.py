@@ -181,7 +181,7 @@ def cross_attention_maps(video, tokens, grid, maps, path):
     T, H, W, _ = video.shape
     steps = maps.shape[1]
     figure, panels = new_figure(len(tokens), 1, 1.15 * (steps + 1), 1.3 * len(tokens) + 0.4)
-    frames = video[[i * T // steps for i in range(steps)]]
+    frames = video[[(2 * i + 1) * T // (2 * steps) for i in range(steps)]]  # fusion.prepare_clip
     for panel, (t, row, column), attention in zip(panels[:, 0], tokens, maps):
         query = video[t * T // grid[0]].copy()
         h, w = H // grid[1], W // grid[2]
