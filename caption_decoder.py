@@ -1,7 +1,7 @@
 """A caption decoder: write a sentence about a video, one token at a time.
 
 Contrastive learning compares one vector per video with one vector per caption. Captioning predicts
-every word, so the video tokens must keep details such as counts. InternVideo adds both losses
+every word, so the video tokens must keep details such as counts. InternVideo sums both losses
 (arXiv 2212.03191, Sec. 3.2), from one forward pass (CoCa, arXiv 2205.01917, Sec. 3.2).
 
     video tokens (B, M, D) -- Q learned queries attend to them --> pooled video (B, Q, W)
@@ -76,17 +76,17 @@ def rotary_frequencies(head_width):
 
 def rotate(x, angles):
     """Rotate the channel pairs (j, j + K/2) of x (B, L, heads, K) by angles (L, K/2), in radians.
-    If q is rotated by angle a and k by angle b, only a - b matters for their dot product. It is
-    proportional to the distance between their positions."""
+    If q is rotated by angle a and k by angle b, only a - b matters for their dot product: an angle
+    proportional to the distance of their positions."""
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]                  # (L, 1, K/2)
     first, second = x.chunk(2, dim=-1)                                       # (B, L, heads, K/2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def multi_query(q, k, v, mask=None):
-    """Attention in which all query heads share one head of keys and values.
-    q (B, L, heads, K), k, v (B, 1, N, K) -> (B, L, heads*K)"""
-    if mask is None:  # one head with all queries, (B, 1, L*heads, K): equal, without transposes
+    """Attention. All query heads share one head of keys and values.
+    q (B, L, heads, K), k, v (B, 1, Nk, K) -> (B, L, heads*K)"""
+    if mask is None:  # one head with all queries, (B, 1, L*heads, K): same result, no transposes
         return attention(q.flatten(1, 2)[:, None], k, v).reshape(*q.shape[:2], -1)
     return attention(q.transpose(1, 2), k, v, mask).transpose(1, 2).flatten(2)
 
@@ -102,17 +102,17 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def keys(self, context):
-        """context (B, N, context_width) -> keys and values, (B, 1, N, K) each."""
+        """context (B, Nk, context_width) -> keys and values, (B, 1, Nk, K) each."""
         return self.kv(context)[:, None].chunk(2, dim=-1)
 
     def forward(self, x, k, v):
-        """x (B, L, W), k, v (B, 1, N, K) -> (B, L, W)"""
+        """x (B, L, W), k, v (B, 1, Nk, K) -> (B, L, W)"""
         return self.proj(multi_query(self.q(x).unflatten(-1, (self.heads, -1)), k, v))
 
 
 class Pooler(nn.Module):
-    """Cross-attention from learned queries, without residual and MLP. It norms the context, which
-    `CrossBlock` does not, as in the official code."""
+    """Cross-attention from learned queries, without residual and MLP. As in the official code, it
+    norms the context and `CrossBlock` does not."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()

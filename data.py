@@ -112,8 +112,8 @@ BATCH_LISTS = (*TEXTS, "captions", "path", "part", "clip", "facts", "index")
 def collate(items):
     """Make a batch from the items of one data set, without the unreadable ones.
 
-    Where an item is a DataError, return that error instead: a worker process cannot raise it in one
-    line. "video" is None where no item is readable.
+    Where an item is a DataError, return it: raised in a worker process, it would come with a long
+    traceback. "video" is None where no item is readable.
     """
     for item in items:
         if isinstance(item, DataError):
@@ -192,8 +192,8 @@ def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
 
     The last batch, or one with unreadable files, may be smaller. batch["bad"] lists unreadable
     files: readable and bad clips together are `count`. Batches without a readable clip are left
-    out. If none remains, one process alone raises DataError. One of several processes yields a
-    single batch whose "video" is None, so that the others learn which files are bad.
+    out. If none remains and world is 1, DataError is raised. With world > 1 this yields a single
+    batch whose "video" is None, so that the others learn which files are bad.
     """
     if hasattr(dataset, "__len__"):
         count = len(dataset) if count is None else min(count, len(dataset))
@@ -206,8 +206,8 @@ def held_out(dataset, count, batch_size, workers=0, rank=0, world=1):
     else:
         plan = [list(chosen[first:first + batch_size]) for first in range(0, count, batch_size)]
         loaded = load(dataset, plan[rank::world], workers, collate)
-    # A batch is yielded when the next readable one is here. Until then it also gets the bad files
-    # of unreadable batches, so the last batch reports those after it.
+    # A readable batch reports the bad files of unreadable batches before it. It waits for
+    # the next readable one. If none follows, it also reports those after it.
     waiting, bad = None, []
     for number, batch in zip(itertools.count(rank, world), loaded):
         bad += batch["bad"]

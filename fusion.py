@@ -319,7 +319,7 @@ class InternVideo(nn.Module):
 
     def recompute(self, on=True):
         """Recompute activations in the backward pass: see attention.run_blocks."""
-        # The frame blocks of the multimodal encoders store none: no gradient passes through them.
+        # Frozen multimodal encoders store none in their frame blocks: these get no gradient.
         self.masked.recompute(on)
 
     @classmethod

@@ -11,7 +11,7 @@
     torchrun --nproc-per-node 8 train.py mae --data DIR     on eight GPUs; see engine/processes.py
 
     stage.datasets() --> train_set, {"val": ...} --+
-    stage.build(train_set) --> model --------------+--> train: loss, backward, clip, optimiser step,
+    stage.build(train_set) --> model --------------+--> train: loss, backward, clipping, step,
     stage.loss(model, batch, rng) -----------------+    log, evaluate, save, resume --> out/
 
 The idea, in steps:
@@ -22,8 +22,8 @@ The idea, in steps:
    are in tasks/: MaskedStage draws masks, VideoTextStage reads sentences, ClassifierStage and
    TwoEncodersStage match labels with heads. The stages `retrieve`, `answer` and `localise` are
    there too, beside their metrics.
-3. `train` runs every stage and has no code for a particular one. engine/run.py implements the
-   methods of `run`.
+3. `train` runs every stage and has no code for a particular one. Its object `run` is a `Run`
+   of engine/run.py.
 4. Randomness is a function of (seed, step) alone. A run that is killed and resumed on the same
    processor, with the same number of threads, ends with bit-identical weights. The number of
    workers does not matter. The number of processes changes rounding only. Tar shards are the
@@ -104,7 +104,7 @@ class MaskedModelling(MaskedStage, name="mae"):
                               paper="4; 12 for large")
     decoder_width: int = flag(0, "width of the decoder; 0 = as in --model", low=0,
                               paper="half of the encoder's")
-    drop_path: float = flag(0.0, "share of samples that skip a block", paper="0", low=0, high=1)
+    drop_path: float = flag(0.0, "DropPath rate of the last block", paper="0", low=0, high=1)
     num_frames: int = flag(8, paper="16")
     sampling_rate: int = flag(4, paper="4; 2 on Something-Something")
     sampling: str = flag("dense", paper="videomae-pretrain")
@@ -193,7 +193,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
     warmup: float = flag(0.05, paper="0.01")
     weight_decay: float = flag(0.2, paper="0.2")
     beta2: float = flag(0.98, paper="0.98")
-    batch_size: int = flag(32, "pairs per process and step; all others are negatives",
+    batch_size: int = flag(32, "pairs per process and step; a pair's negatives are the others",
                            paper="14,336 videos or 86,016 images in all")
     accum: int = flag(1, "must be 1: pairs of two micro-batches are not compared; see "
                       "--cache-size")
@@ -278,8 +278,8 @@ class VideoLanguage(VideoTextStage, name="clip"):
     def loss(self, model, batch, rng):
         """loss = contrastive + caption_weight * captioning (InternVideo, Sec. 3.2).
 
-        video features and text features (B, E), one pair a row; hidden (B, L, W), what the caption
-        decoder computes for each word. The decoder does not run where --caption-weight is 0."""
+        video_features, text_features: embeddings (B, E), one pair a row; hidden (B, L-1, W), from
+        the caption decoder, which does not run where --caption-weight is 0."""
         video, captions = batch["video"], batch["caption"]
         image = "image" in batch
         if image:  # repeat the image where several frames are embedded at a time
@@ -303,7 +303,7 @@ class VideoLanguage(VideoTextStage, name="clip"):
         metrics = {"loss": contrastive.detach(), prefix + "contrastive": contrastive.detach()}
         if not hidden:
             return contrastive, metrics
-        # The loss divides by the mean number of words of all processes: engine/processes.py, 3.
+        # Divide by the mean number of tokens over processes: point 3 of engine/processes.py.
         count = processes.mean(is_token[:, 1:].sum()).clamp(min=1) if model.training else None
         decoder = model.caption_decoder
         with self.autocast():
@@ -318,12 +318,12 @@ class VideoLanguage(VideoTextStage, name="clip"):
     def batches(self, videos, first):
         """Alternate batches of videos and of images (InternVideo, Sec. 4.1).
 
-        Each image of a batch comes from another clip. Several images of one clip in a batch made
+        All images of a batch come from different clips. Several images of one clip in a batch made
         training much worse."""
         if not self.image_every:
             yield from super().batches(videos, first)
             return
-        # Steps 0, n, 2n, ... have images. So many were before step `first`: first / n, rounded up.
+        # Steps 0, n, 2n, ... have images. Their number before step `first`: first / n, rounded up.
         images_done = -(-first // self.image_every)
         options = dict(workers=self.workers, rank=processes.rank(), world=processes.world())
         images = data.batches(self.images, self.image_batch, self.seed, self.steps,
@@ -495,8 +495,8 @@ class CrossModel(TwoEncodersStage, name="fuse"):
     drop: float = flag(0.0, "dropout before both heads", paper="0.9", low=0, high=1)
     before: str = flag("", "blocks of the masked encoder that get cross-model attention before "
                        "them, such as 7,15,23,31; default: four, evenly spaced", paper="not given")
-    layers: str = flag("", "layer of the multimodal encoder that each of these attends to, such "
-                       "as 5,11,17,23; default: at the same relative depth")
+    layers: str = flag("", "multimodal layer that each block of --before attends to, such as "
+                       "5,11,17,23; default: at the same relative depth")
     gates: bool = flag(True, "tanh gates that start at 0", paper="yes")
     way: str = flag("both", "whose tokens are queries: masked = those of the masked encoder, "
                     "multimodal = the global token of the multimodal encoder, or both",
