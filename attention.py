@@ -52,8 +52,8 @@ from engine.processes import global_rows
 FORMS = ("auto", "reference", "sdpa", "flex")
 
 # Largest size of the scores, in bytes, for which `choose` selects the reference form:
-# B*heads*Nq*Nk * 2 bytes. Without a mask a block keeps one tensor of this size for the backward
-# pass, with a mask two: without one up to 1 GiB in the 4 blocks of a decoder, 3 GiB in 12 blocks.
+# B*heads*Nq*Nk * 2 bytes. With a mask a block keeps two tensors of this size for the backward
+# pass, without a mask one: up to 1 GiB in the 4 blocks of a decoder, 3 GiB in 12 blocks.
 # Only memory sets the limit.
 SMALL = 256 * 2**20
 
@@ -170,9 +170,9 @@ def choose(q, k, mask=None):
 
     1. "flex" on CUDA, for 128 or more queries and a mask with `is_token` or `frames`. It skips
        blocks of queries and keys in which the mask allows nothing.
-    2. "reference" elsewhere, for bfloat16 with gradients and at most SMALL bytes of scores. On a
-       CPU the backward pass of "sdpa" then takes 1.7 to 4 times as long (LOG.md). torch.compile
-       does not use this rule, because the batch size may be symbolic.
+    2. "reference" on other devices, for bfloat16 with gradients and at most SMALL bytes of scores.
+       On a CPU the backward pass of "sdpa" then takes 1.7 to 4 times as long (LOG.md).
+       torch.compile does not use this rule, because the batch size may be symbolic.
     3. "sdpa" otherwise, and in exports.
     """
     compiling = torch.compiler.is_compiling()

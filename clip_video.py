@@ -13,7 +13,7 @@ InternVideo, arXiv 2212.03191, Sec. 3.2, Self-Supervised Video Pretraining).
                                   | * exp(logit_scale)
           cross entropy over rows and over columns; the targets are on the diagonal
 
-Letters: L text tokens, W text width (pixel columns only after H), E embedding width, V vocabulary.
+Letters: L text tokens, W text width (after H: pixel columns), E embedding width, V vocabulary.
 
 1. weights/tokenizer.py turns sentences into token ids: start, text, end, padding.
 2. `TextEncoder` is causal. Its end-of-text token attends to the whole sentence and represents it.
@@ -80,7 +80,7 @@ class Options:
     kind: str = "video"  # of the visual encoder, one of KINDS
     frames: int = 8  # T; "joint" takes at most this many, the others any number
     image_size: int | list | None = None  # pixels, H = W or [H, W]; None: the default of `size`
-    # Four options for "video" only: see uniformerv2.Options. Official models lack the last two.
+    # Only "video" uses these four: see uniformerv2.Options. Official models lack the last two.
     global_layers: list | None = None
     global_heads: int | None = None
     local_units: int = 0
@@ -218,8 +218,8 @@ class JointEncoder(nn.Module):
 
     def encode(self, video):
         """video (B, C, T, H, W), normalised -> class token (B, D) and all tokens (B, 1, 1+N, D),
-        without a last norm: first the class token, then the patches of each frame. Axis 1 is the
-        frame axis of UniFormerV2's tokens."""
+        without a last norm: first the class token, then the patches of each frame. Axis 1
+        replaces the frame axis of UniFormerV2."""
         B, C, T, H, W = video.shape
         p, tubelet, (h, w) = self.patch, self.stride, self.grid
         if (H, W) != (h * p, w * p) or T > tubelet * len(self.times) or T % tubelet:
@@ -351,7 +351,7 @@ def contrastive_loss(video, text, logit_scale, *, targets=None, gather=False, ro
     targets      None: each video has one positive, its own caption. (B,) int, such as a number per
                  caption (ViCLIP): pairs with equal numbers are positives of each other. They share
                  the target probability equally. (B, columns) int: one equal column is enough
-    gather       True: B becomes the pairs of all processes, which have the same number each
+    gather       True: the batch is all processes' pairs; each must have equally many
     rows         None: compute all logits at once. Otherwise this many rows at a time, which gives
                  equal results in less memory, for batches of thousands
     returns      () float32 (float64 for float64 inputs), also under autocast

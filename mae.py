@@ -32,7 +32,7 @@ hidden positions only. Masks differ, because they come from another random gener
 
 >>> model = VideoMAE("tiny", image_size=64)
 >>> hidden = tube_mask(2, model.grid, 0.9, torch.Generator().manual_seed(0))
->>> model(torch.zeros(2, 3, 16, 64, 64), hidden).shape    # (B, Nm, P) = 8*int(0.9*8*8), 2*8*8*3
+>>> model(torch.zeros(2, 3, 16, 64, 64), hidden).shape  # (B, Nm, P) = 2, 8*int(0.9*8*8), 2*8*8*3
 torch.Size([2, 456, 384])
 """
 
@@ -46,7 +46,7 @@ from torch import nn
 
 from attention import Block, Context, Dropout, State, run_blocks, sinusoid_table
 
-# Of red, green and blue, for pixels in [0, 1]. All VideoMAE models are trained with these values.
+# For red, green and blue in [0, 1]. All VideoMAE models are trained with these values.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -93,7 +93,7 @@ class Options:
     bias: str = "qv"             # see attention.Attention
     cosine: bool = False         # see attention.Attention
     layer_scale: float | None = None  # see attention.Block
-    eps: float = 1e-6            # of all LayerNorms except the next
+    eps: float = 1e-6            # of all LayerNorms but one: head_eps
     head_eps: float = 1e-6       # of the LayerNorm before the head of the decoder or classifier
 
     def __post_init__(self):
@@ -165,7 +165,7 @@ def tube_mask(batch, grid, ratio, generator=None):
 
 
 def random_mask(batch, grid, ratio, generator=None):
-    """As `tube_mask`, but hide as many tokens drawn from all positions in space and time."""
+    """Hide as many tokens as `tube_mask`, drawn from all positions in space and time."""
     t, h, w = grid
     return draw_mask(batch, t * h * w, t * int(ratio * h * w), generator)
 
@@ -410,7 +410,7 @@ class VideoMAE(Network):
 
     size, options  see Options
     drop_path      see Encoder
-    normalised     True = trained on normalised targets. Only pictures of predictions need it
+    normalised     True = trained on normalised targets. `forward` does not use it
     """
 
     model_name = "VideoMAE"    # in config.json

@@ -368,7 +368,7 @@ class UniFormerV2(nn.Module):
             middle = self.embed.weight.unflatten(1, shape)[:, :, 1]          # (D, C, patch, patch)
             # torch drew the weights for three frames of input: too small for one, by sqrt(3).
             self.embed.weight.copy_(inflate(middle * self.window**0.5, self.window).flatten(1))
-        for block in self.blocks:  # deeper models get smaller output layers, proj and fc2
+        for block in self.blocks:  # in deeper models proj and fc2 start smaller
             for layer, std in ((block.attn.qkv, D**-0.5), (block.attn.proj, (2 * D * depth)**-0.5),
                                (block.mlp.fc1, (2 * D)**-0.5),
                                (block.mlp.fc2, (2 * D * depth)**-0.5)):
@@ -427,7 +427,7 @@ class UniFormerV2(nn.Module):
         return (1 - w) * state.query[:, 0] + w * mean_class_token
 
     def finish(self, state):
-        """State after the last block -> feature (B, D), normed if there is a head to take it."""
+        """State after the last block -> feature (B, D), normed if there is a head."""
         feature = self.combine(state)
         return self.norm(feature) if self.options.classes else feature
 
