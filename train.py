@@ -622,24 +622,24 @@ def train(stage, resume_command="--resume"):
 # what each pretraining taught. All stages with labels use the same 4,000 labelled clips.
 CLIPS = "--input-size 32"                      # of 8 frames
 FEW_FRAMES = f"{CLIPS} --num-frames 4"         # for the multimodal encoder, as the paper's 8 and 16
-PROBE = "--probe-clips 4000 --steps 1000"
+PROBE = "--probe-clips 4000 --steps 1000 --eval-every 1000"
 DEFAULT_RUN = {
     # Plain pixels: the picture then borrows nothing. Half is hidden: 8 of 16 places are visible.
     f"mae {CLIPS} --no-normalise --mask-ratio 0.5 --decoder-depth 1 --train-clips 10000 "
-    "--batch-size 64 --lr 1e-2 --steps 2000 --out {out}/mae": 210,
+    "--batch-size 64 --lr 1e-2 --steps 2000 --out {out}/mae": 270,
     # No local units: InternVideo's value. Most captions of the web name no motion.
     f"clip {FEW_FRAMES} --local-units 0 --no-temporal-downsample --motion-words 0.1 --steps 900 "
-    "--out {out}/clip": 230,
+    "--out {out}/clip": 200,
     # Masked modelling trains no token that represents the whole clip: a query attends to all.
-    f"classify {CLIPS} --mode attentive {PROBE} --weights {{out}}/mae --out {{out}}/masked": 12,
+    f"classify {CLIPS} --mode attentive {PROBE} --weights {{out}}/mae --out {{out}}/masked": 14,
     f"classify {FEW_FRAMES} --mode probe --standardise {PROBE} --weights {{out}}/clip "
-    "--out {out}/multimodal": 15,
-    "fuse --train-clips 4000 --masked {out}/masked --multimodal {out}/multimodal "
-    "--out {out}/fuse": 50,
+    "--out {out}/multimodal": 12,
+    "fuse --train-clips 4000 --eval-every 100 --masked {out}/masked "
+    "--multimodal {out}/multimodal --out {out}/fuse": 45,
     # Two controls: the masked encoder's network untrained, with the same probe; and trained on the
     # labels alone.
-    f"classify {CLIPS} --mode attentive {PROBE} --out {{out}}/untrained": 12,
-    f"classify {CLIPS} --train-clips 4000 --steps 400 --out {{out}}/scratch": 45,
+    f"classify {CLIPS} --mode attentive {PROBE} --out {{out}}/untrained": 14,
+    f"classify {CLIPS} --train-clips 4000 --steps 400 --eval-every 200 --out {{out}}/scratch": 32,
 }
 
 

@@ -48,7 +48,7 @@ def logits_of(out, which, clips, seed):
         machine.choose_threads(sum(p.numel() for p in fused.model.parameters()),
                                PER_BATCH * world.frames * world.size[0] * world.size[1])
     logits, answers = {name: [] for name in models}, {name: [] for name in world.classes}
-    for batch in data.held_out(world, clips, PER_BATCH):
+    for batch in data.held_out(world, clips, PER_BATCH, workers=1):  # it renders meanwhile
         batch = to_device(batch, device)
         for question, labels in batch["labels"].items():
             answers[question].append(labels)
@@ -69,7 +69,7 @@ def zero_shot(out, which, clips, seed):
     model = clip_video.VideoCLIP.from_official(out / "clip").to(device).eval()
     world = moving_shapes.MovingShapes(which, model.config["frames"],
                                        tuple(model.config["image_size"]), seed)
-    batches = (to_device(batch, device) for batch in data.held_out(world, clips, PER_BATCH))
+    batches = (to_device(batch, device) for batch in data.held_out(world, clips, PER_BATCH, workers=1))
     found = recognition.evaluate_zero_shot(
         model, batches, load_tokenizer(out / "clip" / "tokenizer.json"), world.sentences(),
         combine=world.prompt_average, device=device)
