@@ -69,7 +69,8 @@ def zero_shot(out, which, clips, seed):
     model = clip_video.VideoCLIP.from_official(out / "clip").to(device).eval()
     world = moving_shapes.MovingShapes(which, model.config["frames"],
                                        tuple(model.config["image_size"]), seed)
-    batches = (to_device(batch, device) for batch in data.held_out(world, clips, PER_BATCH, workers=1))
+    batches = (to_device(batch, device)
+               for batch in data.held_out(world, clips, PER_BATCH, workers=1))
     found = recognition.evaluate_zero_shot(
         model, batches, load_tokenizer(out / "clip" / "tokenizer.json"), world.sentences(),
         combine=world.prompt_average, device=device)
