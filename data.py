@@ -59,14 +59,14 @@ def open_clips(source, *args, **options):
     return (VideoShards if annotations.is_shards(source) else VideoFiles)(source, *args, **options)
 
 
-def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, motion_words=1.0,
-              sampling="dense", stride=4, transform="plain", flip=True, video_folder="",
+def open_sets(source, held_out="", *, generated="MovingShapes", frames, size, seed,
+              motion_words=1.0, sampling="dense", stride=4, transform="plain", flip=True, video_folder="",
               frame_rate=25.0, **augment):
     """The training set and the held-out sets of a run: (train_set, {"val": ..., ...}).
 
     source        value of --data: a folder, a list ...; "" = generated clips
     held_out      value of --val-data: another source; "" = hold out a part of `source`
-    world         name of the class in video.moving_shapes that generates clips. Its HELD_OUT names
+    generated     name of the class in video.moving_shapes that generates clips. Its HELD_OUT names
                   the held-out sets; files have only "val"
     motion_words  of generated clips, see video.moving_shapes.MovingShapes
     augment       options for the training set alone, see video.clips.Clips.prepare
@@ -75,8 +75,8 @@ def open_sets(source, held_out="", *, world="MovingShapes", frames, size, seed, 
     video.clip_set.ClipSet, so the training loop does not ask where clips come from.
     """
     if not source:
-        make = functools.partial(getattr(moving_shapes, world), frames=frames, size=size, seed=seed,
-                                 motion_words=motion_words)
+        make = functools.partial(getattr(moving_shapes, generated), frames=frames, size=size,
+                                 seed=seed, motion_words=motion_words)
         train_set = make("train")
         return train_set, {split: make(split) for split in train_set.HELD_OUT}
     options = dict(frames=frames, size=size, sampling=sampling, stride=stride, seed=seed, flip=flip,

@@ -348,7 +348,7 @@ class ClipStage(Stage):
                              group="clips")
     train_clips: int = flag(0, "train on this many clips, over and over; 0 = all", low=0,
                             group="clips")
-    world = "MovingShapes"  # class of video.moving_shapes that generates clips
+    generated = "MovingShapes"  # class of video.moving_shapes that generates clips
 
     @property
     def sides(self):
@@ -358,7 +358,7 @@ class ClipStage(Stage):
     def open_sets(self, **options):
         """(training set, {name: held-out set}); see data.open_sets."""
         train_set, held_out = data.open_sets(
-            self.data, self.val_data, world=self.world, frames=self.num_frames,
+            self.data, self.val_data, generated=self.generated, frames=self.num_frames,
             size=self.sides, seed=self.seed, sampling=self.sampling, transform=self.transform,
             video_folder=self.video_folder, frame_rate=self.frame_rate, **options)
         if self.train_clips:

@@ -202,7 +202,7 @@ class Answering(SentenceStage, name="answer"):
     eval_clips: int = flag(1000, "held-out questions per evaluation")
     eval_every: int = flag(500)
 
-    world = "QuestionShapes"
+    generated = "QuestionShapes"
 
     @functools.cached_property
     def parts(self):

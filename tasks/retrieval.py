@@ -232,7 +232,7 @@ class Retrieval(SentenceStage, name="retrieve"):
     eval_every: int = flag(0, "steps between evaluations; 0 = at the end")
     test: int = TEST_CLIPS
 
-    world = "ActShapes"  # the class of video.moving_shapes that generates its clips
+    generated = "ActShapes"  # the class of video.moving_shapes that generates its clips
 
     def datasets(self):
         """Clips with sentences. Held-out videos come once each, with all their captions."""

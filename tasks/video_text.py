@@ -60,7 +60,7 @@ class VideoTextStage(SentenceStage):
     def open_images(self):
         """Single pictures and their sentences, as clips of one frame."""
         images, _ = data.open_sets(
-            self.image_data or self.data, self.image_data or self.val_data, world="StillShapes",
+            self.image_data or self.data, self.image_data or self.val_data, generated="StillShapes",
             frames=1 if self.image_data or self.data else self.num_frames, size=self.sides,
             seed=self.seed, sampling="segment", flip=False, transform=self.transform,
             video_folder=self.video_folder, frame_rate=0)
