@@ -60,8 +60,8 @@ def open_clips(source, *args, **options):
 
 
 def open_sets(source, held_out="", *, generated="MovingShapes", frames, size, seed,
-              motion_words=1.0, sampling="dense", stride=4, transform="plain", flip=True, video_folder="",
-              frame_rate=25.0, **augment):
+              motion_words=1.0, sampling="dense", stride=4, transform="plain", flip=True,
+              video_folder="", frame_rate=25.0, **augment):
     """The training set and the held-out sets of a run: (train_set, {"val": ..., ...}).
 
     source        value of --data: a folder, a list ...; "" = generated clips
