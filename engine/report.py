@@ -219,7 +219,7 @@ def table_of(table):
 ACCURACIES = {"val_all_facts": "all facts", "unseen_all_facts": "all facts, unseen pairs",
               "val_top1": "top 1", "val_top5": "top 5", "val_mAP": "mAP",
               "val_accuracy": "answers right", "val_t2v_R@1": "sentences find their clip",
-              "val_captions_all_three": "captions right",
+              "val_captions_shape": "captions with the shape",
               "val_zero_shot_all_facts": "all facts, zero-shot"}
 
 
