@@ -169,7 +169,7 @@ def facts_of_words(run):
     return {"text": [*of_size(part(clip, "text_size"))[:1],
                      f"{clip['vocabulary']:,} tokens" if "vocabulary" in clip else ""],
             "pairs": [percent(run.number("val_t2v_R@1"), "find their clip"),
-                      percent(run.number("val_captions_shape"), "captions name the shape")
+                      percent(run.number("val_captions_shape"), "write the shape")
                       or (f"BLEU-4 {bleu:.1f}" if bleu is not None else "")]}
 
 
