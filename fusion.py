@@ -24,14 +24,13 @@ tokens, width Dm. A score is the output of an encoder's head: the logits of Y cl
    come from the multimodal block at the same share of the depth. At the end, the multimodal
    encoder's global token (in the paper "query token") attends to the masked encoder's tokens. The
    head for score B gets this token and the class tokens (UniFormerV2.combine).
-3. `InternVideo.combine`: the weights 1-u and u are a softmax of 0 and a learned number that starts
-   at 0. Before training, the result is therefore the mean of both encoders' logits.
+3. `InternVideo.combine`: 1-u and u are the softmax of 0 and a learned number, which starts at 0.
+   Before training, the result is therefore the mean of both encoders' logits.
 4. `InternVideo.freeze`: only the cross-model attention, the weights of the scores, the heads with
    their norms, and the initial global token train. The encoders stay in eval mode.
 
-None of this was released. Our own choices: four blocks, evenly spaced; the same share of the depth;
-keys from all tokens; as many heads as the queries' encoder; one number per gate; weights that sum
-to 1. VideoMAE-H with UniFormerV2-L: 90.1 M parameters train, 985 M are frozen.
+None of this was released. Our choices: four evenly spaced blocks; the same share of the depth; keys
+from all tokens; heads as in the queries' encoder; one number per gate; weights that sum to 1.
 
 >>> from mae import VideoClassifier
 >>> from uniformerv2 import UniFormerV2

@@ -26,9 +26,8 @@ new blocks is zero at the start, so the tokens of each frame start as those of C
    At the start the global token is 0 and w is 1/2, so the feature is half the mean class token.
    The norm before the head removes the factor 1/2.
 
-At step one the layers that `zero_init` set to zero have a nonzero gradient. The one exception is in
-the second local unit of the last block. Only a global block after it reads its output, and the
-output layers of this block are still zero.
+At step one the layers that `zero_init` set to zero have a nonzero gradient, but for one in the last
+block's second local unit: only a global block, whose output layers are still zero, reads it.
 
 Where we differ from the official code: tensors are batch first, convolutions of size 1 are Linear
 layers, and DropPath drops clips, not token positions. As in that code, w is the weight of the mean
