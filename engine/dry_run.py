@@ -51,7 +51,8 @@ def dry_run(stage, model, train_set):
     seconds = seconds_of(stage, model, batch) * stage.batch_size * stage.accum
     minutes = seconds * stage.steps / 60
     print(f"expected time        {seconds:10.2f} s a step at most, {minutes:.1f} minutes for "
-          f"{stage.steps} steps, measured with single clips; without reading them")
+          f"{stage.steps} steps; computing alone, measured with single clips; reading files takes "
+          "more")
     return dict(parameters=parameters, forward_flops=forward, expected_bytes=total,
                 seconds=seconds)
 

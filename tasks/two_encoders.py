@@ -41,8 +41,14 @@ class TwoEncodersStage(LabelledStage):
         if self.weights:
             count = self.parts[0].config["classes"]
             return [class_names.head_of("weights", self.weights, count)]
-        return [class_names.head_of(name, source, encoders.made_for(source)[2])
-                for name in ("masked", "multimodal", "second") if (source := getattr(self, name))]
+        heads = []
+        for name in ("masked", "multimodal", "second"):
+            if source := getattr(self, name):
+                count = encoders.made_for(source)[2]
+                heads.append(class_names.head_of(name, source, count))
+                if not count:
+                    print(f"--{name} {source}: has no classifier; a new one is trained")
+        return heads
 
     def untrained(self):
         """As LabelledStage. New cross-model attention without gates is also untrained. Behind
