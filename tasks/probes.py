@@ -179,7 +179,7 @@ def compute_features(stage, model, train_set):
     """{"features": float32, "targets"} of --probe-clips training clips."""
     finite = hasattr(train_set, "__len__")
     count = stage.probe_clips or (len(train_set) if finite else 2000)
-    count = min(count, len(train_set)) if finite else count
+    count = min(count, len(train_set)) if finite else min(count, stage.train_clips or count)
     rows = []
     for batch in tqdm(stage.held_out(train_set, count, stage.eval_batch), desc="features",
                       unit="batch", total=-(-count // stage.eval_batch // processes.world()),

@@ -194,7 +194,7 @@ def main(argv=None):
         out, = args.out
         seed = json.loads((out / "fuse" / "metrics.json").read_text())["settings"]["seed"]
         write_table(out, seed)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         print(f"table.py: {', '.join(map(str, args.out))}: not the folder of a finished default "
               f"run: {error}", file=sys.stderr)
         return 2
