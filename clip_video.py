@@ -95,9 +95,9 @@ class Options:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}: choose {', '.join(KINDS)}")
-        if self.kind != "video" and (self.local_units or self.temporal_downsample):
-            raise ValueError("local_units and temporal_downsample are for kind='video', not "
-                             f"{self.kind!r}")
+        for name in ("global_layers", "global_heads", "local_units", "temporal_downsample"):
+            if self.kind != "video" and getattr(self, name):
+                raise ValueError(f"{name} is for kind='video', not {self.kind!r}")
         if self.kind != "joint" and self.tubelet != 1:
             raise ValueError(f"tubelet is for kind='joint', not {self.kind!r}")
         text = self.text_size or self.size

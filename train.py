@@ -259,7 +259,8 @@ class VideoLanguage(VideoTextStage, name="clip"):
             train_tokenizer(captions, self.vocabulary)
         size, text, layers = self.model, self.model, None
         if size == "small":  # one global block, after the last layer; three gave no better results
-            size, text, layers = SMALL, SMALL_TEXT, (SMALL.depth - 1,)
+            size, text = SMALL, SMALL_TEXT
+            layers = (SMALL.depth - 1,) if self.kind == "video" else None
         clip = clip_video.VideoCLIP(
             size, text_size=text, kind=self.kind, frames=self.num_frames,
             global_layers=self.layers() if self.global_layers else layers,

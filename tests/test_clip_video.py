@@ -471,8 +471,8 @@ def test_sizes_are_the_published_ones():
 
 @pytest.mark.parametrize("options, words", [
     (dict(kind="still"), "choose video, frames, joint"),
-    (dict(kind="frames", local_units=1),
-     "local_units and temporal_downsample are for kind='video'"),
+    (dict(kind="frames", local_units=1), "local_units is for kind='video'"),
+    (dict(kind="joint", global_layers=(1,)), "global_layers is for kind='video'"),
     (dict(tubelet=2), "tubelet is for kind='joint'"),
     (dict(size=uniformerv2.SIZES["tiny"]), "a Size of your own needs a text_size"),
     (dict(kind="joint", image_size=30), "do not divide into patches of 8 x 8"),
