@@ -34,15 +34,14 @@ PER_BATCH = 100  # clips
 
 
 @torch.no_grad()
-def logits_of(out, which, clips, seed):
+def logits_of(models, which, clips, seed):
     """Run every model on `clips` clips of the split `which`.
 
+    models   {name: Classifier}, "fuse" among them
     returns  logits {model: {question: (B, classes)}}, answers {question: (B,)}
     """
-    device = machine.choose_device("auto")
-    bf16 = machine.choose_precision("auto", device) == "bf16"
-    models = {name: Classifier(out / name, device) for name in CLASSIFIERS}
     fused = models["fuse"]
+    device, bf16 = fused.device, machine.choose_precision("auto", fused.device) == "bf16"
     world = moving_shapes.MovingShapes(which, fused.frames, fused.size, seed)
     if device == "cpu":
         machine.choose_threads(sum(p.numel() for p in fused.model.parameters()),
@@ -79,7 +78,9 @@ def zero_shot(out, which, clips, seed):
 
 def rows_of(out, seed, clips):
     """{row: {column: number}}: accuracies in percent, trained parameters, seconds of training."""
-    results = {which: logits_of(out, which, clips, seed) for which in ("val", "test", "unseen")}
+    device = machine.choose_device("auto")
+    models = {name: Classifier(out / name, device) for name in CLASSIFIERS}
+    results = {which: logits_of(models, which, clips, seed) for which in ("val", "test", "unseen")}
 
     def late(which, share):
         logits, answers = results[which]
