@@ -21,6 +21,7 @@ it when they need it.
 """
 
 import json
+import textwrap
 
 import numpy as np
 import torch
@@ -130,7 +131,9 @@ def captions(videos, references, written, path, rows=6):
     figure, panels = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
     for panel, video, reference, text in zip(panels.flat, videos, references, written):
         panel.imshow(strip(video))
-        words = f"model: {plain(text)}\ntruth: {plain(reference)}"
+        words = "\n".join(
+            textwrap.fill(f"{who}: {plain(sentence)}", 64, max_lines=2, placeholder=" ...")
+            for who, sentence in (("model", text), ("truth", reference)))
         panel.set_xlabel(words, fontsize=8, loc="left")
         paths.append(path.with_name(f"{path.stem}_{len(paths) - 1}.gif"))
         moving_picture(torch.from_numpy(video).permute(3, 0, 1, 2) / 255, paths[-1], words)

@@ -90,9 +90,11 @@ class TwoEncodersStage(LabelledStage):
 
     def pictures(self, model, batch, folder, results):
         """confusion.png, gates.png, and cross_attention.png: where the masked encoder attends."""
-        paths = super().pictures(model, batch, folder, results) + [folder / "gates.png"]
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        pictures.gates([json.loads(line) for line in lines], paths[-1])
+        paths = super().pictures(model, batch, folder, results)
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        if sum("share_masked" in line for line in lines) > 1:  # a run of few steps logs no curve
+            paths.append(folder / "gates.png")
+            pictures.gates(lines, paths[-1])
         if model.before:
             paths.append(folder / "cross_attention.png")
             draw_attention(model, batch["video"][:1], paths[-1])

@@ -17,6 +17,7 @@ from engine.frame_size import height_width
 from engine.stage import flag
 from tasks import captioning, retrieval
 from tasks.sentences import SentenceStage
+from video import moving_shapes
 from video.transforms import normalise
 from weights import encoders, merging
 
@@ -59,11 +60,16 @@ class VideoTextStage(SentenceStage):
 
     def open_images(self):
         """Single pictures and their sentences, as clips of one frame."""
-        images, _ = data.open_sets(
-            self.image_data or self.data, self.image_data or self.val_data, generated="StillShapes",
-            frames=1 if self.image_data or self.data else self.num_frames, size=self.sides,
-            seed=self.seed, sampling="segment", flip=False, transform=self.transform,
-            video_folder=self.video_folder, frame_rate=0)
+        source = self.image_data or self.data
+        if not source:
+            return moving_shapes.StillShapes("train", frames=self.num_frames, size=self.sides,
+                                             seed=self.seed)
+        images = data.open_clips(
+            source, train=True, part="all" if self.image_data or self.val_data else "train",
+            frames=1, size=self.sides, seed=self.seed, sampling="segment", flip=False,
+            transform=self.transform, video_folder=self.video_folder, frame_rate=0)
+        if self.image_data:
+            print(f"--image-data {images.summary()}")
         return images
 
     def captions(self, train_set):

@@ -182,6 +182,7 @@ def test_lists_of_real_videos_train_and_captions_too_long_are_counted(tmp_path, 
     out = capsys.readouterr().out
     assert "captions are longer than --context 5 tokens and are cut" in out
     assert ("gone.mp4" in out) == (name == "list.csv")
+    assert out.count("--data ") == 1  # though images come from the same list
 
 
 @pytest.mark.parametrize("name, text, complaint", [

@@ -134,7 +134,7 @@ def test_official_files_of_both_encoders_fuse_on_real_videos(tmp_path):
     (lambda a, b: ["--masked", a, "--multimodal", b, "--before", "7"], "blocks 0 to 2"),
     (lambda a, b: ["--masked", a, "--multimodal", b, "--before", "x"], "give numbers with commas"),
     (lambda a, b: ["--masked", a, "--multimodal", b, "--num-frames", "2"], "need 4 frames; give"),
-    (lambda a, b: ["--weights", a], "not an InternVideo"),
+    (lambda a, b: ["--weights", a], "not InternVideo"),
 ])
 def test_mistakes_get_one_line(pair, tmp_path, capsys, flags, complaint):
     assert run(*flags(*pair[1::2]), out=tmp_path) == 2

@@ -374,7 +374,7 @@ def test_a_saved_model_loads_alone_and_gives_the_same(tmp_path, second):
     # A run from before there was the option `last`.
     old = {key: value for key, value in model.config.items() if key != "last"}
     assert InternVideo.from_config(old).config == model.config
-    with pytest.raises(weights.WeightsError, match="not an InternVideo"):
+    with pytest.raises(weights.WeightsError, match="not InternVideo"):
         InternVideo.from_run(tmp_path / "other")
 
 

@@ -627,17 +627,21 @@ def test_so_they_are_in_the_models_inside_a_model():
         "model": "InternVideo", "masked": {"model": "VideoClassifier", "frames": 2},
         "multimodal": [{"model": "UniFormerV2", "pool": "mean"}]}
     old["masked"]["pool"] = "first"
-    with pytest.raises(WeightsError, match="x: a VideoClassifier with pool='first'"):
+    with pytest.raises(WeightsError, match="x: VideoClassifier with pool='first'"):
         weights.runs.without_removed(old, "x")
 
 
 def test_a_run_of_another_stage_is_refused_by_name(tmp_path):
     folder = run(tmp_path / "mae", VideoMAE("tiny", frames=2, image_size=16))
-    with pytest.raises(WeightsError, match="of `train.py fuse`: it holds a VideoMAE, not an I"):
+    with pytest.raises(WeightsError, match="of `train.py fuse`: it holds VideoMAE, not I"):
         weights.load_run(None, folder, "InternVideo", "fuse")
     weights.save(tmp_path / "bare", {"a": torch.ones(1)}, {})
-    with pytest.raises(WeightsError, match="it has no configuration, not a Localiser"):
+    with pytest.raises(WeightsError, match="it has no configuration, not Localiser"):
         weights.load_run(None, tmp_path / "bare", "Localiser", "localise")
+    classifier = VideoClassifier("tiny", classes=3, frames=2, image_size=16)
+    folder = run(tmp_path / "classifier", classifier)
+    with pytest.raises(WeightsError, match="holds VideoClassifier, not VideoMAE; .* stage 1"):
+        VideoMAE.from_official(folder)
 
 
 def test_every_model_of_the_tables_exists_and_has_official_names():

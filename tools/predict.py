@@ -226,15 +226,15 @@ def fuse(args):
     model = classifier.model
     clip = torch.as_tensor(clip_for(args, classifier.frames, classifier.size))[None]
     scores = model.scores(clip)                                             # (1, Y) each
-    for name, gate in model.named_parameters():
-        if "gate_" in name:
-            print(f"{name:45s} tanh = {float(gate.tanh()):+.3f}")
-    print("weights of the scores: "
-          + ", ".join(f"{weight:.2f}" for weight in model.score_weights().tolist()))
     names = ["masked", *["multimodal"] * len(model.multimodal), "together"]
     for name, score in zip(names, [*scores, model.combine(scores)]):
         predictions.print_likeliest(classifier.probabilities(score), classifier.classes,
                                     args.top or 3, f"{name:11s} ")
+    print("weights of the scores: "
+          + ", ".join(f"{weight:.2f}" for weight in model.score_weights().tolist()))
+    for name, gate in model.named_parameters():
+        if "gate_" in name:
+            print(f"{name:45s} tanh = {float(gate.tanh()):+.3f}")
     if model.before:
         path = picture_path(args)
         two_encoders.draw_attention(model, clip, path)

@@ -101,7 +101,7 @@ def load(cls, source, *, heads=None, global_heads=None, global_layers=None, text
     """
     file = CLIPFile(source)
     if file.config and file.config.get("model") != "VideoCLIP":
-        raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, not a VideoCLIP")
+        raise WeightsError(f"{file.name}: holds {file.config.get('model')}, not VideoCLIP")
     kind = file.config.get("kind") if file.config else KIND[file.layout]
     if grow and kind != "frames":
         raise WeightsError(f"{file.name}: grow=True is for plain CLIP weights, these are "

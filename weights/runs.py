@@ -24,9 +24,9 @@ def load_run(make, source, model, command):
     tensors, config = read(source)
     kind = config.get("model")
     if kind != model:
-        content = f"it holds a {kind}" if config else "it has no configuration"
+        content = f"it holds {kind}" if config else "it has no configuration"
         raise WeightsError(f"{name_of(source)}: not a run of `train.py {command}`: {content}, "
-                           f"not {'an' if model[0] in 'AEIOU' else 'a'} {model}")
+                           f"not {model}")
     return rebuild(make, tensors, config, name_of(source))
 
 
@@ -65,7 +65,7 @@ def without_removed(config, name):
     removed = REMOVED.get(kind, {}) if isinstance(kind, str) else {}
     for key, value in removed.items():
         if config.get(key, value) != value:
-            raise WeightsError(f"{name}: a {kind} with {key}={config[key]!r}; this option was "
+            raise WeightsError(f"{name}: {kind} with {key}={config[key]!r}; this option was "
                                f"removed, and only {value!r} can still be loaded")
     return {key: without_removed(value, name) for key, value in config.items()
             if key not in removed}

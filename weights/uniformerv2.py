@@ -62,7 +62,7 @@ def load(cls, source, *, heads=None, global_heads=None, global_layers=None, fram
     if file.config.get("model") == "UniFormerV2":
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
     if file.config:
-        raise WeightsError(f"{file.name}: holds a {file.config.get('model')}, no UniFormerV2 "
+        raise WeightsError(f"{file.name}: holds {file.config.get('model')}, no UniFormerV2 "
                            "alone; give a run of `train.py classify` that trained one, such as "
                            "runs/default/multimodal")
     size, options = file.measures(heads, global_layers)

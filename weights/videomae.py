@@ -97,6 +97,9 @@ def load_pretrained(cls, source, *, heads=None, decoder_heads=None, frames=None,
     if file.config.get("model") == cls.model_name:
         return rebuild(cls.from_config, file.tensors, file.config, file.name)
     if not file.has("encoder_to_decoder.weight", "mask_token"):
+        if file.config.get("model"):  # a run of this project
+            raise WeightsError(f"{file.name}: holds {file.config['model']}, not {cls.model_name}; "
+                               "give a run of stage 1, such as runs/default/mae")
         raise WeightsError(
             f"{file.name}: a masked autoencoder needs a decoder, and this file has none (no "
             "encoder_to_decoder.weight, no mask_token); load a fine-tuned file with "
