@@ -60,16 +60,19 @@ class VideoTextStage(SentenceStage):
 
     def open_images(self):
         """Single pictures and their sentences, as clips of one frame."""
-        source = self.image_data or self.data
-        if not source:
-            return moving_shapes.StillShapes("train", frames=self.num_frames, size=self.sides,
-                                             seed=self.seed)
-        images = data.open_clips(
-            source, train=True, part="all" if self.image_data or self.val_data else "train",
-            frames=1, size=self.sides, seed=self.seed, sampling="segment", flip=False,
-            transform=self.transform, video_folder=self.video_folder, frame_rate=0)
+        if self.image_data or self.data:
+            images = data.open_clips(
+                self.image_data or self.data, train=True, frames=1, size=self.sides,
+                part="all" if self.image_data or self.val_data else "train", seed=self.seed,
+                sampling="segment", flip=False, transform=self.transform,
+                video_folder=self.video_folder, frame_rate=0)
+        else:
+            images = moving_shapes.StillShapes("train", frames=self.num_frames, size=self.sides,
+                                               seed=self.seed)
         if self.image_data:
             print(f"--image-data {images.summary()}")
+        elif self.train_clips:
+            images.first(self.train_clips)
         return images
 
     def captions(self, train_set):

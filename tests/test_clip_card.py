@@ -121,6 +121,15 @@ def test_every_nth_batch_is_of_images_and_no_clip_comes_twice_wherever_one_begin
         assert all(torch.equal(a["video"], b["video"]) for a, b in zip(whole[first:], again))
 
 
+def test_with_few_clips_the_images_are_frames_of_the_same_clips():
+    card = train.VideoLanguage(num_frames=2, input_size=16, batch_size=6, image_batch=6,
+                               image_every=2, steps=4, train_clips=3, workers=0)
+    train_set, _ = card.datasets()
+    shown = {tuple(facts.items()) for batch in card.batches(train_set, 0)
+             for facts in batch["facts"]}
+    assert shown == {tuple(train_set[i]["facts"].items()) for i in range(3)}
+
+
 def test_pictures_and_their_sentences_come_from_a_list_of_their_own(tmp_path, capsys):
     from PIL import Image
     Image.new("RGB", (24, 20), (90, 90, 90)).save(tmp_path / "grey.png")
