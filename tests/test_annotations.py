@@ -84,7 +84,7 @@ CASES = {
          ("v_YoYo_g01_c02.avi", "YoYo", None, "val")],
         ["ApplyEyeMakeup", "YoYo"]),
     "UCF101, split 2": (
-        {"classInd.txt": table("1 ApplyEyeMakeup", "2 YoYo"),
+        {"ClassInd.txt": table("1 ApplyEyeMakeup", "2 YoYo"),
          "testlist02.txt": table("YoYo/v_YoYo_g01_c02.avi")},
         ["v_YoYo_g01_c02.avi"], "testlist02.txt", [("v_YoYo_g01_c02.avi", "YoYo", None, "val")],
         ["ApplyEyeMakeup", "YoYo"]),
@@ -246,6 +246,10 @@ def test_the_captions_of_one_video_stay_in_one_part(tmp_path, clip):
     ("x.csv", "video_id\nvideo0\n", "MSRVTT_data.json"), ("x.csv", "path,label\n", "no line below"),
     ("x.csv", "label,youtube_id,time_start,time_end,split\nrun,abc,now,then,train\n",
      "line 2: a part"),
+    ("x.json", json.dumps({"ab": dict(annotations=dict(label="run"), subset="train", url="")}),
+     "entry 'ab': annotations must have a segment"),
+    ("x.json", json.dumps({"ab": dict(annotations=dict(label="run", segment=[5, "late"]),
+                                      subset="train", url="")}), "entry 'ab': a part"),
     ("a_test_split1.txt", "x.avi 1\nwrong 2\n", "line 2"),
     ("x.jsonl", '{"path": "a.mp4"}\n[]\n', "line 2")])
 def test_what_breaks_a_format_is_one_line_that_names_the_place(tmp_path, name, text, reason):

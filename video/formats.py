@@ -509,6 +509,27 @@ def _read_kinetics(source):
     return listing._replace(rows=[row._replace(part=None) for row in listing.rows])
 
 
+def _is_kinetics_json(source):
+    content = source.content
+    return isinstance(content, dict) and bool(content) and all(
+        isinstance(entry, dict) and {"annotations", "subset", "url"} <= entry.keys()
+        for entry in content.values())
+
+
+def _read_kinetics_json(source):
+    """{id: {"annotations": {"label": ..., "segment": [start, end]}, "subset": ...}}."""
+    records = []
+    for name, entry in source.content.items():
+        clip, location = entry["annotations"], f"entry {name!r}"
+        segment = clip.get("segment") if isinstance(clip, dict) else None
+        if not isinstance(segment, list) or len(segment) != 2:
+            raise DataError(f"{source.path}, {location}: annotations must have a segment, "
+                            "[start, end] in seconds")
+        records.append((location, {"label": clip.get("label"), "youtube_id": name, "time_start":
+                                   segment[0], "time_end": segment[1], "split": entry["subset"]}))
+    return _read_kinetics(source._replace(records=records, columns=tuple(records[0][1])))
+
+
 def _read_hvu(source):
     """Kinetics' columns, with several tags. A table of tag categories makes them questions."""
     category = {record["tag"]: record["category"] for file in source.beside("*Categories*.csv")
@@ -700,8 +721,8 @@ def _read_ucf101(source):
 
 def ucf101_classes(folder):
     """Class names in the order of classInd.txt; None where there is no such file."""
-    path = folder / "classInd.txt"
-    if not path.is_file():
+    path = next(folder.glob("[cC]lass[iI]nd.txt"), None)  # mirrors spell it in two ways
+    if path is None:
         return None
     pairs = [line.split(maxsplit=1) for line in split_lines(read_text(path)) if line.strip()]
     if any(len(pair) != 2 or parse_int(pair[0]) is None for pair in pairs):
@@ -884,6 +905,10 @@ FORMATS = (
            "label,youtube_id,time_start,time_end,split\nriding a bike,ab,5,15,train",
            ("train/riding a bike/ab_000005_000015.mp4",), None,
            "files are called ID_start_end.mp4, in class folders or not, or are parts of ID.mp4"),
+    Format("Kinetics in JSON", (), _read_kinetics_json, "train.json",
+           '{"ab": {"annotations": {"label": "riding a bike", "segment": [5.0, 15.0]},\n'
+           '        "duration": 10.0, "subset": "train", "url": "https://x/ab"}}',
+           ("train/riding a bike/ab_000005_000015.mp4",), _is_kinetics_json, "files as above"),
     Format("WebVid", ("videoid", "page_dir", "name"), _read_webvid, "results_2M_train.csv",
            "videoid,contentUrl,duration,page_dir,name\n"
            "12,https://x/12.mp4,PT00H00M09S,006001_006050,A wave breaks.",
