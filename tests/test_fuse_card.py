@@ -89,6 +89,7 @@ def test_an_attentive_probe_is_a_masked_encoder_whose_query_trains(pair, tmp_pat
                 for model in (probes["masked"], load_encoder(pair[3]).eval())]
         assert torch.allclose(whole(clip()), sum(late) / 2, atol=1e-5)
     assert run(*flags, "--lr", "1e-2", out=tmp_path / "fused") == 0
+    assert not (tmp_path / "fused" / "gates.png").exists()  # three steps log no curve
     fused = fusion.InternVideo.from_run(tmp_path / "fused").masked
     assert not torch.equal(fused.query, probes["masked"].query)
     assert all(torch.equal(a, b) for a, b in zip(fused.encoder.state_dict().values(),
