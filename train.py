@@ -627,7 +627,7 @@ PROBE = "--probe-clips 4000 --steps 1000 --eval-every 1000"
 DEFAULT_RUN = {
     # Plain pixels: the picture then borrows nothing. Half is hidden: 8 of 16 places are visible.
     f"mae {CLIPS} --no-normalise --mask-ratio 0.5 --decoder-depth 1 --train-clips 10000 "
-    "--batch-size 64 --lr 1e-2 --steps 2000 --out {out}/mae": 270,
+    "--batch-size 64 --lr 1e-2 --steps 1800 --out {out}/mae": 240,
     # No local units: InternVideo's value. Most captions of the web name no motion.
     f"clip {FEW_FRAMES} --local-units 0 --no-temporal-downsample --motion-words 0.1 --steps 900 "
     "--out {out}/clip": 200,
@@ -638,9 +638,9 @@ DEFAULT_RUN = {
     "fuse --train-clips 4000 --eval-every 100 --masked {out}/masked "
     "--multimodal {out}/multimodal --out {out}/fuse": 45,
     # Two controls: the masked encoder's network untrained, with the same probe; and trained on the
-    # labels alone.
+    # labels alone, until more steps bring little.
     f"classify {CLIPS} --mode attentive {PROBE} --out {{out}}/untrained": 14,
-    f"classify {CLIPS} --train-clips 4000 --steps 400 --eval-every 200 --out {{out}}/scratch": 32,
+    f"classify {CLIPS} --train-clips 4000 --steps 800 --eval-every 400 --out {{out}}/scratch": 64,
 }
 
 
