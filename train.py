@@ -638,7 +638,7 @@ DEFAULT_RUN = {
     "fuse --train-clips 4000 --eval-every 100 --masked {out}/masked "
     "--multimodal {out}/multimodal --out {out}/fuse": 45,
     # Two controls: the masked encoder's network untrained, with the same probe; and trained on the
-    # labels alone, until more steps bring little.
+    # labels alone.
     f"classify {CLIPS} --mode attentive {PROBE} --out {{out}}/untrained": 14,
     f"classify {CLIPS} --train-clips 4000 --steps 800 --eval-every 400 --out {{out}}/scratch": 64,
 }
