@@ -619,11 +619,12 @@ def train(stage, resume_command="--resume"):
 # The command line
 
 # The default run: {command as a user would type it: seconds on two CPU cores}. {out} is --out.
-# LOG.md says how it was chosen. The encoders stay frozen after stages 1 and 2, so the table shows
+# LOG.md says how it was chosen. Most encoders stay frozen after stages 1 and 2, so the table shows
 # what each pretraining taught. All stages with labels use the same 4,000 labelled clips.
 CLIPS = "--input-size 32"                      # of 8 frames
 FEW_FRAMES = f"{CLIPS} --num-frames 4"         # for the multimodal encoder, as the paper's 8 and 16
 PROBE = "--probe-clips 4000 --steps 1000 --eval-every 1000"
+TUNING = "--train-clips 4000 --steps 400 --eval-every 200"
 DEFAULT_RUN = {
     # Plain pixels: the picture then borrows nothing. Half is hidden: 8 of 16 places are visible.
     f"mae {CLIPS} --no-normalise --mask-ratio 0.5 --decoder-depth 1 --train-clips 10000 "
@@ -637,10 +638,11 @@ DEFAULT_RUN = {
     "--out {out}/multimodal": 12,
     "fuse --train-clips 4000 --eval-every 100 --masked {out}/masked "
     "--multimodal {out}/multimodal --out {out}/fuse": 45,
-    # Two controls: the masked encoder's network untrained, with the same probe; and trained on the
-    # labels alone.
+    # A control: the same probe of the same network, untrained.
     f"classify {CLIPS} --mode attentive {PROBE} --out {{out}}/untrained": 14,
-    f"classify {CLIPS} --train-clips 4000 --steps 800 --eval-every 400 --out {{out}}/scratch": 64,
+    # Stage 3 of the paper trains all weights. The control: the same network from scratch.
+    f"classify {CLIPS} {TUNING} --out {{out}}/scratch": 32,
+    f"classify {CLIPS} {TUNING} --weights {{out}}/mae --out {{out}}/finetuned": 32,
 }
 
 

@@ -210,8 +210,9 @@ def table_of(table):
             + note(table.get("protocol", "")) + grid("accuracies", columns, body, best)
             + note("All facts: motion, shape and colour are all correct. Unseen: pairs of shape "
                    "and colour that no training clip has. From scratch: the masked encoder's "
-                   "network, trained on labels only. Untrained: the same network with its first "
-                   "weights, frozen, and a probe. Sentences: no labels, the sentences about each "
+                   "network, trained on labels only. Fine-tuned: the same training after stage 1. "
+                   "All other encoders are frozen, with a probe. Untrained: the network with its "
+                   "first weights. Sentences: no labels, the sentences about each "
                    "class compete. Late fusion: the mean of both encoders' probabilities. The best "
                    "of each column is bold.") + "</section>")
 

@@ -53,7 +53,7 @@ def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monk
     assert "2 steps of 4 clips" in (out / "clip" / "run.log").read_text()
     assert not (out / "clips").exists()
     found = json.loads((out / "table.json").read_text())
-    assert len(found["rows"]) == 8 and found["seed"] == 3
+    assert len(found["rows"]) == 9 and found["seed"] == 3
     columns = ("motion", "shape", "colour", "all facts", "unseen motion", "unseen all facts")
     for row in found["rows"].values():
         assert all(0 <= row[name] <= 100 for name in columns) and row["seconds"] >= 0
@@ -64,12 +64,12 @@ def test_the_default_run_does_each_stage_once_and_ends_in_a_table(tmp_path, monk
     assert f"{bridge['all facts']:.1f} % right" in page  # in the box of the fused score
     assert page.count("<h2>") == 7 and 'class="s-fuse off"' not in page
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
-    assert len(before) == 7
+    assert len(before) == 8
     assert train.main(["--out", str(out), "--seed", "4"]) == 2
     assert "was made with seed 3" in capsys.readouterr().err
     (out / "fuse" / "metrics.json").unlink()
     assert train.main(["--out", str(out), "--seed", "3"]) == 0
-    assert capsys.readouterr().out.count("done already") == 6
+    assert capsys.readouterr().out.count("done already") == 7
     assert all((path.stat().st_mtime_ns == moment) == (path.parent.name != "fuse")
                for path, moment in before.items())
     (out / "table.json").unlink()
@@ -142,7 +142,8 @@ def test_a_stage_needs_those_whose_folders_its_flags_name():
         jobs.append(side_by_side.Job(train.parse(train.STAGES[name], flags), seconds, jobs))
     needs = {job.name: {other.name for other in job.needs} for job in jobs}
     assert needs == {"mae": set(), "clip": set(), "masked": {"mae"}, "multimodal": {"clip"},
-                     "untrained": set(), "scratch": set(), "fuse": {"masked", "multimodal"}}
+                     "untrained": set(), "scratch": set(), "finetuned": {"mae"},
+                     "fuse": {"masked", "multimodal"}}
 
 
 def test_the_time_left_by_hand(tmp_path):

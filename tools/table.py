@@ -28,7 +28,7 @@ from tasks.predictions import Classifier
 from video import moving_shapes
 from weights.tokenizer import load_tokenizer
 
-RUNS = ("mae", "clip", "masked", "multimodal", "untrained", "scratch", "fuse")
+RUNS = ("mae", "clip", "masked", "multimodal", "untrained", "scratch", "finetuned", "fuse")
 CLASSIFIERS = RUNS[2:]
 PER_BATCH = 100  # clips
 
@@ -99,13 +99,15 @@ def rows_of(out, seed, clips):
     both = masked + multimodal
     rows = {
         "from scratch": (alone("scratch"), trained["scratch"], cost["scratch"]),
+        "masked encoder, fine-tuned": (alone("finetuned"), trained["finetuned"],
+                                       cost["mae"] + cost["finetuned"]),
         "untrained encoder": (alone("untrained"), trained["untrained"], cost["untrained"]),
         "masked encoder": (alone("masked"), trained["masked"], masked),
         "multimodal encoder": (alone("multimodal"), trained["multimodal"], multimodal),
         "multimodal encoder, sentences": (lambda which: zero_shot(out, which, clips, seed), 0,
                                           cost["clip"]),
         "late fusion, equal": (lambda which: late(which, 0.5), 0, both),
-        f"late fusion, tuned on validation ({1 - share:.2f}, {share:.2f})":
+        f"{TUNED} on validation ({1 - share:.2f}, {share:.2f})":
             (lambda which: late(which, share), 1, both),
         "cross-model attention": (alone("fuse"), trained["fuse"], both + cost["fuse"])}
     return {row: {key.replace("_", " "): value for key, value in score("test").items()}
@@ -137,6 +139,7 @@ def write_table(out, seed, clips=1000):
 
 
 MASKED, MULTIMODAL, FUSED = "masked encoder", "multimodal encoder", "cross-model attention"
+TUNED = "late fusion, tuned"
 DIFFERENCES = (  # what is compared, column, row, rows of which the better one is subtracted
     ("masked over multimodal encoder, motion", "motion", MASKED, (MULTIMODAL,)),
     ("multimodal over masked encoder, shape", "shape", MULTIMODAL, (MASKED,)),
@@ -146,7 +149,7 @@ DIFFERENCES = (  # what is compared, column, row, rows of which the better one i
     ("cross-model attention over the better encoder, all facts", "all facts", FUSED,
      (MASKED, MULTIMODAL)),
     ("cross-model attention over tuned late fusion, all facts", "all facts", FUSED,
-     ("late, tuned",)),
+     (TUNED,)),
     ("cross-model attention over equal late fusion, all facts", "all facts", FUSED,
      ("late fusion, equal",)),
     ("masked encoder over the same network untrained, motion", "motion", MASKED,
@@ -155,8 +158,8 @@ DIFFERENCES = (  # what is compared, column, row, rows of which the better one i
      ("untrained encoder",)),
     ("masked encoder over the same network from scratch, motion", "motion", MASKED,
      ("from scratch",)),
-    ("masked encoder over the same network from scratch, shape", "shape", MASKED,
-     ("from scratch",)),
+    *((f"the same, fine-tuned, {column}", column, f"{MASKED}, fine-tuned", ("from scratch",))
+      for column in ("motion", "shape", "all facts")),
 )
 SHOWN = ("motion", "shape", "all facts", "unseen motion", "unseen shape", "unseen all facts")
 
@@ -165,7 +168,7 @@ def over_seeds(folders):
     """Lines of Markdown for README: means over several runs, and differences of each seed."""
     tables = [json.loads((folder / "table.json").read_text()) for folder in folders]
     seeds = [table["seed"] for table in tables]
-    tables = [{"late, tuned" if "tuned" in name else name: row
+    tables = [{TUNED if name.startswith(TUNED) else name: row  # the name has the weights, too
                for name, row in table["rows"].items()} for table in tables]
     yield f"Means over seeds {', '.join(map(str, seeds))}."
     yield ""
