@@ -6,7 +6,7 @@ The functions for parts return HTML. `text` escapes all text that comes from fil
 import html
 import math
 
-from engine.pictures import plain
+from engine.pictures import falls_far, plain
 
 
 def is_number(value):
@@ -91,6 +91,14 @@ def ticks(low, high, count=5):
     return [i * step for i in range(first, last + 1)]
 
 
+def log_ticks(low, high):
+    """Powers of ten between low and high, with their multiples by 2 and 5 where these are few."""
+    powers = [10**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    marks = [power * factor for power in powers for factor in (1, 2, 5)]
+    marks = [mark for mark in marks if low <= mark <= high]
+    return marks if len(marks) <= 6 else [power for power in powers if low <= power <= high]
+
+
 def thin(points, most=240):
     """Means of groups of neighbouring points, so that there are at most `most` points."""
     size = max(1, -(-len(points) // most))
@@ -101,16 +109,19 @@ def thin(points, most=240):
 LEFT, RIGHT, TOP, BOTTOM = 44, 398, 10, 204  # area of the lines in a chart of 420 x 232
 
 
-def chart(title, series):
+def chart(title, series, log=False):
     """A chart of lines over steps as SVG; "" where there are no points.
 
     series  [(name, CSS class in STYLE, [(step, value)])]
+    log     True: the value axis is logarithmic where `falls_far`
     """
     series = [(name, style, thin(points)) for name, style, points in series if points]
     if not series:
         return ""
     xs, ys = zip(*(point for _, _, points in series for point in points))
-    first, end, low, high = min(0, *xs), max(1, *xs), min(ys), max(ys)
+    log = log and falls_far(ys)
+    scale = math.log10 if log else float
+    first, end, low, high = min(0, *xs), max(1, *xs), scale(min(ys)), scale(max(ys))
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1
     low, high = low - margin, high + margin
 
@@ -118,11 +129,11 @@ def chart(title, series):
         return LEFT + (RIGHT - LEFT) * (x - first) / (end - first)
 
     def to_y(y):
-        return BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low)
+        return BOTTOM - (BOTTOM - TOP) * (scale(y) - low) / (high - low)
 
     drawn = [f'<path class=rule d="M{LEFT} {to_y(y):.1f}H{RIGHT}"/><text x="{LEFT - 7}" '
              f'y="{to_y(y) + 4:.1f}" text-anchor=end>{round(y, 9):g}</text>'
-             for y in ticks(low, high)]
+             for y in (log_ticks(10**low, 10**high) if log else ticks(low, high))]
     drawn += [f'<text x="{to_x(x):.1f}" y="{BOTTOM + 20}" text-anchor=middle>{x:,.0f}</text>'
               for x in ticks(first, end, 4)]
     for _, style, points in series:

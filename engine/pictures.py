@@ -376,16 +376,28 @@ def table(rows, columns, path, title):
     finish(figure, path)
 
 
+def falls_far(values):
+    """True where values, all positive, differ by a factor above 20: a logarithmic axis is clearer.
+    """
+    return 0 < 20 * min(values) < max(values)
+
+
 def curve(out, name):
-    """Draw loss.png: the training and held-out loss of log.jsonl -> [its path]."""
+    """Draw loss.png: the training and held-out loss of log.jsonl -> [its path].
+
+    A logarithmic axis shows a loss that `falls_far`."""
     plt = pyplot()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figure, axis = plt.subplots(figsize=(6, 3.4), facecolor="white")
+    losses = []
     for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-"),
                               ("val_trivial_loss", "trivial baseline", "k--")):
         points = [(line["step"], line[key]) for line in lines if key in line]
+        losses += [loss for _, loss in points]
         if points:
             axis.plot(*zip(*points), style, label=label, markersize=3, linewidth=1)
+    if losses and falls_far(losses):
+        axis.set_yscale("log")
     axis.set(xlabel="step", ylabel="loss", title=f"{name}: loss")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)

@@ -231,7 +231,7 @@ def charts(runs):
         lines = [("training", "train", run.points("loss")), ("held out", "held",
                                                              run.points("val_loss")),
                  ("trivial baseline", "trivial", run.points("val_trivial_loss"))]
-        drawn.append(chart(f"{run.name}: loss" if runs[1:] else "Loss", lines))
+        drawn.append(chart(f"{run.name}: loss" if runs[1:] else "Loss", lines, log=True))
     for title, word, names in (("Accuracy in percent", "", ACCURACIES),
                                ("Tanh of each gate; 0 is closed", "gate_", {}),
                                ("Share of each score", "share_", {})):

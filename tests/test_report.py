@@ -281,6 +281,21 @@ def test_ticks_are_round_and_between_and_long_logs_become_short_lines():
     assert page.chart("Loss", [("training", "train", [])]) == ""
 
 
+def test_a_loss_that_falls_far_has_a_logarithmic_axis():
+    """0.5, 0.05 and 0.005 are equally far apart there; on a linear axis the last two coincide."""
+    def heights(log, *values):
+        drawn = page.chart("Loss", [("training", "train", list(enumerate(values)))], log=log)
+        return [float(y) for y in re.findall(r'cy="([0-9.]+)"', drawn)]
+    first, middle, last = heights(True, 0.5, 0.05, 0.005)
+    assert abs((middle - first) - (last - middle)) < 0.2
+    first, middle, last = heights(False, 0.5, 0.05, 0.005)
+    assert last - middle < (middle - first) / 5
+    assert heights(True, 3.0, 2.0, 1.0) == heights(False, 3.0, 2.0, 1.0)  # it does not fall far
+    for low, high in ((0.003, 0.7), (1e-6, 1.0), (0.9, 30)):
+        marks = page.log_ticks(low, high)
+        assert 2 <= len(marks) <= 7 and all(low <= mark <= high for mark in marks)
+
+
 # --------------------------------------------------------------------------------------------------
 # A real browser
 
