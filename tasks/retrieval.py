@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import clip_video
 from engine import large_batches, processes
 from engine.errors import UserError
-from engine.frame_size import height_width
+from engine.frame_size import LARGEST, frame_size
 from engine.stage import TEST_CLIPS, flag
 from tasks.sentences import SentenceStage
 from video import transforms
@@ -225,6 +225,8 @@ class Retrieval(SentenceStage, name="retrieve"):
     beta2: float = flag(0.98, paper="0.98")
     context: int = flag(32, "maximum tokens of a caption, with start and end", paper="77", low=3)
     num_frames: int = flag(16, paper="12; LSMDC, MSVD, VATEX 8, DiDeMo 32, ActivityNet 64")
+    input_size: frame_size = flag(0, "height and width in pixels, or HxW, as 112x160; 0 = those of "
+                                  "--weights", low=0, high=LARGEST)
     sampling: str = flag("segment", paper="internvideo")
     transform: str = flag("plain", paper="internvideo")
     eval_clips: int = flag(500, "held-out videos, all of them in the gallery", low=2,
@@ -239,6 +241,7 @@ class Retrieval(SentenceStage, name="retrieve"):
         if not self.weights:
             raise UserError("--weights: fine-tuning starts from a model; give a run of clip, or an "
                             "official file")
+        self.input_size = self.input_size or encoders.made_for(self.weights)[1]
         self.eval_every = self.eval_every or max(1, self.steps)
         train_set, held_out = self.open_sets(flip=False)
         train_set.training_captions()  # an error if the list has no captions
@@ -247,9 +250,7 @@ class Retrieval(SentenceStage, name="retrieve"):
 
     def build(self, train_set):
         """Video and text encoder, without a caption decoder."""
-        model = encoders.load_clip(self.weights, frames=self.num_frames,
-                                   image_size=self.sides,
-                                   usual_size=height_width(type(self).input_size))
+        model = encoders.load_clip(self.weights, frames=self.num_frames, image_size=self.sides)
         self.read_tokenizer(model.config, self.context)
         model.recompute(self.recompute)
         return model

@@ -235,11 +235,11 @@ def test_mistakes_get_one_line(finished, tmp_path, capsys, flags, complaint):  #
 
 # noqa: F811
 def test_fine_tuned_retrieval_reports_all_ranks_and_its_protocol(finished, tmp_path, capsys):
-    small = ("retrieve", "--weights", str(finished), "--num-frames", "4", "--input-size", "16")
+    small = ("retrieve", "--weights", str(finished), "--num-frames", "4")
     assert run(*small, "--test", "10", out=tmp_path / "run") == 0
     told = capsys.readouterr().out
     assert "zero-shot" not in told and "without the order, R@1 cannot pass 50 %" in told
-    assert "10 held-out clips of moving shapes; frames: 4" in told
+    assert "10 held-out clips of moving shapes; frames: 4; pixels: 16" in told  # as the weights
     assert "gallery: 10 videos, 10 captions; chance of R@1 is 10.0 %" in told
     found = metrics(tmp_path / "run")
     assert found["initial_val_t2v_R@1"] >= 0 and found["val_t2v_R@1"] == found["t2v_R@1"]

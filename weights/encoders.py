@@ -142,15 +142,16 @@ def load_several(**sources):
     return loaded
 
 
-def load_clip(source, *, frames, image_size, usual_size, grow=True, grow_runs=True, layers=None):
+def load_clip(source, *, frames, image_size, usual_size=None, grow=True, grow_runs=True,
+              layers=None):
     """Load a VideoCLIP for clips of a given length and size.
 
     source      a run of clip, InternVideo-MM, ViCLIP or CLIP
     frames      T
     image_size  (H, W); for another size than that of the weights, the position table is
                 interpolated
-    usual_size  the default of --input-size. If the weights have another size, this one is an
-                error, because the user probably did not choose it
+    usual_size  the default of --input-size, if it is a size. If the weights have another size,
+                this one is an error, because the user probably did not choose it
     grow        extend an image model (CLIP, or a frame-wise run of ours) to a video model with new
                 global blocks
     grow_runs   False = do not extend runs of ours
