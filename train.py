@@ -618,7 +618,8 @@ def train(stage, resume_command="--resume"):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-# The default run: {command as a user would type it: seconds on two CPU cores}. {out} is --out.
+# The default run: {command as a user would type it: seconds}. {out} is --out. The seconds are those
+# of two Intel cores of 2026; two AMD Zen 5 cores take half as many.
 # LOG.md says how it was chosen. Most encoders stay frozen after stages 1 and 2, so the table shows
 # what each pretraining taught. All stages with labels use the same 4,000 labelled clips.
 CLIPS = "--input-size 32"                      # of 8 frames
@@ -640,7 +641,7 @@ DEFAULT_RUN = {
     "--multimodal {out}/multimodal --out {out}/fuse": 45,
     # A control: the same probe of the same network, untrained.
     f"classify {CLIPS} --mode attentive {PROBE} --out {{out}}/untrained": 14,
-    # Stage 3 of the paper trains all weights. The control: the same network from scratch.
+    # Stage 3 of the paper trains all weights. Its control comes first: the network from scratch.
     f"classify {CLIPS} {TUNING} --out {{out}}/scratch": 32,
     f"classify {CLIPS} {TUNING} --weights {{out}}/mae --out {{out}}/finetuned": 32,
 }

@@ -115,11 +115,12 @@ def chart(title, series, log=False):
     series  [(name, CSS class in STYLE, [(step, value)])]
     log     True: the value axis is logarithmic where `falls_far`
     """
-    series = [(name, style, thin(points)) for name, style, points in series if points]
+    series = [one for one in series if one[2]]
     if not series:
         return ""
+    log = log and falls_far([value for _, _, points in series for _, value in points])
+    series = [(name, style, thin(points)) for name, style, points in series]
     xs, ys = zip(*(point for _, _, points in series for point in points))
-    log = log and falls_far(ys)
     scale = math.log10 if log else float
     first, end, low, high = min(0, *xs), max(1, *xs), scale(min(ys)), scale(max(ys))
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1

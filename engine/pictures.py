@@ -131,12 +131,12 @@ def captions(videos, references, written, path, rows=6):
     figure, panels = new_figure((rows + 1) // 2, 2, 9, 1.75 * ((rows + 1) // 2))
     for panel, video, reference, text in zip(panels.flat, videos, references, written):
         panel.imshow(strip(video))
-        words = "\n".join(
-            textwrap.fill(f"{who}: {plain(sentence)}", 64, max_lines=2, placeholder=" ...")
-            for who, sentence in (("model", text), ("truth", reference)))
-        panel.set_xlabel(words, fontsize=8, loc="left")
+        words = [f"model: {plain(text)}", f"truth: {plain(reference)}"]
+        short = [textwrap.fill(line, 64, max_lines=2, placeholder=" ...") for line in words]
+        panel.set_xlabel("\n".join(short), fontsize=8, loc="left")
         paths.append(path.with_name(f"{path.stem}_{len(paths) - 1}.gif"))
-        moving_picture(torch.from_numpy(video).permute(3, 0, 1, 2) / 255, paths[-1], words)
+        moving_picture(torch.from_numpy(video).permute(3, 0, 1, 2) / 255, paths[-1],
+                       "\n".join(words))
     finish(figure, path)
     return paths
 

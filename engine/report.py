@@ -210,11 +210,11 @@ def table_of(table):
             + note(table.get("protocol", "")) + grid("accuracies", columns, body, best)
             + note("All facts: motion, shape and colour are all correct. Unseen: pairs of shape "
                    "and colour that no training clip has. From scratch: the masked encoder's "
-                   "network, trained on labels only. Fine-tuned: the same training after stage 1. "
-                   "All other encoders are frozen, with a probe. Untrained: the network with its "
-                   "first weights. Sentences: no labels, the sentences about each "
-                   "class compete. Late fusion: the mean of both encoders' probabilities. The best "
-                   "of each column is bold.") + "</section>")
+                   "network, all of whose weights train on labels. Fine-tuned: the same network "
+                   "after stage 1. In the other rows the encoders are frozen. Untrained: random "
+                   "weights. Sentences: no labels, the sentences about each class compete. Late "
+                   "fusion: the mean of both encoders' probabilities, or a weighted mean, tuned on "
+                   "validation clips. The best of each column is bold.") + "</section>")
 
 
 ACCURACIES = {"val_all_facts": "all facts", "unseen_all_facts": "all facts, unseen pairs",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from video import annotations, segments
+from video import annotations, formats, segments
 import data
 import train
 from video.annotations import DataError, read
@@ -232,6 +232,17 @@ def test_the_captions_of_one_video_stay_in_one_part(tmp_path, clip):
     parts = [{path for path, _ in VideoFiles(tmp_path / "x.json", 2, 16, part=part).items}
              for part in ("train", "val")]
     assert not parts[0] & parts[1] and [len(part) for part in parts] == [9, 1]
+
+
+def test_the_class_order_of_ucf101_is_read_from_a_file_in_any_usual_spelling(tmp_path):
+    for i, name in enumerate(("classInd.txt", "ClassInd.txt", "classind.txt")):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / name).write_text("1 YoYo\n2 Archery\n")
+        assert formats.ucf101_classes(folder) == ["YoYo", "Archery"]
+        with pytest.raises(DataError, match="no trainlist01.txt"):  # it is a folder of UCF101's
+            read(folder)
+        assert formats.ucf101_classes(tmp_path) is None
 
 
 @pytest.mark.parametrize("name, text, reason", [

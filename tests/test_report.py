@@ -210,12 +210,14 @@ def test_of_very_many_bad_files_the_page_lists_some_and_says_how_many(tmp_path):
 def test_captions_move_and_say_what_was_written_and_what_is_true(tmp_path):
     clips = np.random.default_rng(0).integers(0, 256, (7, 4, 16, 16, 3), dtype=np.uint8)
     truths, written = [f"truth {i}" for i in range(7)], [f"model\x07 {i}" for i in range(7)]
+    truths[2] = " ".join(["a long sentence that the picture shortens"] * 9)
     paths = pictures.captions(clips, truths, written, tmp_path / "captions.png")
     assert [path.name for path in paths] == ["captions.png"] + [f"captions_{i}.gif"
                                                                 for i in range(6)]
     found = read(report.write(write_run(tmp_path, "clip")))
     said = found.text()
     assert "model: model. 5" in said and "truth: truth 5" in said and "truth 6" not in said
+    assert truths[2] in said  # the page has room for all of it
     assert len(found.named("img")) == 6  # the strip that stands still is left out
 
 
@@ -291,6 +293,8 @@ def test_a_loss_that_falls_far_has_a_logarithmic_axis():
     first, middle, last = heights(False, 0.5, 0.05, 0.005)
     assert last - middle < (middle - first) / 5
     assert heights(True, 3.0, 2.0, 1.0) == heights(False, 3.0, 2.0, 1.0)  # it does not fall far
+    assert pictures.falls_far([0.5, 0.01]) and not pictures.falls_far([3.0, 1.0])
+    assert not pictures.falls_far([0.5, 0.0])  # zero has no place on such an axis
     for low, high in ((0.003, 0.7), (1e-6, 1.0), (0.9, 30)):
         marks = page.log_ticks(low, high)
         assert 2 <= len(marks) <= 7 and all(low <= mark <= high for mark in marks)

@@ -57,8 +57,8 @@ from video import moving_shapes  # noqa: E402
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 SIZE = "--input-size 32"
-# Claims about stage 1 itself compare runs of 500 steps. All others use the encoders of the default
-# run, "stage-one" and "stage-two".
+# Claims 1 to 4 compare choices of stage 1, in 500 steps. Claims 5 and 10 to 13 use the encoders of
+# the default run, "stage-one" and "stage-two". Claims 6 to 9 are about stage 2.
 RECIPE = (f"--no-normalise --mask-ratio 0.5 --decoder-depth 1 --train-clips 10000 --batch-size 64 "
           f"--lr 1e-2 --eval-clips 128 {SIZE}")
 MAE = f"{RECIPE} --steps 500 --eval-every 500"
@@ -83,8 +83,8 @@ PRETRAINED = {  # stage one with one choice changed
     "normalised": f"mae {MAE} --normalise",
 }
 FEW_LABELS = {
-    f"post-pretrained with {count} labels": f"{LABELS} --train-clips {count} --weights {{stage-one}}"
-    for count in (100, 1000)} | {
+    f"post-pretrained with {count} labels":
+        f"{LABELS} --train-clips {count} --weights {{stage-one}}" for count in (100, 1000)} | {
     f"scratch with {count} labels": f"{LABELS} --train-clips {count}" for count in (100, 1000)}
 RUNS = {  # name -> flags of train.py; {name} stands for the folder of that run
     "tube": f"mae {MAE}",
@@ -150,8 +150,8 @@ CLAIMS = (
           "% of 196 places against 50 %, Figure 3. Here 75 % of 16 places leave 4", MEAN,
           [("tube probed", "random probed"), ("tube probed", "frame probed"),
            ("three-quarters probed", "tube probed")],
-          remark="A tube of this world meets the shape less often than in the paper, where 20 "
-          "places of 196 are visible."),
+          remark="With 16 places, few visible tubes meet the shape; the paper has 196 places and "
+          "shows 20."),
     Claim("2", "Joint space-time attention beats divided",
           "VideoMAE, Sec. 3.3, takes joint attention; TimeSformer (arXiv 2102.05095) prefers "
           "divided", MEAN, [("tube probed", "divided probed")],
@@ -203,8 +203,8 @@ CLAIMS = (
           "frozen features",
           "InternVideo, Sec. 3.2 trains its encoders on Kinetics-710 first", "val_mAP",
           [("segments of post-pretrained", "segments of masked")]),
-    Claim("12", "Cross-model attention beats the better encoder, and the sum of both scores with "
-          "equal or learned shares",
+    Claim("12", "Cross-model attention beats the better encoder, the equal sum of both scores, and "
+          "the same training without it",
           "InternVideo-T 91.1, UniFormerV2-L 90.0 on Kinetics-400; no late fusion is in the paper",
           "test_all_facts",
           [("fusion", "multimodal"), ("fusion", "masked"), ("fusion", "late, equal"),
@@ -218,8 +218,7 @@ CLAIMS = (
           [("fusion", "before the first block"), ("fusion", "before the last block")]),
     Claim("12d", "A weak masked encoder does no harm: within 1 point of the better encoder alone",
           "nothing", "test_all_facts", [("weak", "multimodal")], 1),
-    Claim("12e", "... but the gain comes from masked modelling: fusion with an untrained masked "
-          "encoder is worse", "nothing", "test_all_facts", [("fusion", "weak")]),
+    Claim("12e", "... but fusion with an untrained masked encoder is worse than with a trained one", "nothing", "test_all_facts", [("fusion", "weak")]),
     Claim("13", "Frozen encoders give a higher accuracy than training everything",
           "InternVideo, Sec. 3.2 freezes both", "test_all_facts", [("fusion", "thawed")]),
     Claim("13b", "... and a higher accuracy per second of training", "InternVideo, Sec. 3.2",
@@ -441,10 +440,11 @@ def wrapped(text, indent=""):
 
 
 HOW_TO_READ = """\
-These models have a million parameters and trained for about a minute. A result here may be
-different for the paper's models. Both sides of a comparison see the same number of clips. Most
-comparisons change one flag; the flags of all runs are at the end. No flag was tuned for one side.
-The defaults were chosen on the validation split. The test split was used only for this page.
+These models have a million parameters and trained for a minute or two. A result here may be
+different for the paper's models. Both sides of a comparison see the same labelled clips. Most
+comparisons change one flag; the flags of all runs are at the end. Some claims are about more
+pretraining; then one side has more. Recipes were chosen on validation clips, with these seeds or
+some of them. Nothing was chosen on the test split.
 
 For each comparison, the difference between both sides is taken for each seed. *Supported* means
 that the 95 % interval of its mean lies above 0, or above minus a margin if a claim says *within*.

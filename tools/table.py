@@ -127,9 +127,10 @@ def write_table(out, seed, clips=1000):
     title = (f"moving shapes, {clips} test clips and {clips} of pairs of shape and colour never "
              "shown; accuracy in percent, one view")
     print(title)
-    print(" " * 32 + "".join(f"{column:>{len(column) + 2}s}" for column in columns))
+    width = max(map(len, rows))
+    print(" " * width + "".join(f"{column:>{len(column) + 2}s}" for column in columns))
     for name, row in rows.items():
-        print(f"{name:32s}" + "".join(
+        print(f"{name:{width}s}" + "".join(
             f"{value:>{len(column) + 2},{'d' if isinstance(value, int) else '.1f'}}"
             for column, value in row.items()))
     text = json.dumps({"protocol": title, "seed": seed, "rows": rows}, indent=1) + "\n"

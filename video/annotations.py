@@ -34,6 +34,7 @@ is read unless a file of another one is given. The summary names the split.
 """
 
 import csv
+import fnmatch
 import functools
 import itertools
 import os
@@ -263,7 +264,7 @@ def _read_folder(folder, folders, pictures_are_videos):
     for subfolder in (folder, *_subfolders(folder)):
         names = os.listdir(subfolder)
         splits = sorted(name for name in names if re.fullmatch(r".+_test_split1\.txt", name))
-        if splits or {"classInd.txt", "ClassInd.txt", "classind.txt"} & set(names):
+        if splits or fnmatch.filter(names, formats.UCF101_CLASSES):
             listing = (formats.read_hmdb51(read_source(subfolder / splits[0])) if splits else
                        _read_ucf101(subfolder, 1))
             return _locate(listing, [*folders, folder], folder)

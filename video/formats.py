@@ -719,9 +719,12 @@ def _read_ucf101(source):
                    ucf101_classes(source.path.parent))
 
 
+UCF101_CLASSES = "[cC]lass[iI]nd.txt"  # mirrors spell it in several ways
+
+
 def ucf101_classes(folder):
     """Class names in the order of classInd.txt; None where there is no such file."""
-    path = next(folder.glob("[cC]lass[iI]nd.txt"), None)  # mirrors spell it in two ways
+    path = next(folder.glob(UCF101_CLASSES), None)
     if path is None:
         return None
     pairs = [line.split(maxsplit=1) for line in split_lines(read_text(path)) if line.strip()]

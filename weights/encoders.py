@@ -33,7 +33,7 @@ def kind_of(source, tensors, config):
     """Name of the model in `tensors, config = read(source)`. WeightsError if it has no encoder."""
     kind = config.get("model") or (describe(tensors)[1] or ("VideoCLIP",))[0]
     if not isinstance(kind, str) or kind not in ENCODERS:
-        raise WeightsError(f"{source}: holds {kind}, which is no encoder that `classify` knows")
+        raise WeightsError(f"{source}: holds {kind}, which has no encoder that can be loaded alone")
     return kind
 
 
