@@ -69,8 +69,8 @@ LABELS = f"classify --steps 800 --eval-every 800 {TEST} {SIZE}"  # all weights t
 CLIP = (f"clip --steps 600 --eval-every 600 --eval-clips 32 --gallery 300 --test 300 "
         f"--image-every 0 {SIZE}")
 GROWN = f"{CLIP} --local-units 0 --no-temporal-downsample --steps 400 --eval-every 400"
-FUSE = (f"fuse --masked {{masked}} --multimodal {{multimodal}} --train-clips 4000 --steps 150 "
-        f"--eval-every 150 {TEST}")
+FUSE = (f"fuse --masked {{masked}} --multimodal {{multimodal}} --train-clips 4000 --steps 200 "
+        f"--eval-every 200 {TEST}")
 SEGMENTS = "localise --steps 150 --eval-every 150 --videos 100"
 PRETRAINED = {  # stage one with one choice changed
     "random": f"mae {MAE} --mask-type random",
