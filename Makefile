@@ -28,7 +28,7 @@ test: install   ## the quick test suite
 slow: install   ## the tests that take minutes
 	$(RUN) -m pytest -m slow
 
-claims: install  ## the paper's claims in miniature, about two hours; SEEDS=1 for one of five seeds
+claims: install  ## the paper's claims in miniature, one to three hours; SEEDS=1 for one seed
 	$(RUN) tools/claims.py --seeds $(or $(SEEDS),5)
 
 figures: install  ## the figures of README.md and docs/ from runs/default and runs/claims
