@@ -58,10 +58,10 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 SIZE = "--input-size 32"
 # Claims 1 to 4 compare choices of stage 1, in 500 steps. Claims 5 and 10 to 13 use the encoders of
-# the default run, "stage-one" and "stage-two". Claims 6 to 9 are about stage 2.
-RECIPE = (f"--no-normalise --mask-ratio 0.5 --decoder-depth 1 --train-clips 10000 --batch-size 64 "
-          f"--lr 1e-2 --eval-clips 128 {SIZE}")
-MAE = f"{RECIPE} --steps 500 --eval-every 500"
+# the default run. Claims 6 to 9 are about stage 2.
+STAGE_ONE, STAGE_TWO = (command.partition(" --out")[0] for command in train.DEFAULT_RUN
+                        if command.startswith(("mae ", "clip ")))
+TUBE = f"{STAGE_ONE} --steps 500 --eval-every 500 --eval-clips 128"
 TEST = "--eval-clips 32 --test 500"
 PROBE = f"--steps 1000 --eval-every 1000 {TEST} {SIZE}"
 ATTENTIVE = f"classify --mode attentive {PROBE}"  # frozen encoders, as in the default run
@@ -72,27 +72,26 @@ GROWN = f"{CLIP} --local-units 0 --no-temporal-downsample --steps 400 --eval-eve
 FUSE = (f"fuse --masked {{masked}} --multimodal {{multimodal}} --train-clips 4000 --steps 200 "
         f"--eval-every 200 {TEST}")
 SEGMENTS = "localise --steps 150 --eval-every 150 --videos 100"
-PRETRAINED = {  # stage one with one choice changed
-    "random": f"mae {MAE} --mask-type random",
-    "frame": f"mae {MAE} --mask-type frame",
-    "three-quarters": f"mae {MAE} --mask-ratio 0.75",
-    "divided": f"mae-divided {MAE}",
-    "thin": f"mae {MAE} --decoder-width 48",
-    "four-blocks": f"mae {MAE} --decoder-depth 4",
-    "eight-blocks": f"mae {MAE} --decoder-depth 8",
-    "normalised": f"mae {MAE} --normalise",
+PRETRAINED = {  # stage one, and with one choice changed
+    "tube": TUBE,
+    "random": f"{TUBE} --mask-type random",
+    "frame": f"{TUBE} --mask-type frame",
+    "three-quarters": f"{TUBE} --mask-ratio 0.75",
+    "divided": TUBE.replace("mae ", "mae-divided ", 1),
+    "thin": f"{TUBE} --decoder-width 48",
+    "four-blocks": f"{TUBE} --decoder-depth 4",
+    "eight-blocks": f"{TUBE} --decoder-depth 8",
+    "normalised": f"{TUBE} --normalise",
 }
 FEW_LABELS = {
     f"post-pretrained with {count} labels":
         f"{LABELS} --train-clips {count} --weights {{stage-one}}" for count in (100, 1000)} | {
     f"scratch with {count} labels": f"{LABELS} --train-clips {count}" for count in (100, 1000)}
 RUNS = {  # name -> flags of train.py; {name} stands for the folder of that run
-    "tube": f"mae {MAE}",
     **PRETRAINED,
     **{f"{name} probed": f"{ATTENTIVE} --probe-clips 4000 --weights {{{name}}}"
        for name in PRETRAINED},
-    "tube probed": f"{ATTENTIVE} --probe-clips 4000 --weights {{tube}}",
-    "stage-one": f"mae {RECIPE} --steps 1800 --eval-every 1800",
+    "stage-one": f"{STAGE_ONE} --eval-every 1800 --eval-clips 128",
     "masked": f"{ATTENTIVE} --probe-clips 4000 --weights {{stage-one}}",
     "untrained": f"{ATTENTIVE} --probe-clips 4000",
     "scratch": f"{LABELS} --train-clips 4000",
@@ -108,8 +107,7 @@ RUNS = {  # name -> flags of train.py; {name} stands for the folder of that run
               f"--eval-clips 100 {SIZE}",
     "from images": f"{GROWN} --weights {{images}}",
     "from nothing": GROWN,
-    "stage-two": f"clip --num-frames 4 --local-units 0 --no-temporal-downsample --motion-words 0.1 "
-                 f"--steps 900 --eval-every 900 --eval-clips 32 {SIZE}",
+    "stage-two": f"{STAGE_TWO} --eval-every 900 --eval-clips 32",
     "multimodal": f"classify --mode probe --standardise --probe-clips 4000 --num-frames 4 {PROBE} "
                   "--weights {stage-two}",
     "post-pretrained": f"{LABELS} --train-clips 4000 --weights {{stage-one}}",
@@ -474,8 +472,9 @@ def as_text(facts):
         if row["number"] == "1":
             lines += about_costs(facts["costs"])
     lines += ["## The runs", "", wrapped(
-        "`{name}` is the folder of that run. Each run also has `--seed` and `--no-figures`. "
-        "`mae-divided` is a stage of `python -m variants.cards`, the others of `train.py`."), ""]
+        "`{name}` is the folder of that run. Of a flag that occurs twice, the last value counts. "
+        "Each run also has `--seed` and `--no-figures`. `mae-divided` is a stage "
+        "of `python -m variants.cards`, the others of `train.py`."), ""]
     lines += [wrapped(f"- {name}: `{RUNS[name]}`", "  ") for name in wanted()]
     return "\n".join(lines) + "\n"
 
