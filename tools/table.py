@@ -31,6 +31,11 @@ from weights.tokenizer import load_tokenizer
 RUNS = ("mae", "clip", "masked", "multimodal", "untrained", "scratch", "finetuned", "fuse")
 CLASSIFIERS = RUNS[2:]
 PER_BATCH = 100  # clips
+# Names of rows that are compared
+MASKED, MULTIMODAL, FUSED = "masked encoder", "multimodal encoder", "cross-model attention"
+FINE_TUNED, SENTENCES = f"{MASKED}, fine-tuned", f"{MULTIMODAL}, sentences"
+SCRATCH, UNTRAINED = "from scratch", "untrained encoder"
+EQUAL, TUNED = "late fusion, equal", "late fusion, tuned"
 
 
 @torch.no_grad()
@@ -98,18 +103,16 @@ def rows_of(out, seed, clips):
     masked, multimodal = cost["mae"] + cost["masked"], cost["clip"] + cost["multimodal"]
     both = masked + multimodal
     rows = {
-        "from scratch": (alone("scratch"), trained["scratch"], cost["scratch"]),
-        "masked encoder, fine-tuned": (alone("finetuned"), trained["finetuned"],
-                                       cost["mae"] + cost["finetuned"]),
-        "untrained encoder": (alone("untrained"), trained["untrained"], cost["untrained"]),
-        "masked encoder": (alone("masked"), trained["masked"], masked),
-        "multimodal encoder": (alone("multimodal"), trained["multimodal"], multimodal),
-        "multimodal encoder, sentences": (lambda which: zero_shot(out, which, clips, seed), 0,
-                                          cost["clip"]),
-        "late fusion, equal": (lambda which: late(which, 0.5), 0, both),
+        SCRATCH: (alone("scratch"), trained["scratch"], cost["scratch"]),
+        FINE_TUNED: (alone("finetuned"), trained["finetuned"], cost["mae"] + cost["finetuned"]),
+        UNTRAINED: (alone("untrained"), trained["untrained"], cost["untrained"]),
+        MASKED: (alone("masked"), trained["masked"], masked),
+        MULTIMODAL: (alone("multimodal"), trained["multimodal"], multimodal),
+        SENTENCES: (lambda which: zero_shot(out, which, clips, seed), 0, cost["clip"]),
+        EQUAL: (lambda which: late(which, 0.5), 0, both),
         f"{TUNED} on validation ({1 - share:.2f}, {share:.2f})":
             (lambda which: late(which, share), 1, both),
-        "cross-model attention": (alone("fuse"), trained["fuse"], both + cost["fuse"])}
+        FUSED: (alone("fuse"), trained["fuse"], both + cost["fuse"])}
     return {row: {key.replace("_", " "): value for key, value in score("test").items()}
             | {"unseen " + key.replace("_", " "): value for key, value in score("unseen").items()}
             | {"trained": count, "seconds": round(seconds)}
@@ -123,7 +126,7 @@ def write_table(out, seed, clips=1000):
     returns  {row: {column: number}}
     """
     rows = rows_of(Path(out), seed, clips)
-    columns = list(rows["from scratch"])
+    columns = list(rows[SCRATCH])
     title = (f"moving shapes, {clips} test clips and {clips} of pairs of shape and colour never "
              "shown; accuracy in percent, one view")
     print(title)
@@ -139,27 +142,19 @@ def write_table(out, seed, clips=1000):
     return rows
 
 
-MASKED, MULTIMODAL, FUSED = "masked encoder", "multimodal encoder", "cross-model attention"
-TUNED = "late fusion, tuned"
 DIFFERENCES = (  # what is compared, column, row, rows of which the better one is subtracted
     ("masked over multimodal encoder, motion", "motion", MASKED, (MULTIMODAL,)),
     ("multimodal over masked encoder, shape", "shape", MULTIMODAL, (MASKED,)),
     ("the same, pairs never shown, probe", "unseen shape", MULTIMODAL, (MASKED,)),
-    ("the same, pairs never shown, sentences", "unseen shape", f"{MULTIMODAL}, sentences",
-     (MASKED,)),
+    ("the same, pairs never shown, sentences", "unseen shape", SENTENCES, (MASKED,)),
     ("cross-model attention over the better encoder, all facts", "all facts", FUSED,
      (MASKED, MULTIMODAL)),
-    ("cross-model attention over tuned late fusion, all facts", "all facts", FUSED,
-     (TUNED,)),
-    ("cross-model attention over equal late fusion, all facts", "all facts", FUSED,
-     ("late fusion, equal",)),
-    ("masked encoder over the same network untrained, motion", "motion", MASKED,
-     ("untrained encoder",)),
-    ("masked encoder over the same network untrained, shape", "shape", MASKED,
-     ("untrained encoder",)),
-    ("masked encoder over the same network from scratch, motion", "motion", MASKED,
-     ("from scratch",)),
-    *((f"the same, fine-tuned, {column}", column, f"{MASKED}, fine-tuned", ("from scratch",))
+    ("cross-model attention over tuned late fusion, all facts", "all facts", FUSED, (TUNED,)),
+    ("cross-model attention over equal late fusion, all facts", "all facts", FUSED, (EQUAL,)),
+    ("masked encoder over the same network untrained, motion", "motion", MASKED, (UNTRAINED,)),
+    ("masked encoder over the same network untrained, shape", "shape", MASKED, (UNTRAINED,)),
+    ("masked encoder over the same network from scratch, motion", "motion", MASKED, (SCRATCH,)),
+    *((f"the same, fine-tuned, {column}", column, FINE_TUNED, (SCRATCH,))
       for column in ("motion", "shape", "all facts")),
 )
 SHOWN = ("motion", "shape", "all facts", "unseen motion", "unseen shape", "unseen all facts")
