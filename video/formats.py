@@ -393,13 +393,6 @@ def _read_didemo(source):
         "all sentences of a video form one paragraph; their times are not used",))
 
 
-def _is_activitynet_captions(source):
-    content = source.content
-    return isinstance(content, dict) and bool(content) and all(
-        isinstance(entry, dict) and {"timestamps", "sentences"} <= entry.keys()
-        for entry in content.values())
-
-
 def _read_activitynet_captions(source):
     pairs = [((name, name.removeprefix("v_")), text) for name, entry in source.content.items()
              for text in entry["sentences"]]
@@ -507,13 +500,6 @@ def _read_kinetics(source):
                 *stems, whole_video)
     listing = read_records(source, "Kinetics", names, path=("youtube_id",))
     return listing._replace(rows=[row._replace(part=None) for row in listing.rows])
-
-
-def _is_kinetics_json(source):
-    content = source.content
-    return isinstance(content, dict) and bool(content) and all(
-        isinstance(entry, dict) and {"annotations", "subset", "url"} <= entry.keys()
-        for entry in content.values())
 
 
 def _read_kinetics_json(source):
@@ -825,6 +811,15 @@ def _has_keys(*names):
     return matches
 
 
+def _entries_have(*names):
+    """True where the JSON is {id: entry}, and every entry has these keys."""
+    def matches(source):
+        content = source.content
+        return isinstance(content, dict) and bool(content) and all(
+            isinstance(entry, dict) and set(names) <= entry.keys() for entry in content.values())
+    return matches
+
+
 def _is_called(pattern):
     return lambda source: re.fullmatch(pattern, source.path.name) is not None
 
@@ -877,7 +872,7 @@ FORMATS = (
            _read_activitynet_captions, "val_1.json",
            '{"v_ab": {"duration": 9.5, "timestamps": [[0, 4], [4, 9]],\n'
            '          "sentences": ["A dog runs in.", "It leaves."]}}',
-           ("videos/v_ab.mp4",), _is_activitynet_captions,
+           ("videos/v_ab.mp4",), _entries_have("timestamps", "sentences"),
            "all sentences of a video form one paragraph"),
     Format("LSMDC", (), _read_lsmdc, "LSMDC16_annos_test.csv",
            "1004_Juno_00.00.32.238-00.00.37.202\t00.00.32.238\t00.00.37.202\t00.00.32.238\t"
@@ -911,7 +906,8 @@ FORMATS = (
     Format("Kinetics in JSON", (), _read_kinetics_json, "train.json",
            '{"ab": {"annotations": {"label": "riding a bike", "segment": [5.0, 15.0]},\n'
            '        "duration": 10.0, "subset": "train", "url": "https://x/ab"}}',
-           ("train/riding a bike/ab_000005_000015.mp4",), _is_kinetics_json, "files as above"),
+           ("train/riding a bike/ab_000005_000015.mp4",),
+           _entries_have("annotations", "subset", "url"), "files as above"),
     Format("WebVid", ("videoid", "page_dir", "name"), _read_webvid, "results_2M_train.csv",
            "videoid,contentUrl,duration,page_dir,name\n"
            "12,https://x/12.mp4,PT00H00M09S,006001_006050,A wave breaks.",
