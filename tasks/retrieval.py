@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import clip_video
 from engine import large_batches, processes
 from engine.errors import UserError
-from engine.frame_size import LARGEST, frame_size
+from engine.frame_size import LARGEST, frame_size, spelled
 from engine.stage import TEST_CLIPS, flag
 from tasks.sentences import SentenceStage
 from video import transforms
@@ -241,7 +241,9 @@ class Retrieval(SentenceStage, name="retrieve"):
         if not self.weights:
             raise UserError("--weights: fine-tuning starts from a model; give a run of clip, or an "
                             "official file")
-        self.input_size = self.input_size or encoders.made_for(self.weights)[1]
+        self.loaded = encoders.load_clip(self.weights, frames=self.num_frames,
+                                         image_size=self.sides if self.input_size else None)
+        self.input_size = spelled(self.loaded.config["image_size"])
         self.eval_every = self.eval_every or max(1, self.steps)
         train_set, held_out = self.open_sets(flip=False)
         train_set.training_captions()  # an error if the list has no captions
@@ -250,10 +252,9 @@ class Retrieval(SentenceStage, name="retrieve"):
 
     def build(self, train_set):
         """Video and text encoder, without a caption decoder."""
-        model = encoders.load_clip(self.weights, frames=self.num_frames, image_size=self.sides)
-        self.read_tokenizer(model.config, self.context)
-        model.recompute(self.recompute)
-        return model
+        self.read_tokenizer(self.loaded.config, self.context)
+        self.loaded.recompute(self.recompute)
+        return self.loaded
 
     def loss(self, model, batch, rng):
         """The symmetric contrastive loss of videos and sentences."""

@@ -142,14 +142,14 @@ def load_several(**sources):
     return loaded
 
 
-def load_clip(source, *, frames, image_size, usual_size=None, grow=True, grow_runs=True,
+def load_clip(source, *, frames, image_size=None, usual_size=None, grow=True, grow_runs=True,
               layers=None):
     """Load a VideoCLIP for clips of a given length and size.
 
     source      a run of clip, InternVideo-MM, ViCLIP or CLIP
     frames      T
     image_size  (H, W); for another size than that of the weights, the position table is
-                interpolated
+                interpolated; None = that of the weights
     usual_size  the default of --input-size, if it is a size. If the weights have another size,
                 this one is an error, because the user probably did not choose it
     grow        extend an image model (CLIP, or a frame-wise run of ours) to a video model with new
@@ -174,7 +174,7 @@ def load_clip(source, *, frames, image_size, usual_size=None, grow=True, grow_ru
         print(f"{source} is an image model; it is extended to a video model (--kind frames would "
               "leave it unchanged)")
     size = tuple(model.config["image_size"])
-    if size == image_size:
+    if image_size in (None, size):
         return model
     if image_size == usual_size:
         raise UserError(
